@@ -1,0 +1,45 @@
+"""The compiled kernels, by PyTorch's own dispatcher: `torch.ops.tclr_kernels.*`, built from `csrc/`."""
+
+import torch
+
+try:
+    import tclr_kernels._C as _C  # registers the operators
+except ImportError as error:
+    _C = None
+    _missing = f"the compiled extension is not usable: {error}"
+
+
+def why_not(device):
+    if _C is None:
+        return _missing
+    if device.type != "cpu":
+        return f"it has no kernels for device type {device.type!r}"
+    return None
+
+
+def forward(sets, tau, normalize, cross):
+    return torch.ops.tclr_kernels.gram_forward(sets, *_split(tau), normalize, cross)
+
+
+def backward(sets, tau, normalize, cross, neg, pos, g_term, g_neg, g_pos):
+    return torch.ops.tclr_kernels.gram_backward(sets, *_split(tau), normalize, cross, neg, pos, g_term, g_neg, g_pos)
+
+
+def _split(tau):
+    """The temperature as the operators take it: a tensor that is never read on the host, or a float."""
+    return (tau, 0.0) if isinstance(tau, torch.Tensor) else (None, tau)
+
+
+if _C is not None:
+
+    @torch.library.register_fake("tclr_kernels::gram_forward")
+    def _(sets, tau, tau_value, normalize, cross):
+        G, N, _ = sets[0].shape
+        V = len(sets)
+        dtype = torch.promote_types(sets[0].dtype, torch.float32)
+        return tuple(sets[0].new_empty(G, V, V, N, dtype=dtype) for _ in range(3))
+
+    @torch.library.register_fake("tclr_kernels::gram_backward")
+    def _(sets, tau, tau_value, normalize, cross, neg, pos, g_term, g_neg, g_pos):
+        G, N, _ = sets[0].shape
+        return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in sets], neg.new_empty(G, len(sets), N)

@@ -1,0 +1,48 @@
+"""The definition, in plain PyTorch: it materialises the Gram matrix and is differentiated by plain autograd.
+
+    S[g,(a,i),(c,j)] = <z[g,a,i], z[g,c,j]> / tau            z normalised rows, or the rows themselves
+    neg[g,a,c,i]  = log sum_{j != i} exp S[g,(a,i),(c,j)]
+    pos[g,a,c,i]  = S[g,(a,i),(c,i)],  c != a                 0 where a = c
+    term[g,a,c,i] = softplus(logaddexp(neg[g,a,a,i], neg[g,a,c,i]) - pos[g,a,c,i]),  c != a        0 where a = c
+
+With `cross` only the blocks between the first and the second half of the sets exist: elsewhere neg is -inf, pos and
+term are 0, and the term is softplus(neg - pos).
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def why_not(device):
+    return None
+
+
+def unit_rows(z):
+    """Rows of length one; a zero row stays zero and takes no gradient. z: [..., D]"""
+    largest = z.detach().abs().amax(-1, keepdim=True)
+    scaled = z / largest.where(largest != 0, 1)  # z / |z| does not depend on this scale, so neither do its derivatives
+    zero = largest == 0
+    norm = scaled.masked_fill(zero, 1).norm(dim=-1, keepdim=True)
+    return (scaled / norm).masked_fill(zero, 0)
+
+
+def gram(sets, tau, normalize, cross):
+    """term, neg, pos: [G, V, V, N] of the sets: V tensors [G, N, D]; tau: a float or a 0-d tensor."""
+    dtype = torch.promote_types(sets[0].dtype, torch.float32)
+    z = torch.stack([x.to(dtype) for x in sets], dim=1)  # [G, V, N, D]
+    if isinstance(tau, torch.Tensor):
+        tau = tau.to(device=z.device, dtype=dtype)
+    V, N = z.shape[1:3]
+    z = unit_rows(z) if normalize else z
+    rows = z.flatten(1, 2)
+    S = (rows @ rows.mT / tau).unflatten(2, (V, N)).unflatten(1, (V, N)).transpose(2, 3)  # [G, V, V, N, N]
+    half = torch.arange(V, device=z.device) >= (V + 1) // 2
+    exists = (half[:, None] != half[None, :]) if cross else torch.ones(V, V, dtype=torch.bool, device=z.device)
+    paired = (exists & ~torch.eye(V, dtype=torch.bool, device=z.device))[:, :, None]  # [V, V, 1]
+    pos = S.diagonal(dim1=3, dim2=4).masked_fill(~paired, 0)
+    if N == 1:  # no negatives: neg is -inf, and the term 0 with no -inf - -inf on the way
+        return pos - pos, torch.full_like(pos, -torch.inf), pos
+    neg = S.masked_fill(torch.eye(N, dtype=torch.bool, device=z.device), -torch.inf).logsumexp(-1)
+    negatives = neg if cross else torch.logaddexp(neg.diagonal(dim1=1, dim2=2).mT[:, :, None], neg)
+    term = -F.logsigmoid(pos - negatives)  # softplus, without its threshold
+    return term.masked_fill(~paired, 0), neg.masked_fill(~exists[:, :, None], -torch.inf), pos

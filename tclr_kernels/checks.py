@@ -1,0 +1,96 @@
+"""Checks at the edge, made once: each error names the argument, what was found and what is wanted."""
+
+import math
+import numbers
+import os
+
+import torch
+
+DTYPES = torch.float64, torch.float32, torch.bfloat16, torch.float16
+
+
+def embeddings(dims, **tensors):
+    """The tensors, checked to be embeddings of one shape, dtype and device.
+
+    dims: the dimensions' names, in brackets the leading ones that may be any number: "... N D".
+    """
+    dims = dims.split()
+    for name, x in tensors.items():
+        _embedding(name, x, dims)
+    (first, a), *others = tensors.items()
+    for name, x in others:
+        if x.device != a.device:
+            raise ValueError(f"{first} is on {a.device} and {name} on {x.device}: wanted one device")
+        if x.shape != a.shape:
+            raise ValueError(f"{first} has shape {list(a.shape)} and {name} {list(x.shape)}: wanted the same shape")
+    return same_dtype(**tensors)
+
+
+def same_dtype(**tensors):
+    """The tensors in one dtype: under autocast the one they promote to, elsewhere a mixture is an error."""
+    (first, a), *others = tensors.items()
+    dtype = a.dtype
+    for name, x in others:
+        if x.dtype != a.dtype and not torch.is_autocast_enabled(a.device.type):
+            raise TypeError(f"{first} has dtype {a.dtype} and {name} {x.dtype}: wanted one dtype")
+        dtype = torch.promote_types(dtype, x.dtype)
+    return [x.to(dtype) for x in tensors.values()]
+
+
+def _embedding(name, x, dims):
+    wanted = f"[{', '.join(dims)}]"
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name}: found {type(x).__module__}.{type(x).__name__}, wanted a torch.Tensor {wanted}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}: found layout {x.layout}, wanted a dense tensor {wanted}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name}: found dtype {x.dtype}, wanted float64, float32, bfloat16 or float16")
+    fixed = [d for d in dims if d != "..."]
+    if x.dim() < len(fixed) or ("..." not in dims and x.dim() > len(fixed)):
+        raise ValueError(f"{name}: found {x.dim()} dimensions, shape {list(x.shape)}, wanted {wanted}")
+    if 0 in x.shape:
+        raise ValueError(f"{name}: found an empty tensor, shape {list(x.shape)}, wanted every size of {wanted} >= 1")
+    if os.environ.get("TCLR_KERNELS_CHECK") == "1":
+        finite = torch.isfinite(x).all(-1)
+        if not finite.all():
+            row = torch.nonzero(~finite)[0].tolist()
+            raise ValueError(f"{name}: found a NaN or Inf in row {row}, wanted finite entries (TCLR_KERNELS_CHECK=1)")
+
+
+def temperature(value, device=None):
+    """The temperature: a float > 0, or a 0-d floating tensor on the CPU or the inputs' device, whose value is not read."""
+    wanted = "a finite float > 0 or a 0-d floating-point tensor"
+    if isinstance(value, torch.Tensor):
+        if value.dim() != 0 or not value.is_floating_point():
+            raise ValueError(
+                f"temperature: found a tensor of shape {list(value.shape)}, dtype {value.dtype}, wanted {wanted}"
+            )
+        if device is not None and value.device not in (device, torch.device("cpu")):
+            raise ValueError(f"temperature: found a tensor on {value.device}, wanted it on the CPU or {device}")
+        if os.environ.get("TCLR_KERNELS_CHECK") == "1" and not (value > 0).logical_and(value.isfinite()):
+            raise ValueError(f"temperature: found {value.item()}, wanted {wanted} (TCLR_KERNELS_CHECK=1)")
+        return value
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"temperature: found {value!r}, wanted {wanted}")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"temperature: found {value}, wanted {wanted}")
+    return float(value)
+
+
+def one_of(name, value, choices):
+    if value not in choices:
+        raise ValueError(f"{name}: found {value!r}, wanted one of {', '.join(map(repr, choices))}")
+
+
+def weights(given, defaults):
+    """The defaults, with the given weights in their place."""
+    if given is None:
+        return defaults
+    for name, value in given.items():
+        if name not in defaults:
+            raise ValueError(f"weights: found the key {name!r}, wanted keys among {', '.join(map(repr, defaults))}")
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"weights[{name!r}]: found {value!r}, wanted a finite float >= 0")
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"weights[{name!r}]: found {value}, wanted a finite float >= 0")
+    return {**defaults, **given}

@@ -1,0 +1,204 @@
+"""The losses: each one arranges its sets, calls the one operation (`gram.py`), and reduces.
+
+Throughout, h(u, v) = exp sim(u, v) with sim(u, v) = <u, v> / (|u| |v| tau), or <u, v> / tau with `normalize=False`;
+every denominator holds the positive and leaves out only the anchor itself. Inputs are float64, float32, bfloat16 or
+float16 with any strides; losses are float32 (float64 for float64 inputs), in nats, and gradients have the inputs' dtype.
+A row that is exactly zero has similarity 0 and gradient 0. `temperature` is a finite float > 0 or a 0-d tensor, which
+may require a gradient and whose value is never read on the host; `backend` is one of `available_backends()`, or None
+for the default. Every function raises TypeError or ValueError, naming the argument, for a wrong type, rank, size, dtype
+or device, and for an empty tensor.
+
+Source: TCLR, Dave et al., CVIU 2022, https://arxiv.org/abs/2101.07974, section 3, and its official release.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from . import checks
+from .gram import gram, ordered_sum
+
+REDUCTIONS = "mean", "sum", "none"
+FORMS = {  # the default weight of each term
+    "paper": dict(ic_global=1.0, ic_local=0.0, ll=1.0, gl=1.0),
+    "release": dict(ic_global=1.0, ic_local=1.0, ll=1.0, gl=1.0),
+}
+
+
+class TCLRTerms(NamedTuple):
+    """The TCLR objective: `total` is the weighted sum of the other, unweighted terms. Each is a scalar tensor."""
+
+    total: torch.Tensor
+    ic_global: torch.Tensor
+    ic_local: torch.Tensor
+    ll: torch.Tensor
+    gl: torch.Tensor
+
+
+def nt_xent(a, b, *, temperature=0.1, normalize=True, symmetric=True, reduction="mean", backend=None):
+    """NT-Xent: each row against its partner in the other view, among all other rows of both views.
+
+        l_i = -log h(a_i, b_i) / sum_j [ 1[j != i] h(a_i, a_j) + h(a_i, b_j) ]
+
+    a, b: [..., N, D], the two views; leading dimensions are independent groups.
+    symmetric: also every b_i as anchor (the paper's IC is printed without).
+    reduction: "mean" or "sum" over all groups and anchors; "none": [..., 2N], a's rows then b's ([..., N] if not symmetric).
+    Source: SimCLR, https://arxiv.org/abs/2002.05709, equation 1; TCLR section 3.1.
+    """
+    a, b = checks.embeddings("... N D", a=a, b=b)
+    term = _terms([a, b], temperature, normalize, False, backend, reduction)  # [G, 2, 2, N]
+    anchors = _off_diagonal(term) if symmetric else term[:, 0, 1]
+    return _reduce(anchors, reduction, (*a.shape[:-2], -1))
+
+
+def clip_loss(a, b, *, temperature=0.1, normalize=True, reduction="mean", backend=None):
+    """The contrastive loss of CLIP: each row against its partner among the rows of the other side, both directions.
+
+        l_i = -log h(a_i, b_i) / sum_j h(a_i, b_j),    l_(N+i) = -log h(b_i, a_i) / sum_j h(b_i, a_j)
+
+    a, b: [..., N, D]; leading dimensions are independent groups.
+    reduction: "mean" or "sum" over all groups and anchors; "none": [..., 2N], a's rows then b's.
+    Source: CLIP, https://arxiv.org/abs/2103.00020, figure 3.
+    """
+    a, b = checks.embeddings("... N D", a=a, b=b)
+    term = _terms([a, b], temperature, normalize, True, backend, reduction)
+    return _reduce(_off_diagonal(term), reduction, (*a.shape[:-2], -1))
+
+
+def instance_contrastive(views, *, temperature=0.1, normalize=True, reduction="mean", backend=None):
+    """Instance contrast of many views: NT-Xent over all ordered pairs of views, from one Gram matrix.
+
+        l_(a,c,i) = -log h(z_ai, z_ci) / sum_j [ 1[j != i] h(z_ai, z_aj) + h(z_ai, z_cj) ],    a != c
+
+    views: [V, B, D], V >= 2.
+    reduction: "mean" or "sum" over the V (V-1) B terms; "none": [V, V, B], anchor (a, i) against view c, 0 where a = c.
+    Source: TCLR section 3.1; its official release, which computes each pair twice.
+    """
+    (views,) = checks.embeddings("V B D", views=views)
+    V, B, _ = views.shape
+    if V < 2:
+        raise ValueError(f"views: found V = {V}, shape {list(views.shape)}, wanted V >= 2")
+    term = _terms(views.unbind(0), temperature, normalize, False, backend, reduction)
+    if reduction == "mean":
+        return ordered_sum(term) / (V * (V - 1) * B)
+    return _reduce(term, reduction, (V, V, B))
+
+
+def local_local(x1, x2, *, temperature=0.1, normalize=True, symmetric=True, reduction="mean", backend=None):
+    """Local-local temporal contrast: NT-Xent within each video, between the embeddings of its local clips.
+
+        LL_i = -sum_p log h(x1_ip, x2_ip) / sum_q [ 1[q != p] h(x1_ip, x1_iq) + h(x1_ip, x2_iq) ]
+
+    x1, x2: [B, T, D], two views of each video's T local clips.
+    symmetric: the mean of both directions' sums (the paper prints one).
+    reduction: "mean" or "sum" over videos; "none": [B].
+    Source: TCLR section 3.2.
+    """
+    x1, x2 = checks.embeddings("B T D", x1=x1, x2=x2)
+    term = _terms([x1, x2], temperature, normalize, False, backend, reduction)
+    videos = _off_diagonal(term).sum((1, 2)) / 2 if symmetric else term[:, 0, 1].sum(1)
+    return _reduce(videos, reduction, (-1,))
+
+
+def global_local(s, x, *, temperature=0.1, normalize=True, reduction="mean", backend=None):
+    """Global-local temporal contrast: each time slice of the global clip against the local clips of its video, and back.
+
+        GL_i = -sum_k { log h(s_ik, x_ik) / sum_q h(s_ik, x_iq) + log h(x_ik, s_ik) / sum_q h(x_ik, s_iq) }
+
+    s, x: [B, T, D], the T time slices of the global clip and the T local clips.
+    reduction: "mean" or "sum" over videos; "none": [B].
+    Source: TCLR section 3.3.
+    """
+    s, x = checks.embeddings("B T D", s=s, x=x)
+    term = _terms([s, x], temperature, normalize, True, backend, reduction)
+    return _reduce(_off_diagonal(term).sum((1, 2)), reduction, (-1,))
+
+
+def tclr(g, s, x, *, temperature=0.1, form="paper", weights=None, normalize=True, backend=None):
+    """The TCLR objective: instance, local-local and global-local contrast, and their weighted sum.
+
+        form="paper":    total = IC(g) + mean_i LL_i + mean_(i,v,w) GL_i(s_v, x_w)
+        form="release":  total = IC(g) + 1/(V^2 B) sum_(a != c, i) l_(a,c,i)(x) + B/T mean_i LL_i + V^2/2 mean_(i,v,w) GL_i
+
+    g: [V, B, D], the global clips; s: [V, B, T, D], their time slices; x: [V, B, T, D], the local clips; V = 2 views.
+    weights: a mapping from "ic_global", "ic_local", "ll", "gl" to floats >= 0, 1 where missing ("paper": ic_local 0).
+    Returns TCLRTerms; a term of weight 0 is not computed and reads 0.
+    Source: TCLR section 3; the closed form of the official release's `contrastive_loss` calls.
+    """
+    checks.one_of("form", form, FORMS)
+    weights = checks.weights(weights, FORMS[form])
+    s, x = checks.embeddings("V B T D", s=s, x=x)
+    (g,) = checks.embeddings("V B D", g=g)
+    V, B, T, D = x.shape
+    if V != 2:
+        raise ValueError(f"x: found V = {V}, shape {list(x.shape)}, wanted V = 2")
+    if g.shape != (V, B, D):
+        raise ValueError(f"g: found shape {list(g.shape)}, wanted {[V, B, D]} beside x of shape {list(x.shape)}")
+    if g.device != x.device:
+        raise ValueError(f"g is on {g.device} and x on {x.device}: wanted one device")
+    g, s, x = checks.same_dtype(g=g, s=s, x=x)
+    settings = dict(temperature=temperature, normalize=normalize, backend=backend)
+
+    terms = dict(ic_global=_zero(g), ic_local=_zero(x), ll=_zero(x), gl=_zero(s) + _zero(x))
+    if weights["ic_global"]:
+        terms["ic_global"] = instance_contrastive(g, **settings)
+    if weights["ic_local"]:  # its one Gram matrix holds all that LL needs
+        term, pos = _gram(x.transpose(1, 2).flatten(0, 1).unbind(0), temperature, normalize, False, backend)
+        terms["ic_local"] = ordered_sum(term) / (V * V * B)
+        if weights["ll"]:
+            terms["ll"] = ordered_sum(_local_local_from(pos[0])) / (2 * B)
+    elif weights["ll"]:
+        terms["ll"] = local_local(x[0], x[1], **settings)
+    if weights["gl"]:
+        term, _ = _gram([*s, *x], temperature, normalize, True, backend)
+        terms["gl"] = ordered_sum(term) / (V * V * B)
+    if form == "release":
+        terms["ll"] = terms["ll"] * (B / T)
+        terms["gl"] = terms["gl"] * (V * V / 2)
+    return TCLRTerms(sum(weights[name] * term for name, term in terms.items()), **terms)
+
+
+def _gram(sets, temperature, normalize, cross, backend):
+    """term, pos: [G, V, V, N] of the sets: [..., N, D]"""
+    tau = checks.temperature(temperature, sets[0].device)
+    N, D = sets[0].shape[-2:]
+    term, _, pos = gram([z.reshape(-1, N, D) for z in sets], tau, normalize=normalize, cross=cross, backend=backend)
+    return term, pos
+
+
+def _terms(sets, temperature, normalize, cross, backend, reduction):
+    checks.one_of("reduction", reduction, REDUCTIONS)
+    return _gram(sets, temperature, normalize, cross, backend)[0]
+
+
+def _off_diagonal(term):
+    """The blocks (0, 1) and (1, 0) of two sets: [G, 2, N]"""
+    return term.flatten(1, 2)[:, 1:3]
+
+
+def _reduce(losses, reduction, shape):
+    if reduction == "none":
+        return losses.reshape(shape)
+    total = ordered_sum(losses)
+    return total / losses.numel() if reduction == "mean" else total
+
+
+def _local_local_from(pos):
+    """LL from the similarities of the same video in different sets. pos: [n, n, B], sets a = (v, t); returns [n, B]
+
+        l_ai = log sum_{c != a} exp pos[a,c,i] - pos[a,mate(a),i] = softplus(logsumexp_{c not in {a, mate}} pos - pos[mate])
+    """
+    n = len(pos)
+    sets = torch.arange(n, device=pos.device)
+    mate = (sets + n // 2) % n
+    positive = pos[sets, mate]
+    if n == 2:  # T = 1: no negatives
+        return positive - positive
+    left_out = (sets == sets[:, None]) | (sets == mate[:, None])
+    negatives = pos.masked_fill(left_out[:, :, None], -torch.inf).logsumexp(1)
+    return -torch.nn.functional.logsigmoid(positive - negatives)
+
+
+def _zero(x):
+    """A zero that gives x a gradient of zeros, whatever x holds: the sum of no elements."""
+    return x[:0].sum(dtype=torch.promote_types(x.dtype, torch.float32))
