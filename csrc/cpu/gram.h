@@ -1,0 +1,70 @@
+// The CPU kernels' interface: pointers and sizes, no tensors.
+#pragma once
+#include <cstdint>
+
+namespace tclr {
+
+enum class Dtype { f64, f32, bf16, f16 };
+
+struct Rows {  // one set: [G, N, D]
+  const void* data;
+  int64_t stride_g, stride_n, stride_d;  // in elements
+};
+
+// Runs task(argument, i, thread) for i in [0, n); calls with the same thread never overlap.
+using Task = void (*)(void* argument, int64_t i, int64_t thread);
+struct Executor {
+  void (*run)(int64_t n, Task task, void* argument);
+  int64_t threads;
+};
+
+struct GramInput {
+  int64_t G, V, N, D;
+  const Rows* sets;  // [V]
+  Dtype dtype;
+  double tau;
+  bool normalize, cross;
+};
+
+// T is double for f64 inputs and float for the others; term, neg, pos, g_*: [G, V, V, N], contiguous.
+template <typename T>
+struct GramForward {
+  T *term, *neg, *pos;
+};
+
+template <typename T>
+struct GramBackward {
+  const T *neg, *pos;
+  const T *g_term, *g_neg, *g_pos;  // null: no gradient arrives there
+  T* const* dz;                     // [V] sets of [G, N, D]
+  T* zdz;                           // [G, V, N]
+};
+
+template <typename T>
+struct Kernels {
+  // Elements of T that forward or backward wants as workspace.
+  int64_t (*workspace)(const GramInput&, int64_t threads, bool backward);
+  void (*forward)(const GramInput&, const GramForward<T>&, T* workspace, const Executor&);
+  void (*backward)(const GramInput&, const GramBackward<T>&, T* workspace, const Executor&);
+};
+
+struct Level {
+  const char* name;
+  Kernels<float> f32;
+  Kernels<double> f64;
+};
+
+// The instruction-set levels compiled in, lowest first; the one in use is the highest that this machine has, or the one
+// that TCLR_KERNELS_ISA names.
+int level_count();
+const Level& level(int i);
+bool level_runs_here(int i);
+const Level& level_in_use();  // throws std::runtime_error if TCLR_KERNELS_ISA names one that cannot run here
+
+extern const Level portable_level;
+#if defined(__x86_64__)
+extern const Level avx2_level;
+extern const Level avx512_level;
+#endif
+
+}  // namespace tclr

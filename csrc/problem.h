@@ -1,0 +1,67 @@
+// Sizes, index predicates and the order of the work: plain arithmetic, shared by every kernel.
+//
+// A group has V sets of N rows. Each set is cut into row blocks; a block pair is one tile of the Gram matrix.
+//   self:  all blocks against all: the diagonal pairs first, then a round-robin tournament of the blocks
+//   cross: blocks of the first half of the sets against blocks of the second half
+// In every round each block meets at most one other, so the pairs of a round touch disjoint rows: they may run in any
+// order, or at once, and each row still receives its contributions in the order of the rounds.
+#pragma once
+#include <cstdint>
+
+namespace tclr {
+
+struct Pair {
+  int64_t left, right;  // blocks; left < 0: no pair in this place
+};
+
+struct Problem {
+  int64_t V, N;
+  bool cross;
+  int64_t block;   // rows of a block, but for the last of a set
+  int64_t blocks;  // blocks of a set
+
+  Problem(int64_t V, int64_t N, bool cross, int64_t largest, int64_t multiple) : V(V), N(N), cross(cross) {
+    int64_t count = (N + largest - 1) / largest;
+    int64_t even = (N + count - 1) / count;  // equal shares rather than one small rest
+    block = (even + multiple - 1) / multiple * multiple;
+    blocks = (N + block - 1) / block;
+  }
+
+  int64_t half() const { return (V + 1) / 2; }
+  bool exists(int64_t a, int64_t c) const { return !cross || (a < half()) != (c < half()); }
+  int64_t at(int64_t a, int64_t c, int64_t i) const { return (a * V + c) * N + i; }  // into [V, V, N]
+
+  int64_t set(int64_t b) const { return b / blocks; }
+  int64_t begin(int64_t b) const { return b % blocks * block; }  // first row within its set
+  int64_t rows(int64_t b) const {
+    int64_t rest = N - begin(b);
+    return rest < block ? rest : block;
+  }
+
+  int64_t left_blocks() const { return half() * blocks; }
+  int64_t right_blocks() const { return (V - half()) * blocks; }
+  int64_t players() const { return (V * blocks + 1) / 2 * 2; }  // of the tournament, one of them perhaps a bye
+
+  int64_t rounds() const {
+    if (!cross) return players();
+    return left_blocks() > right_blocks() ? left_blocks() : right_blocks();
+  }
+  int64_t places(int64_t round) const {
+    if (cross) return left_blocks();
+    return round == 0 ? V * blocks : players() / 2;
+  }
+  Pair pair(int64_t round, int64_t place) const {
+    if (cross) {
+      int64_t right = (place + round) % rounds();
+      return right < right_blocks() ? Pair{place, left_blocks() + right} : Pair{-1, -1};
+    }
+    if (round == 0) return {place, place};
+    int64_t fixed = players() - 1, r = round - 1;
+    int64_t one = place == 0 ? fixed : (r + place) % fixed;
+    int64_t other = (r - place + fixed) % fixed;
+    int64_t low = one < other ? one : other, high = one < other ? other : one;
+    return high < V * blocks ? Pair{low, high} : Pair{-1, -1};
+  }
+};
+
+}  // namespace tclr
