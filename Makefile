@@ -1,0 +1,77 @@
+# make demo | test | lint | bench | selftest | clean. Every target sets up what it needs, once, in $(VENV).
+#
+# The install is editable, so the package the tests import, the one the benchmarks import and the one in this folder
+# are the same files, with the compiled _C beside them: a copy in site-packages would be shadowed by this folder.
+
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+NATIVE ?= 1# 0: go without the compiled kernels (no C++ compiler needed)
+PYTHON ?=
+
+BIN := $(VENV)/bin
+SOURCES := $(wildcard csrc/* csrc/*/*)
+export TCLR_KERNELS_REQUIRE_NATIVE := $(NATIVE)
+
+.PHONY: demo test lint bench plots selftest setup wheel-check clean
+.DELETE_ON_ERROR:
+
+demo: setup
+	$(BIN)/python -m tclr.demo $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest tests $(ARGS)
+
+bench: setup
+	$(BIN)/python -m benchmarks $(ARGS)
+	$(BIN)/python -m benchmarks plot
+	$(BIN)/python -m benchmarks table --write README.md
+
+selftest: setup
+	$(BIN)/python -m tclr_kernels.selftest
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(filter %.cpp %.h %.inl %.cu %.cuh,$(SOURCES))
+
+setup: $(VENV)/.installed $(VENV)/.native-$(NATIVE)
+
+$(BIN)/python:
+	@for python in $(PYTHON) python3.11 python3.12 python3 python; do \
+	  if $$python -c 'import sys, ensurepip; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null; \
+	  then echo "$$python -m venv $(VENV)"; exec $$python -m venv $(VENV); fi; done; \
+	echo "error: needs Python 3.11 or 3.12 with its venv module; none found (name one: make PYTHON=/path/to/python3.11)" >&2; \
+	exit 1
+
+$(VENV)/.torch: | $(BIN)/python
+	$(BIN)/python -m pip install $(TORCH)
+	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel ninja
+	@touch $@
+
+$(VENV)/.installed: pyproject.toml $(VENV)/.torch
+	TCLR_KERNELS_REQUIRE_NATIVE=0 $(BIN)/python -m pip install --quiet --no-build-isolation -e '.[train,test]'
+	@touch $@
+
+# build_ext in place rather than by pip: its objects are kept, so that only what changed is compiled again
+$(VENV)/.native-1: setup.py $(SOURCES) $(VENV)/.torch
+	@command -v "$${CXX:-c++}" >/dev/null || { \
+	  echo "error: needs a C++ compiler (g++ or clang++), found no $${CXX:-c++}; without one: make NATIVE=0 ..." >&2; exit 1; }
+	@$(BIN)/python -c 'import os, sysconfig; assert os.path.exists(sysconfig.get_path("include") + "/Python.h")' 2>/dev/null || { \
+	  echo "error: needs Python.h (Debian, Ubuntu: apt install python3-dev); without it: make NATIVE=0 ..." >&2; exit 1; }
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+$(VENV)/.native-0: ;
+
+$(VENV)/.lint: pyproject.toml $(VENV)/.torch
+	TCLR_KERNELS_REQUIRE_NATIVE=0 $(BIN)/python -m pip install --quiet --no-build-isolation -e '.[lint]'
+	@touch $@
+
+# what an editable install cannot show: that the wheel holds everything, checked from outside this folder
+wheel-check: $(VENV)/.torch
+	rm -rf build/wheel && $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
+	rm -rf build/site && $(BIN)/python -m pip install --quiet --no-deps --target build/site build/wheel/*.whl
+	cd / && PYTHONPATH="$(CURDIR)/build/site" "$(CURDIR)/$(BIN)/python" -m tclr_kernels.selftest
+
+clean:
+	rm -rf build dist *.egg-info tclr_kernels/_C*.so $(VENV)/.installed $(VENV)/.native-1
