@@ -11,7 +11,7 @@ from setuptools import setup
 
 REQUIRE = os.environ.get("TCLR_KERNELS_REQUIRE_NATIVE", "")
 ROOT = Path(__file__).resolve().parent
-FLAGS = ["-O3", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-Wall"]  # torch adds -std
+FLAGS = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-Wall"]  # torch adds -std
 
 
 def without_native(reason):

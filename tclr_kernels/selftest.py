@@ -1,0 +1,312 @@
+"""Checks the installed package on this machine, in less than a minute: python -m tclr_kernels.selftest [--device cpu]"""
+
+import argparse
+import contextlib
+import functools
+import itertools
+import math
+import os
+import sys
+import time
+
+import torch
+
+import tclr_kernels as tk
+
+from .info import devices
+
+LOSSES = {  # name -> (function of the tensors, their shapes for B rows or videos of width D)
+    "nt_xent": (tk.nt_xent, lambda B, D: [(B, D), (B, D)]),
+    "clip_loss": (tk.clip_loss, lambda B, D: [(B, D), (B, D)]),
+    "instance_contrastive": (tk.instance_contrastive, lambda B, D: [(5, B, D)]),
+    "local_local": (tk.local_local, lambda B, D: [(B, 4, D), (B, 4, D)]),
+    "global_local": (tk.global_local, lambda B, D: [(B, 4, D), (B, 4, D)]),
+    "tclr": (lambda *t, **k: tk.tclr(*t, **k).total, lambda B, D: [(2, B, D), (2, B, 4, D), (2, B, 4, D)]),
+    "tclr release": (
+        lambda *t, **k: tk.tclr(*t, form="release", **k).total,
+        lambda B, D: [(2, B, D), (2, B, 4, D), (2, B, 4, D)],
+    ),
+}
+SIZES = (2, 1), (3, 16), (17, 33), (257, 64)  # one tile, ragged tiles, many tiles
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+
+
+class Failed(Exception):
+    """A check that did not hold, in one line."""
+
+
+def expect(holds, message):
+    if not holds:
+        raise Failed(message)
+
+
+def raises(kinds, words, function, *args, **kwargs):
+    """Expects an error of one of the kinds, whose message holds every word."""
+    try:
+        function(*args, **kwargs)
+    except kinds as error:
+        missing = [word for word in words if word not in str(error)]
+        expect(not missing, f"the error does not name {missing}: {error}")
+    else:
+        raise Failed(f"no error where one naming {words} is due")
+
+
+@contextlib.contextmanager
+def environment(name, value):
+    """An environment variable, set for a while."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name) if before is None else os.environ.update({name: before})
+
+
+def views(shapes, dtype, device, scale=1.0, noise=1.0):
+    """Random tensors, the same on every run; those of one shape share a part, as views of the same videos do."""
+    made = []
+    for i, shape in enumerate(shapes):
+        common = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        own = torch.randn(shape, generator=torch.Generator().manual_seed(i + 1), dtype=torch.float64)
+        made.append((scale * (common + noise * own)).to(device, dtype))
+    return made
+
+
+def run(function, inputs, **settings):
+    """The loss and its gradients for the inputs."""
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    loss = function(*inputs, **settings)
+    return loss.detach(), torch.autograd.grad(loss.sum(), inputs)
+
+
+def compare(name, inputs, settings, backend):
+    """Expects loss and gradients as the float64 reference has them for the same, already rounded, inputs."""
+    function, dtype, tau = LOSSES[name][0], inputs[0].dtype, settings.get("temperature", 0.1)
+    loss, grads = run(function, inputs, backend=backend, **settings)
+    want, want_grads = run(function, [x.double() for x in inputs], backend="reference", **settings)
+    exact = dtype == torch.float64
+    allowed = (1e-11 if exact else 1e-5 * max(1, 0.1 / tau)) * want.abs().clamp(min=1)
+    where = f"{name} {list(inputs[0].shape)} {str(dtype)[6:]} {settings}"
+    expect(bool(((loss.double() - want).abs() <= allowed).all()), f"{where}: loss {loss} should be {want}")
+    for got, wanted in zip(grads, want_grads, strict=True):
+        finfo, largest = torch.finfo(dtype), wanted.abs().max()
+        allowed = (TOLERANCE[dtype] * max(1, 0.01 / tau) + finfo.eps) * largest + finfo.smallest_normal * finfo.eps
+        worst = (got.double() - wanted).abs().max()
+        expect(bool(worst <= allowed), f"{where}: gradient off by {worst:.1e}, its largest entry is {largest:.1e}")
+
+
+def parity(dtype, backend, device):
+    """Every loss at sizes that fill, miss and split the tiles, and at temperatures from easy to hard."""
+    for name, (B, D) in itertools.product(LOSSES, SIZES):
+        shapes = LOSSES[name][1](B if B < 100 or name in ("nt_xent", "clip_loss") else 40, D)
+        compare(name, views(shapes, dtype, device), {}, backend)
+    for tau in (1.0, 0.05, 0.01):
+        shapes = LOSSES["nt_xent"][1](31, 64)
+        compare("nt_xent", views(shapes, dtype, device, noise=0.3), dict(temperature=tau), backend)
+
+
+def gradcheck(backend, device):
+    """The gradients against finite differences, the temperature's too."""
+    for name, (function, shapes) in LOSSES.items():
+        inputs = [x.requires_grad_() for x in views(shapes(3, 5), torch.float64, device)]
+        tau = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+        call = functools.partial(_with_temperature, function, backend)
+        expect(torch.autograd.gradcheck(call, (tau, *inputs), raise_exception=False, fast_mode=True), f"{name}: gradcheck")
+
+
+def _with_temperature(function, backend, tau, *inputs):
+    return function(*inputs, temperature=tau, backend=backend)
+
+
+def d1_zero_row(backend, device):
+    """A zero row has gradient 0 and leaves the others finite."""
+    for dtype in (torch.float32, torch.float16):
+        a, b = views([(6, 16)] * 2, dtype, device)
+        a[2] = 0
+        loss, (da, db) = run(tk.nt_xent, [a, b], backend=backend)
+        expect(bool((da[2] == 0).all()), f"{dtype}: the zero row's gradient is {da[2].abs().max()}")
+        expect(bool(torch.isfinite(torch.cat([da, db])).all() and torch.isfinite(loss)), f"{dtype}: not finite")
+
+
+def d2_scales(backend, device):
+    """Rows of 1e-38 .. 1e38 give the loss of the same rows at 1."""
+    for scale in (1e-38, 1e-30, 1e-19, 1e19, 1e30, 1e37):
+        inputs = views([(9, 16)] * 2, torch.float32, device, scale)
+        loss = tk.nt_xent(*inputs, backend=backend).double()
+        want = tk.nt_xent(*[x.double() for x in inputs], backend="reference")
+        expect(abs(loss - want) < 1e-5, f"scale {scale:g}: loss {loss:.6f} should be {want:.6f}")
+        if 1e-30 <= scale <= 1e30:
+            compare("nt_xent", inputs, {}, backend)
+
+
+def d3_nan(backend, device):
+    """NaN and Inf reach loss and gradients of their own video only, and TCLR_KERNELS_CHECK=1 names the row."""
+    for bad in (math.nan, math.inf):
+        x1, x2 = views([(3, 4, 8)] * 2, torch.float32, device)
+        x1[1, 2, 3] = bad
+        loss, (d1, d2) = run(tk.local_local, [x1, x2], backend=backend, reduction="none")
+        expect(loss.isnan().tolist() == [False, True, False], f"{bad}: loss of each video {loss.tolist()}")
+        finite = [bool(torch.isfinite(torch.stack([d1[i], d2[i]])).all()) for i in range(3)]
+        expect(finite == [True, False, True], f"{bad}: finite gradients of each video {finite}")
+        with environment("TCLR_KERNELS_CHECK", "1"):
+            raises(ValueError, ["x1", "[1, 2]"], tk.local_local, x1, x2, backend=backend)
+
+
+def d4_dtypes(backend, device):
+    """The loss is float32, float64 for float64; gradients have the input's dtype."""
+    for dtype in TOLERANCE:
+        loss, grads = run(tk.nt_xent, views([(5, 8)] * 2, dtype, device), backend=backend)
+        wanted = torch.float64 if dtype == torch.float64 else torch.float32
+        expect(loss.dtype == wanted and grads[0].dtype == dtype, f"{dtype}: loss {loss.dtype}, grad {grads[0].dtype}")
+
+
+def d5_temperature(backend, device):
+    """A tensor temperature gives the float's loss and a gradient; a wrong one is an error naming it."""
+    a, b = views([(5, 8)] * 2, torch.float32, device)
+    tau = torch.tensor(0.25, dtype=torch.float64, requires_grad=True)
+    loss = tk.nt_xent(a, b, temperature=tau, backend=backend)
+    loss.backward()
+    expect(loss.dtype == torch.float32, f"a float64 temperature made the loss {loss.dtype}")
+    expect(abs(loss - tk.nt_xent(a, b, temperature=0.25, backend=backend)) < 1e-6, "tensor and float differ")
+    expect(tau.grad.dtype == torch.float64 and abs(tau.grad) > 0, f"gradient of the temperature: {tau.grad}")
+    for wrong in (0.0, -0.1, math.nan, math.inf, "0.1", None, True, torch.ones(2), torch.ones(1)):
+        raises((ValueError, TypeError), ["temperature"], tk.nt_xent, a, b, temperature=wrong, backend=backend)
+
+
+def d6_empty(backend, device):
+    """B = 0, T = 0 and D = 0 are errors naming the argument."""
+    for shape in ((0, 8), (3, 0)):
+        raises(ValueError, ["a"], tk.nt_xent, *views([shape] * 2, torch.float32, device), backend=backend)
+    for shape in ((0, 4, 8), (2, 0, 8), (2, 4, 0)):
+        x = torch.zeros(shape, device=device)
+        raises(ValueError, ["x1"], tk.local_local, x, x, backend=backend)
+
+
+def d7_one_row(backend, device):
+    """B = 1: the loss is exactly 0, and so are the gradients."""
+    for function, dtype in itertools.product((tk.nt_xent, tk.clip_loss), TOLERANCE):
+        loss, grads = run(function, views([(1, 8)] * 2, dtype, device), backend=backend)
+        expect(loss == 0 and all((g == 0).all() for g in grads), f"{function.__name__} {dtype}: loss {loss}")
+
+
+def d8_misuse(backend, device):
+    """Mixed dtypes, devices, shapes and kinds are errors naming both sides."""
+    a, b = views([(5, 8)] * 2, torch.float32, device)
+    for wrong, words in (
+        (b.double(), ["float32", "float64"]),
+        (b.to("meta"), ["meta", str(a.device)]),
+        (b[:4], ["[5, 8]", "[4, 8]"]),
+        (b[None, None], ["b"]),
+        (b.long(), ["b", "int64"]),
+        (b.to(torch.complex64), ["b", "complex64"]),
+        (b.to_sparse(), ["b", "sparse"]),
+        (b.tolist(), ["b", "list"]),
+        (None, ["b", "None"]),
+    ):
+        raises((ValueError, TypeError), words, tk.nt_xent, a, wrong, backend=backend)
+
+
+def d9_deterministic(backend, device):
+    """The same bits on every run, on the CPU for any number of threads."""
+    inputs = views([(300, 64)] * 2, torch.float32, device)
+    threads = torch.get_num_threads()
+    first = run(tk.nt_xent, inputs, backend=backend)
+    try:
+        for count in {threads, 1, 3}:
+            torch.set_num_threads(count)
+            again = run(tk.nt_xent, inputs, backend=backend)
+            same = torch.equal(first[0], again[0]) and all(map(torch.equal, first[1], again[1]))
+            expect(same or (backend == "reference" and count != threads), f"other bits with {count} threads")
+    finally:
+        torch.set_num_threads(threads)
+
+
+def d10_second_derivative(backend, device):
+    """Exact by the reference, and elsewhere an error that names it."""
+    a, b = (x.requires_grad_() for x in views([(4, 3)] * 2, torch.float64, device))
+    call = functools.partial(tk.nt_xent, temperature=0.5, backend=backend)
+    if backend == "reference":
+        expect(torch.autograd.gradgradcheck(call, (a, b), raise_exception=False, fast_mode=True), "gradgradcheck")
+        return
+    (grad,) = torch.autograd.grad(call(a, b), a, create_graph=True)
+    raises(RuntimeError, ["reference"], grad.sum().backward)
+
+
+CHECKS = {
+    **{f"parity {str(dtype)[6:]}": functools.partial(parity, dtype) for dtype in TOLERANCE},
+    "gradcheck": gradcheck,
+    "D1 zero row": d1_zero_row,
+    "D2 rows 1e-38 .. 1e38": d2_scales,
+    "D3 NaN and Inf": d3_nan,
+    "D4 dtypes": d4_dtypes,
+    "D5 temperature": d5_temperature,
+    "D6 empty": d6_empty,
+    "D7 one row": d7_one_row,
+    "D8 misuse": d8_misuse,
+    "D9 deterministic": d9_deterministic,
+    "D10 second derivative": d10_second_derivative,
+}
+
+
+def outcome(check, backend, device):
+    """None if the check holds, else one line that says what did not."""
+    try:
+        check(backend, device)
+    except Failed as failed:
+        return str(failed)
+    except Exception as error:  # a check must never end the table
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def columns(wanted):
+    """The (device, backend) pairs to check, and those that cannot be, with the reason. wanted: device names"""
+    usable, missing = [], []
+    for device in wanted:
+        for backend, reason in tk.available_backends(device).items():
+            usable.append((device, backend)) if reason is None else missing.append(f"{backend} on {device}: {reason}")
+    return usable, missing
+
+
+def colour(text, code):
+    plain = not sys.stdout.isatty() or "NO_COLOR" in os.environ
+    return text if plain else f"\033[{code}m{text}\033[0m"
+
+
+def cell(reason, width):
+    return colour(f"{'ok' if reason is None else 'FAIL':<{width}}", 32 if reason is None else 31)
+
+
+def table(usable):
+    """Prints a row a check and a column a (device, backend), as they come; returns what failed, one line each."""
+    width = max(len(f"{device}/{backend}") for device, backend in usable) + 2
+    print(f"{'':<24}" + "".join(f"{f'{device}/{backend}':<{width}}" for device, backend in usable))
+    failures = []
+    for name, check in CHECKS.items():
+        print(f"{name:<24}", end="", flush=True)
+        for device, backend in usable:
+            reason = outcome(check, backend, device)
+            print(cell(reason, width), end="", flush=True)
+            failures += [] if reason is None else [f"{name}, {backend} on {device}: {reason}"]
+        print()
+    return failures
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m tclr_kernels.selftest", description=__doc__.split(":")[0])
+    parser.add_argument("--device", action="append", help="which devices to check; default: the CPU and CUDA if present")
+    options = parser.parse_args(arguments)
+    start = time.monotonic()
+    usable, missing = columns(options.device or [d for d in devices() if d in ("cpu", "cuda")])
+    failures = table(usable)
+    for line in missing:
+        print(f"not checked: {line}")
+    for line in failures:
+        print(colour(line, 31))
+    verdict = f"{len(failures)} failed" if failures else "all good"
+    print(f"{verdict}: tclr-kernels {tk.__version__}, torch {torch.__version__}, {time.monotonic() - start:.0f} s")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
