@@ -11,7 +11,8 @@ from setuptools import setup
 
 REQUIRE = os.environ.get("TCLR_KERNELS_REQUIRE_NATIVE", "")
 ROOT = Path(__file__).resolve().parent
-FLAGS = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-Wall"]  # torch adds -std
+# no -std: torch adds the one its headers need; no -m flags: each source names its own instruction set
+FLAGS = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-Wall"]
 
 
 def without_native(reason):

@@ -88,7 +88,8 @@ def main(arguments=None):
         for name, value in lines(build_facts()):
             print(f"{name:<22}{value}")
         print(f"{'would serve':<22}{serves(options.shape, options.device, options.dtype)}")
-    except (AssertionError, RuntimeError, ValueError) as error:  # no such device, or the environment names what is missing
+    # no such device, or the environment names what is missing
+    except (AssertionError, RuntimeError, ValueError) as error:
         parser.exit(1, f"error: {error}\n")
 
 

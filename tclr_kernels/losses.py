@@ -186,7 +186,7 @@ def _reduce(losses, reduction, shape):
 def _local_local_from(pos):
     """LL from the similarities of the same video in different sets. pos: [n, n, B], sets a = (v, t); returns [n, B]
 
-        l_ai = log sum_{c != a} exp pos[a,c,i] - pos[a,mate(a),i] = softplus(logsumexp_{c not in {a, mate}} pos - pos[mate])
+        l_ai = log sum_{c != a} exp pos[a,c,i] - pos[a,mate,i] = softplus(logsumexp_{c not in {a, mate}} pos - pos[mate])
     """
     n = len(pos)
     sets = torch.arange(n, device=pos.device)

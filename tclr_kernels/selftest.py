@@ -1,4 +1,4 @@
-"""Checks the installed package on this machine, in less than a minute: python -m tclr_kernels.selftest [--device cpu]"""
+"""Checks the installed package here, in less than a minute: python -m tclr_kernels.selftest [--device cpu]"""
 
 import argparse
 import contextlib
@@ -111,7 +111,8 @@ def gradcheck(backend, device):
         inputs = [x.requires_grad_() for x in views(shapes(3, 5), torch.float64, device)]
         tau = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
         call = functools.partial(_with_temperature, function, backend)
-        expect(torch.autograd.gradcheck(call, (tau, *inputs), raise_exception=False, fast_mode=True), f"{name}: gradcheck")
+        holds = torch.autograd.gradcheck(call, (tau, *inputs), raise_exception=False, fast_mode=True)
+        expect(holds, f"{name}: gradcheck")
 
 
 def _with_temperature(function, backend, tau, *inputs):
@@ -294,7 +295,7 @@ def table(usable):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m tclr_kernels.selftest", description=__doc__.split(":")[0])
-    parser.add_argument("--device", action="append", help="which devices to check; default: the CPU and CUDA if present")
+    parser.add_argument("--device", action="append", help="default: the CPU, and CUDA if present")
     options = parser.parse_args(arguments)
     start = time.monotonic()
     usable, missing = columns(options.device or [d for d in devices() if d in ("cpu", "cuda")])

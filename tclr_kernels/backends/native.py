@@ -42,4 +42,5 @@ if _C is not None:
     @torch.library.register_fake("tclr_kernels::gram_backward")
     def _(sets, tau, tau_value, normalize, cross, neg, pos, g_term, g_neg, g_pos):
         G, N, _ = sets[0].shape
-        return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in sets], neg.new_empty(G, len(sets), N)
+        dz = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in sets]
+        return dz, neg.new_empty(G, len(sets), N)
