@@ -32,7 +32,7 @@ struct Lane;
 template <>
 struct Lane<float> {
   typedef float vec __attribute__((vector_size(TCLR_VECTOR_BYTES)));
-  typedef int32_t ivec __attribute__((vector_size(TCLR_VECTOR_BYTES)));
+  typedef uint32_t ivec __attribute__((vector_size(TCLR_VECTOR_BYTES)));
   static constexpr int mantissa = 23;
   static constexpr float smallest = -126;          // of exp2: below, 0
   static constexpr float round = 12582912;         // 1.5 * 2^23: adding it rounds to an integer
@@ -45,7 +45,7 @@ struct Lane<float> {
 template <>
 struct Lane<double> {
   typedef double vec __attribute__((vector_size(TCLR_VECTOR_BYTES)));
-  typedef int64_t ivec __attribute__((vector_size(TCLR_VECTOR_BYTES)));
+  typedef uint64_t ivec __attribute__((vector_size(TCLR_VECTOR_BYTES)));
   static constexpr int mantissa = 52;
   static constexpr double smallest = -1022;
   static constexpr double round = 6755399441055744;  // 1.5 * 2^52

@@ -1,0 +1,43 @@
+// The CPU kernels alone, without torch, for `kernels.py`: compiled in seconds, with sanitizers, other vector widths or
+// planted bugs. Tasks run one after the other, in an order of the caller's choice.
+#include "cpu/gram.h"
+
+namespace tclr {
+namespace {
+thread_local int64_t thread_count, backwards;
+
+void run(int64_t n, Task task, void* argument) {
+  for (int64_t k = 0; k < n; ++k) {
+    int64_t i = backwards ? n - 1 - k : k;
+    task(argument, i, i % thread_count);
+  }
+}
+
+template <typename T>
+int64_t call(const Kernels<T>& kernels, const GramInput& in, bool backward, void** blocks, void** dz, void* zdz,
+             void* memory) {
+  int64_t size = kernels.workspace(in, thread_count, backward);
+  if (memory == nullptr) return size;
+  T** b = (T**)blocks;
+  Executor executor{run, thread_count};
+  if (backward)
+    kernels.backward(in, {b[0], b[1], b[2], b[3], b[4], (T* const*)dz, (T*)zdz}, (T*)memory, executor);
+  else
+    kernels.forward(in, {b[0], b[1], b[2]}, (T*)memory, executor);
+  return size;
+}
+}  // namespace
+}  // namespace tclr
+
+// sizes: G, V, N, D, threads, backwards; flags: dtype, normalize, cross, backward; strides: 3 a set.
+// Returns the elements of workspace; without `memory` it does nothing else.
+extern "C" int64_t gram(const int64_t* sizes, const int64_t* flags, const void* const* data, const int64_t* strides,
+                        double tau, void** blocks, void** dz, void* zdz, void* memory) {
+  using namespace tclr;
+  Rows sets[64];
+  for (int64_t a = 0; a < sizes[1]; ++a) sets[a] = {data[a], strides[3 * a], strides[3 * a + 1], strides[3 * a + 2]};
+  GramInput in{sizes[0], sizes[1], sizes[2], sizes[3], sets, Dtype(flags[0]), tau, flags[1] != 0, flags[2] != 0};
+  thread_count = sizes[4], backwards = sizes[5];
+  if (in.dtype == Dtype::f64) return call(portable_level.f64, in, flags[3], blocks, dz, zdz, memory);
+  return call(portable_level.f32, in, flags[3], blocks, dz, zdz, memory);
+}
