@@ -58,7 +58,7 @@ def _embedding(name, x, dims):
 
 
 def temperature(value, device=None):
-    """The temperature: a float > 0, or a 0-d floating tensor on the CPU or the inputs' device, whose value is not read."""
+    """The temperature: a float > 0, or a 0-d floating tensor on the CPU or the inputs' device, its value not read."""
     wanted = "a finite float > 0 or a 0-d floating-point tensor"
     if isinstance(value, torch.Tensor):
         if value.dim() != 0 or not value.is_floating_point():

@@ -1,4 +1,4 @@
-"""What is installed and what would run: python -m tclr_kernels.info [--shape G V N D] [--device cpu] [--dtype float32]"""
+"""What is installed and what would run: python -m tclr_kernels.info [--shape G V N D] [--device D] [--dtype T]"""
 
 import argparse
 import importlib.metadata

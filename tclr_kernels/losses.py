@@ -2,7 +2,7 @@
 
 Throughout, h(u, v) = exp sim(u, v) with sim(u, v) = <u, v> / (|u| |v| tau), or <u, v> / tau with `normalize=False`;
 every denominator holds the positive and leaves out only the anchor itself. Inputs are float64, float32, bfloat16 or
-float16 with any strides; losses are float32 (float64 for float64 inputs), in nats, and gradients have the inputs' dtype.
+float16 with any strides; losses are float32 (float64 for float64 inputs), in nats; gradients have the inputs' dtype.
 A row that is exactly zero has similarity 0 and gradient 0. `temperature` is a finite float > 0 or a 0-d tensor, which
 may require a gradient and whose value is never read on the host; `backend` is one of `available_backends()`, or None
 for the default. Every function raises TypeError or ValueError, naming the argument, for a wrong type, rank, size, dtype
@@ -42,7 +42,7 @@ def nt_xent(a, b, *, temperature=0.1, normalize=True, symmetric=True, reduction=
 
     a, b: [..., N, D], the two views; leading dimensions are independent groups.
     symmetric: also every b_i as anchor (the paper's IC is printed without).
-    reduction: "mean" or "sum" over all groups and anchors; "none": [..., 2N], a's rows then b's ([..., N] if not symmetric).
+    reduction: "mean" or "sum" over all groups and anchors; "none": [..., 2N], a's then b's rows ([..., N] if not symmetric).
     Source: SimCLR, https://arxiv.org/abs/2002.05709, equation 1; TCLR section 3.1.
     """
     a, b = checks.embeddings("... N D", a=a, b=b)
@@ -101,7 +101,7 @@ def local_local(x1, x2, *, temperature=0.1, normalize=True, symmetric=True, redu
 
 
 def global_local(s, x, *, temperature=0.1, normalize=True, reduction="mean", backend=None):
-    """Global-local temporal contrast: each time slice of the global clip against the local clips of its video, and back.
+    """Global-local temporal contrast: the time slices of the global clip against the local clips of its video, and back.
 
         GL_i = -sum_k { log h(s_ik, x_ik) / sum_q h(s_ik, x_iq) + log h(x_ik, s_ik) / sum_q h(x_ik, s_iq) }
 
@@ -117,8 +117,8 @@ def global_local(s, x, *, temperature=0.1, normalize=True, reduction="mean", bac
 def tclr(g, s, x, *, temperature=0.1, form="paper", weights=None, normalize=True, backend=None):
     """The TCLR objective: instance, local-local and global-local contrast, and their weighted sum.
 
-        form="paper":    total = IC(g) + mean_i LL_i + mean_(i,v,w) GL_i(s_v, x_w)
-        form="release":  total = IC(g) + 1/(V^2 B) sum_(a != c, i) l_(a,c,i)(x) + B/T mean_i LL_i + V^2/2 mean_(i,v,w) GL_i
+        form="paper":   total = IC(g) + mean_i LL_i + mean_(i,v,w) GL_i(s_v, x_w)
+        form="release": total = IC(g) + 1/(V^2 B) sum_(a!=c,i) l_(a,c,i)(x) + B/T mean_i LL_i + V^2/2 mean_(i,v,w) GL_i
 
     g: [V, B, D], the global clips; s: [V, B, T, D], their time slices; x: [V, B, T, D], the local clips; V = 2 views.
     weights: a mapping from "ic_global", "ic_local", "ll", "gl" to floats >= 0, 1 where missing ("paper": ic_local 0).
@@ -186,7 +186,7 @@ def _reduce(losses, reduction, shape):
 def _local_local_from(pos):
     """LL from the similarities of the same video in different sets. pos: [n, n, B], sets a = (v, t); returns [n, B]
 
-        l_ai = log sum_{c != a} exp pos[a,c,i] - pos[a,mate,i] = softplus(logsumexp_{c not in {a, mate}} pos - pos[mate])
+        l_ai = log sum_{c != a} exp pos[a,c] - pos[a,mate] = softplus(logsumexp_{c not in {a, mate}} pos - pos[mate])
     """
     n = len(pos)
     sets = torch.arange(n, device=pos.device)

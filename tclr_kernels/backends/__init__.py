@@ -20,7 +20,7 @@ def available_backends(device=None):
 
 
 def choose(backend, device):
-    """The backend's name. One named by argument or environment must serve the device; only the default may fall back."""
+    """The backend's name. One named by argument or environment must serve the device; only the default falls back."""
     source = "backend" if backend is not None else "TCLR_KERNELS_BACKEND"
     backend = backend if backend is not None else os.environ.get("TCLR_KERNELS_BACKEND") or None
     if backend is None:
