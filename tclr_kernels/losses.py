@@ -42,7 +42,7 @@ def nt_xent(a, b, *, temperature=0.1, normalize=True, symmetric=True, reduction=
 
     a, b: [..., N, D], the two views; leading dimensions are independent groups.
     symmetric: also every b_i as anchor (the paper's IC is printed without).
-    reduction: "mean" or "sum" over all groups and anchors; "none": [..., 2N], a's then b's rows ([..., N] if not symmetric).
+    reduction: "mean" or "sum" over all groups and anchors; "none": [..., 2N], a's then b's ([..., N] if not symmetric).
     Source: SimCLR, https://arxiv.org/abs/2002.05709, equation 1; TCLR section 3.1.
     """
     a, b = checks.embeddings("... N D", a=a, b=b)
@@ -101,7 +101,7 @@ def local_local(x1, x2, *, temperature=0.1, normalize=True, symmetric=True, redu
 
 
 def global_local(s, x, *, temperature=0.1, normalize=True, reduction="mean", backend=None):
-    """Global-local temporal contrast: the time slices of the global clip against the local clips of its video, and back.
+    """Global-local temporal contrast: time slices of the global clip against the local clips of its video, and back.
 
         GL_i = -sum_k { log h(s_ik, x_ik) / sum_q h(s_ik, x_iq) + log h(x_ik, s_ik) / sum_q h(x_ik, s_iq) }
 
@@ -184,9 +184,11 @@ def _reduce(losses, reduction, shape):
 
 
 def _local_local_from(pos):
-    """LL from the similarities of the same video in different sets. pos: [n, n, B], sets a = (v, t); returns [n, B]
+    """LL from the similarities of the same video in different sets.
 
         l_ai = log sum_{c != a} exp pos[a,c] - pos[a,mate] = softplus(logsumexp_{c not in {a, mate}} pos - pos[mate])
+
+    pos: [n, n, B], sets a = (v, t); returns [n, B]
     """
     n = len(pos)
     sets = torch.arange(n, device=pos.device)
