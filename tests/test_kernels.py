@@ -20,7 +20,7 @@ BUGS = {
     "dropped mask": ("s[r + q] = -INFINITY;", ""),
     "ragged columns counted": ("j < padded<T>(columns); ++j) s[j] = -INFINITY", "j < columns; ++j) s[j] = -INFINITY"),
     "tile off by one": ("return b % blocks * block;", "return b % blocks * (block - 1);"),
-    "last row missed": ("for (int64_t r = 0; r < rows; r += MR) {", "for (int64_t r = 0; r < rows - 1; r += MR) {"),
+    "last row missed": ("for (int64_t r = 0; r < rows; r += strip) {", "for (int64_t r = 0; r < rows - 1; r += strip) {"),
     "missing maximum": ("sum = sum * exp(double(largest) - double(m)) + s;", "sum = sum + s;"),
     "column maximum not merged": ("exp2<T>((before - offset) * T(log2e))", "splat<T>(T(1))"),
     "wrong power of tau": ("double(row[d]) * along) / in.tau", "double(row[d]) * along) / (in.tau * in.tau)"),

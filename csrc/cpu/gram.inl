@@ -12,6 +12,8 @@
 #include <math.h>
 #include <string.h>
 
+#include <utility>  // integer_sequence: types only
+
 #include "../problem.h"
 #include "gram.h"
 
@@ -117,6 +119,8 @@ constexpr double log2e = 1.4426950408889634;
 // ---------------------------------------------------------------------------------------------- small products
 
 constexpr int MR = TCLR_TILE_ROWS;  // rows of C held in registers
+constexpr int strip = 24;           // rows of a tile scored at once: they stay in the first cache, as does their S
+static_assert(strip % MR == 0);
 template <typename T>
 constexpr int NR = 2 * lanes<T>;  // columns of C held in registers
 
@@ -171,18 +175,41 @@ INLINE int64_t padded(int64_t n) {
   return (n + NR<T> - 1) / NR<T> * NR<T>;
 }
 
-// [n, D] rows to panels [n / NR, D, NR] of columns, the missing rows of the last one zero.
+// One step of a transpose: the off-diagonal s x s squares of two registers change places.
+template <typename T, int s, int... l>
+INLINE void exchange(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, l...>) {
+  constexpr int n = lanes<T>;
+  Vec<T> low = __builtin_shufflevector(a, b, (l & s ? n + l - s : l)...);
+  b = __builtin_shufflevector(a, b, (l & s ? n + l : l + s)...);
+  a = low;
+}
+
+template <typename T, int s = 1>
+INLINE void transpose(Vec<T>* v) {
+  if constexpr (s < lanes<T>) {
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes<T>; ++i)
+      if ((i & s) == 0) exchange<T, s>(v[i], v[i + s], std::make_integer_sequence<int, lanes<T>>());
+    transpose<T, 2 * s>(v);
+  }
+}
+
+// [n, D] rows to panels [n / NR, D, NR] of columns, the missing rows of the last one zero; ldz >= D is padded to NR.
 template <typename T>
 void pack_transposed(const T* z, int64_t ldz, int64_t n, int64_t D, T* panels) {
-  constexpr int W = NR<T>;
-  for (int64_t j = 0; j < n; j += W, panels += D * W) {
-    int64_t valid = smaller(W, n - j);
-    for (int64_t d0 = 0; d0 < D; d0 += W) {
-      int64_t d1 = smaller(D, d0 + W);
-      for (int l = 0; l < W; ++l)
-        for (int64_t d = d0; d < d1; ++d) panels[d * W + l] = l < valid ? z[(j + l) * ldz + d] : T(0);
+  constexpr int L = lanes<T>;
+  for (int64_t j = 0; j < n; j += L) {
+    T* panel = panels + j / (2 * L) * D * 2 * L + j % (2 * L);
+    for (int64_t d = 0; d < D; d += L) {
+      Vec<T> v[L];
+#pragma GCC unroll 16
+      for (int l = 0; l < L; ++l) v[l] = j + l < n ? load(z + (j + l) * ldz + d) : Vec<T>{};
+      transpose<T>(v);
+      for (int l = 0; l < smaller(L, D - d); ++l) store(panel + (d + l) * 2 * L, v[l]);
     }
   }
+  if ((n - 1) % (2 * L) < L)  // the second half of the last panel
+    for (int64_t d = 0; d < D; ++d) store(panels + n / (2 * L) * D * 2 * L + d * 2 * L + L, Vec<T>{});
 }
 
 // [n, ldz] rows to panels [ldz / NR, n, NR].
@@ -376,15 +403,17 @@ struct Work {
   int64_t row(int64_t b) const { return p.set(b) * p.N + p.begin(b); }
 };
 
-// Rows r .. r + MR of the tile's similarities, with -inf for what no sum holds: j = i and the missing columns.
+// Rows r .. r + strip of the tile's similarities, with -inf for what no sum holds: j = i and the missing columns.
 // pos, where given, receives the diagonal.
 template <typename T>
 void scores(const Work<T>& w, Pair pair, const Tile<T>& tile, int64_t r, T* S, T* pos, T* mirrored) {
   const Problem& p = w.p;
-  int64_t rows = smaller(MR, p.rows(pair.left) - r), columns = p.rows(pair.right);
+  int64_t rows = smaller(strip, p.rows(pair.left) - r), columns = p.rows(pair.right);
   const T* z = w.block(w.group.z, pair.left) + r * w.ldz;
   for (int64_t j = 0; j < columns; j += NR<T>)
-    products<T, false>[rows](w.in.D, z, w.ldz, 1, tile.columns + j * w.in.D, S + j, tile.lds);
+    for (int64_t q = 0; q < rows; q += MR)
+      products<T, false>[smaller(MR, rows - q)](w.in.D, z + q * w.ldz, w.ldz, 1, tile.columns + j * w.in.D,
+                                                S + q * tile.lds + j, tile.lds);
   bool diagonal = p.begin(pair.left) == p.begin(pair.right);
   for (int64_t q = 0; q < rows; ++q) {
     T* s = S + q * tile.lds;
@@ -463,10 +492,10 @@ void forward_tile(const Work<T>& w, Pair pair, const Tile<T>& tile) {
 
   pack_transposed(w.block(group.z, J), w.ldz, columns, w.in.D, tile.columns);
   for (int64_t j = 0; j < width; ++j) tile.column_sum[j] = 0, tile.column_max[j] = -INFINITY;
-  for (int64_t r = 0; r < rows; r += MR) {
-    int64_t strip = smaller(MR, rows - r);
+  for (int64_t r = 0; r < rows; r += strip) {
+    int64_t scored = smaller(strip, rows - r);
     scores(w, pair, tile, r, tile.S, pos, mirrored);
-    for (int64_t q = 0; q < strip; ++q) {
+    for (int64_t q = 0; q < scored; ++q) {
       const T* s = tile.S + q * tile.lds;
       double& total = group.sum[to_rows + r + q];
       if (w.bounded)
@@ -474,7 +503,7 @@ void forward_tile(const Work<T>& w, Pair pair, const Tile<T>& tile) {
       else
         row_exponentials(s, width, group.largest[to_rows + r + q], total);
     }
-    if (!w.bounded && I != J) column_exponentials(tile.S, tile.lds, strip, width, tile.column_max, tile.column_sum);
+    if (!w.bounded && I != J) column_exponentials(tile.S, tile.lds, scored, width, tile.column_max, tile.column_sum);
   }
   if (I == J) return;  // its columns are its rows
   for (int64_t j = 0; j < columns; ++j)
@@ -514,9 +543,9 @@ void backward_tile(const Work<T>& w, Pair pair, const Tile<T>& tile) {
     tile.scale[j] = j < columns ? group.scale[of_columns + j] : T(0);
     tile.shift[j] = j < columns ? group.shift[of_columns + j] : T(0);
   }
-  for (int64_t r = 0; r < rows; r += MR) {
+  for (int64_t r = 0; r < rows; r += strip) {
     scores(w, pair, tile, r, tile.S + r * tile.lds, (T*)nullptr, (T*)nullptr);
-    for (int64_t q = r; q < smaller(rows, r + MR); ++q) {
+    for (int64_t q = r; q < smaller(rows, r + strip); ++q) {
       T* s = tile.S + q * tile.lds;
       weights(s, width, w.bounded, T(w.inverse_tau * log2e), group.scale[of_rows + q], group.shift[of_rows + q],
               tile.scale, tile.shift);
