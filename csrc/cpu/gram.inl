@@ -704,10 +704,11 @@ void serially(int64_t n, Task task, void* argument) {
   for (int64_t i = 0; i < n; ++i) task(argument, i, 0);
 }
 
+INLINE double group_work(const GramInput& in) { return double(in.V * in.N) * double(in.V * in.N) * double(in.D); }
+
 // Many groups, or small ones: one thread each. Few large ones: one after the other, by all threads.
 INLINE bool group_by_group(const GramInput& in, int64_t threads) {
-  double work = double(in.V * in.N) * double(in.V * in.N) * double(in.D);
-  return in.G < 2 * threads && work > 1e6;
+  return in.G < 2 * threads && group_work(in) > 1e6;
 }
 
 // Rounded up to doubles.
@@ -728,7 +729,7 @@ struct Call {
   const GramForward<T>* forward;
   const GramBackward<T>* backward;
   T* memory;
-  const Executor& executor;
+  Executor executor;
   int64_t slots;  // of groups
 };
 
@@ -752,6 +753,8 @@ void run_group(const Call<T>& call, int64_t g, int64_t slot, const Executor& exe
 
 template <typename T>
 void run(Call<T> call) {
+  Executor one_thread{serially, 1};
+  if (double(call.in.G) * group_work(call.in) < 2e6) call.executor = one_thread;  // waking another takes longer
   if (group_by_group(call.in, call.executor.threads)) {
     call.slots = 1;
     for (int64_t g = 0; g < call.in.G; ++g) run_group(call, g, 0, call.executor);
