@@ -1,0 +1,50 @@
+"""python -m benchmarks [run | plot | table]: results go to, and come from, benchmarks/results/<device>.csv"""
+
+import argparse
+from pathlib import Path
+
+from . import baselines, cases, measure, rows
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(dest="command")
+    running = commands.add_parser("run", help="check, time and weigh; the default")
+    for each in (parser, running):
+        each.add_argument("--case", nargs="+", choices=cases.BY_KEY, help="only these cases")
+        each.add_argument("--provider", nargs="+", choices=baselines.PROVIDERS, help="only these providers")
+        each.add_argument("--seconds", type=float, default=3.0, help="to spend on timing each provider of a case")
+        each.add_argument("--no-memory", action="store_true", help="do not measure memory")
+        each.add_argument("--results", type=Path, default=rows.default_path(), help="the CSV to write")
+    plotting = commands.add_parser("plot", help="draw every result file, or the given ones")
+    plotting.add_argument("results", type=Path, nargs="*")
+    tables = commands.add_parser("table", help="print the README's tables")
+    tables.add_argument("results", type=Path, nargs="*")
+    tables.add_argument("--write", metavar="FILE", help="put them between the marks of this file instead")
+    memory = commands.add_parser("memory", help="one provider's memory for one case, in MiB")
+    memory.add_argument("case", choices=cases.BY_KEY)
+    memory.add_argument("provider", choices=baselines.PROVIDERS)
+    answer(parser.parse_args())
+
+
+def answer(options):
+    if options.command in (None, "run"):
+        from .run import run
+
+        run(options.results, options.case, options.provider, options.seconds, not options.no_memory)
+    elif options.command == "plot":
+        from .plot import draw
+
+        for path in options.results or sorted(rows.RESULTS.glob("*.csv")):
+            print(draw(path))
+    elif options.command == "table":
+        from .table import markdown, write
+
+        text = markdown(options.results or sorted(rows.RESULTS.glob("*.csv")))
+        write(options.write, text) if options.write else print(text)
+    else:
+        print(measure.peak_memory_here(options.case, options.provider))
+
+
+if __name__ == "__main__":
+    main()

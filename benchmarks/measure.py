@@ -1,0 +1,82 @@
+"""Time and memory of a step."""
+
+import ctypes
+import gc
+import statistics
+import subprocess
+import sys
+import time
+
+from . import baselines, cases
+
+BURST = 0.02  # seconds a provider runs on end before the next one's turn
+ROUNDS = 5, 60  # at least, at most
+LONG = 10.0  # a step of this many seconds is repeated only three times
+
+
+def once(step):
+    """The seconds of one step, and its result."""
+    start = time.perf_counter()
+    result = step()
+    return time.perf_counter() - start, result
+
+
+def interleaved(steps, first, seconds):
+    """Times steps in turns, so that a slow minute of the machine is everybody's.
+
+    steps: name -> step; first: name -> the seconds of an earlier run; seconds: to spend on each step, about.
+    Returns name -> seconds of each run.
+    """
+    typical = {name: first[name] if first[name] > 1 else once(step)[0] for name, step in steps.items()}
+    burst = {name: max(1, min(20, round(BURST / t))) for name, t in typical.items()}
+    turn = sum(typical[name] * (burst[name] + 1) for name in steps)
+    rounds = min(ROUNDS[1], max(ROUNDS[0] if max(typical.values()) < LONG else 3, int(seconds * len(steps) / turn)))
+    times = {name: [] for name in steps}
+    gc.disable()
+    for number in range(rounds):
+        for name in list(steps) if number % 2 else reversed(steps):
+            if typical[name] < 0.1:
+                steps[name]()  # brings its data back into the caches
+            times[name] += [once(steps[name])[0] for _ in range(burst[name])]
+    gc.enable()
+    return times
+
+
+def percentiles(seconds):
+    """The 20th, 50th and 80th percentile, in milliseconds."""
+    tenths = statistics.quantiles(seconds, n=10, method="inclusive")
+    return [1e3 * tenths[i] for i in (1, 4, 7)]
+
+
+def peak_memory(case, name):
+    """MiB that a step takes beyond its inputs, measured in a process of its own; None where the system cannot say."""
+    command = [sys.executable, "-m", "benchmarks", "memory", case.key, name]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return float(done.stdout.split()[-1]) if done.returncode == 0 else None
+
+
+def peak_memory_here(key, name):
+    """The same, in this process: the peak of its resident memory over what it held with the inputs made."""
+    case = cases.BY_KEY[key]
+    step_for = baselines.PROVIDERS[name].steps[case.loss]
+    step_for(cases.WARM_UP[case.loss].inputs())()  # loads libraries and starts threads, which are no part of the step
+    inputs = case.inputs()
+    _give_back()
+    before = _resident("VmRSS")
+    step = step_for(inputs)
+    step()
+    _give_back()
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak starts again from here, so that what a compiler needed does not count
+    step()
+    return _resident("VmHWM") - before
+
+
+def _resident(name):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
+
+
+def _give_back():
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)

@@ -1,0 +1,75 @@
+"""The result rows: one tidy CSV a device, from which every plot, table and README number comes."""
+
+import csv
+import datetime
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+
+from tclr_kernels import info
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+COLUMNS = [
+    *("case", "provider", "backend", "shape", "rows", "dtype", "mode", "status"),
+    *("p50_ms", "p20_ms", "p80_ms", "runs", "peak_mb", "loss_error", "grad_error"),
+    *("cpu", "threads", "isa", "torch", "triton", "python", "tclr_kernels", "commit", "date"),
+]
+KEY = "case", "provider", "shape", "dtype", "mode"
+
+
+def here():
+    """The columns that say where and with what a row was taken."""
+    versions = info.versions()
+    facts = info.build_facts()
+    return {
+        "cpu": info.cpu_model(),
+        "threads": torch.get_num_threads(),
+        "isa": facts["isa"] if facts else "",
+        "torch": versions["torch"],
+        "triton": versions["triton"] or "",
+        "python": platform.python_version(),
+        "tclr_kernels": versions["tclr-kernels"],
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def commit():
+    """The commit, with a + where the sources that count differ from it."""
+    sources = ["--", "tclr_kernels", "csrc", "benchmarks/*.py", "setup.py"]
+    changed = _git("status", "--porcelain", "--untracked-files=no", *sources)
+    return _git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+
+
+def _git(*arguments):
+    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+    return done.stdout.strip() or ("unknown" if done.returncode else "")
+
+
+def default_path():
+    """results/<cpu>.csv"""
+    name = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\(\w+\)|@.*", "", info.cpu_model().lower())).strip("-")
+    return RESULTS / f"cpu-{name}-{torch.get_num_threads()}-threads.csv"
+
+
+def read(path):
+    """The rows of a file, as dicts of strings; none where there is no file."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def add(path, new):
+    """Writes new rows; each takes the place of the one with the same case, provider, shape, dtype and mode."""
+    rows = {tuple(row[k] for k in KEY): row for row in read(path)}
+    rows.update({tuple(row[k] for k in KEY): row for row in new})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(sorted(rows.values(), key=lambda row: (row["case"], int(row["rows"]))))

@@ -1,0 +1,71 @@
+"""Checks, times and weighs every provider of every case, and writes the rows."""
+
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+from . import cases, measure, oracle, rows
+from .baselines import serving
+
+
+def run(path, keys=None, providers=None, seconds=3.0, memory=True):
+    """Runs the cases and writes their rows after each one. keys, providers: names to keep; None for all."""
+    if os.getloadavg()[0] > 0.5:
+        print(f"warning: the load is {os.getloadavg()[0]:.1f}; times from a busy machine are no results")
+    place = rows.here()
+    for case in cases.CASES:
+        if keys and case.key not in keys:
+            continue
+        chosen = {name: p for name, p in serving(case).items() if not providers or name in providers}
+        print(f"{case.key}: {case.regime}", flush=True)
+        new = [{**place, **row} for row in measured(case, chosen, seconds, memory)]
+        rows.add(path, new)
+
+
+class Tried(NamedTuple):
+    """A provider's first run: its row so far, its step if that may be timed, and the seconds it took."""
+
+    row: dict
+    step: Callable | None = None
+    seconds: float = 0.0
+
+
+def measured(case, providers, seconds, memory):
+    """The rows of a case: every provider is checked, those that are right are timed in turns and weighed."""
+    inputs = case.inputs()
+    right = oracle.truth(case, inputs)
+    tried = {name: checked(case, provider, inputs, right) for name, provider in providers.items()}
+    timed = {name: t for name, t in tried.items() if t.step is not None}
+    steps, first = {n: t.step for n, t in timed.items()}, {n: t.seconds for n, t in timed.items()}
+    times = measure.interleaved(steps, first, seconds) if steps else {}
+    dtype = str(case.dtype).removeprefix("torch.")
+    for name, provider in providers.items():
+        row = dict(provider=name, backend=provider.backend, case=case.loss, shape=case.shape, rows=case.rows)
+        row.update(tried[name].row, dtype=dtype, mode=case.mode)
+        if name in times:
+            milliseconds = map("{:.4g}".format, measure.percentiles(times[name]))
+            row.update(zip(("p20_ms", "p50_ms", "p80_ms"), milliseconds, strict=True), runs=len(times[name]))
+            weight = measure.peak_memory(case, name) if memory else None
+            row["peak_mb"] = "" if weight is None else f"{weight:.1f}"
+        report(row)
+        yield row
+
+
+def checked(case, provider, inputs, right):
+    """Runs a provider once and compares its result with the right one; returns Tried."""
+    try:
+        step = provider.steps[case.loss](inputs)
+        seconds, result = measure.once(step)
+    except Exception as error:  # a peer that cannot: its row says so
+        return Tried({"status": f"error: {type(error).__name__}"})
+    if not provider.a_loss:
+        return Tried({"status": "floor"}, step, seconds)
+    loss_error, grad_error = oracle.errors(result, right)
+    holds = oracle.holds(loss_error, grad_error)
+    row = dict(status="ok" if holds else "wrong", loss_error=f"{loss_error:.1e}", grad_error=f"{grad_error:.1e}")
+    return Tried(row, step if holds else None, seconds)
+
+
+def report(row):
+    numbers = f"{row.get('p50_ms', '-'):>10} ms {row.get('peak_mb', '') or '-':>8} MiB"
+    print(f"  {row['provider']:<12}{row['status']:<8}{numbers}  loss {row.get('loss_error', '')}", flush=True)
