@@ -72,7 +72,7 @@ def temperature(value, device=None):
         return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"temperature: found {value!r}, wanted {wanted}")
-    if not (math.isfinite(value) and value > 0):
+    if not 0 < value < math.inf:
         raise ValueError(f"temperature: found {value}, wanted {wanted}")
     return float(value)
 
@@ -91,6 +91,6 @@ def weights(given, defaults):
             raise ValueError(f"weights: found the key {name!r}, wanted keys among {', '.join(map(repr, defaults))}")
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"weights[{name!r}]: found {value!r}, wanted a finite float >= 0")
-        if not (math.isfinite(value) and value >= 0):
+        if not 0 <= value < math.inf:
             raise ValueError(f"weights[{name!r}]: found {value}, wanted a finite float >= 0")
     return {**defaults, **given}

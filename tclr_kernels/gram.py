@@ -31,10 +31,11 @@ def gram(sets, tau, *, normalize=True, cross=False, backend=None):
     """
     device = sets[0].device
     name = backends.choose(backend, device)
+    if name != "reference":
+        function = Gram if torch.compiler.is_compiling() else EagerGram
+        return function.apply(name, tau, normalize, cross, *sets)
     with torch.autocast(device.type, enabled=False):
-        if name == "reference":
-            return backends.reference.gram(sets, tau, normalize, cross)
-        return Gram.apply(name, tau, normalize, cross, *sets)
+        return backends.reference.gram(sets, tau, normalize, cross)
 
 
 def ordered_sum(x):
@@ -68,6 +69,10 @@ class Gram(torch.autograd.Function):
         d_sets = [d if needed else None for d, needed in zip(d_sets, ctx.needs_input_grad[4:], strict=True)]
         return None, d_tau, None, None, *d_sets
 
+
+class EagerGram(Gram):
+    """Gram, with errors that name the way out; torch.compile traces no function that has these methods."""
+
     @staticmethod
     def jvp(ctx, *_):
         raise NotImplementedError(_only_reference("forward mode differentiation", ctx.name))
@@ -93,10 +98,6 @@ class GramBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *_):
         raise NotImplementedError(_only_reference("a second derivative", ctx.name))
-
-    @staticmethod
-    def vmap(info, in_dims, name, *_):
-        raise NotImplementedError(_only_reference("vmap", name))
 
 
 def _only_reference(what, name):

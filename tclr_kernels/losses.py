@@ -47,8 +47,10 @@ def nt_xent(a, b, *, temperature=0.1, normalize=True, symmetric=True, reduction=
     """
     a, b = checks.embeddings("... N D", a=a, b=b)
     term = _terms([a, b], temperature, normalize, False, backend, reduction)  # [G, 2, 2, N]
-    anchors = _off_diagonal(term) if symmetric else term[:, 0, 1]
-    return _reduce(anchors, reduction, (*a.shape[:-2], -1))
+    if reduction == "none":
+        return (_off_diagonal(term) if symmetric else term[:, 0, 1]).reshape(*a.shape[:-2], -1)
+    anchors = a.shape[:-1].numel()
+    return _reduce(term, reduction, 2 * anchors) if symmetric else _reduce(term[:, 0, 1], reduction, anchors)
 
 
 def clip_loss(a, b, *, temperature=0.1, normalize=True, reduction="mean", backend=None):
@@ -62,7 +64,9 @@ def clip_loss(a, b, *, temperature=0.1, normalize=True, reduction="mean", backen
     """
     a, b = checks.embeddings("... N D", a=a, b=b)
     term = _terms([a, b], temperature, normalize, True, backend, reduction)
-    return _reduce(_off_diagonal(term), reduction, (*a.shape[:-2], -1))
+    if reduction == "none":
+        return _off_diagonal(term).reshape(*a.shape[:-2], -1)
+    return _reduce(term, reduction, 2 * a.shape[:-1].numel())
 
 
 def instance_contrastive(views, *, temperature=0.1, normalize=True, reduction="mean", backend=None):
@@ -79,9 +83,7 @@ def instance_contrastive(views, *, temperature=0.1, normalize=True, reduction="m
     if V < 2:
         raise ValueError(f"views: found V = {V}, shape {list(views.shape)}, wanted V >= 2")
     term = _terms(views.unbind(0), temperature, normalize, False, backend, reduction)
-    if reduction == "mean":
-        return ordered_sum(term) / (V * (V - 1) * B)
-    return _reduce(term, reduction, (V, V, B))
+    return term[0] if reduction == "none" else _reduce(term, reduction, V * (V - 1) * B)
 
 
 def local_local(x1, x2, *, temperature=0.1, normalize=True, symmetric=True, reduction="mean", backend=None):
@@ -96,8 +98,8 @@ def local_local(x1, x2, *, temperature=0.1, normalize=True, symmetric=True, redu
     """
     x1, x2 = checks.embeddings("B T D", x1=x1, x2=x2)
     term = _terms([x1, x2], temperature, normalize, False, backend, reduction)
-    videos = _off_diagonal(term).sum((1, 2)) / 2 if symmetric else term[:, 0, 1].sum(1)
-    return _reduce(videos, reduction, (-1,))
+    term = term / 2 if symmetric else term[:, 0, 1]
+    return term.flatten(1).sum(1) if reduction == "none" else _reduce(term, reduction, len(x1))
 
 
 def global_local(s, x, *, temperature=0.1, normalize=True, reduction="mean", backend=None):
@@ -111,7 +113,7 @@ def global_local(s, x, *, temperature=0.1, normalize=True, reduction="mean", bac
     """
     s, x = checks.embeddings("B T D", s=s, x=x)
     term = _terms([s, x], temperature, normalize, True, backend, reduction)
-    return _reduce(_off_diagonal(term).sum((1, 2)), reduction, (-1,))
+    return term.flatten(1).sum(1) if reduction == "none" else _reduce(term, reduction, len(s))
 
 
 def tclr(g, s, x, *, temperature=0.1, form="paper", weights=None, normalize=True, backend=None):
@@ -176,11 +178,10 @@ def _off_diagonal(term):
     return term.flatten(1, 2)[:, 1:3]
 
 
-def _reduce(losses, reduction, shape):
-    if reduction == "none":
-        return losses.reshape(shape)
-    total = ordered_sum(losses)
-    return total / losses.numel() if reduction == "mean" else total
+def _reduce(term, reduction, count):
+    """The sum or the mean of `count` terms; what is no term reads 0."""
+    total = ordered_sum(term)
+    return total / count if reduction == "mean" else total
 
 
 def _local_local_from(pos):
