@@ -1,0 +1,42 @@
+"""Nearest-neighbour retrieval: gallery = train, query = test."""
+
+import torch
+import torch.nn.functional as F
+
+from .augment import centre_crop
+from .clips import even_clips, spread
+
+
+@torch.no_grad()
+def clip_features(describe, videos, *, clips, frames, stride, side):
+    """Features of evenly spaced clips. describe: [N, F, 3, side, side] -> [N, C]; returns [videos, clips, C]"""
+    features = []
+    for start in range(0, len(videos), 16):
+        some = torch.cat([even_clips(video, clips, frames, stride) for video in videos[start : start + 16]])
+        features.append(describe(centre_crop(some, side)))
+    return torch.cat(features).unflatten(0, (len(videos), clips))
+
+
+def backbone_features(backbone, pooled=False):
+    """Features [N, C T], time slices side by side as in the official release, or their mean [N, C]."""
+    return lambda clips: backbone(clips).mean(2) if pooled else backbone(clips).flatten(1)
+
+
+def single_frame(clips):
+    """The pixels of each clip's middle frame: [N, 3 H W]"""
+    return clips[:, clips.shape[1] // 2].flatten(1)
+
+
+def ranking(gallery, queries, clips):
+    """Gallery indices by cosine similarity, nearest first, of features averaged over `clips` evenly spread clips.
+
+    gallery, queries: [videos, all clips, C]; returns [queries, gallery]
+    """
+    chosen = spread(clips, gallery.shape[1])
+    gallery, queries = (F.normalize(features[:, chosen].mean(1), dim=1) for features in (gallery, queries))
+    return (queries @ gallery.T).argsort(dim=1, descending=True, stable=True)
+
+
+def recall(ranks, gallery_labels, query_labels, k):
+    """The share of queries with a video of their class among their k nearest."""
+    return (gallery_labels[ranks[:, :k]] == query_labels[:, None]).any(1).float().mean().item()
