@@ -1,0 +1,282 @@
+"""What the tests measure against, none of it by the library: the printed formulas, and eager PyTorch."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+import tclr_kernels as tk
+
+DTYPES = torch.float64, torch.float32, torch.bfloat16, torch.float16
+
+# ---- the printed formulas, term by term
+
+
+def sim(u, v, tau, normalize=True):
+    """Similarity of two rows."""
+    return u @ v / (u.norm() * v.norm() if normalize else 1) / tau
+
+
+def nt_xent_loops(a, b, sim):
+    """-log h(a_i, b_i) / sum_j [1[j != i] h(a_i, a_j) + h(a_i, b_j)], for every i. a, b: [N, D]"""
+    losses = []
+    for i, u in enumerate(a):
+        denominator = sum(sim(u, b[j]).exp() + (sim(u, a[j]).exp() if j != i else 0) for j in range(len(a)))
+        losses.append(-(sim(u, b[i]).exp() / denominator).log())
+    return torch.stack(losses)
+
+
+def clip_loops(a, b, sim):
+    """-log h(a_i, b_i) / sum_j h(a_i, b_j), for every i. a, b: [N, D]"""
+    return torch.stack([-(sim(u, b[i]).exp() / sum(sim(u, v).exp() for v in b)).log() for i, u in enumerate(a)])
+
+
+def local_local_loops(x1, x2, sim, symmetric=True):
+    """LL of every video. x1, x2: [B, T, D]"""
+    one = torch.stack([nt_xent_loops(a, b, sim).sum() for a, b in zip(x1, x2, strict=True)])
+    return (one + local_local_loops(x2, x1, sim, False)) / 2 if symmetric else one
+
+
+def global_local_loops(s, x, sim):
+    """GL of every video. s, x: [B, T, D]"""
+    return torch.stack([clip_loops(a, b, sim).sum() + clip_loops(b, a, sim).sum() for a, b in zip(s, x, strict=True)])
+
+
+def both_ways(loops, a, b, sim):
+    return torch.cat([loops(a, b, sim), loops(b, a, sim)])
+
+
+def views_loops(views, sim):
+    """NT-Xent of every ordered pair of views, [V, V, B]; 0 for a view with itself."""
+    V, B, _ = views.shape
+    pairs = [nt_xent_loops(views[a], views[c], sim) * (a != c) for a in range(V) for c in range(V)]
+    return torch.stack(pairs).view(V, V, B)
+
+
+def paper_loops(g, s, x, sim):
+    """(ic_global, ic_local, ll, gl) of the paper. g: [V, B, D]; s, x: [V, B, T, D]"""
+    ic = both_ways(nt_xent_loops, *g, sim).mean()
+    ll = local_local_loops(*x, sim).mean()
+    gl = torch.stack([global_local_loops(one, other, sim).mean() for one in s for other in x]).mean()
+    return ic, 0 * ic, ll, gl
+
+
+def release_loops(g, s, x, sim):
+    """The official release's objective, call by call: an NT-Xent of two sets is the mean over both directions."""
+
+    def nt_xent(a, b):
+        return both_ways(nt_xent_loops, a, b, sim).mean()
+
+    V, B, T, _ = x.shape
+    clips = [x[v, :, t] for v in range(V) for t in range(T)]
+    ic_local = sum(nt_xent(a, c) for k, a in enumerate(clips) for m, c in enumerate(clips) if m != k) / V**2
+    ll = sum(nt_xent(x[0, i], x[1, i]) for i in range(B))
+    gl = sum(global_local_loops(one, other, sim).sum() for one in s for other in x) / (2 * B)
+    return nt_xent(*g), ic_local, ll, gl
+
+
+# ---- the same in eager PyTorch: cat, matmul, mask; the positive of row i is candidate i
+
+
+def cross_entropy(candidates):
+    """The textbook's last line. candidates: [..., N, K]"""
+    N, K = candidates.shape[-2:]
+    flat = candidates.reshape(-1, K)
+    labels = torch.arange(N, device=flat.device).repeat(len(flat) // N)
+    return F.cross_entropy(flat, labels, reduction="none").view(candidates.shape[:-1])
+
+
+def without_positive(candidates):
+    """The same as softplus(negatives - positive), which stays exact for confident pairs."""
+    N, K = candidates.shape[-2:]
+    positive = candidates.diagonal(dim1=-2, dim2=-1)
+    negatives = candidates.masked_fill(torch.eye(N, K, dtype=torch.bool, device=positive.device), -1e300)
+    return -F.logsigmoid(positive - negatives.logsumexp(-1))
+
+
+def unit(x):
+    return x / x.norm(dim=-1, keepdim=True)
+
+
+def nt_xent_eager(a, b, tau, how, symmetric=True):
+    own = (a @ a.mT / tau).masked_fill(torch.eye(a.shape[-2], dtype=torch.bool, device=a.device), -torch.inf)
+    one = how(torch.cat([a @ b.mT / tau, own], -1))
+    return torch.cat([one, nt_xent_eager(b, a, tau, how, False)], -1) if symmetric else one
+
+
+def clip_eager(a, b, tau, how):
+    return torch.cat([how(a @ b.mT / tau), how(b @ a.mT / tau)], -1)
+
+
+def views_eager(views, tau, how):
+    """[V, V, B], 0 for a view with itself."""
+    V, B, _ = views.shape
+    S = torch.einsum("aid,cjd->acij", views, views) / tau
+    own = S.diagonal().permute(2, 0, 1).masked_fill(torch.eye(B, dtype=torch.bool, device=S.device), -torch.inf)
+    losses = how(torch.cat([S, own[:, None].expand_as(S)], -1))
+    return losses.masked_fill(torch.eye(V, dtype=torch.bool, device=S.device)[:, :, None], 0)
+
+
+def local_local_eager(x1, x2, tau, how, symmetric=True):
+    return nt_xent_eager(x1, x2, tau, how, symmetric).sum(-1) / (2 if symmetric else 1)
+
+
+def global_local_eager(s, x, tau, how):
+    return clip_eager(s, x, tau, how).sum(-1)
+
+
+def tclr_eager(g, s, x, tau, how, form="paper"):
+    """[total, ic_global, ic_local, ll, gl]"""
+    V, B, T, D = x.shape
+    release = form == "release"
+    clips = x.transpose(1, 2).reshape(V * T, B, D)
+    ic = nt_xent_eager(g[0], g[1], tau, how).mean()
+    ic_local = views_eager(clips, tau, how).sum() / (V * V * B) if release else 0 * ic
+    ll = local_local_eager(x[0], x[1], tau, how).mean() * (B / T if release else 1)
+    pairs = [global_local_eager(s[v], x[w], tau, how).mean() for v in range(V) for w in range(V)]
+    gl = torch.stack(pairs).mean() * (V * V / 2 if release else 1)
+    return torch.stack([ic + ic_local + ll + gl, ic, ic_local, ll, gl])
+
+
+def tclr_terms(*tensors, **settings):
+    """`tk.tclr` as one tensor: [total, ic_global, ic_local, ll, gl]"""
+    return torch.stack(list(tk.tclr(*tensors, **settings)))
+
+
+# ---- the table of losses
+
+
+class Loss(NamedTuple):
+    """A loss with no reduction, its eager formula, and its inputs' shapes for B rows or videos of T clips."""
+
+    call: Callable
+    eager: Callable
+    shapes: Callable
+    stacked: bool = False  # the first dimension of an input counts views
+
+    def textbook(self, inputs, tau, normalize=True, how=cross_entropy):
+        return self.eager(*(unit(x) if normalize else x for x in inputs), tau, how)
+
+    def inputs(self, sizes, dtype=torch.float64, rho=0.5, scale=1.0, seed=0, normalize=True):
+        """Random tensors whose matched rows have cosine rho; without `normalize`, rows of length about 1."""
+        shapes = self.shapes(*sizes)
+        scale = scale if normalize else scale / math.sqrt(shapes[0][-1])
+        return [(scale * x).to(dtype) for x in correlated(shapes, rho, seed, self.stacked)]
+
+
+def correlated(shapes, rho, seed, stacked=False):
+    generator = torch.Generator().manual_seed(seed)
+    randn = functools.partial(torch.randn, generator=generator, dtype=torch.float64)
+    common = {shape: randn(shape[stacked:]) for shape in shapes}
+    return [math.sqrt(rho) * common[shape] + math.sqrt(1 - rho) * randn(shape) for shape in shapes]
+
+
+def none(function, **settings):
+    return functools.partial(function, reduction="none", **settings)
+
+
+def rows(B, T, D):
+    return [(B, D), (B, D)]
+
+
+def videos(B, T, D):
+    return [(B, T, D), (B, T, D)]
+
+
+def clips(B, T, D):
+    return [(2, B, D), (2, B, T, D), (2, B, T, D)]
+
+
+one_way = dict(symmetric=False)
+LOSSES = {
+    "nt_xent": Loss(none(tk.nt_xent), nt_xent_eager, rows),
+    "nt_xent one way": Loss(none(tk.nt_xent, **one_way), functools.partial(nt_xent_eager, **one_way), rows),
+    "clip_loss": Loss(none(tk.clip_loss), clip_eager, rows),
+    "instance_contrastive": Loss(none(tk.instance_contrastive), views_eager, lambda B, T, D: [(T, B, D)], True),
+    "local_local": Loss(none(tk.local_local), local_local_eager, videos),
+    "local_local one way": Loss(
+        none(tk.local_local, **one_way), functools.partial(local_local_eager, **one_way), videos
+    ),
+    "global_local": Loss(none(tk.global_local), global_local_eager, videos),
+    "tclr": Loss(tclr_terms, tclr_eager, clips, True),
+    "tclr release": Loss(
+        functools.partial(tclr_terms, form="release"), functools.partial(tclr_eager, form="release"), clips, True
+    ),
+}
+
+# ---- values, gradients, and the criteria of correctness
+
+
+def run(call, inputs, upstream=None, **settings):
+    """The output and the inputs' gradients; upstream: the gradient of the output, 1 if None."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    out = call(*inputs, **settings)
+    upstream = torch.ones_like(out) if upstream is None else upstream.to(out)
+    return out.detach(), torch.autograd.grad(out, inputs, upstream)
+
+
+def some_gradient(shape, seed=1):
+    """An upstream gradient in which no two entries are alike: between 1/2 and 3/2."""
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.5
+
+
+def ulp(x, dtype):
+    return torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(x)) if x > 0 else 0.0
+
+
+def error(found, wanted):
+    """The largest difference; one infinity or NaN equals itself only."""
+    found, wanted = found.double(), wanted.double()
+    difference = (found - wanted).abs()
+    same = (found == wanted) | (found.isnan() & wanted.isnan())
+    return difference.where(~same, 0).nan_to_num(math.inf).max().item()
+
+
+GRADIENT = {torch.float64: 1e-11, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+
+
+def judge(loss, inputs, tau, backend, normalize=True):
+    """C1 relative to eager PyTorch, C2 absolute, C3 direction; the reference is float64 on the same rounded inputs."""
+    dtype = inputs[0].dtype
+    exact = [x.double() for x in inputs]
+    formula = functools.partial(loss.textbook, tau=tau, normalize=normalize)
+    settings = dict(temperature=tau, normalize=normalize, backend=backend)
+    weights = some_gradient(formula(exact).shape)
+    want, want_grads = run(lambda *z: formula(z, how=without_positive), exact, weights)
+    out, grads = run(loss.call, inputs, weights, **settings)
+    wide = torch.promote_types(dtype, torch.float32)
+    base, base_grads = run(lambda *z: formula(z), [x.to(wide) for x in inputs], weights)
+
+    assert out.dtype == wide and all(g.dtype == dtype for g in grads)
+    bound = (1e-12 if dtype == torch.float64 else 1e-5) * max(1, 0.1 / tau)
+    off = ((out - want).abs() / want.abs().clamp(min=1)).max().item()
+    assert off <= bound, f"C2: a loss is off by {off:.1e}, wanted {bound:.1e}"
+    limit = 2 * error(base, want) + 2 * ulp(want.abs().max().item(), wide)
+    if dtype == torch.float64:  # the reference errs as much
+        limit = math.inf
+    assert error(out, want) <= limit, f"C1: the loss is off by {error(out, want):.2e}, eager's limit {limit:.2e}"
+    for k, (found, wanted, eager) in enumerate(zip(grads, want_grads, base_grads, strict=True)):
+        judge_gradient(found, wanted, eager, tau, f"input {k}")
+
+
+def judge_gradient(found, wanted, eager, tau, where):
+    dtype = found.dtype
+    eager = error(eager, wanted)
+    wanted = wanted.to(dtype).double()  # what lies beyond the dtype's range is infinite there
+    finite = wanted.isfinite()
+    largest = wanted[finite].abs().max().item() if finite.any() else 0.0
+    tiny = torch.finfo(dtype).smallest_normal
+    off = error(found, wanted)
+    bound = GRADIENT[dtype] * max(1, 0.01 / tau) * largest + ulp(largest, dtype) + tiny
+    assert off <= bound, f"C2, {where}: the gradient is off by {off:.2e}, wanted {bound:.2e}"
+    limit = math.inf if dtype == torch.float64 else 2 * eager + 2 * ulp(largest, dtype) + tiny
+    assert off <= limit, f"C1, {where}: the gradient is off by {off:.2e}, eager's limit {limit:.2e}"
+    if largest > tiny:
+        found = found.double()
+        assert found.abs().max() > 0, f"C3, {where}: the gradient is zero, wanted {largest:.1e}"
+        if finite.all():
+            cosine = F.cosine_similarity(found.flatten() / largest, wanted.flatten() / largest, dim=0).item()
+            assert cosine >= 1 - 1e-4, f"C3, {where}: the gradient points elsewhere, cosine {cosine}"
