@@ -23,7 +23,11 @@ def device(path):
         by_size.setdefault((row["case"], int(row["rows"])), {})[row["provider"]] = row
     sizes = [(rows_of, found) for (case, rows_of), found in sorted(by_size.items()) if case == "nt_xent"]
     objective = [(rows_of, found) for (case, rows_of), found in sorted(by_size.items()) if case == "tclr_release"]
-    return "\n\n".join([heading(every), nt_xent(sizes), *(tclr(found) for _, found in objective)])
+    picture = path.with_suffix(".png")
+    parts = [heading(every), nt_xent(sizes), *(tclr(found) for _, found in objective)]
+    if picture.exists():
+        parts.append(f"![Time and memory against rows](benchmarks/results/{picture.name})")
+    return "\n\n".join(parts)
 
 
 def heading(every):
