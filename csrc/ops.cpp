@@ -49,8 +49,8 @@ Sets describe(at::TensorList sets, const std::optional<Tensor>& tau, double tau_
     tau_value = tau->item<double>();
   }
   auto V = static_cast<int64_t>(sets.size());
-  s.input = {sets[0].size(0), V,         sets[0].size(1), sets[0].size(2), s.rows.data(), dtype_of(sets[0]),
-             tau_value,       normalize, cross};
+  s.input = {sets[0].size(0), V,    sets[0].size(1), sets[0].size(2), s.rows.data(), dtype_of(sets[0]), tau_value,
+             normalize,       cross};
   return s;
 }
 
@@ -115,7 +115,7 @@ std::tuple<std::vector<Tensor>, Tensor> backward(at::TensorList sets, const Gram
   Tensor zdz = at::empty({in.G, in.V, in.N}, options);
   Executor executor = threads();
   Tensor memory = workspace<T>(in, executor, true, options);
-  GramBackward<T> call{pointer(neg),   pointer(pos),   pointer(g_term), pointer(g_neg),
+  GramBackward<T> call{pointer(neg),   pointer(pos),   pointer(g_term),          pointer(g_neg),
                        pointer(g_pos), outputs.data(), zdz.mutable_data_ptr<T>()};
   kernels<T>().backward(in, call, memory.mutable_data_ptr<T>(), executor);
   for (Tensor& d : dz) d = d.to(sets[0].scalar_type());

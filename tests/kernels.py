@@ -40,7 +40,7 @@ def build(folder, flags=(), replace=None):
     shutil.copytree(CSRC, source, dirs_exist_ok=True)
     if replace is not None:
         old, new = replace
-        hits = [path for path in (source / "cpu/gram.inl", source / "problem.h") if old in path.read_text()]
+        hits = [path for path in (*source.glob("cpu/*.inl"), source / "problem.h") if old in path.read_text()]
         if not hits:
             raise ValueError(f"nothing to replace: {old!r} is not in the kernels")
         for path in hits:

@@ -1,5 +1,5 @@
-// The operation and its gradient, tiled; compiled once per instruction-set level (no ATen, no STL in here: the linker may
-// keep any level's copy of an inline function).
+// The operation and its gradient, tiled; compiled once per instruction-set level (no ATen, no STL in here: the linker
+// may keep any level's copy of an inline function).
 //
 //   S[(a,i),(c,j)] = <z_(a,i), z_(c,j)> / tau
 //   neg[a,c,i]     = log sum_{j != i} exp S           pos[a,c,i] = S[(a,i),(c,i)]
@@ -9,324 +9,13 @@
 //
 // Each tile of S is computed once: its exponentials serve its rows and its columns, forward and backward. The order of
 // the tiles is `Problem`'s tournament, so the result does not depend on the number of threads.
-#include <math.h>
-#include <string.h>
-
-#include <utility>  // integer_sequence: types only
-
 #include "../problem.h"
 #include "gram.h"
-
-#if !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed between inlined functions only
-#endif
-
-#define INLINE static inline __attribute__((always_inline))
+#include "product.inl"
+#include "rows.inl"
 
 namespace tclr {
 namespace {
-
-// ---------------------------------------------------------------------------------------------- vectors
-
-template <typename T>
-struct Lane;
-
-template <>
-struct Lane<float> {
-  typedef float vec __attribute__((vector_size(TCLR_VECTOR_BYTES)));
-  typedef uint32_t ivec __attribute__((vector_size(TCLR_VECTOR_BYTES)));
-  static constexpr int mantissa = 23;
-  static constexpr float smallest = -126;          // of exp2: below, 0
-  static constexpr float round = 12582912;         // 1.5 * 2^23: adding it rounds to an integer
-  static constexpr double largest_inverse_tau = 40;  // up to here no exp(+-1/tau) of unit rows leaves the range
-  // 2^f on [-1/2, 1/2], minimax, relative error 1.9e-9
-  static constexpr float exp2[] = {1.0000000005541732f, 0.69314720573748053f, 0.24022646890602097f, 0.05550328776484039f,
-                                   0.009618488958971071f, 0.001339993142907839f, 0.00015345811947492753f};
-};
-
-template <>
-struct Lane<double> {
-  typedef double vec __attribute__((vector_size(TCLR_VECTOR_BYTES)));
-  typedef uint64_t ivec __attribute__((vector_size(TCLR_VECTOR_BYTES)));
-  static constexpr int mantissa = 52;
-  static constexpr double smallest = -1022;
-  static constexpr double round = 6755399441055744;  // 1.5 * 2^52
-  static constexpr double largest_inverse_tau = 300;
-  // relative error 3.1e-18
-  static constexpr double exp2[] = {0.9999999999999999971,   0.6931471805599453305,    0.2402265069591015621,
-                                    0.05550410866481992157,  0.009618129107588334636,  0.001333355814678992723,
-                                    0.0001540353046251521913, 0.00001525273348998493701, 1.321543308926845884e-6,
-                                    1.017819802252533595e-7, 7.07410568648162007e-9,   4.435282667892443532e-10};
-};
-
-template <typename T>
-using Vec = typename Lane<T>::vec;
-
-template <typename T>
-constexpr int lanes = TCLR_VECTOR_BYTES / sizeof(T);
-
-template <typename T>
-INLINE Vec<T> load(const T* p) {
-  Vec<T> v;
-  memcpy(&v, p, sizeof v);
-  return v;
-}
-
-template <typename T>
-INLINE void store(T* p, Vec<T> v) {
-  memcpy(p, &v, sizeof v);
-}
-
-template <typename T>
-INLINE Vec<T> splat(T x) {
-  return x - Vec<T>{};  // x - 0: exact for every x, -0 and NaN included
-}
-
-template <typename T>
-INLINE Vec<T> larger(Vec<T> a, Vec<T> b) {
-  return a > b ? a : b;
-}
-
-template <typename T>
-INLINE double sum(Vec<T> v) {
-  double s = 0;
-  for (int l = 0; l < lanes<T>; ++l) s += v[l];
-  return s;
-}
-
-template <typename T>
-INLINE T maximum(Vec<T> v) {
-  T m = v[0];
-  for (int l = 1; l < lanes<T>; ++l) m = v[l] > m ? v[l] : m;
-  return m;
-}
-
-// 2^x for x < 128 (1,024 for double); 0 where the result would be subnormal, so also for -inf; NaN for NaN.
-template <typename T>
-INLINE Vec<T> exp2(Vec<T> x) {
-  using L = Lane<T>;
-  constexpr int degree = sizeof(L::exp2) / sizeof(T) - 1;
-  Vec<T> shifted = x + L::round;
-  Vec<T> f = x - (shifted - L::round);
-  Vec<T> p = splat<T>(L::exp2[degree]);
-  for (int d = degree; d-- > 0;) p = p * f + L::exp2[d];
-  typename L::ivec bits = (typename L::ivec)p + ((typename L::ivec)shifted << L::mantissa);
-  return x < L::smallest ? Vec<T>{} : (Vec<T>)bits;
-}
-
-constexpr double log2e = 1.4426950408889634;
-
-// ---------------------------------------------------------------------------------------------- small products
-
-constexpr int MR = TCLR_TILE_ROWS;  // rows of C held in registers
-constexpr int strip = 24;           // rows of a tile scored at once: they stay in the first cache, as does their S
-static_assert(strip % MR == 0);
-template <typename T>
-constexpr int NR = 2 * lanes<T>;  // columns of C held in registers
-
-// C[r, n] (+)= sum_k A[r, k] B[k, n] for r < R, n < NR; A's strides are rs, cs, B is packed [K, NR].
-template <typename T, int R, bool add>
-void product(int64_t K, const T* A, int64_t rs, int64_t cs, const T* B, T* C, int64_t ldc) {
-  constexpr int L = lanes<T>;
-  Vec<T> c[R][2] = {};
-  for (int64_t k = 0; k < K; ++k, A += cs, B += 2 * L) {
-    Vec<T> b0 = load(B), b1 = load(B + L);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      Vec<T> a = splat(A[r * rs]);
-      c[r][0] += a * b0;
-      c[r][1] += a * b1;
-    }
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-    T* out = C + r * ldc;
-    store(out, add ? load(out) + c[r][0] : c[r][0]);
-    store(out + L, add ? load(out + L) + c[r][1] : c[r][1]);
-  }
-}
-
-template <typename T, bool add>
-using Product = void (*)(int64_t, const T*, int64_t, int64_t, const T*, T*, int64_t);
-
-template <typename T, bool add>
-constexpr Product<T, add> products[] = {
-    nullptr,
-    product<T, 1, add>,
-    product<T, 2, add>,
-    product<T, 3, add>,
-    product<T, 4, add>,
-    product<T, 5, add>,
-    product<T, 6, add>,
-#if TCLR_TILE_ROWS == 12
-    product<T, 7, add>,
-    product<T, 8, add>,
-    product<T, 9, add>,
-    product<T, 10, add>,
-    product<T, 11, add>,
-    product<T, 12, add>,
-#endif
-};
-
-INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-template <typename T>
-INLINE int64_t padded(int64_t n) {
-  return (n + NR<T> - 1) / NR<T> * NR<T>;
-}
-
-// One step of a transpose: the off-diagonal s x s squares of two registers change places.
-template <typename T, int s, int... l>
-INLINE void exchange(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, l...>) {
-  constexpr int n = lanes<T>;
-  Vec<T> low = __builtin_shufflevector(a, b, (l & s ? n + l - s : l)...);
-  b = __builtin_shufflevector(a, b, (l & s ? n + l : l + s)...);
-  a = low;
-}
-
-template <typename T, int s = 1>
-INLINE void transpose(Vec<T>* v) {
-  if constexpr (s < lanes<T>) {
-#pragma GCC unroll 16
-    for (int i = 0; i < lanes<T>; ++i)
-      if ((i & s) == 0) exchange<T, s>(v[i], v[i + s], std::make_integer_sequence<int, lanes<T>>());
-    transpose<T, 2 * s>(v);
-  }
-}
-
-// [n, D] rows to panels [n / NR, D, NR] of columns, the missing rows of the last one zero; ldz >= D is padded to NR.
-template <typename T>
-void pack_transposed(const T* z, int64_t ldz, int64_t n, int64_t D, T* panels) {
-  constexpr int L = lanes<T>;
-  for (int64_t j = 0; j < n; j += L) {
-    T* panel = panels + j / (2 * L) * D * 2 * L + j % (2 * L);
-    for (int64_t d = 0; d < D; d += L) {
-      Vec<T> v[L];
-#pragma GCC unroll 16
-      for (int l = 0; l < L; ++l) v[l] = j + l < n ? load(z + (j + l) * ldz + d) : Vec<T>{};
-      transpose<T>(v);
-      for (int l = 0; l < smaller(L, D - d); ++l) store(panel + (d + l) * 2 * L, v[l]);
-    }
-  }
-  if ((n - 1) % (2 * L) < L)  // the second half of the last panel
-    for (int64_t d = 0; d < D; ++d) store(panels + n / (2 * L) * D * 2 * L + d * 2 * L + L, Vec<T>{});
-}
-
-// [n, ldz] rows to panels [ldz / NR, n, NR].
-template <typename T>
-void pack_rows(const T* z, int64_t ldz, int64_t n, T* panels) {
-  constexpr int W = NR<T>;
-  for (int64_t d = 0; d < ldz; d += W)
-    for (int64_t j = 0; j < n; ++j, panels += W) memcpy(panels, z + j * ldz + d, W * sizeof(T));
-}
-
-// dz[r, :] += sum_k A[r, k] z[k, :] for r < rows, z as `pack_rows` leaves it.
-template <typename T>
-void accumulate(int64_t rows, int64_t K, const T* A, int64_t rs, int64_t cs, const T* panels, T* dz, int64_t ldz) {
-  for (int64_t d = 0; d < ldz; d += NR<T>, panels += K * NR<T>)
-    for (int64_t r = 0; r < rows; r += MR)
-      products<T, true>[smaller(MR, rows - r)](K, A + r * rs, rs, cs, panels, dz + r * ldz + d, ldz);
-}
-
-// ---------------------------------------------------------------------------------------------- rows in and out
-
-INLINE float from_bf16(uint16_t h) {
-  uint32_t bits = uint32_t(h) << 16;
-  float x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
-INLINE float from_f16(uint16_t h) {
-  uint32_t exponent = h >> 10 & 31, mantissa = h & 1023, sign = uint32_t(h & 0x8000) << 16;
-  uint32_t bits = exponent == 31 ? 0x7f800000 | mantissa << 13 : (exponent + 112) << 23 | mantissa << 13;
-  float x;
-  memcpy(&x, &bits, sizeof x);
-  if (exponent == 0) x = mantissa * 0x1p-24f;
-  return sign ? -x : x;
-}
-
-// Row i of a set, converted to T. A NaN becomes the canonical one: exp2 passes no other.
-template <typename T>
-void read_row(const Rows& rows, Dtype dtype, int64_t g, int64_t i, int64_t D, T* out) {
-  int64_t first = g * rows.stride_g + i * rows.stride_n, step = rows.stride_d;
-  if (dtype == Dtype::f64) {
-    const double* x = (const double*)rows.data + first;
-    for (int64_t d = 0; d < D; ++d) out[d] = T(x[d * step]);
-  } else if (dtype == Dtype::f32) {
-    const float* x = (const float*)rows.data + first;
-    for (int64_t d = 0; d < D; ++d) out[d] = x[d * step];
-  } else {
-    const uint16_t* x = (const uint16_t*)rows.data + first;
-    if (dtype == Dtype::bf16)
-      for (int64_t d = 0; d < D; ++d) out[d] = from_bf16(x[d * step]);
-    else
-      for (int64_t d = 0; d < D; ++d) out[d] = from_f16(x[d * step]);
-  }
-  for (int64_t d = 0; d < D; ++d) out[d] = out[d] == out[d] ? out[d] : T(NAN);
-}
-
-// The norm as the product of two factors: a row of 1e308 has a norm that double does not hold. Both 0 for a zero row.
-struct Norm {
-  double largest, rest;
-};
-
-template <typename T>
-Norm norm(const T* x, int64_t D) {
-  double largest = 1, total = 0;
-  if (sizeof(T) == sizeof(double)) {  // squares of floats always fit a double
-    largest = 0;
-    for (int64_t d = 0; d < D; ++d) {
-      double size = fabs(double(x[d]));
-      largest = size > largest || size != size ? size : largest;
-    }
-    if (largest == 0) return {0, 0};
-  }
-  for (int64_t d = 0; d < D; ++d) total += (x[d] / largest) * (x[d] / largest);
-  return total == 0 ? Norm{0, 0} : Norm{largest, sqrt(total)};
-}
-
-// The rows of one block, normalised if asked for: z, padded with zeros to ldz, and their norms.
-template <typename T>
-void read_block(const GramInput& in, const Problem& p, int64_t g, int64_t b, int64_t ldz, T* z, Norm* norms) {
-  for (int64_t r = 0; r < p.rows(b); ++r) {
-    T* row = z + r * ldz;
-    read_row(in.sets[p.set(b)], in.dtype, g, p.begin(b) + r, in.D, row);
-    for (int64_t d = in.D; d < ldz; ++d) row[d] = 0;
-    if (!in.normalize) continue;
-    Norm n = norms[r] = norm(row, in.D);
-    if (n.rest == 0) continue;
-    bool finite = n.largest * 0 == 0 && n.rest * 0 == 0;
-    if (sizeof(T) == sizeof(double))
-      for (int64_t d = 0; d < in.D; ++d) row[d] = finite ? T(row[d] / n.largest / n.rest) : T(NAN);
-    else
-      for (int64_t d = 0; d < in.D; ++d) row[d] = finite ? T(row[d] * (1 / n.rest)) : T(NAN);
-  }
-}
-
-// The gradient of one block's rows, from that of its unit rows: dx = (dz - z <z, dz>) / |x|; and <z, dz>.
-template <typename T>
-void write_block(const GramInput& in, const GramBackward<T>& out, const Problem& p, int64_t g, int64_t b, int64_t ldz,
-                 const T* z, const T* dz, const Norm* norms) {
-  int64_t a = p.set(b);
-  for (int64_t r = 0; r < p.rows(b); ++r) {
-    const T *row = z + r * ldz, *grad = dz + r * ldz;
-    int64_t i = p.begin(b) + r;
-    T* dx = out.dz[a] + (g * in.N + i) * in.D;
-    double along = 0;
-    for (int64_t d = 0; d < in.D; ++d) along += double(row[d]) * double(grad[d]);
-    out.zdz[(g * in.V + a) * in.N + i] = T(along / in.tau);
-    if (!in.normalize)
-      for (int64_t d = 0; d < in.D; ++d) dx[d] = T(double(grad[d]) / in.tau);
-    else if (norms[r].rest == 0)
-      for (int64_t d = 0; d < in.D; ++d) dx[d] = 0;
-    else
-      for (int64_t d = 0; d < in.D; ++d)
-        dx[d] = T((double(grad[d]) - double(row[d]) * along) / in.tau / norms[r].rest / norms[r].largest);
-  }
-}
-
-// ---------------------------------------------------------------------------------------------- workspace
 
 constexpr int64_t largest_block(size_t size) { return size == sizeof(float) ? 192 : 96; }
 
@@ -368,7 +57,7 @@ struct Tile {
   T *columns, *S, *rows_i, *rows_j, *column_sum, *column_max, *scale, *shift;
 
   static int64_t size(const Problem& p, int64_t ldz, bool backward) {
-    return ldz * p.block * (backward ? 3 : 1) + p.block * (p.block + NR<T>) + 4 * p.block;
+    return ldz * p.block * (backward ? 3 : 1) + p.block * (p.block + NR<T>)+4 * p.block;
   }
   Tile(const Problem& p, int64_t ldz, T* memory) {
     lds = p.block + NR<T>;  // an odd number of cache lines, so that a column's lines do not share a set
@@ -382,8 +71,6 @@ struct Tile {
     rows_j = rows_i + ldz * p.block;
   }
 };
-
-// ---------------------------------------------------------------------------------------------- one tile
 
 // What the tiles of one group share.
 template <typename T>
@@ -412,8 +99,8 @@ void scores(const Work<T>& w, Pair pair, const Tile<T>& tile, int64_t r, T* S, T
   const T* z = w.block(w.group.z, pair.left) + r * w.ldz;
   for (int64_t j = 0; j < columns; j += NR<T>)
     for (int64_t q = 0; q < rows; q += MR)
-      products<T, false>[smaller(MR, rows - q)](w.in.D, z + q * w.ldz, w.ldz, 1, tile.columns + j * w.in.D,
-                                                S + q * tile.lds + j, tile.lds);
+      products<T, false>[smaller(MR, rows - q)](w.in.D, z + q* w.ldz, w.ldz, 1, tile.columns + j* w.in.D,
+                                                S + q* tile.lds + j, tile.lds);
   bool diagonal = p.begin(pair.left) == p.begin(pair.right);
   for (int64_t q = 0; q < rows; ++q) {
     T* s = S + q * tile.lds;
@@ -559,8 +246,6 @@ void backward_tile(const Work<T>& w, Pair pair, const Tile<T>& tile) {
   accumulate(columns, rows, tile.S, 1, tile.lds, tile.rows_i, w.block(group.dz, J), w.ldz);
 }
 
-// ---------------------------------------------------------------------------------------------- before and after
-
 // log(exp x + exp y), -inf where both are.
 INLINE double log_add(double x, double y) {
   double high = x > y ? x : y, low = x > y ? y : x;
@@ -631,8 +316,6 @@ void read(const Work<T>& w, int64_t b) {
   read_block(w.in, w.p, w.g, b, w.ldz, w.block(w.group.z, b), w.group.norms + w.row(b));
 }
 
-// ---------------------------------------------------------------------------------------------- one group
-
 template <typename T, bool backward>
 void run_tile(const Work<T>& w, int64_t round, int64_t place, int64_t thread) {
   Pair pair = w.p.pair(round, place);
@@ -698,8 +381,6 @@ void run_backward(Work<T>& w, const Executor& executor) {
   executor.run(blocks, after, &w);
 }
 
-// ---------------------------------------------------------------------------------------------- all groups
-
 void serially(int64_t n, Task task, void* argument) {
   for (int64_t i = 0; i < n; ++i) task(argument, i, 0);
 }
@@ -707,9 +388,7 @@ void serially(int64_t n, Task task, void* argument) {
 INLINE double group_work(const GramInput& in) { return double(in.V * in.N) * double(in.V * in.N) * double(in.D); }
 
 // Many groups, or small ones: one thread each. Few large ones: one after the other, by all threads.
-INLINE bool group_by_group(const GramInput& in, int64_t threads) {
-  return in.G < 2 * threads && group_work(in) > 1e6;
-}
+INLINE bool group_by_group(const GramInput& in, int64_t threads) { return in.G < 2 * threads && group_work(in) > 1e6; }
 
 // Rounded up to doubles.
 template <typename T>
@@ -740,10 +419,8 @@ void run_group(const Call<T>& call, int64_t g, int64_t slot, const Executor& exe
   bool backward = call.backward != nullptr, bounded = in.normalize && 1 / in.tau <= Lane<T>::largest_inverse_tau;
   int64_t ldz = padded<T>(in.D), size = group_size<T>(in, backward), tile_size = Tile<T>::size(p, ldz, backward);
   T* tiles = call.memory + call.slots * size + slot * tile_size;
-  Work<T> w{in,    p,         g,       ldz,
-            Group<T>(in, ldz, backward, call.memory + slot * size),
-            tiles, tile_size, bounded, T(1 / in.tau),
-            backward ? GramForward<T>{} : *call.forward,
+  Work<T> w{in,           p,         g,       ldz,           Group<T>(in, ldz, backward, call.memory + slot * size),
+            tiles,        tile_size, bounded, T(1 / in.tau), backward ? GramForward<T>{} : *call.forward,
             call.backward};
   if (backward)
     run_backward(w, executor);

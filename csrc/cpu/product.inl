@@ -1,0 +1,100 @@
+// Small matrix products in registers, and the packed panels they read.
+#pragma once
+#include "vec.inl"
+
+namespace tclr {
+namespace {
+
+constexpr int MR = TCLR_TILE_ROWS;  // rows of C held in registers
+constexpr int strip = 24;           // rows of a tile scored at once: they stay in the first cache, as does their S
+static_assert(strip % MR == 0);
+template <typename T>
+constexpr int NR = 2 * lanes<T>;  // columns of C held in registers
+
+// C[r, n] (+)= sum_k A[r, k] B[k, n] for r < R, n < NR; A's strides are rs, cs, B is packed [K, NR].
+template <typename T, int R, bool add>
+void product(int64_t K, const T* A, int64_t rs, int64_t cs, const T* B, T* C, int64_t ldc) {
+  constexpr int L = lanes<T>;
+  Vec<T> c[R][2] = {};
+  for (int64_t k = 0; k < K; ++k, A += cs, B += 2 * L) {
+    Vec<T> b0 = load(B), b1 = load(B + L);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      Vec<T> a = splat(A[r * rs]);
+      c[r][0] += a * b0;
+      c[r][1] += a * b1;
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    T* out = C + r * ldc;
+    store(out, add ? load(out) + c[r][0] : c[r][0]);
+    store(out + L, add ? load(out + L) + c[r][1] : c[r][1]);
+  }
+}
+
+template <typename T, bool add>
+using Product = void (*)(int64_t, const T*, int64_t, int64_t, const T*, T*, int64_t);
+
+template <typename T, bool add>
+constexpr Product<T, add> products[] = {
+    nullptr,
+    product<T, 1, add>,
+    product<T, 2, add>,
+    product<T, 3, add>,
+    product<T, 4, add>,
+    product<T, 5, add>,
+    product<T, 6, add>,
+#if TCLR_TILE_ROWS == 12
+    product<T, 7, add>,
+    product<T, 8, add>,
+    product<T, 9, add>,
+    product<T, 10, add>,
+    product<T, 11, add>,
+    product<T, 12, add>,
+#endif
+};
+
+INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <typename T>
+INLINE int64_t padded(int64_t n) {
+  return (n + NR<T> - 1) / NR<T> * NR<T>;
+}
+
+// [n, D] rows to panels [n / NR, D, NR] of columns, the missing rows of the last one zero; ldz >= D is padded to NR.
+template <typename T>
+void pack_transposed(const T* z, int64_t ldz, int64_t n, int64_t D, T* panels) {
+  constexpr int L = lanes<T>;
+  for (int64_t j = 0; j < n; j += L) {
+    T* panel = panels + j / (2 * L) * D * 2 * L + j % (2 * L);
+    for (int64_t d = 0; d < D; d += L) {
+      Vec<T> v[L];
+#pragma GCC unroll 16
+      for (int l = 0; l < L; ++l) v[l] = j + l < n ? load(z + (j + l) * ldz + d) : Vec<T>{};
+      transpose<T>(v);
+      for (int l = 0; l < smaller(L, D - d); ++l) store(panel + (d + l) * 2 * L, v[l]);
+    }
+  }
+  if ((n - 1) % (2 * L) < L)  // the second half of the last panel
+    for (int64_t d = 0; d < D; ++d) store(panels + n / (2 * L) * D * 2 * L + d * 2 * L + L, Vec<T>{});
+}
+
+// [n, ldz] rows to panels [ldz / NR, n, NR].
+template <typename T>
+void pack_rows(const T* z, int64_t ldz, int64_t n, T* panels) {
+  constexpr int W = NR<T>;
+  for (int64_t d = 0; d < ldz; d += W)
+    for (int64_t j = 0; j < n; ++j, panels += W) memcpy(panels, z + j * ldz + d, W * sizeof(T));
+}
+
+// dz[r, :] += sum_k A[r, k] z[k, :] for r < rows, z as `pack_rows` leaves it.
+template <typename T>
+void accumulate(int64_t rows, int64_t K, const T* A, int64_t rs, int64_t cs, const T* panels, T* dz, int64_t ldz) {
+  for (int64_t d = 0; d < ldz; d += NR<T>, panels += K * NR<T>)
+    for (int64_t r = 0; r < rows; r += MR)
+      products<T, true>[smaller(MR, rows - r)](K, A + r* rs, rs, cs, panels, dz + r* ldz + d, ldz);
+}
+
+}  // namespace
+}  // namespace tclr

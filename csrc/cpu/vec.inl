@@ -1,0 +1,127 @@
+// Vectors of one level's width, by the compiler's generic vector types: loads, exp2, transposes.
+#pragma once
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include <utility>  // integer_sequence: types only
+
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed between inlined functions only
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+namespace tclr {
+namespace {
+
+template <typename T>
+struct Lane;
+
+template <>
+struct Lane<float> {
+  typedef float vec __attribute__((vector_size(TCLR_VECTOR_BYTES)));
+  typedef uint32_t ivec __attribute__((vector_size(TCLR_VECTOR_BYTES)));
+  static constexpr int mantissa = 23;
+  static constexpr float smallest = -126;            // of exp2: below, 0
+  static constexpr float round = 12582912;           // 1.5 * 2^23: adding it rounds to an integer
+  static constexpr double largest_inverse_tau = 40;  // up to here no exp(+-1/tau) of unit rows leaves the range
+  // 2^f on [-1/2, 1/2], minimax, relative error 1.9e-9
+  static constexpr float exp2[] = {1.0000000005541732f,    0.69314720573748053f,  0.24022646890602097f,
+                                   0.05550328776484039f,   0.009618488958971071f, 0.001339993142907839f,
+                                   0.00015345811947492753f};
+};
+
+template <>
+struct Lane<double> {
+  typedef double vec __attribute__((vector_size(TCLR_VECTOR_BYTES)));
+  typedef uint64_t ivec __attribute__((vector_size(TCLR_VECTOR_BYTES)));
+  static constexpr int mantissa = 52;
+  static constexpr double smallest = -1022;
+  static constexpr double round = 6755399441055744;  // 1.5 * 2^52
+  static constexpr double largest_inverse_tau = 300;
+  // relative error 3.1e-18
+  static constexpr double exp2[] = {0.9999999999999999971,    0.6931471805599453305,     0.2402265069591015621,
+                                    0.05550410866481992157,   0.009618129107588334636,   0.001333355814678992723,
+                                    0.0001540353046251521913, 0.00001525273348998493701, 1.321543308926845884e-6,
+                                    1.017819802252533595e-7,  7.07410568648162007e-9,    4.435282667892443532e-10};
+};
+
+template <typename T>
+using Vec = typename Lane<T>::vec;
+
+template <typename T>
+constexpr int lanes = TCLR_VECTOR_BYTES / sizeof(T);
+
+template <typename T>
+INLINE Vec<T> load(const T* p) {
+  Vec<T> v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <typename T>
+INLINE void store(T* p, Vec<T> v) {
+  memcpy(p, &v, sizeof v);
+}
+
+template <typename T>
+INLINE Vec<T> splat(T x) {
+  return x - Vec<T>{};  // x - 0: exact for every x, -0 and NaN included
+}
+
+template <typename T>
+INLINE Vec<T> larger(Vec<T> a, Vec<T> b) {
+  return a > b ? a : b;
+}
+
+template <typename T>
+INLINE double sum(Vec<T> v) {
+  double s = 0;
+  for (int l = 0; l < lanes<T>; ++l) s += v[l];
+  return s;
+}
+
+template <typename T>
+INLINE T maximum(Vec<T> v) {
+  T m = v[0];
+  for (int l = 1; l < lanes<T>; ++l) m = v[l] > m ? v[l] : m;
+  return m;
+}
+
+// 2^x for x < 128 (1,024 for double); 0 where the result would be subnormal, so also for -inf; NaN for NaN.
+template <typename T>
+INLINE Vec<T> exp2(Vec<T> x) {
+  using L = Lane<T>;
+  constexpr int degree = sizeof(L::exp2) / sizeof(T) - 1;
+  Vec<T> shifted = x + L::round;
+  Vec<T> f = x - (shifted - L::round);
+  Vec<T> p = splat<T>(L::exp2[degree]);
+  for (int d = degree; d-- > 0;) p = p * f + L::exp2[d];
+  typename L::ivec bits = (typename L::ivec)p + ((typename L::ivec)shifted << L::mantissa);
+  return x < L::smallest ? Vec<T>{} : (Vec<T>)bits;
+}
+
+constexpr double log2e = 1.4426950408889634;
+
+// One step of a transpose: the off-diagonal s x s squares of two registers change places.
+template <typename T, int s, int... l>
+INLINE void exchange(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, l...>) {
+  constexpr int n = lanes<T>;
+  Vec<T> low = __builtin_shufflevector(a, b, (l & s ? n + l - s : l)...);
+  b = __builtin_shufflevector(a, b, (l & s ? n + l : l + s)...);
+  a = low;
+}
+
+template <typename T, int s = 1>
+INLINE void transpose(Vec<T>* v) {
+  if constexpr (s < lanes<T>) {
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes<T>; ++i)
+      if ((i & s) == 0) exchange<T, s>(v[i], v[i + s], std::make_integer_sequence<int, lanes<T>>());
+    transpose<T, 2 * s>(v);
+  }
+}
+
+}  // namespace
+}  // namespace tclr
