@@ -228,7 +228,7 @@ void backward_tile(const Work<T>& w, Pair pair, const Tile<T>& tile) {
   pack_transposed(zj, w.ldz, columns, w.in.D, tile.columns);
   for (int64_t j = 0; j < width; ++j) {
     tile.scale[j] = j < columns ? group.scale[of_columns + j] : T(0);
-    tile.shift[j] = j < columns ? group.shift[of_columns + j] : T(0);
+    tile.shift[j] = j < columns ? group.shift[of_columns + j] : T(INFINITY);
   }
   for (int64_t r = 0; r < rows; r += strip) {
     scores(w, pair, tile, r, tile.S + r * tile.lds, (T*)nullptr, (T*)nullptr);
@@ -306,7 +306,7 @@ void prepare(const Work<T>& w, int64_t b) {
     for (int64_t i = p.begin(b); i < p.begin(b) + p.rows(b); ++i) {
       int64_t at = p.at(a, c, i);
       T &scale = w.group.scale[at], neg = in.neg[first + at];
-      w.group.shift[at] = scale == 0 ? T(0) : neg;  // neg may be -inf there
+      w.group.shift[at] = scale == 0 ? T(INFINITY) : neg;  // exp(S - inf) is 0, and neg may be -inf here
       if (w.bounded && scale != 0) scale = T(double(scale) * exp(-double(neg)));
     }
 }
