@@ -5,6 +5,7 @@ import torch
 
 import tclr_kernels as tk
 
+torch.set_num_threads(1)  # most sizes here are small; more threads have tests of their own
 BACKENDS = tk.available_backends("cpu")
 
 

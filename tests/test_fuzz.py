@@ -1,0 +1,13 @@
+"""A sample of `fuzz.py`."""
+
+from . import fuzz
+
+
+def test_random_inputs_survive(backend):
+    assert fuzz.lost(range(300), backend) == []
+
+
+def test_the_fuzz_can_fail(monkeypatch, backend):
+    wrong = {dtype: (loss / 1e6, gradient / 1e6) for dtype, (loss, gradient) in fuzz.TOLERANCE.items()}
+    monkeypatch.setattr(fuzz, "TOLERANCE", wrong)
+    assert fuzz.lost(range(10), backend)
