@@ -1,0 +1,215 @@
+"""What every backend does beyond being right: invariances, incoming gradients, determinism, memory, PyTorch's tools."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import tclr_kernels as tk
+
+from . import oracle
+from .oracle import DTYPES, LOSSES, run
+from .test_parity import same_bits
+
+PAIRS = "nt_xent", "clip_loss"
+KINDS = "nt_xent", "clip_loss", "instance_contrastive", "local_local", "global_local", "tclr release"
+
+
+def close(found, wanted):
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+
+
+# ---- invariances
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_permuted_rows_permute_losses_and_gradients(name, float64):
+    loss = LOSSES[name]
+    a, b = loss.inputs((13, 2, 6))
+    order = torch.randperm(13, generator=torch.Generator().manual_seed(0))
+    out, grads = run(loss.call, [a, b], backend=float64)
+    again, again_grads = run(loss.call, [a[order], b[order]], backend=float64)
+    close(again.view(2, 13), out.view(2, 13)[:, order])
+    close(again_grads, tuple(g[order] for g in grads))
+
+
+@pytest.mark.parametrize("name", [*PAIRS, "local_local", "global_local"])
+def test_swapped_views_swap_gradients(name, float64):
+    a, b = LOSSES[name].inputs((5, 4, 6))
+    function = getattr(tk, name)
+    out, (da, db) = run(function, [a, b], backend=float64)
+    again, (second, first) = run(function, [b, a], backend=float64)
+    close([again, first, second], [out, da, db])
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_rotation_rotates_gradients(name, float64):
+    inputs = LOSSES[name].inputs((5, 3, 6))
+    Q = torch.linalg.qr(oracle.correlated([(6, 6)], 0, 3)[0])[0]
+    out, grads = run(LOSSES[name].call, inputs, backend=float64)
+    again, again_grads = run(LOSSES[name].call, [x @ Q for x in inputs], backend=float64)
+    close([again, *again_grads], [out, *(g @ Q for g in grads)])
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_row_length_does_not_matter_and_gradients_are_orthogonal(name, float64):
+    inputs = LOSSES[name].inputs((5, 3, 6))
+    lengths = [oracle.some_gradient(x.shape[:-1] + (1,)) * 100 for x in inputs]
+    out, grads = run(LOSSES[name].call, inputs, backend=float64)
+    again, again_grads = run(
+        LOSSES[name].call, [x * s for x, s in zip(inputs, lengths, strict=True)], backend=float64
+    )
+    close([again, *again_grads], [out, *(g / s for g, s in zip(grads, lengths, strict=True))])
+    for x, g in zip(inputs, grads, strict=True):
+        assert (x * g).sum(-1).abs().max() < 1e-13
+
+
+# ---- incoming gradients
+
+
+@pytest.mark.parametrize("name", KINDS[:-1])
+def test_incoming_gradient_of_any_kind(name, backend):
+    """Strided, expanded, zero; and others than 1."""
+    loss = LOSSES[name]
+    inputs = loss.inputs((7, 3, 9), torch.float32)
+    shape = loss.call(*inputs).shape
+    dense = oracle.some_gradient(shape).float()
+    wanted = run(loss.call, inputs, dense, backend=backend)
+    strided = torch.stack([dense, torch.full_like(dense, torch.nan)], -1)[..., 0]
+    same_bits(run(loss.call, inputs, strided, backend=backend), wanted)
+    ones = run(loss.call, inputs, torch.ones(shape), backend=backend)
+    same_bits(run(loss.call, inputs, torch.ones(()).expand(shape), backend=backend), ones)
+    _, grads = run(loss.call, inputs, torch.zeros(shape), backend=backend)
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in grads)
+    _, grads = run(loss.call, inputs, -8 * dense, backend=backend)
+    torch.testing.assert_close(grads, tuple(-8 * g for g in wanted[1]))
+
+
+# ---- determinism and side effects
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", KINDS)
+def test_inputs_stay_as_they_are_and_runs_repeat_bit_by_bit(name, dtype, backend):
+    inputs = LOSSES[name].inputs((9, 4, 21), dtype)
+    before = [x.clone() for x in inputs]
+    first = run(LOSSES[name].call, inputs, backend=backend)
+    assert all(torch.equal(x, y) for x, y in zip(inputs, before, strict=True))
+    same_bits(run(LOSSES[name].call, inputs, backend=backend), first)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    "name, sizes", [("nt_xent", (700, 2, 40)), ("local_local", (5000, 4, 8)), ("tclr release", (600, 4, 32))]
+)
+def test_bits_do_not_depend_on_threads(name, sizes, kernels, threads):
+    """One group by many threads; many groups; sums of more than 32768 terms, which ATen splits among threads."""
+    inputs = LOSSES[name].inputs(sizes, torch.float32)
+    function = getattr(tk, name, LOSSES[name].call)
+    tau = torch.tensor(0.1, requires_grad=True)
+    results = []
+    for count in (1, 2, 3):
+        threads(count)
+        results.append(run(lambda tau, *z: function(*z, temperature=tau, backend=kernels), [tau, *inputs]))
+    same_bits(results[1], results[0])
+    same_bits(results[2], results[0])
+
+
+# ---- memory
+
+
+@pytest.mark.parametrize("name", ["nt_xent", "clip_loss", "instance_contrastive", "local_local"])
+def test_saved_for_backward_is_linear_in_the_rows(name, kernels):
+    inputs = [x.requires_grad_() for x in LOSSES[name].inputs((300, 4, 8), torch.float32)]
+    saved = {}
+
+    def count(x):
+        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+        LOSSES[name].call(*inputs, backend=kernels)
+    numbers = sum(x.numel() for x in inputs)
+    M, V = numbers // 8, 4 if name == "instance_contrastive" else 2
+    assert 0 < sum(saved.values()) <= 4 * (numbers + 4 * V * M)  # z; term, neg, pos: [V, V, N], and one to spare
+
+
+PEAK = """
+import re, sys, torch, tclr_kernels as tk
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+def loss(B):
+    a, b = torch.randn(2, B, 16).unbind()
+    tk.nt_xent(a.requires_grad_(), b.requires_grad_(), backend=sys.argv[1]).backward()
+loss(64)
+before = peak()
+loss(6144)
+print(peak() - before)
+"""
+
+
+def test_the_gram_matrix_is_never_held(native):
+    """Of 12288 rows it would take 576 MiB."""
+    status = subprocess.run([sys.executable, "-c", PEAK, native], capture_output=True, text=True)
+    assert status.returncode == 0, status.stderr
+    assert float(status.stdout) < 32
+
+
+# ---- PyTorch's tools
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_autocast_never_lowers_precision(name, backend):
+    inputs = LOSSES[name].inputs((5, 3, 9), torch.float32)
+    wanted = run(LOSSES[name].call, inputs, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = run(LOSSES[name].call, inputs, backend=backend)  # the backward too
+    same_bits(found, wanted)
+
+
+def test_autocast_promotes_mixed_dtypes(backend):
+    a, b = LOSSES["nt_xent"].inputs((5, 2, 9), torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, (da, db) = run(tk.nt_xent, [a.bfloat16(), b], backend=backend)
+    assert out.dtype == torch.float32 and (da.dtype, db.dtype) == (torch.bfloat16, torch.float32)
+    torch.testing.assert_close(out, tk.nt_xent(a.bfloat16().float(), b, backend=backend))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_compile_needs_two_graphs_for_any_number_of_rows(name, backend):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    call = torch.compile(lambda *z: LOSSES[name].call(*z, backend=backend).sum(), backend=counter, fullgraph=True)
+    for B in (2, 3, 5, 8, 13, 64):
+        inputs = LOSSES[name].inputs((B, 3, 6), torch.float32)
+        wanted = run(lambda *z: LOSSES[name].call(*z, backend=backend).sum(), inputs)
+        torch.testing.assert_close(run(call, inputs), wanted)
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("tau", [0.1, torch.tensor(0.1)])
+@pytest.mark.parametrize("cross", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opcheck(dtype, cross, tau, native):
+    ops = torch.ops.tclr_kernels
+    sets = oracle.correlated([(2, 5, 3)] * 4, 0.5, 0)
+    sets = [x.to(dtype) for x in sets]
+    tau = (tau, 0.0) if isinstance(tau, torch.Tensor) else (None, tau)
+    torch.library.opcheck(ops.gram_forward.default, (sets, *tau, True, cross))
+    term, neg, pos = ops.gram_forward(sets, *tau, True, cross)
+    for grads in ((term, None, None), (None, neg.where(neg.isfinite(), 0), pos)):
+        torch.library.opcheck(ops.gram_backward.default, (sets, *tau, True, cross, neg, pos, *grads))
+
+
+def test_func_grad_is_the_gradient(float64):
+    a, b = LOSSES["nt_xent"].inputs((5, 2, 4))
+    found = torch.func.grad(lambda a, b: tk.nt_xent(a, b, backend=float64), argnums=(0, 1))(a, b)
+    close(found, run(tk.nt_xent, [a, b], backend=float64)[1])
