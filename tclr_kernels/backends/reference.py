@@ -27,11 +27,21 @@ def unit_rows(z):
 
 
 def gram(sets, tau, normalize, cross):
-    """term, neg, pos: [G, V, V, N] of the sets: V tensors [G, N, D]; tau: a float or a 0-d tensor."""
-    dtype = torch.promote_types(sets[0].dtype, torch.float32)
-    z = torch.stack([x.to(dtype) for x in sets], dim=1)  # [G, V, N, D]
+    """term, neg, pos: [G, V, V, N] of the sets: V tensors [G, N, D]; tau: a float or a 0-d tensor.
+
+    On the CPU all arithmetic is float64: the weights of very confident pairs lie below float32's range, the gradients
+    they give to small rows do not. Elsewhere float64 may be slow or missing, and it is the sets' own, float32 at least.
+    """
+    wide = torch.promote_types(sets[0].dtype, torch.float32)
+    dtype = torch.float64 if sets[0].device.type == "cpu" else wide
+    results = _gram(torch.stack([x.to(dtype) for x in sets], dim=1), tau, normalize, cross)
+    return tuple(x.to(wide) for x in results)
+
+
+def _gram(z, tau, normalize, cross):
+    """z: [G, V, N, D]"""
     if isinstance(tau, torch.Tensor):
-        tau = tau.to(device=z.device, dtype=dtype)
+        tau = tau.to(device=z.device, dtype=z.dtype)
     V, N = z.shape[1:3]
     z = unit_rows(z) if normalize else z
     rows = z.flatten(1, 2)
@@ -40,8 +50,8 @@ def gram(sets, tau, normalize, cross):
     exists = (half[:, None] != half[None, :]) if cross else torch.ones(V, V, dtype=torch.bool, device=z.device)
     paired = (exists & ~torch.eye(V, dtype=torch.bool, device=z.device))[:, :, None]  # [V, V, 1]
     pos = S.diagonal(dim1=3, dim2=4).masked_fill(~paired, 0)
-    if N == 1:  # no negatives: neg is -inf, and the term 0 with no -inf - -inf on the way
-        return pos - pos, torch.full_like(pos, -torch.inf), pos
+    if N == 1:  # no negatives: neg is -inf, and the term 0 with no -inf - -inf on the way, nor g - g in pos's gradient
+        return 0 * (pos - pos.detach()), torch.full_like(pos, -torch.inf), pos
     neg = S.masked_fill(torch.eye(N, dtype=torch.bool, device=z.device), -torch.inf).logsumexp(-1)
     negatives = neg if cross else torch.logaddexp(neg.diagonal(dim1=1, dim2=2).mT[:, :, None], neg)
     term = -F.logsigmoid(pos - negatives)  # softplus, without its threshold
