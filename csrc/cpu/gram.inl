@@ -27,25 +27,23 @@ Problem problem(const GramInput& in) {
 // One group's memory. Sums are double: thousands of tiles are added to them.
 template <typename T>
 struct Group {
-  T *z, *dz;         // [V, N, ldz]
-  Norm* norms;       // [V, N]
-  double* sum;       // [V, V, N] of exp(S - largest), forward
-  T* largest;        // [V, V, N] 0 where the sum needs no offset
-  T *scale, *shift;  // [V, V, N] W = scale * exp(S - shift), backward
-  T* g_pos;          // [V, V, N]
+  T *z, *dz;              // [V, N, ldz]
+  Norm* norms;            // [V, N]
+  double* sum;            // [V, V, N] of exp(S - largest), forward
+  T* largest;             // [V, V, N] 0 where the sum needs no offset
+  double *g_neg, *g_pos;  // [V, V, N] backward; where S is bounded, g_neg carries the factor exp(-neg)
 
   static int64_t size(const GramInput& in, int64_t ldz, bool backward) {
     int64_t rows = in.V * in.N, blocks = in.V * rows, doubles = sizeof(double) / sizeof(T);
-    return rows * ldz * (backward ? 2 : 1) + 2 * doubles * rows + (backward ? 3 * blocks : (doubles + 1) * blocks);
+    return rows * ldz * (backward ? 2 : 1) + 2 * doubles * rows + (backward ? 2 * doubles : doubles + 1) * blocks;
   }
   Group(const GramInput& in, int64_t ldz, bool backward, T* memory) {
     int64_t rows = in.V * in.N, blocks = in.V * rows;
     norms = (Norm*)memory;  // first, for its alignment
-    sum = (double*)(norms + rows);
-    memory = backward ? (T*)sum : (T*)(sum + blocks);
-    largest = memory;
-    scale = memory, shift = scale + blocks, g_pos = shift + blocks;
-    z = backward ? g_pos + blocks : largest + blocks;
+    sum = g_neg = (double*)(norms + rows);
+    g_pos = g_neg + blocks;
+    largest = (T*)(sum + blocks);
+    z = backward ? (T*)(g_pos + blocks) : largest + blocks;
     dz = z + rows * ldz;
   }
 };
@@ -85,6 +83,7 @@ struct Work {
   T inverse_tau;
   GramForward<T> out;
   const GramBackward<T>* gradient;
+  double unit;  // of the gradients, a power of two: those of very confident pairs are below float's range
 
   T* block(T* rows, int64_t b) const { return rows + (p.set(b) * p.N + p.begin(b)) * ldz; }
   int64_t row(int64_t b) const { return p.set(b) * p.N + p.begin(b); }
@@ -200,15 +199,27 @@ void forward_tile(const Work<T>& w, Pair pair, const Tile<T>& tile) {
       merge(group.largest[to_columns + j], group.sum[to_columns + j], tile.column_max[j], double(tile.column_sum[j]));
 }
 
+// W = scale * exp(S - shift)
+template <typename T>
+struct Weight {
+  T scale, shift;
+};
+
+template <typename T>
+Weight<T> weight(const Work<T>& w, int64_t at) {
+  T scale = T(w.group.g_neg[at] / w.unit), neg = w.gradient->neg[w.g * w.p.V * w.p.V * w.p.N + at];
+  return {scale, scale == 0 ? T(INFINITY) : neg};  // exp(S - inf) is 0, and neg may be -inf here
+}
+
 // S to W + W^T. `scale` and `shift` are those of the columns.
 template <typename T>
-void weights(T* s, int64_t n, bool bounded, T to_exponent, T row_scale, T row_shift, const T* scale, const T* shift) {
+void weights(T* s, int64_t n, bool bounded, T to_exponent, Weight<T> row, const T* scale, const T* shift) {
   for (int64_t j = 0; j < n; j += lanes<T>) {
     Vec<T> x = load(s + j), both;
     if (bounded) {
-      both = exp2<T>(x * to_exponent) * (load(scale + j) + row_scale);
+      both = exp2<T>(x * to_exponent) * (load(scale + j) + row.scale);
     } else {
-      both = exp2<T>((x - row_shift) * T(log2e)) * row_scale;
+      both = exp2<T>((x - row.shift) * T(log2e)) * row.scale;
       both += exp2<T>((x - load(shift + j)) * T(log2e)) * load(scale + j);
     }
     store(s + j, both);
@@ -227,16 +238,15 @@ void backward_tile(const Work<T>& w, Pair pair, const Tile<T>& tile) {
 
   pack_transposed(zj, w.ldz, columns, w.in.D, tile.columns);
   for (int64_t j = 0; j < width; ++j) {
-    tile.scale[j] = j < columns ? group.scale[of_columns + j] : T(0);
-    tile.shift[j] = j < columns ? group.shift[of_columns + j] : T(INFINITY);
+    Weight<T> column = j < columns ? weight(w, of_columns + j) : Weight<T>{0, INFINITY};
+    tile.scale[j] = column.scale, tile.shift[j] = column.shift;
   }
   for (int64_t r = 0; r < rows; r += strip) {
     scores(w, pair, tile, r, tile.S + r * tile.lds, (T*)nullptr, (T*)nullptr);
     for (int64_t q = r; q < smaller(rows, r + strip); ++q) {
       T* s = tile.S + q * tile.lds;
-      weights(s, width, w.bounded, T(w.inverse_tau * log2e), group.scale[of_rows + q], group.shift[of_rows + q],
-              tile.scale, tile.shift);
-      if (pairs) s[q] = group.g_pos[of_rows + q] + group.g_pos[of_columns + q];
+      weights(s, width, w.bounded, T(w.inverse_tau * log2e), weight(w, of_rows + q), tile.scale, tile.shift);
+      if (pairs) s[q] = T((group.g_pos[of_rows + q] + group.g_pos[of_columns + q]) / w.unit);
     }
   }
   pack_rows(zj, w.ldz, columns, tile.rows_j);
@@ -275,7 +285,7 @@ void finish(const Work<T>& w, int64_t b) {
     }
 }
 
-// The gradients of neg and pos of a block's rows, as what `weights` multiplies with.
+// The gradients of neg and pos of a block's rows.
 template <typename T>
 void prepare(const Work<T>& w, int64_t b) {
   const Problem& p = w.p;
@@ -296,18 +306,34 @@ void prepare(const Work<T>& w, int64_t b) {
         g_own += p.cross ? 0 : g * exp(in.neg[first + own] - negatives);
         g_pos -= g;
       }
-      w.group.g_pos[at] = T(g_pos);
-      w.group.scale[at] = T(g_neg);
+      w.group.g_pos[at] = g_pos;
+      w.group.g_neg[at] = g_neg;
     }
     w.group.g_pos[own] = 0;
-    w.group.scale[own] = T(g_own);
+    w.group.g_neg[own] = g_own;
   }
-  for (int64_t c = 0; c < p.V; ++c)
+}
+
+// The power of two of the group's largest gradient.
+template <typename T>
+double unit(const Work<T>& w) {
+  double largest = 0;
+  for (int64_t at = 0; at < 2 * w.p.V * w.p.V * w.p.N; ++at) {  // g_neg and, behind it, g_pos
+    double size = fabs(w.group.g_neg[at]);
+    largest = size > largest ? size : largest;
+  }
+  return largest > 1e-300 && largest < 1e300 ? ldexp(1, ilogb(largest)) : 1;
+}
+
+// Once for all tiles: exp(S - neg) as exp(S) exp(-neg), where that is safe.
+template <typename T>
+void absorb(const Work<T>& w, int64_t b) {
+  const Problem& p = w.p;
+  for (int64_t c = 0; c < p.V && w.bounded; ++c)
     for (int64_t i = p.begin(b); i < p.begin(b) + p.rows(b); ++i) {
-      int64_t at = p.at(a, c, i);
-      T &scale = w.group.scale[at], neg = in.neg[first + at];
-      w.group.shift[at] = scale == 0 ? T(INFINITY) : neg;  // exp(S - inf) is 0, and neg may be -inf here
-      if (w.bounded && scale != 0) scale = T(double(scale) * exp(-double(neg)));
+      int64_t at = p.at(p.set(b), c, i);
+      double& g = w.group.g_neg[at];
+      if (g != 0) g *= exp(-double(w.gradient->neg[w.g * p.V * p.V * p.N + at]));
     }
 }
 
@@ -369,14 +395,20 @@ void run_backward(Work<T>& w, const Executor& executor) {
     auto& w = *(Work<T>*)argument;
     read(w, b);
     prepare(w, b);
+  };
+  auto between = [](void* argument, int64_t b, int64_t) {
+    auto& w = *(Work<T>*)argument;
+    absorb(w, b);
     clear(w.block(w.group.dz, b), w.p.rows(b) * w.ldz, T(0));
   };
   auto after = [](void* argument, int64_t b, int64_t) {
     auto& w = *(Work<T>*)argument;
-    write_block(w.in, *w.gradient, w.p, w.g, b, w.ldz, w.block(w.group.z, b), w.block(w.group.dz, b),
+    write_block(w.in, *w.gradient, w.p, w.g, b, w.ldz, w.unit, w.block(w.group.z, b), w.block(w.group.dz, b),
                 w.group.norms + w.row(b));
   };
   executor.run(blocks, before, &w);
+  w.unit = unit(w);
+  executor.run(blocks, between, &w);
   run_rounds<T, true>(w, executor);
   executor.run(blocks, after, &w);
 }
@@ -419,9 +451,18 @@ void run_group(const Call<T>& call, int64_t g, int64_t slot, const Executor& exe
   bool backward = call.backward != nullptr, bounded = in.normalize && 1 / in.tau <= Lane<T>::largest_inverse_tau;
   int64_t ldz = padded<T>(in.D), size = group_size<T>(in, backward), tile_size = Tile<T>::size(p, ldz, backward);
   T* tiles = call.memory + call.slots * size + slot * tile_size;
-  Work<T> w{in,           p,         g,       ldz,           Group<T>(in, ldz, backward, call.memory + slot * size),
-            tiles,        tile_size, bounded, T(1 / in.tau), backward ? GramForward<T>{} : *call.forward,
-            call.backward};
+  Work<T> w{in,
+            p,
+            g,
+            ldz,
+            Group<T>(in, ldz, backward, call.memory + slot * size),
+            tiles,
+            tile_size,
+            bounded,
+            T(1 / in.tau),
+            backward ? GramForward<T>{} : *call.forward,
+            call.backward,
+            1};
   if (backward)
     run_backward(w, executor);
   else

@@ -82,24 +82,27 @@ void read_block(const GramInput& in, const Problem& p, int64_t g, int64_t b, int
 }
 
 // The gradient of one block's rows, from that of its unit rows: dx = (dz - z <z, dz>) / |x|; and <z, dz>.
+// dz is in units of tau / unit.
 template <typename T>
 void write_block(const GramInput& in, const GramBackward<T>& out, const Problem& p, int64_t g, int64_t b, int64_t ldz,
-                 const T* z, const T* dz, const Norm* norms) {
+                 double unit, const T* z, const T* dz, const Norm* norms) {
   int64_t a = p.set(b);
   for (int64_t r = 0; r < p.rows(b); ++r) {
     const T *row = z + r * ldz, *grad = dz + r * ldz;
     int64_t i = p.begin(b) + r;
     T* dx = out.dz[a] + (g * in.N + i) * in.D;
-    double along = 0;
+    double along = 0, scale = unit / in.tau;
     for (int64_t d = 0; d < in.D; ++d) along += double(row[d]) * double(grad[d]);
-    out.zdz[(g * in.V + a) * in.N + i] = T(along / in.tau);
-    if (!in.normalize)
-      for (int64_t d = 0; d < in.D; ++d) dx[d] = T(double(grad[d]) / in.tau);
-    else if (norms[r].rest == 0)
-      for (int64_t d = 0; d < in.D; ++d) dx[d] = 0;
-    else
-      for (int64_t d = 0; d < in.D; ++d)
-        dx[d] = T((double(grad[d]) - double(row[d]) * along) / in.tau / norms[r].rest / norms[r].largest);
+    out.zdz[(g * in.V + a) * in.N + i] = T(along * scale);
+    if (!in.normalize) {
+      for (int64_t d = 0; d < in.D; ++d) dx[d] = T(double(grad[d]) * scale);
+      continue;
+    }
+    Norm n = norms[r];
+    for (int64_t d = 0; d < in.D; ++d) {
+      double g_unit = (double(grad[d]) - double(row[d]) * along) * (scale / n.rest);
+      dx[d] = n.rest == 0 ? T(0) : T(sizeof(T) == sizeof(float) ? g_unit : g_unit / n.largest);  // of floats it is 1
+    }
   }
 }
 

@@ -1,0 +1,91 @@
+"""The modules: the functions with their settings kept."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import tclr_kernels as tk
+
+from .oracle import LOSSES
+
+MODULES = {
+    "nt_xent": (tk.NTXentLoss, tk.nt_xent, dict(symmetric=False, reduction="sum")),
+    "clip_loss": (tk.CLIPLoss, tk.clip_loss, dict(normalize=False, reduction="none")),
+    "instance_contrastive": (tk.InstanceContrastiveLoss, tk.instance_contrastive, dict(reduction="sum")),
+    "local_local": (tk.LocalLocalLoss, tk.local_local, dict(symmetric=False, reduction="none")),
+    "global_local": (tk.GlobalLocalLoss, tk.global_local, dict(normalize=False)),
+    "tclr": (tk.TCLRLoss, tk.tclr, dict(form="release", weights=dict(ll=0.5))),
+}
+each = pytest.mark.parametrize("name", MODULES)
+
+
+def values(out):
+    return torch.stack(out) if isinstance(out, tuple) else out
+
+
+@each
+def test_module_equals_function(name, backend):
+    module, function, settings = MODULES[name]
+    inputs = LOSSES[name].inputs((4, 3, 5), torch.float32)
+    for given in ({}, dict(temperature=0.3, **settings)):
+        assert torch.equal(
+            values(module(backend=backend, **given)(*inputs)), values(function(*inputs, backend=backend, **given))
+        )
+
+
+@each
+def test_defaults_are_those_of_the_function(name):
+    module, function, _ = MODULES[name]
+    settings = {k: v for k, v in function.__kwdefaults__.items() if k != "weights"}
+    built = module()
+    assert {"temperature": built.temperature, **built.settings}.items() >= settings.items()
+    assert module.__init__.__kwdefaults__ == function.__kwdefaults__
+
+
+@each
+def test_pickle_deepcopy_and_repr_keep_the_settings(name):
+    module, _, settings = MODULES[name]
+    loss = module(temperature=nn.Parameter(torch.tensor(0.3)), **settings)
+    inputs = LOSSES[name].inputs((4, 3, 5), torch.float32)
+    wanted = values(loss(*inputs))
+    for other in (pickle.loads(pickle.dumps(loss)), copy.deepcopy(loss)):
+        assert torch.equal(values(other(*inputs)), wanted) and repr(other) == repr(loss)
+        assert other.temperature is not loss.temperature
+    assert "temperature=learnable" in repr(loss) and "temperature=0.1" in repr(module())
+    assert all(f"{key}=" in repr(loss) for key in settings)
+
+
+@each
+def test_temperature_as_parameter_is_learnt_and_saved(name):
+    module, _, _ = MODULES[name]
+    loss = module(temperature=nn.Parameter(torch.tensor(0.3)))
+    assert [name for name, _ in loss.named_parameters()] == ["temperature"]
+    inputs = LOSSES[name].inputs((4, 3, 5), torch.float32)
+    values(loss(*inputs)).sum().backward()
+    assert loss.temperature.grad.abs() > 0
+    file = io.BytesIO()
+    torch.save(loss.state_dict(), file)
+    file.seek(0)
+    other = module(temperature=nn.Parameter(torch.tensor(9.0)))
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(other.temperature, loss.temperature)
+
+
+@each
+def test_temperature_as_tensor_is_a_buffer_and_as_float_neither(name):
+    module, _, _ = MODULES[name]
+    assert list(module(temperature=torch.tensor(0.3)).state_dict()) == ["temperature"]
+    assert not module().state_dict() and not list(module().parameters())
+
+
+@each
+def test_wrong_settings_are_errors_at_construction(name):
+    module, _, _ = MODULES[name]
+    with pytest.raises(ValueError, match="temperature"):
+        module(temperature=-1.0)
+    with pytest.raises(ValueError, match="form" if name == "tclr" else "reduction"):
+        module(**{"form" if name == "tclr" else "reduction": "other"})

@@ -1,0 +1,78 @@
+"""Bugs planted in the definition: the judge of every kernel is itself judged by the printed formulas.
+
+Those planted in the C++ kernels are in `test_kernels.py`.
+"""
+
+import inspect
+import types
+
+import pytest
+import torch
+
+import tclr_kernels as tk
+from tclr_kernels import backends
+
+from . import oracle
+
+SOURCE = inspect.getsource(backends.reference)
+BUGS = {
+    "dropped mask": ("S.masked_fill(torch.eye(N, dtype=torch.bool, device=z.device), -torch.inf)", "S"),
+    "tile off by one": ("pos = S.diagonal(dim1=3, dim2=4)", "pos = S.roll(1, 4).diagonal(dim1=3, dim2=4)"),
+    "missing maximum": (".logsumexp(-1)", ".exp().sum(-1).log()"),
+    "wrong power of tau": ("/ tau)", "/ tau**2)"),
+    "missing factor 2": ("rows @ rows.mT", "rows @ rows.mT.detach()"),
+    "swapped positive": ("F.logsigmoid(pos - negatives)", "F.logsigmoid(pos.roll(1, -1) - negatives)"),
+    "own negatives forgotten": ("neg if cross else", "neg if True else"),
+    "zero row divided": ("scaled.masked_fill(zero, 1)", "scaled"),
+    "own blocks in cross": ("if cross else torch.ones", "if False else torch.ones"),
+}
+
+
+def backend_from(source):
+    module = types.ModuleType("planted")
+    exec(compile(source, "planted", "exec"), module.__dict__)
+    return module
+
+
+def check():
+    """Raises AssertionError unless values and gradients are those of the printed formulas."""
+    shapes = (3, 4), (2, 3, 4)
+    a, b, s, x = (
+        torch.randn(shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
+        for i, shape in enumerate((*shapes[:1] * 2, *shapes[1:] * 2))
+    )
+    pairs = [
+        (tk.nt_xent, lambda u, v, sim: oracle.both_ways(oracle.nt_xent_loops, u, v, sim), a, b),
+        (tk.clip_loss, lambda u, v, sim: oracle.both_ways(oracle.clip_loops, u, v, sim), a, b),
+        (tk.local_local, oracle.local_local_loops, s, x),
+        (tk.global_local, oracle.global_local_loops, s, x),
+    ]
+    for function, loops, u, v in pairs:
+        wanted = oracle.run(lambda u, v, loops=loops: loops(u, v, lambda p, q: oracle.sim(p, q, 0.3)), [u, v])
+        found = oracle.run(function, [u, v], temperature=0.3, reduction="none", backend="reference")
+        for f, w in zip((found[0], *found[1]), (wanted[0], *wanted[1]), strict=True):
+            assert oracle.error(f, w) < 1e-12
+    gl = oracle.paper_loops(
+        torch.stack([a, b]), torch.stack([s, x]), torch.stack([x, s + 1]), lambda p, q: oracle.sim(p, q, 0.3)
+    )[3]
+    terms = tk.tclr(
+        torch.stack([a, b]), torch.stack([s, x]), torch.stack([x, s + 1]), temperature=0.3, backend="reference"
+    )
+    assert oracle.error(terms.gl, gl) < 1e-12
+    same = tk.nt_xent(a[:1].expand(3, 4), a[:1].expand(3, 4), temperature=1e-3, backend="reference")
+    assert same.isfinite(), "the sum needs a maximum"
+    _, (grad, _) = oracle.run(tk.nt_xent, [a * torch.tensor([[0.0], [1], [1]]), b], backend="reference")
+    assert grad.isfinite().all() and not grad[0].any(), "a zero row has gradient 0"
+
+
+def test_the_definition_passes():
+    check()
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bug_is_found(bug, monkeypatch):
+    old, new = BUGS[bug]
+    assert old in SOURCE
+    monkeypatch.setattr(backends, "reference", backend_from(SOURCE.replace(old, new)))
+    with pytest.raises(AssertionError):
+        check()
