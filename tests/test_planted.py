@@ -52,12 +52,9 @@ def check():
         found = oracle.run(function, [u, v], temperature=0.3, reduction="none", backend="reference")
         for f, w in zip((found[0], *found[1]), (wanted[0], *wanted[1]), strict=True):
             assert oracle.error(f, w) < 1e-12
-    gl = oracle.paper_loops(
-        torch.stack([a, b]), torch.stack([s, x]), torch.stack([x, s + 1]), lambda p, q: oracle.sim(p, q, 0.3)
-    )[3]
-    terms = tk.tclr(
-        torch.stack([a, b]), torch.stack([s, x]), torch.stack([x, s + 1]), temperature=0.3, backend="reference"
-    )
+    g, s, x = torch.stack([a[:2], b[:2]]), torch.stack([s, x]), torch.stack([x, s + 1])
+    gl = oracle.paper_loops(g, s, x, lambda p, q: oracle.sim(p, q, 0.3))[3]
+    terms = tk.tclr(g, s, x, temperature=0.3, backend="reference")
     assert oracle.error(terms.gl, gl) < 1e-12
     same = tk.nt_xent(a[:1].expand(3, 4), a[:1].expand(3, 4), temperature=1e-3, backend="reference")
     assert same.isfinite(), "the sum needs a maximum"
