@@ -63,32 +63,43 @@ def write_video(path, frames):
 
 
 def draw_actor(rng):
-    """The looks: everything a single frame can show."""
+    """The looks: everything a single frame can show. The shape is lighter or darker than what is behind it."""
+    colours, background = rng.random((2, 2, 3), np.float32) * 0.45 + np.float32([0, 0.55])[rng.permutation(2), None, None]
     return dict(
         corners=int(rng.integers(2, 6)),
         depth=rng.uniform(0.25, 0.5),
         radius=rng.uniform(0.26, 0.38),
         stripes=rng.uniform(4, 12),
-        colours=rng.random((2, 3), np.float32),
-        background=rng.random((2, 3), np.float32),
+        colours=colours,
+        background=background,
         slope=rng.uniform(-1, 1, 2).astype(np.float32),
     )
 
 
 def draw_track(movements, frames, rng):
-    """The actor's pose over time: a dict of x, y, angle, scale, each [F]. The two movements take turns."""
-    first, turn = rng.integers(2), rng.integers(10, 15)
-    offset = rng.integers(turn)
-    turns = ((np.arange(frames) + offset) // turn + first) % 2
+    """The actor's pose over time: a dict of x, y, angle, scale, each [F]. The two movements take turns.
+
+    Where it starts is drawn as wide as the movements reach, so that one position tells little about them.
+    """
+    turns = draw_turns(frames, rng)
     pose = dict(x=np.zeros(frames), y=np.zeros(frames), angle=np.zeros(frames), scale=np.ones(frames))
-    pose["x"] += rng.uniform(-0.15, 0.15)
-    pose["y"] += rng.uniform(-0.15, 0.15)
+    pose["x"] += rng.uniform(-0.35, 0.35)
+    pose["y"] += rng.uniform(-0.35, 0.35)
+    pose["scale"] *= rng.uniform(0.75, 1.25)
     pose["angle"] += rng.uniform(0, 2 * np.pi)
     for number, movement in enumerate(movements):
         rate, sense = rng.uniform(0.3, 0.5), rng.choice([-1, 1])
         clock = rng.uniform(0, 2 * np.pi) + sense * rate * np.cumsum(turns == number)
-        move(pose, movement, clock, rng.uniform(0.35, 0.5))
+        move(pose, movement, clock, rng.uniform(0.3, 0.45))
     return pose
+
+
+def draw_turns(frames, rng):
+    """Whose turn it is, 0 or 1, in each frame; a turn takes 12 to 22 frames: [F]"""
+    whose = rng.integers(2) + np.arange(frames // 12 + 2)
+    turns = np.repeat(whose % 2, rng.integers(12, 23, len(whose)))
+    start = rng.integers(12)
+    return turns[start : start + frames]
 
 
 def move(pose, movement, clock, reach):

@@ -46,7 +46,7 @@ class Embedder(nn.Module):
 
 
 def pretrain(embedder, videos, plan: ClipPlan, recipe: Recipe, record, progress=iter):
-    """Trains `embedder` in place. videos: list of uint8 [F, 3, H, W]; record(step, terms) is called after each step."""
+    """Trains `embedder` in place. videos: list of uint8 [F, 3, H, W]; record(step=, total=, ...) is called after each step."""
     generator = torch.Generator().manual_seed(recipe.seed)
     augment = Augment(recipe.side, generator)
     loss = tk.TCLRLoss(
@@ -63,7 +63,7 @@ def pretrain(embedder, videos, plan: ClipPlan, recipe: Recipe, record, progress=
         terms.total.backward()
         optimizer.step()
         schedule.step()
-        record(step, {name: float(term.detach()) for name, term in terms._asdict().items()})
+        record(step=step, **{name: term.item() for name, term in terms._asdict().items()})
     embedder.eval()
 
 
