@@ -31,10 +31,15 @@ def same_dtype(**tensors):
     (first, a), *others = tensors.items()
     dtype = a.dtype
     for name, x in others:
-        if x.dtype != a.dtype and not torch.is_autocast_enabled(a.device.type):
+        if x.dtype != a.dtype and not torch.is_autocast_enabled(autocast_type(a.device)):
             raise TypeError(f"{first} has dtype {a.dtype} and {name} {x.dtype}: wanted one dtype")
         dtype = torch.promote_types(dtype, x.dtype)
     return [x.to(dtype) for x in tensors.values()]
+
+
+def autocast_type(device):
+    """The device type whose autocast applies: the CPU's where there is none of its own, as for meta."""
+    return device.type if torch.amp.is_autocast_available(device.type) else "cpu"
 
 
 def _embedding(name, x, dims):

@@ -19,7 +19,7 @@ does not use arrives there as None.
 import torch
 import torch.nn.functional as F
 
-from . import backends
+from . import backends, checks
 
 
 def gram(sets, tau, *, normalize=True, cross=False, backend=None):
@@ -34,7 +34,7 @@ def gram(sets, tau, *, normalize=True, cross=False, backend=None):
     if name != "reference":
         function = Gram if torch.compiler.is_compiling() else EagerGram
         return function.apply(name, tau, normalize, cross, *sets)
-    with torch.autocast(device.type, enabled=False):
+    with torch.autocast(checks.autocast_type(device), enabled=False):
         return backends.reference.gram(sets, tau, normalize, cross)
 
 

@@ -1,0 +1,74 @@
+"""Which backend runs: the argument, then TCLR_KERNELS_BACKEND, then the first that serves the device."""
+
+import types
+
+import pytest
+import torch
+
+import tclr_kernels as tk
+from tclr_kernels import backends
+from tclr_kernels.backends import reference
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """The backends under test: `first`, `second`, and `broken`, which serves nothing; and the names of those that ran."""
+    names = []
+
+    def backend(name, reason=None):
+        def forward(*arguments):
+            names.append(name)
+            return reference.gram(*arguments)
+
+        return types.SimpleNamespace(why_not=lambda device: reason, forward=forward)
+
+    known = {"broken": backend("broken", "it has no wings"), "first": backend("first"), "second": backend("second")}
+    monkeypatch.setattr(backends, "BACKENDS", known)
+    monkeypatch.delenv("TCLR_KERNELS_BACKEND", raising=False)
+    return names
+
+
+def call(**settings):
+    return tk.nt_xent(torch.ones(2, 3), torch.ones(2, 3), **settings)
+
+
+def test_default_is_the_first_that_is_usable(ran):
+    call()
+    assert ran == ["first"]
+
+
+def test_environment_goes_before_the_default_and_the_argument_before_both(ran, monkeypatch):
+    monkeypatch.setenv("TCLR_KERNELS_BACKEND", "second")
+    call()
+    call(backend="first")
+    assert ran == ["second", "first"]
+    monkeypatch.setenv("TCLR_KERNELS_BACKEND", "")
+    call()
+    assert ran[2:] == ["first"]
+
+
+def test_unknown_name_is_an_error_that_lists_the_known_ones(ran, monkeypatch):
+    with pytest.raises(ValueError, match="backend: found 'cuda', wanted one of 'broken', 'first', 'second'"):
+        call(backend="cuda")
+    monkeypatch.setenv("TCLR_KERNELS_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="TCLR_KERNELS_BACKEND: found 'cuda'"):
+        call()
+
+
+def test_named_backend_that_is_not_usable_never_falls_back(ran, monkeypatch):
+    with pytest.raises(RuntimeError, match="backend='broken' cannot serve tensors on cpu: it has no wings"):
+        call(backend="broken")
+    monkeypatch.setenv("TCLR_KERNELS_BACKEND", "broken")
+    with pytest.raises(RuntimeError, match="TCLR_KERNELS_BACKEND='broken'"):
+        call()
+    assert ran == []
+
+
+def test_available_backends_says_why_not(ran):
+    assert tk.available_backends("cpu") == {"broken": "it has no wings", "first": None, "second": None}
+    assert tk.available_backends() == tk.available_backends(torch.device("cpu"))
+
+
+def test_the_reference_serves_every_device_and_is_last():
+    names = list(backends.BACKENDS)
+    assert names[-1] == "reference" and tk.available_backends("meta")["reference"] is None

@@ -1,0 +1,325 @@
+"""D1-D10: what the losses promise beyond the formulas. The names say which promise."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import tclr_kernels as tk
+
+from . import oracle
+from .oracle import DTYPES, LOSSES, run
+
+KINDS = "nt_xent", "clip_loss", "instance_contrastive", "local_local", "global_local", "tclr", "tclr release"
+TAKES = {  # function -> names and dimensions of its inputs
+    tk.nt_xent: dict(a=(5, 8), b=(5, 8)),
+    tk.clip_loss: dict(a=(5, 8), b=(5, 8)),
+    tk.instance_contrastive: dict(views=(3, 5, 8)),
+    tk.local_local: dict(x1=(5, 4, 8), x2=(5, 4, 8)),
+    tk.global_local: dict(s=(5, 4, 8), x=(5, 4, 8)),
+    tk.tclr: dict(g=(2, 5, 8), s=(2, 5, 4, 8), x=(2, 5, 4, 8)),
+}
+ARGUMENTS = [(function, name) for function, takes in TAKES.items() for name in takes]
+
+
+def tensors(function):
+    return {name: torch.randn(shape) for name, shape in TAKES[function].items()}
+
+
+@pytest.fixture
+def pair():
+    return LOSSES["nt_xent"].inputs((5, 2, 8), torch.float32)
+
+
+# ---- D1, D2: zero rows, and rows of any length
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", KINDS)
+def test_d1_zero_row_has_similarity_zero_and_gradient_zero(name, dtype, backend):
+    inputs = LOSSES[name].inputs((5, 4, 6), dtype)
+    for x in inputs:
+        x.flatten(0, -2)[1] = 0
+    exact = [x.double() for x in inputs]
+    out, grads = run(LOSSES[name].call, inputs, backend=backend)
+    wanted, want_grads = run(lambda *z: LOSSES[name].eager(*map(or_zero, z), 0.1, oracle.without_positive), exact)
+    torch.testing.assert_close(out.double(), wanted, rtol=1e-5, atol=1e-5)
+    for g, want in zip(grads, want_grads, strict=True):
+        assert torch.equal(g.flatten(0, -2)[1], torch.zeros(6, dtype=dtype))
+        assert oracle.error(g, want) <= 2 * oracle.GRADIENT[dtype] * want.abs().max()
+
+
+def or_zero(x):
+    """Unit rows; a zero row stays zero and takes no gradient."""
+    zero = (x == 0).all(-1, keepdim=True)
+    return oracle.unit(x.masked_fill(zero, 1)).masked_fill(zero, 0)
+
+
+def test_d1_all_rows_zero(backend):
+    a = torch.zeros(5, 8)
+    out, grads = run(tk.nt_xent, [a, a], backend=backend)
+    assert out.item() == pytest.approx(math.log(9)) and all(torch.equal(g, a) for g in grads)
+
+
+@pytest.mark.parametrize(
+    "dtype, scale",
+    [
+        *((torch.float32, scale) for scale in (1e-38, 1e-30, 1e-20, 1e20, 1e30, 1e37)),
+        *((torch.bfloat16, scale) for scale in (1e-38, 1e-20, 1e20, 1e37)),
+        *((torch.float16, scale) for scale in (1e-6, 1e-3, 1e3, 1e4)),
+        *((torch.float64, scale) for scale in (1e-307, 1e-160, 1e160, 1e306)),
+    ],
+)
+@pytest.mark.parametrize("name", KINDS)
+def test_d2_rows_of_any_length(name, dtype, scale, backend, request):
+    if dtype == torch.float64:
+        request.getfixturevalue("float64")
+    if name.startswith("tclr"):  # beyond float16's range, sums of several gradients may be inf - inf
+        scale = max(scale, 1e-4) if dtype == torch.float16 else scale
+    inputs = LOSSES[name].inputs((5, 4, 16), dtype, scale=scale)
+    exponent = -math.floor(math.log2(scale))
+    near_one = [torch.ldexp(x.double(), torch.tensor(exponent)) for x in inputs]
+    out, grads = run(LOSSES[name].call, inputs, backend=backend)
+    want, want_grads = run(lambda *z: LOSSES[name].textbook(z, 0.1, how=oracle.without_positive), near_one)
+    torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-5)
+    for g, want in zip(grads, want_grads, strict=True):
+        wanted = torch.ldexp(want, torch.tensor(exponent)).to(dtype).double()
+        largest = wanted[wanted.isfinite()].abs().max()
+        assert oracle.error(g, wanted) <= 2 * oracle.GRADIENT[dtype] * largest + torch.finfo(dtype).smallest_normal
+
+
+# ---- D3: NaN and infinity
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["local_local", "global_local", "nt_xent", "clip_loss"])
+def test_d3_nan_stays_within_its_group(name, dtype, bad, backend):
+    inputs = oracle.correlated([(4, 3, 6)] * 2, 0.5, 0)
+    clean = [x.to(dtype) for x in inputs]
+    inputs = [x.clone() for x in clean]
+    inputs[1][2, 1, 3] = bad
+    others = torch.tensor([0, 1, 3])
+    out, grads = run(LOSSES[name].call, inputs, backend=backend)
+    want, want_grads = run(LOSSES[name].call, clean, backend=backend)
+    assert torch.equal(out[others], want[others]) and out[2].isnan().any()
+    for g, w in zip(grads, want_grads, strict=True):
+        assert torch.equal(g[others], w[others]) and g[2].isnan().any()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("name", KINDS)
+def test_d3_nan_reaches_the_loss(name, bad, backend):
+    inputs = LOSSES[name].inputs((5, 4, 6), torch.float32)
+    inputs[-1].view(-1)[7] = bad
+    for normalize in (True, False) if math.isnan(bad) else (True,):
+        out, grads = run(LOSSES[name].call, inputs, normalize=normalize, backend=backend)
+        assert not out.isfinite().all() and grads[-1].isnan().any()
+
+
+@pytest.mark.parametrize("function, name", ARGUMENTS)
+def test_d3_check_names_the_row(function, name, backend, monkeypatch):
+    given = tensors(function)
+    row = [size - 1 for size in given[name].shape[:-1]]
+    given[name][tuple(row)][2] = math.nan
+    function(**given, backend=backend)
+    monkeypatch.setenv("TCLR_KERNELS_CHECK", "1")
+    with pytest.raises(ValueError, match=f"{name}: .*row {row}".replace("[", r"\[").replace("]", r"\]")):
+        function(**given, backend=backend)
+
+
+# ---- D4, D5: dtypes and the temperature
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", KINDS)
+def test_d4_loss_is_float32_or_float64_and_gradients_have_the_dtype_of_the_input(name, dtype, backend):
+    out, grads = run(LOSSES[name].call, LOSSES[name].inputs((3, 2, 4), dtype), backend=backend)
+    assert out.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert all(g.dtype == dtype for g in grads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", KINDS)
+def test_d5_temperature_may_be_a_tensor_of_any_dtype(name, dtype, backend):
+    inputs = LOSSES[name].inputs((5, 3, 8), torch.float32)
+    tau = torch.tensor(0.25, dtype=dtype)
+    out, (d_tau,) = run(lambda tau: LOSSES[name].call(*inputs, temperature=tau, backend=backend), [tau])
+    exact = [x.double() for x in inputs]
+    want, (d_want,) = run(lambda tau: LOSSES[name].textbook(exact, tau), [tau.double()])
+    assert out.dtype == torch.float32 and d_tau.dtype == dtype
+    torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(d_tau.double(), d_want, rtol=1e-5 + torch.finfo(dtype).eps, atol=1e-5)
+    found = LOSSES[name].call(*inputs, temperature=0.25, backend=backend)
+    torch.testing.assert_close(out, found, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "wrong", [0.0, 0, -0.1, math.nan, math.inf, "0.1", None, True, 1j, [0.1], torch.ones(1), torch.tensor(1)], ids=repr
+)
+@pytest.mark.parametrize("function", TAKES)
+def test_d5_wrong_temperature_is_named(function, wrong, backend):
+    with pytest.raises((ValueError, TypeError), match="temperature: found"):
+        function(**tensors(function), temperature=wrong, backend=backend)
+
+
+@pytest.mark.parametrize("wrong", [0.0, -1.0, math.nan, math.inf])
+def test_d5_value_of_a_tensor_is_checked_on_request(wrong, pair, backend, monkeypatch):
+    tk.nt_xent(*pair, temperature=torch.tensor(wrong), backend=backend)
+    monkeypatch.setenv("TCLR_KERNELS_CHECK", "1")
+    with pytest.raises(ValueError, match="temperature: found"):
+        tk.nt_xent(*pair, temperature=torch.tensor(wrong), backend=backend)
+
+
+# ---- D6, D7: nothing, and one row
+
+
+@pytest.mark.parametrize("function, name", ARGUMENTS)
+def test_d6_empty_input_is_named(function, name, backend):
+    shapes = TAKES[function]
+    for dimension in range(len(shapes[name])):
+        given = tensors(function)
+        shape = [0 if d == dimension else size for d, size in enumerate(shapes[name])]
+        given[name] = torch.zeros(shape)
+        with pytest.raises(ValueError, match=rf"\b{name}: found an empty tensor"):
+            function(**given, backend=backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["nt_xent", "clip_loss", "instance_contrastive", "local_local", "global_local"])
+def test_d7_one_row_costs_exactly_zero(name, dtype, backend):
+    """B = 1, and T = 1 within videos."""
+    sizes = (4, 1, 8) if name.endswith("local") else (1, 3, 8)
+    for tau in (0.1, 0.01):
+        out, grads = run(LOSSES[name].call, LOSSES[name].inputs(sizes, dtype, 0), temperature=tau, backend=backend)
+        assert all(torch.equal(x, torch.zeros_like(x)) for x in (out, *grads))
+
+
+def test_d7_one_video_of_one_clip_costs_exactly_zero(backend):
+    for form in ("tclr", "tclr release"):
+        out, grads = run(LOSSES[form].call, LOSSES[form].inputs((1, 1, 8), torch.float32), backend=backend)
+        assert all(torch.equal(x, torch.zeros_like(x)) for x in (out, *grads))
+
+
+# ---- D8: misuse
+
+
+WRONG = {
+    "list": (lambda x: x.tolist(), ["list", "Tensor"]),
+    "None": (lambda x: None, ["None", "Tensor"]),
+    "numpy": (lambda x: np.ones(x.shape), ["numpy", "Tensor"]),
+    "integers": (lambda x: x.long(), ["int64", "float32"]),
+    "complex": (lambda x: x.to(torch.complex64), ["complex64", "float32"]),
+    "sparse": (lambda x: x.to_sparse(), ["sparse", "dense"]),
+    "one dimension": (lambda x: x.flatten(), ["1 dim", "["]),
+}
+SIZES = {  # beside the others
+    "another size": (lambda x: x[..., :-1], []),
+    "another dtype": (lambda x: x.double(), ["float64", "float32"]),
+    "another device": (lambda x: x.to("meta"), ["meta", "cpu"]),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("function, name", ARGUMENTS)
+def test_d8_wrong_input_is_named_in_one_line(function, name, wrong, backend):
+    make, words = WRONG[wrong]
+    given = tensors(function)
+    given[name] = make(given[name])
+    named(function, given, backend, [f"{name}: found", "wanted", *words])
+
+
+@pytest.mark.parametrize("wrong", SIZES)
+@pytest.mark.parametrize("function, name", [(f, name) for f, name in ARGUMENTS if f is not tk.instance_contrastive])
+def test_d8_inputs_that_differ_are_named_in_one_line(function, name, wrong, backend):
+    make, words = SIZES[wrong]
+    given = tensors(function)
+    shape = list(given[name].shape)
+    given[name] = make(given[name])
+    words = words or [str(shape), str(list(given[name].shape))]
+    named(function, given, backend, [name, "wanted" if wrong == "another size" else "and", *words])
+
+
+def test_d8_too_many_dimensions_and_views_are_named(backend):
+    x = torch.randn(3, 4, 2, 8)
+    for function in (tk.local_local, tk.global_local):
+        with pytest.raises(ValueError, match="4 dimensions"):
+            function(x, x, backend=backend)
+    for views in (1, 3):
+        x = torch.randn(views, 3, 4, 8)
+        with pytest.raises(ValueError, match=f"x: found V = {views}"):
+            tk.tclr(x[:, :, 0], x, x, backend=backend)
+    with pytest.raises(ValueError, match="views: found V = 1"):
+        tk.instance_contrastive(torch.randn(1, 3, 8), backend=backend)
+
+
+@pytest.mark.parametrize("function, setting", [*((f, "reduction") for f in list(TAKES)[:-1]), (tk.tclr, "form")])
+def test_d8_unknown_setting_is_named(function, setting, backend):
+    with pytest.raises(ValueError, match=f"{setting}: found 'other', wanted one of"):
+        function(**tensors(function), **{setting: "other"}, backend=backend)
+
+
+def named(function, given, backend, words):
+    with pytest.raises((ValueError, TypeError)) as raised:
+        function(**given, backend=backend)
+    message = str(raised.value)
+    assert all(word in message for word in words) and "\n" not in message, message
+
+
+def test_d8_meta_tensors_give_the_shape_by_default_and_a_named_error_by_a_backend_without_them(backend):
+    a = torch.empty(5, 8, device="meta")
+    assert tk.nt_xent(a, a, reduction="none").shape == (10,)
+    with pytest.raises(TypeError, match="float32 and b torch.float16"):
+        tk.nt_xent(a, a.half())
+    if tk.available_backends("meta")[backend] is not None:
+        with pytest.raises(RuntimeError, match=f"backend='{backend}' .* meta"):
+            tk.nt_xent(a, a, backend=backend)
+
+
+# ---- D10: higher derivatives and transforms (D9 is in test_behaviour.py)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_d10_reference_has_second_derivatives(name):
+    inputs = [x.requires_grad_() for x in LOSSES[name].inputs((3, 2, 2))]
+    tau = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    weigh = oracle.some_gradient(LOSSES[name].call(*inputs).shape)
+
+    def call(tau, *z):
+        return (LOSSES[name].call(*z, temperature=tau, backend="reference") * weigh).sum()
+
+    assert torch.autograd.gradgradcheck(call, (tau, *inputs))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_d10_second_derivative_is_a_named_error_elsewhere(name, kernels):
+    inputs = [x.requires_grad_() for x in LOSSES[name].inputs((3, 2, 4), torch.float32)]
+    loss = LOSSES[name].call(*inputs, backend=kernels).sum()
+    grads = torch.autograd.grad(loss, inputs, create_graph=True)
+    with pytest.raises(NotImplementedError, match='second derivative.*backend="reference"'):
+        torch.autograd.grad(sum(g.square().sum() for g in grads), inputs)
+
+
+def test_d10_forward_mode_and_vmap_are_named_errors_elsewhere(kernels, pair):
+    def loss(a):
+        return tk.nt_xent(a, pair[1], backend=kernels)
+
+    with pytest.raises(NotImplementedError, match='forward mode.*backend="reference"'):
+        torch.func.jvp(loss, (pair[0],), (pair[0],))
+    with pytest.raises(NotImplementedError, match='vmap.*backend="reference"'):
+        torch.vmap(loss)(torch.stack([pair[0]] * 3))
+    with pytest.raises(NotImplementedError, match='vmap.*backend="reference"'):
+        torch.vmap(torch.func.grad(loss))(torch.stack([pair[0]] * 3))
+    with pytest.raises(NotImplementedError, match='backend="reference"'):
+        torch.func.hessian(loss)(pair[0])
+
+
+def test_d10_forward_mode_and_vmap_work_with_the_reference(pair):
+    def loss(a):
+        return tk.nt_xent(a, pair[1], backend="reference")
+
+    a, (da, _) = pair[0], run(tk.nt_xent, pair, backend="reference")[1]
+    _, slope = torch.func.jvp(loss, (a,), (torch.ones_like(a),))
+    torch.testing.assert_close(slope, da.sum())
+    torch.testing.assert_close(torch.vmap(torch.func.grad(loss))(a[None])[0], da)
