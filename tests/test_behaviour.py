@@ -58,9 +58,7 @@ def test_row_length_does_not_matter_and_gradients_are_orthogonal(name, float64):
     inputs = LOSSES[name].inputs((5, 3, 6))
     lengths = [oracle.some_gradient(x.shape[:-1] + (1,)) * 100 for x in inputs]
     out, grads = run(LOSSES[name].call, inputs, backend=float64)
-    again, again_grads = run(
-        LOSSES[name].call, [x * s for x, s in zip(inputs, lengths, strict=True)], backend=float64
-    )
+    again, again_grads = run(LOSSES[name].call, [x * s for x, s in zip(inputs, lengths, strict=True)], backend=float64)
     close([again, *again_grads], [out, *(g / s for g, s in zip(grads, lengths, strict=True))])
     for x, g in zip(inputs, grads, strict=True):
         assert (x * g).sum(-1).abs().max() < 1e-13

@@ -12,7 +12,7 @@ from tclr_kernels.backends import reference
 
 @pytest.fixture
 def ran(monkeypatch):
-    """The backends under test: `first`, `second`, and `broken`, which serves nothing; and the names of those that ran."""
+    """The names of the backends that ran, of `first`, `second`, and `broken`, which serves nothing."""
     names = []
 
     def backend(name, reason=None):
