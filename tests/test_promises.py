@@ -164,6 +164,11 @@ def test_d5_wrong_temperature_is_named(function, wrong, backend):
         function(**tensors(function), temperature=wrong, backend=backend)
 
 
+def test_d5_temperature_on_another_device_is_named(pair, backend):
+    with pytest.raises(ValueError, match="temperature: found a tensor on meta"):
+        tk.nt_xent(*pair, temperature=torch.tensor(0.1, device="meta"), backend=backend)
+
+
 @pytest.mark.parametrize("wrong", [0.0, -1.0, math.nan, math.inf])
 def test_d5_value_of_a_tensor_is_checked_on_request(wrong, pair, backend, monkeypatch):
     tk.nt_xent(*pair, temperature=torch.tensor(wrong), backend=backend)
