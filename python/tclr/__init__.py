@@ -1,1 +1,1 @@
-"""The reference trainer of `tclr_kernels`: the paper's clips, a small 3D ResNet, pretraining, retrieval, and the demo."""
+"""The reference trainer of `tclr_kernels`: the paper's clips, a small 3D ResNet, pretraining, retrieval, the demo."""

@@ -1,4 +1,4 @@
-"""Which frames a clip takes: the paper's window, its global clip and its local clips, and the clips of an evaluation."""
+"""Which frames a clip takes: the paper's window with its global and local clips, and the clips of an evaluation."""
 
 from dataclasses import dataclass
 
@@ -9,8 +9,8 @@ import torch
 class ClipPlan:
     """A window of frames * stride frames: the global clip is every stride-th, the T = stride local clips its chunks.
 
-    Of the global clip's frames, j * frames / T .. (j + 1) * frames / T - 1 lie in local clip j; with the paper's 16 frames
-    and stride 4 these are 4j..4j+3. The alignment is what the global-local loss relies on.
+    Of the global clip's frames, j * frames / T .. (j + 1) * frames / T - 1 lie in local clip j; with the paper's 16
+    frames and stride 4 these are 4j..4j+3. The alignment is what the global-local loss relies on.
     """
 
     frames: int = 16
@@ -34,7 +34,7 @@ class ClipPlan:
 
 
 def random_windows(videos, chosen, length, generator):
-    """One window from each chosen video, its start uniform. videos: list of [F, 3, H, W]; returns [B, length, 3, H, W]"""
+    """A window of each chosen video, its start uniform. videos: list of [F, 3, H, W]; returns [B, length, 3, H, W]"""
     windows = []
     for i in chosen:
         last = len(videos[i]) - length

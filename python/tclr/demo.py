@@ -1,4 +1,4 @@
-"""python -m tclr.demo: pretrain on real video files without labels, IC alone and IC + LL + GL, and compare retrieval."""
+"""python -m tclr.demo: pretrain on video files without labels, by IC alone and by IC + LL + GL; compare retrieval."""
 
 import argparse
 import json
@@ -111,7 +111,9 @@ class Demo:
                 steps=o.steps, batch=o.batch, lr=o.lr, side=o.side, seed=o.seed, backend=o.backend, weights=WEIGHTS[run]
             )
             record = partial(self.metrics.add, "step", run=run)
-            train.pretrain(embedder, self.gallery.frames, self.plan, recipe, record, self.progress(f"pretraining {run}"))
+            train.pretrain(
+                embedder, self.gallery.frames, self.plan, recipe, record, self.progress(f"pretraining {run}")
+            )
         return evaluate.backbone_features(embedder.backbone)
 
     def pictures(self, ranks):

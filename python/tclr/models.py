@@ -33,9 +33,7 @@ class TinyResNet3d(nn.Module):
     def __init__(self, width=16):
         super().__init__()
         self.features = 4 * width
-        self.stem = nn.Sequential(
-            nn.Conv3d(3, width, 3, (1, 2, 2), 1, bias=False), nn.BatchNorm3d(width), nn.ReLU()
-        )
+        self.stem = nn.Sequential(nn.Conv3d(3, width, 3, (1, 2, 2), 1, bias=False), nn.BatchNorm3d(width), nn.ReLU())
         self.stages = nn.Sequential(
             Block(width, width, (1, 1, 1)),
             Block(width, 2 * width, (2, 2, 2)),

@@ -1,36 +1,46 @@
 """A procedural video data set in UCF101's layout, where only motion over time tells the class.
 
-A class is a pair of movements that take turns, so no short clip shows all of it. An actor is a shape, its texture, its
-colours and a background; every actor performs every class, so no frame tells anything about the class.
+A class is a movement. The looks (a shape, its texture, its colours, what is behind it) are a group's, and every group
+performs every class, from places and sizes drawn alike: no single frame tells anything about the class.
 """
 
-from itertools import combinations
 from pathlib import Path
 
 import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
-MOVEMENTS = "Slide", "Bob", "Spin", "Pulse", "Orbit"
-CLASSES = tuple(f"{a}And{b}" for a, b in combinations(MOVEMENTS, 2))
+MOVEMENTS = {  # name -> the coordinate that changes, and which way
+    "SlideLeft": ("x", -1),
+    "SlideRight": ("x", 1),
+    "SlideUp": ("y", -1),
+    "SlideDown": ("y", 1),
+    "SpinLeft": ("angle", -1),
+    "SpinRight": ("angle", 1),
+    "ZoomIn": ("zoom", 1),
+    "ZoomOut": ("zoom", -1),
+    "SwingAcross": ("x", 0),
+    "SwingUpright": ("y", 0),
+}
+CLASSES = tuple(MOVEMENTS)
 FRAME_RATE = 25
 
 
 def write_dataset(root, *, groups, test_groups, takes, frames, side, seed, progress=iter):
-    """Writes UCF-101/<Class>/v_<Class>_g##_c##.avi and ucfTrainTestlist/; groups up to `test_groups` are the test split.
+    """Writes UCF-101/<Class>/v_<Class>_g##_c##.avi and ucfTrainTestlist/; the first `test_groups` are the test split.
 
-    An actor is one (group, take), as UCF101's groups share scene and people. Returns the number of videos.
+    As in UCF101, the videos of a group share their scene. Returns the number of videos.
     """
     root = Path(root)
     train, test = [], []
     for name in CLASSES:
         (root / "UCF-101" / name).mkdir(parents=True, exist_ok=True)
-    actors = [(group, take) for group in range(1, groups + 1) for take in range(1, takes + 1)]
-    for group, take in progress(actors):
-        actor = draw_actor(np.random.default_rng([seed, group, take]))
+    scenes = [(group, take) for group in range(1, groups + 1) for take in range(1, takes + 1)]
+    for group, take in progress(scenes):
+        actor = draw_actor(np.random.default_rng([seed, group]))
         for label, name in enumerate(CLASSES):
             video = f"{name}/v_{name}_g{group:02}_c{take:02}.avi"
-            track = draw_track(name.split("And"), frames, np.random.default_rng([seed, group, take, label]))
+            track = draw_track(name, frames, np.random.default_rng([seed, group, take, label]))
             write_video(root / "UCF-101" / video, render(actor, track, side))
             if group <= test_groups:
                 test.append(video)
@@ -64,7 +74,9 @@ def write_video(path, frames):
 
 def draw_actor(rng):
     """The looks: everything a single frame can show. The shape is lighter or darker than what is behind it."""
-    colours, background = rng.random((2, 2, 3), np.float32) * 0.45 + np.float32([0, 0.55])[rng.permutation(2), None, None]
+    colours, background = (
+        rng.random((2, 2, 3), np.float32) * 0.45 + np.float32([0, 0.55])[rng.permutation(2), None, None]
+    )
     return dict(
         corners=int(rng.integers(2, 6)),
         depth=rng.uniform(0.25, 0.5),
@@ -76,42 +88,27 @@ def draw_actor(rng):
     )
 
 
-def draw_track(movements, frames, rng):
-    """The actor's pose over time: a dict of x, y, angle, scale, each [F]. The two movements take turns.
+def draw_track(movement, frames, rng):
+    """The actor's pose over time: a dict of x, y, angle, scale, each [F]. All but the movement itself is drawn alike.
 
-    Where it starts is drawn as wide as the movements reach, so that one position tells little about them.
+    Slides leave on one side and come back on the other, zooms start again: every frame is as likely in every class.
     """
-    turns = draw_turns(frames, rng)
-    pose = dict(x=np.zeros(frames), y=np.zeros(frames), angle=np.zeros(frames), scale=np.ones(frames))
-    pose["x"] += rng.uniform(-0.35, 0.35)
-    pose["y"] += rng.uniform(-0.35, 0.35)
-    pose["scale"] *= rng.uniform(0.75, 1.25)
-    pose["angle"] += rng.uniform(0, 2 * np.pi)
-    for number, movement in enumerate(movements):
-        rate, sense = rng.uniform(0.3, 0.5), rng.choice([-1, 1])
-        clock = rng.uniform(0, 2 * np.pi) + sense * rate * np.cumsum(turns == number)
-        move(pose, movement, clock, rng.uniform(0.3, 0.45))
+    time = np.arange(frames)
+    pose = dict(x=rng.uniform(-1, 1) + 0 * time, y=rng.uniform(-1, 1) + 0 * time)
+    pose.update(angle=rng.uniform(0, 2 * np.pi) + 0 * time, zoom=rng.uniform(0, 1) + 0 * time)
+    what, way = MOVEMENTS[movement]
+    speed = rng.uniform(0.8, 1.25)
+    if movement.startswith("Swing"):
+        pose[what] += 0.4 * np.sin(rng.uniform(0, 2 * np.pi) + 0.3 * speed * time)
+    else:
+        pose[what] += way * dict(x=0.06, y=0.06, angle=0.12, zoom=0.03)[what] * speed * time
+    pose["x"], pose["y"] = (wrap(pose[axis], 1.2) for axis in "xy")
+    pose["scale"] = 0.65 * 2.4 ** (pose.pop("zoom") % 1)
     return pose
 
 
-def draw_turns(frames, rng):
-    """Whose turn it is, 0 or 1, in each frame; a turn takes 12 to 22 frames: [F]"""
-    whose = rng.integers(2) + np.arange(frames // 12 + 2)
-    turns = np.repeat(whose % 2, rng.integers(12, 23, len(whose)))
-    start = rng.integers(12)
-    return turns[start : start + frames]
-
-
-def move(pose, movement, clock, reach):
-    """Adds one movement to a pose. clock: [F], in radians, standing still while the other movement has its turn."""
-    if movement in ("Slide", "Orbit"):
-        pose["x"] += reach * np.sin(clock)
-    if movement in ("Bob", "Orbit"):
-        pose["y"] += reach * np.cos(clock)
-    if movement == "Spin":
-        pose["angle"] += 0.7 * clock
-    if movement == "Pulse":
-        pose["scale"] *= 1 + reach * np.sin(clock)
+def wrap(position, edge):
+    return (position + edge) % (2 * edge) - edge
 
 
 def render(actor, track, side):

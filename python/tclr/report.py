@@ -47,7 +47,7 @@ def table(metrics, runs, counts, title):
 def plot_losses(metrics, runs, path):
     """One panel a run: each term the run was trained with, against the step."""
     figure, axes = plt.subplots(1, len(runs), figsize=(5 * len(runs), 3.6), squeeze=False, layout="constrained")
-    for axis, run in zip(axes[0], runs):
+    for axis, run in zip(axes[0], runs, strict=True):
         rows = metrics.of("step", run=run)
         terms = [name for name in TERMS if name != "total" and any(row[name] for row in rows)]
         for name in terms:
@@ -62,7 +62,9 @@ def plot_clips(metrics, runs, chance, path):
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
     for run in runs:
         rows = metrics.of("retrieval", run=run)
-        axis.plot([row["clips"] for row in rows], [100 * row["r1"] for row in rows], marker="o", markersize=4, label=run)
+        axis.plot(
+            [row["clips"] for row in rows], [100 * row["r1"] for row in rows], marker="o", markersize=4, label=run
+        )
     axis.axhline(100 * chance, color="gray", linestyle=":", label="chance")
     axis.set(xlabel="clips a video", ylabel="R@1 (%)", ylim=(0, None), title="Retrieval against clips a video")
     axis.set_xticks([row["clips"] for row in metrics.of("retrieval", run=runs[0])])
@@ -75,9 +77,9 @@ def plot_gallery(queries, gallery, ranks, chosen, path, *, nearest=3, strip=6):
     figure, axes = plt.subplots(
         len(chosen), 1 + nearest, figsize=(3.4 * (1 + nearest), 0.85 * len(chosen) + 0.3), layout="constrained"
     )
-    for row, query in zip(axes, chosen):
+    for row, query in zip(axes, chosen, strict=True):
         _strip(row[0], queries, query, strip, "query: ", "black")
-        for axis, found in zip(row[1:], ranks[query].tolist()):
+        for axis, found in zip(row[1:], ranks[query].tolist(), strict=False):
             same = gallery.labels[found] == queries.labels[query]
             _strip(axis, gallery, found, strip, "", RIGHT if same else WRONG)
     _save(figure, path)

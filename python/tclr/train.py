@@ -46,16 +46,14 @@ class Embedder(nn.Module):
 
 
 def pretrain(embedder, videos, plan: ClipPlan, recipe: Recipe, record, progress=iter):
-    """Trains `embedder` in place. videos: list of uint8 [F, 3, H, W]; record(step=, total=, ...) is called after each step."""
+    """Trains `embedder` in place. videos: list of uint8 [F, 3, H, W]; record(step=, total=, ...) follows each step."""
     generator = torch.Generator().manual_seed(recipe.seed)
     augment = Augment(recipe.side, generator)
-    loss = tk.TCLRLoss(
-        temperature=recipe.temperature, form=recipe.form, weights=recipe.weights, backend=recipe.backend
-    )
+    loss = tk.TCLRLoss(temperature=recipe.temperature, form=recipe.form, weights=recipe.weights, backend=recipe.backend)
     optimizer = torch.optim.AdamW(embedder.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_cosine(step, recipe))
     embedder.train()
-    for step, chosen in zip(progress(range(recipe.steps)), batches(len(videos), recipe.batch, generator)):
+    for step, chosen in zip(progress(range(recipe.steps)), batches(len(videos), recipe.batch, generator), strict=False):
         windows = random_windows(videos, chosen, plan.window, generator)
         g, s, x = embed(embedder, windows, plan, augment, local=recipe.weights != IC_ONLY)
         terms = loss(g.float(), s.float(), x.float())
@@ -68,7 +66,7 @@ def pretrain(embedder, videos, plan: ClipPlan, recipe: Recipe, record, progress=
 
 
 def embed(embedder, windows, plan, augment, *, local=True):
-    """Two views of each window: g: [2, B, D], global clips; s: [2, B, T, D], their slices; x: [2, B, T, D], local clips.
+    """Two views of each window: g: [2, B, D] global clips; s: [2, B, T, D] their slices; x: [2, B, T, D] local clips.
 
     windows: uint8 [B, window, 3, H, W]. Without `local`, s and x are stand-ins for losses that do not read them.
     """

@@ -47,7 +47,7 @@ def decode(path):
 
 def mirror_pad(video, length):
     """Plays a short video forwards, backwards, forwards, ... up to `length` frames. video: [F, 3, H, W]"""
-    there_and_back = torch.cat([torch.arange(len(video)), torch.arange(len(video) - 2, 0, -1)])
+    there_and_back = torch.tensor([*range(len(video)), *range(len(video) - 2, 0, -1)])
     return video[there_and_back[torch.arange(length) % len(there_and_back)]]
 
 
