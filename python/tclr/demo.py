@@ -39,12 +39,12 @@ def arguments(argv=None):
     add("--frames", type=int, default=8, help="frames of a clip")
     add("--stride", type=int, default=4, help="of the global clip; also the number of local clips in its window")
     add("--side", type=int, default=32, help="height and width of a clip")
-    add("--steps", type=int, default=190, help="of each pretraining")
+    add("--steps", type=int, default=200, help="of each pretraining")
     add("--batch", type=int, default=32, help="videos a step")
     add("--lr", type=float, default=2e-3)
     add("--width", type=int, default=8, help="channels of the net's first stage")
     add("--eval-clips", type=int, default=8, help="most clips a video in the evaluation")
-    add("--eval-stride", type=int, default=2)
+    add("--eval-stride", type=int, default=3)
     return parser.parse_args(argv)
 
 

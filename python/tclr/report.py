@@ -68,7 +68,7 @@ def plot_clips(metrics, runs, chance, path):
     axis.axhline(100 * chance, color="gray", linestyle=":", label="chance")
     axis.set(xlabel="clips a video", ylabel="R@1 (%)", ylim=(0, None), title="Retrieval against clips a video")
     axis.set_xticks([row["clips"] for row in metrics.of("retrieval", run=runs[0])])
-    axis.legend(frameon=False)
+    figure.legend(frameon=False, loc="outside right upper")
     _save(figure, path)
 
 
