@@ -82,7 +82,7 @@ def instance_contrastive(views, *, temperature=0.1, normalize=True, reduction="m
     V, B, _ = views.shape
     if V < 2:
         raise ValueError(f"views: found V = {V}, shape {list(views.shape)}, wanted V >= 2")
-    term = _terms(views.unbind(0), temperature, normalize, False, backend, reduction)
+    term = _terms(views.unsqueeze(1).unbind(0), temperature, normalize, False, backend, reduction)
     return term[0] if reduction == "none" else _reduce(term, reduction, V * (V - 1) * B)
 
 
@@ -145,14 +145,14 @@ def tclr(g, s, x, *, temperature=0.1, form="paper", weights=None, normalize=True
     if weights["ic_global"]:
         terms["ic_global"] = instance_contrastive(g, **settings)
     if weights["ic_local"]:  # its one Gram matrix holds all that LL needs
-        term, pos = _gram(x.transpose(1, 2).flatten(0, 1).unbind(0), temperature, normalize, False, backend)
+        term, pos = _gram(x.transpose(1, 2).reshape(V * T, 1, B, D).unbind(0), temperature, normalize, False, backend)
         terms["ic_local"] = ordered_sum(term) / (V * V * B)
         if weights["ll"]:
             terms["ll"] = ordered_sum(_local_local_from(pos[0])) / (2 * B)
     elif weights["ll"]:
         terms["ll"] = local_local(x[0], x[1], **settings)
     if weights["gl"]:
-        term, _ = _gram([*s, *x], temperature, normalize, True, backend)
+        term, _ = _gram([*s.unbind(0), *x.unbind(0)], temperature, normalize, True, backend)
         terms["gl"] = ordered_sum(term) / (V * V * B)
     if form == "release":
         terms["ll"] = terms["ll"] * (B / T)
@@ -164,7 +164,8 @@ def _gram(sets, temperature, normalize, cross, backend):
     """term, pos: [G, V, V, N] of the sets: [..., N, D]"""
     tau = checks.temperature(temperature, sets[0].device)
     N, D = sets[0].shape[-2:]
-    term, _, pos = gram([z.reshape(-1, N, D) for z in sets], tau, normalize=normalize, cross=cross, backend=backend)
+    sets = [z if z.dim() == 3 else z.reshape(-1, N, D) for z in sets]
+    term, _, pos = gram(sets, tau, normalize=normalize, cross=cross, backend=backend)
     return term, pos
 
 
