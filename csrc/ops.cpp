@@ -1,14 +1,11 @@
 // Schemas, checks, and the CPU implementation: tensors in, pointers and sizes on.
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <tuple>
 #include <vector>
 
-#include "cpu/gram.h"
+#include "objective.h"
+#include "tensors.h"
 
 namespace tclr {
 namespace {
@@ -20,21 +17,6 @@ struct Sets {
   GramInput input;
 };
 
-Dtype dtype_of(const Tensor& z) {
-  switch (z.scalar_type()) {
-    case at::kDouble:
-      return Dtype::f64;
-    case at::kFloat:
-      return Dtype::f32;
-    case at::kBFloat16:
-      return Dtype::bf16;
-    case at::kHalf:
-      return Dtype::f16;
-    default:
-      TORCH_CHECK_TYPE(false, "sets: found dtype ", z.scalar_type(), ", wanted float64, float32, bfloat16 or float16");
-  }
-}
-
 // The sets as pointers, alive as long as the tensors are.
 Sets describe(at::TensorList sets, const std::optional<Tensor>& tau, double tau_value, bool normalize, bool cross) {
   TORCH_CHECK_VALUE(!sets.empty() && sets[0].dim() == 3, "sets: wanted at least one tensor [G, N, D]");
@@ -44,36 +26,11 @@ Sets describe(at::TensorList sets, const std::optional<Tensor>& tau, double tau_
                       "sets: wanted CPU tensors of one shape and dtype");
     s.rows.push_back({z.const_data_ptr(), z.stride(0), z.stride(1), z.stride(2)});
   }
-  if (tau) {
-    TORCH_CHECK_VALUE(tau->dim() == 0 && tau->is_cpu(), "tau: wanted a 0-d CPU tensor");
-    tau_value = tau->item<double>();
-  }
   auto V = static_cast<int64_t>(sets.size());
-  s.input = {sets[0].size(0), V,    sets[0].size(1), sets[0].size(2), s.rows.data(), dtype_of(sets[0]), tau_value,
-             normalize,       cross};
+  s.input = {
+      sets[0].size(0), V,    sets[0].size(1), sets[0].size(2), s.rows.data(), dtype_of(sets[0]), tau_of(tau, tau_value),
+      normalize,       cross};
   return s;
-}
-
-Executor threads() {
-  auto run = [](int64_t n, Task task, void* argument) {
-    at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) task(argument, i, at::get_thread_num());
-    });
-  };
-  return {run, at::get_num_threads()};
-}
-
-template <typename T>
-const Kernels<T>& kernels() {
-  if constexpr (std::is_same_v<T, double>)
-    return level_in_use().f64;
-  else
-    return level_in_use().f32;
-}
-
-template <typename T>
-Tensor workspace(const GramInput& in, const Executor& executor, bool backward, const at::TensorOptions& options) {
-  return at::empty({kernels<T>().workspace(in, executor.threads, backward)}, options);
 }
 
 template <typename T>
@@ -94,14 +51,14 @@ std::tuple<Tensor, Tensor, Tensor> gram_forward(at::TensorList sets, const std::
   return forward<float>(s.input, sets[0].options().dtype(at::kFloat));
 }
 
-using Gradient = std::optional<Tensor>;
+using Upstream = std::optional<Tensor>;
 
 template <typename T>
 std::tuple<std::vector<Tensor>, Tensor> backward(at::TensorList sets, const GramInput& in, const Tensor& neg,
-                                                 const Tensor& pos, const Gradient& g_term, const Gradient& g_neg,
-                                                 const Gradient& g_pos, const at::TensorOptions& options) {
+                                                 const Tensor& pos, const Upstream& g_term, const Upstream& g_neg,
+                                                 const Upstream& g_pos, const at::TensorOptions& options) {
   std::vector<Tensor> kept;
-  auto pointer = [&](const Gradient& x) -> const T* {
+  auto pointer = [&](const Upstream& x) -> const T* {
     if (!x) return nullptr;
     TORCH_CHECK_VALUE(x->sizes() == neg.sizes() && x->scalar_type() == options.dtype().toScalarType() && x->is_cpu(),
                       "neg, pos and their gradients: wanted CPU tensors [G, V, V, N] of the forward's dtype");
@@ -109,9 +66,11 @@ std::tuple<std::vector<Tensor>, Tensor> backward(at::TensorList sets, const Gram
   };
   TORCH_CHECK_VALUE((neg.sizes() == at::IntArrayRef{in.G, in.V, in.V, in.N}), "neg: wanted [G, V, V, N]");
   std::vector<Tensor> dz;
-  std::vector<T*> outputs;
-  for (size_t a = 0; a < sets.size(); ++a)
-    outputs.push_back(dz.emplace_back(at::empty(sets[a].sizes(), options)).template mutable_data_ptr<T>());
+  std::vector<Gradient<T>> outputs;
+  for (size_t a = 0; a < sets.size(); ++a) {
+    T* data = dz.emplace_back(at::empty(sets[a].sizes(), options)).template mutable_data_ptr<T>();
+    outputs.push_back({data, in.N * in.D, in.D, false});
+  }
   Tensor zdz = at::empty({in.G, in.V, in.N}, options);
   Executor executor = threads();
   Tensor memory = workspace<T>(in, executor, true, options);
@@ -124,8 +83,8 @@ std::tuple<std::vector<Tensor>, Tensor> backward(at::TensorList sets, const Gram
 
 std::tuple<std::vector<Tensor>, Tensor> gram_backward(at::TensorList sets, const std::optional<Tensor>& tau,
                                                       double tau_value, bool normalize, bool cross, const Tensor& neg,
-                                                      const Tensor& pos, const Gradient& g_term, const Gradient& g_neg,
-                                                      const Gradient& g_pos) {
+                                                      const Tensor& pos, const Upstream& g_term, const Upstream& g_neg,
+                                                      const Upstream& g_pos) {
   Sets s = describe(sets, tau, tau_value, normalize, cross);
   auto options = sets[0].options();
   if (s.input.dtype == Dtype::f64) return backward<double>(sets, s.input, neg, pos, g_term, g_neg, g_pos, options);
@@ -142,9 +101,13 @@ TORCH_LIBRARY(tclr_kernels, m) {
   m.def(
       "gram_backward(Tensor[] sets, Tensor? tau, float tau_value, bool normalize, bool cross, Tensor neg, Tensor pos, "
       "Tensor? g_term, Tensor? g_neg, Tensor? g_pos) -> (Tensor[] dz, Tensor zdz)");
+  m.def(
+      "objective(Tensor g, Tensor s, Tensor x, Tensor? tau, float tau_value, bool normalize, float[] scales, "
+      "float[] weights, bool gradient) -> (Tensor[] terms, Tensor[] gradients)");
 }
 
 TORCH_LIBRARY_IMPL(tclr_kernels, CPU, m) {
   m.impl("gram_forward", tclr::gram_forward);
   m.impl("gram_backward", tclr::gram_backward);
+  m.impl("objective", tclr::objective);
 }

@@ -14,9 +14,9 @@ def embeddings(dims, **tensors):
 
     dims: the dimensions' names, in brackets the leading ones that may be any number: "... N D".
     """
-    dims = dims.split()
+    dims, check_values = dims.split(), _check_values()
     for name, x in tensors.items():
-        _embedding(name, x, dims)
+        _embedding(name, x, dims, check_values)
     (first, a), *others = tensors.items()
     for name, x in others:
         if x.device != a.device:
@@ -34,7 +34,7 @@ def same_dtype(**tensors):
         if x.dtype != a.dtype and not torch.is_autocast_enabled(autocast_type(a.device)):
             raise TypeError(f"{first} has dtype {a.dtype} and {name} {x.dtype}: wanted one dtype")
         dtype = torch.promote_types(dtype, x.dtype)
-    return [x.to(dtype) for x in tensors.values()]
+    return [x if x.dtype == dtype else x.to(dtype) for x in tensors.values()]
 
 
 def autocast_type(device):
@@ -42,7 +42,11 @@ def autocast_type(device):
     return device.type if torch.amp.is_autocast_available(device.type) else "cpu"
 
 
-def _embedding(name, x, dims):
+def _check_values():
+    return os.environ.get("TCLR_KERNELS_CHECK") == "1"
+
+
+def _embedding(name, x, dims, check_values):
     wanted = f"[{', '.join(dims)}]"
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name}: found {type(x).__module__}.{type(x).__name__}, wanted a torch.Tensor {wanted}")
@@ -55,7 +59,7 @@ def _embedding(name, x, dims):
         raise ValueError(f"{name}: found {x.dim()} dimensions, shape {list(x.shape)}, wanted {wanted}")
     if 0 in x.shape:
         raise ValueError(f"{name}: found an empty tensor, shape {list(x.shape)}, wanted every size of {wanted} >= 1")
-    if os.environ.get("TCLR_KERNELS_CHECK") == "1":
+    if check_values:
         finite = torch.isfinite(x).all(-1)
         if not finite.all():
             row = torch.nonzero(~finite)[0].tolist()
@@ -72,7 +76,7 @@ def temperature(value, device=None):
             )
         if device is not None and value.device not in (device, torch.device("cpu")):
             raise ValueError(f"temperature: found a tensor on {value.device}, wanted it on the CPU or {device}")
-        if os.environ.get("TCLR_KERNELS_CHECK") == "1" and not (value > 0).logical_and(value.isfinite()):
+        if _check_values() and not (value > 0).logical_and(value.isfinite()):
             raise ValueError(f"temperature: found {value.item()}, wanted {wanted} (TCLR_KERNELS_CHECK=1)")
         return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real):

@@ -1,4 +1,4 @@
-"""THE operation under every loss, and its gradient: the only autograd of the library.
+"""THE operation under every loss, and its gradient.
 
 For V sets of rows in each of G groups, S[(a,i),(c,j)] = sim(z_(a,i), z_(c,j)), one predicate, j != i, in every block:
 
@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 
 from . import backends, checks
+
+_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 
 def gram(sets, tau, *, normalize=True, cross=False, backend=None):
@@ -70,26 +72,27 @@ class Gram(torch.autograd.Function):
         return None, d_tau, None, None, *d_sets
 
 
-class EagerGram(Gram):
-    """Gram, with errors that name the way out; torch.compile traces no function that has these methods."""
+class Eager:
+    """For functions whose first argument is the backend's name: errors that name the way out, and a direct `apply`."""
+
+    @classmethod
+    def apply(cls, *arguments):
+        if _transforms_active():
+            return super().apply(*arguments)
+        # past Function.apply, which inspects forward's signature on every call: longer than a small loss takes
+        return super(torch.autograd.Function, cls).apply(*arguments)
 
     @staticmethod
     def jvp(ctx, *_):
-        raise NotImplementedError(_only_reference("forward mode differentiation", ctx.name))
+        raise _only_reference("forward mode differentiation", ctx.name)
 
     @staticmethod
     def vmap(info, in_dims, name, *_):
-        raise NotImplementedError(_only_reference("vmap", name))
+        raise _only_reference("vmap", name)
 
 
-class GramBackward(torch.autograd.Function):
-    """The gradient as a function of its own, so that a second derivative is an error and never a silent zero."""
-
-    @staticmethod
-    def forward(name, normalize, cross, tau_needs_grad, tau, neg, pos, g_term, g_neg, g_pos, *sets):
-        d_sets, zdz = backends.BACKENDS[name].backward(sets, tau, normalize, cross, neg, pos, g_term, g_neg, g_pos)
-        d_tau = (ordered_sum(zdz) / (-2 * tau)).to(tau) if tau_needs_grad else None
-        return d_tau, *d_sets
+class Once:
+    """The same, for a gradient that is a function of its own, so that a second derivative is never a silent zero."""
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -97,8 +100,20 @@ class GramBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *_):
-        raise NotImplementedError(_only_reference("a second derivative", ctx.name))
+        raise _only_reference("a second derivative", ctx.name)
+
+
+class EagerGram(Eager, Gram):
+    """Gram, but for torch.compile, which traces no function that has these methods."""
+
+
+class GramBackward(Once, torch.autograd.Function):
+    @staticmethod
+    def forward(name, normalize, cross, tau_needs_grad, tau, neg, pos, g_term, g_neg, g_pos, *sets):
+        d_sets, zdz = backends.BACKENDS[name].backward(sets, tau, normalize, cross, neg, pos, g_term, g_neg, g_pos)
+        d_tau = (ordered_sum(zdz) / (-2 * tau)).to(tau) if tau_needs_grad else None
+        return d_tau, *d_sets
 
 
 def _only_reference(what, name):
-    return f'{what} is not provided by backend {name!r}: use backend="reference"'
+    return NotImplementedError(f'{what} is not provided by backend {name!r}: use backend="reference"')

@@ -11,12 +11,14 @@ or device, and for an empty tensor.
 Source: TCLR, Dave et al., CVIU 2022, https://arxiv.org/abs/2101.07974, section 3, and its official release.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
 
-from . import checks
+from . import backends, checks
 from .gram import gram, ordered_sum
+from .objective import objective
 
 REDUCTIONS = "mean", "sum", "none"
 FORMS = {  # the default weight of each term
@@ -139,25 +141,47 @@ def tclr(g, s, x, *, temperature=0.1, form="paper", weights=None, normalize=True
     if g.device != x.device:
         raise ValueError(f"g is on {g.device} and x on {x.device}: wanted one device")
     g, s, x = checks.same_dtype(g=g, s=s, x=x)
-    settings = dict(temperature=temperature, normalize=normalize, backend=backend)
+    tau = checks.temperature(temperature, x.device)
+    name = backends.choose(backend, x.device)
 
-    terms = dict(ic_global=_zero(g), ic_local=_zero(x), ll=_zero(x), gl=_zero(s) + _zero(x))
-    if weights["ic_global"]:
-        terms["ic_global"] = instance_contrastive(g, **settings)
-    if weights["ic_local"]:  # its one Gram matrix holds all that LL needs
-        term, pos = _gram(x.transpose(1, 2).reshape(V * T, 1, B, D).unbind(0), temperature, normalize, False, backend)
-        terms["ic_local"] = ordered_sum(term) / (V * V * B)
-        if weights["ll"]:
-            terms["ll"] = ordered_sum(_local_local_from(pos[0])) / (2 * B)
-    elif weights["ll"]:
-        terms["ll"] = local_local(x[0], x[1], **settings)
-    if weights["gl"]:
-        term, _ = _gram([*s.unbind(0), *x.unbind(0)], temperature, normalize, True, backend)
-        terms["gl"] = ordered_sum(term) / (V * V * B)
-    if form == "release":
-        terms["ll"] = terms["ll"] * (B / T)
-        terms["gl"] = terms["gl"] * (V * V / 2)
-    return TCLRTerms(sum(weights[name] * term for name, term in terms.items()), **terms)
+    release = form == "release"
+    scales = {  # of each term, times the sum over its anchors
+        "ic_global": 1 / (V * B),
+        "ic_local": 1 / (V * V * B),
+        "ll": 1 / (V * T if release else V * B),
+        "gl": 1 / (V * B if release else V * V * B),
+    }
+    scales, weights = ([float(values[k]) for k in scales] for values in (scales, weights))
+    compose = functools.partial(_compose, name, normalize, scales, weights)
+    if torch.compiler.is_compiling() or not hasattr(backends.BACKENDS[name], "objective"):
+        return TCLRTerms(*compose(tau, g, s, x))
+    return TCLRTerms(*objective(name, compose, normalize, scales, weights, tau, g, s, x))
+
+
+def _compose(backend, normalize, scales, weights, tau, g, s, x):
+    """total, ic_global, ic_local, ll, gl from the one operation."""
+
+    def contrast(sets, cross=False):
+        return gram(sets, tau, normalize=normalize, cross=cross, backend=backend)
+
+    V, B, T, D = x.shape
+    # gradients of several terms meet in float32 at least: in float16, that of a short row may be inf - inf
+    g, s, x = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (g, s, x))
+    with_ic_global, with_ic_local, with_ll, with_gl = (w != 0 for w in weights)
+    sums = [_zero(g), _zero(x), _zero(x), _zero(s) + _zero(x)]
+    if with_ic_global:
+        sums[0] = ordered_sum(contrast(g.unsqueeze(1).unbind(0))[0])
+    if with_ic_local:  # its one Gram matrix holds all that LL needs
+        term, _, pos = contrast(x.transpose(1, 2).reshape(V * T, 1, B, D).unbind(0))
+        sums[1] = ordered_sum(term)
+        if with_ll:
+            sums[2] = ordered_sum(_local_local_from(pos[0]))
+    elif with_ll:
+        sums[2] = ordered_sum(contrast(x.unbind(0))[0])
+    if with_gl:
+        sums[3] = ordered_sum(contrast([*s.unbind(0), *x.unbind(0)], cross=True)[0])
+    terms = [scale * x for scale, x in zip(scales, sums, strict=True)]
+    return sum(weight * term for weight, term in zip(weights, terms, strict=True)), *terms
 
 
 def _gram(sets, temperature, normalize, cross, backend):

@@ -20,10 +20,13 @@ int64_t call(const Kernels<T>& kernels, const GramInput& in, bool backward, void
   if (memory == nullptr) return size;
   T** b = (T**)blocks;
   Executor executor{run, thread_count};
-  if (backward)
-    kernels.backward(in, {b[0], b[1], b[2], b[3], b[4], (T* const*)dz, (T*)zdz}, (T*)memory, executor);
-  else
+  if (backward) {
+    Gradient<T> gradients[64];
+    for (int64_t a = 0; a < in.V; ++a) gradients[a] = {(T*)dz[a], in.N * in.D, in.D, false};
+    kernels.backward(in, {b[0], b[1], b[2], b[3], b[4], gradients, (T*)zdz}, (T*)memory, executor);
+  } else {
     kernels.forward(in, {b[0], b[1], b[2]}, (T*)memory, executor);
+  }
   return size;
 }
 }  // namespace
@@ -40,4 +43,11 @@ extern "C" int64_t gram(const int64_t* sizes, const int64_t* flags, const void* 
   thread_count = sizes[4], backwards = sizes[5];
   if (in.dtype == Dtype::f64) return call(portable_level.f64, in, flags[3], blocks, dz, zdz, memory);
   return call(portable_level.f32, in, flags[3], blocks, dz, zdz, memory);
+}
+
+// float64: V, N of pos; loss: [V, N]; g_pos: [V, V, N]
+extern "C" void local_local(int64_t V, int64_t N, const double* pos, double scale, double* loss, double* g_pos) {
+  using namespace tclr;
+  thread_count = 1;
+  portable_level.f64.local_local(V, N, pos, scale, loss, g_pos, Executor{run, 1});
 }

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from tclr_kernels import losses
 from tclr_kernels.backends import reference
 
 CSRC = Path(__file__).parents[1] / "csrc"
@@ -56,7 +57,8 @@ class Kernels:
     """A kernel backend made of one library. Tasks run forwards or backwards; memory is given filled with 0xA5."""
 
     def __init__(self, library, threads=3, backwards=False):
-        self.gram = ctypes.CDLL(str(library)).gram
+        self.library = ctypes.CDLL(str(library))
+        self.gram = self.library.gram
         self.gram.restype = ctypes.c_int64
         self.threads, self.backwards = threads, backwards
 
@@ -75,6 +77,14 @@ class Kernels:
         zdz = _guarded((G, len(sets), N), neg.dtype)
         self._call(sets, tau, normalize, cross, True, blocks, [x for x, _ in dz], zdz[0])
         return [_intact(*x).to(sets[0].dtype) for x in dz], _intact(*zdz)
+
+    def local_local(self, pos, scale):
+        V, _, N = pos.shape
+        outputs = _guarded((V, N), pos.dtype), _guarded(pos.shape, pos.dtype)
+        pointers = [ctypes.c_void_p(x.data_ptr()) for x in (pos, outputs[0][0], outputs[1][0])]
+        sizes = ctypes.c_int64(V), ctypes.c_int64(N)
+        self.library.local_local(*sizes, pointers[0], ctypes.c_double(scale), *pointers[1:])
+        return tuple(_intact(*x) for x in outputs)
 
     def _call(self, sets, tau, normalize, cross, backward, blocks, dz, zdz):
         G, N, D = sets[0].shape
@@ -119,6 +129,14 @@ def deviations(kernels, dtypes=(torch.float64, torch.float32)):
         tolerance = 1e-11 if dtype == torch.float64 else 5e-5 * max(1, 0.1 / tau)
         if _deviation(kernels, sets, tau, normalize, cross, generator) > tolerance:
             yield f"{name}, {dtype}, cross={cross}, normalize={normalize}, tau={tau}"
+    for clips, N in product((1, 2, 4), (1, 7, 40)):
+        S = torch.randn(2 * clips, 2 * clips, N, generator=generator, dtype=torch.float64) * 30
+        pos = S.masked_fill(torch.eye(len(S), dtype=torch.bool)[:, :, None], 0).requires_grad_()
+        wanted = losses._local_local_from(pos)
+        (3 * wanted.sum()).backward()
+        loss, g_pos = kernels.local_local(pos.detach(), 3.0)
+        if max(_difference(loss, wanted.detach()), _difference(g_pos, pos.grad)) > 1e-12:
+            yield f"local_local, {clips} clips, N = {N}"
 
 
 def _deviation(kernels, sets, tau, normalize, cross, generator):

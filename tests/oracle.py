@@ -146,6 +146,15 @@ def tclr_terms(*tensors, **settings):
     return torch.stack(list(tk.tclr(*tensors, **settings)))
 
 
+def only_total(function):
+    """Of five terms the first, by itself: a backend may have its gradient in one piece."""
+    return lambda *z, **settings: function(*z, **settings)[:1]
+
+
+def tclr_total(*tensors, **settings):
+    return tk.tclr(*tensors, **settings).total[None]
+
+
 # ---- the table of losses
 
 
@@ -206,6 +215,11 @@ LOSSES = {
         functools.partial(tclr_terms, form="release"), functools.partial(tclr_eager, form="release"), clips, True
     ),
 }
+for form in "tclr", "tclr release":
+    settings = dict(form=form.removeprefix("tclr").strip() or "paper")
+    eager = only_total(functools.partial(tclr_eager, **settings))
+    LOSSES[f"{form} total"] = Loss(functools.partial(tclr_total, **settings), eager, clips, True)
+
 
 # ---- values, gradients, and the criteria of correctness
 

@@ -15,7 +15,15 @@ from .oracle import DTYPES, LOSSES, run
 from .test_parity import same_bits
 
 PAIRS = "nt_xent", "clip_loss"
-KINDS = "nt_xent", "clip_loss", "instance_contrastive", "local_local", "global_local", "tclr release"
+KINDS = (
+    "nt_xent",
+    "clip_loss",
+    "instance_contrastive",
+    "local_local",
+    "global_local",
+    "tclr release",
+    "tclr release total",
+)
 
 
 def close(found, wanted):
@@ -108,13 +116,19 @@ def threads():
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(
-    "name, sizes", [("nt_xent", (700, 2, 40)), ("local_local", (5000, 4, 8)), ("tclr release", (600, 4, 32))]
+    "name, sizes",
+    [
+        ("nt_xent", (700, 2, 40)),
+        ("local_local", (5000, 4, 8)),
+        ("tclr release", (600, 4, 32)),
+        ("tclr release total", (600, 4, 32)),
+    ],
 )
 def test_bits_do_not_depend_on_threads(name, sizes, seed, kernels, threads):
     """One group by many threads; many groups; sums of more than 32768 terms, which ATen splits among threads."""
     inputs = LOSSES[name].inputs(sizes, torch.float32, seed=seed)
     function = functools.partial(LOSSES[name].call, backend=kernels)
-    if name != "tclr release":
+    if not name.startswith("tclr"):
         function = functools.partial(function, reduction="sum")
     tau = torch.tensor(0.1)
     results = []

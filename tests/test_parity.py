@@ -41,7 +41,7 @@ CASES = [
     *itertools.product(["nt_xent", "clip_loss"], ROWS),
     *itertools.product(["instance_contrastive"], list(ROWS)[:-1]),
     *itertools.product(["local_local", "global_local"], VIDEOS),
-    *itertools.product(["tclr", "tclr release"], list(VIDEOS)[:5]),
+    *itertools.product(["tclr", "tclr release", "tclr total", "tclr release total"], list(VIDEOS)[:5]),
 ]
 
 
@@ -55,7 +55,12 @@ def test_sizes(name, size, dtype, backend):
 
 CONFIDENT = [  # C4: views of one cosine, at temperatures from easy to hard
     *itertools.product(["nt_xent", "clip_loss"], [0.9, 0.99, 0.999, 1], [0.5, 0.1, 0.05, 0.01], DTYPES),
-    *itertools.product(["instance_contrastive", "tclr release"], [0.9, 1], [0.1, 0.01], [torch.float32, torch.float16]),
+    *itertools.product(
+        ["instance_contrastive", "tclr release", "tclr release total"],
+        [0.9, 1],
+        [0.1, 0.01],
+        [torch.float32, torch.float16],
+    ),
 ]
 
 
@@ -136,7 +141,9 @@ LAYOUTS = as_it_is, transposed, step_two, rows_apart, red_zone
 
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["nt_xent", "clip_loss", "instance_contrastive", "global_local", "tclr release"])
+@pytest.mark.parametrize(
+    "name", ["nt_xent", "clip_loss", "instance_contrastive", "global_local", "tclr release", "tclr release total"]
+)
 def test_strides_change_no_bit(name, dtype, layout, backend):
     inputs = LOSSES[name].inputs((9, 4, 21), dtype)
     found = oracle.run(LOSSES[name].call, [layout(x) for x in inputs], backend=backend)

@@ -33,10 +33,17 @@ struct GramForward {
 };
 
 template <typename T>
+struct Gradient {  // of one set: [G, N, D], its rows contiguous
+  T* data;
+  int64_t stride_g, stride_n;
+  bool add;  // to what is there
+};
+
+template <typename T>
 struct GramBackward {
   const T *neg, *pos;
   const T *g_term, *g_neg, *g_pos;  // null: no gradient arrives there
-  T* const* dz;                     // [V] sets of [G, N, D]
+  const Gradient<T>* dz;            // [V]
   T* zdz;                           // [G, V, N]
 };
 
@@ -46,6 +53,9 @@ struct Kernels {
   int64_t (*workspace)(const GramInput&, int64_t threads, bool backward);
   void (*forward)(const GramInput&, const GramForward<T>&, T* workspace, const Executor&);
   void (*backward)(const GramInput&, const GramBackward<T>&, T* workspace, const Executor&);
+  // LL from the similarities of the same video in different sets, pos: [V, V, N], the sets (v, t), v outermost.
+  // loss: [V, N]; g_pos: [V, V, N], `scale` times the derivative of their sum.
+  void (*local_local)(int64_t V, int64_t N, const T* pos, double scale, T* loss, T* g_pos, const Executor&);
 };
 
 struct Level {

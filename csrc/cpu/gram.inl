@@ -17,6 +17,10 @@
 namespace tclr {
 namespace {
 
+void serially(int64_t n, Task task, void* argument) {
+  for (int64_t i = 0; i < n; ++i) task(argument, i, 0);
+}
+
 constexpr int64_t largest_block(size_t size) { return size == sizeof(float) ? 192 : 96; }
 
 template <typename T>
@@ -31,7 +35,7 @@ struct Group {
   Norm* norms;            // [V, N]
   double* sum;            // [V, V, N] of exp(S - largest), forward
   T* largest;             // [V, V, N] 0 where the sum needs no offset
-  double *g_neg, *g_pos;  // [V, V, N] backward; where S is bounded, g_neg carries the factor exp(-neg)
+  double *g_neg, *g_pos;  // [V, V, N] backward; in `unit`s, and where S is bounded g_neg times exp(-neg)
 
   static int64_t size(const GramInput& in, int64_t ldz, bool backward) {
     int64_t rows = in.V * in.N, blocks = in.V * rows, doubles = sizeof(double) / sizeof(T);
@@ -117,10 +121,10 @@ void scores(const Work<T>& w, Pair pair, const Tile<T>& tile, int64_t r, T* S, T
 template <typename T>
 INLINE void merge(T& largest, double& sum, T m, double s) {
   if (m > largest) {
-    sum = sum * exp(double(largest) - double(m)) + s;
+    sum = sum * ::exp(double(largest) - double(m)) + s;
     largest = m;
   } else if (s != 0) {
-    sum += m == largest ? s : s * exp(double(m) - double(largest));
+    sum += m == largest ? s : s * ::exp(double(m) - double(largest));
   }
 }
 
@@ -207,7 +211,7 @@ struct Weight {
 
 template <typename T>
 Weight<T> weight(const Work<T>& w, int64_t at) {
-  T scale = T(w.group.g_neg[at] / w.unit), neg = w.gradient->neg[w.g * w.p.V * w.p.V * w.p.N + at];
+  T scale = T(w.group.g_neg[at]), neg = w.gradient->neg[w.g * w.p.V * w.p.V * w.p.N + at];
   return {scale, scale == 0 ? T(INFINITY) : neg};  // exp(S - inf) is 0, and neg may be -inf here
 }
 
@@ -246,7 +250,7 @@ void backward_tile(const Work<T>& w, Pair pair, const Tile<T>& tile) {
     for (int64_t q = r; q < smaller(rows, r + strip); ++q) {
       T* s = tile.S + q * tile.lds;
       weights(s, width, w.bounded, T(w.inverse_tau * log2e), weight(w, of_rows + q), tile.scale, tile.shift);
-      if (pairs) s[q] = T((group.g_pos[of_rows + q] + group.g_pos[of_columns + q]) / w.unit);
+      if (pairs) s[q] = T(group.g_pos[of_rows + q] + group.g_pos[of_columns + q]);
     }
   }
   pack_rows(zj, w.ldz, columns, tile.rows_j);
@@ -257,84 +261,141 @@ void backward_tile(const Work<T>& w, Pair pair, const Tile<T>& tile) {
 }
 
 // log(exp x + exp y), -inf where both are.
-INLINE double log_add(double x, double y) {
-  double high = x > y ? x : y, low = x > y ? y : x;
-  return low == -INFINITY && low == low ? high : high + log1p(exp(low - high));
+INLINE Vec<double> log_add(Vec<double> x, Vec<double> y) {
+  Vec<double> high = x > y ? x : y, low = x > y ? y : x;
+  return low == -INFINITY ? high : high + log1p(exp(low - high));
 }
 
-INLINE double softplus(double t) { return t > 0 ? t + log1p(exp(-t)) : log1p(exp(t)); }
+INLINE Vec<double> softplus(Vec<double> t) { return (t > 0 ? t : Vec<double>{}) + log1p(exp(t > 0 ? -t : t)); }
 
-// neg and term of rows [begin, begin + n) of set a, from their sums.
+INLINE Vec<double> sigmoid(Vec<double> t) {
+  Vec<double> e = exp(t > 0 ? -t : t), r = 1 / (1 + e);
+  return t > 0 ? r : e * r;
+}
+
+// neg and term of the rows of block b, from their sums.
 template <typename T>
 void finish(const Work<T>& w, int64_t b) {
   const Problem& p = w.p;
-  int64_t a = p.set(b), first = w.g * p.V * p.V * p.N;
-  for (int64_t c = 0; c < p.V; ++c)
-    for (int64_t i = p.begin(b); i < p.begin(b) + p.rows(b); ++i) {
-      int64_t at = p.at(a, c, i), own = p.at(a, a, i);
-      double neg = log(w.group.sum[at]) + double(w.group.largest[at]);
-      bool paired = a != c && p.exists(a, c);
-      T pos = paired ? w.out.pos[first + at] : T(0), term = pos - pos;
-      if (paired && p.N > 1) {
-        double negatives = p.cross ? neg : log_add(log(w.group.sum[own]) + double(w.group.largest[own]), neg);
-        term = T(softplus(negatives - double(pos)));
+  int64_t a = p.set(b), end = p.begin(b) + p.rows(b), first = w.g * p.V * p.V * p.N;
+  for (int64_t i = p.begin(b); i < end; i += lanes<double>) {
+    int64_t n = end - i;
+    auto negatives = [&](int64_t at) { return log(widen(w.group.sum + at, n)) + widen(w.group.largest + at, n); };
+    Vec<double> own = p.cross ? Vec<double>{} : negatives(p.at(a, a, i));
+    for (int64_t c = 0; c < p.V; ++c) {
+      int64_t at = p.at(a, c, i);
+      bool exists = p.exists(a, c), paired = exists && a != c;
+      Vec<double> neg = splat<double>(-INFINITY), pos = {}, term = {};
+      if (exists && p.N > 1) neg = c == a ? own : negatives(at);
+      if (paired) {
+        pos = widen(w.out.pos + first + at, n);
+        term = p.N > 1 ? softplus((p.cross ? neg : log_add(own, neg)) - pos) : pos - pos;
       }
-      w.out.pos[first + at] = pos;
-      w.out.neg[first + at] = p.N > 1 && p.exists(a, c) ? T(neg) : T(-INFINITY);
-      w.out.term[first + at] = term;
+      narrow(w.out.neg + first + at, neg, n);
+      narrow(w.out.pos + first + at, pos, n);
+      narrow(w.out.term + first + at, term, n);
     }
+  }
 }
 
-// The gradients of neg and pos of a block's rows.
+// The gradients of neg and pos of the rows of block b.
 template <typename T>
 void prepare(const Work<T>& w, int64_t b) {
   const Problem& p = w.p;
   const GramBackward<T>& in = *w.gradient;
-  int64_t a = p.set(b), first = w.g * p.V * p.V * p.N;
-  for (int64_t i = p.begin(b); i < p.begin(b) + p.rows(b); ++i) {
-    int64_t own = p.at(a, a, i);
-    double g_own = in.g_neg ? in.g_neg[first + own] : 0;
-    for (int64_t c = p.V; c-- > 0;) {
+  int64_t a = p.set(b), end = p.begin(b) + p.rows(b), first = w.g * p.V * p.V * p.N;
+  for (int64_t i = p.begin(b); i < end; i += lanes<double>) {
+    int64_t n = end - i, to_own = p.at(a, a, i);
+    auto given = [&](const T* x, int64_t at) { return x ? widen(x + first + at, n) : Vec<double>{}; };
+    Vec<double> own = given(in.neg, to_own), g_own = given(in.g_neg, to_own);
+    for (int64_t c = 0; c < p.V; ++c) {
       int64_t at = p.at(a, c, i);
       if (c == a) continue;
-      double g_neg = in.g_neg ? in.g_neg[first + at] : 0, g_pos = in.g_pos ? in.g_pos[first + at] : 0;
-      double neg = in.neg[first + at], g_term = in.g_term ? in.g_term[first + at] : 0;
-      if (g_term != 0 && p.N > 1 && p.exists(a, c)) {
-        double negatives = p.cross ? neg : log_add(in.neg[first + own], neg);
-        double g = g_term / (1 + exp(double(in.pos[first + at]) - negatives));
-        g_neg += g * exp(neg - negatives);
-        g_own += p.cross ? 0 : g * exp(in.neg[first + own] - negatives);
+      Vec<double> g_neg = given(in.g_neg, at), g_pos = given(in.g_pos, at);
+      if (in.g_term && p.N > 1 && p.exists(a, c)) {
+        Vec<double> neg = given(in.neg, at), negatives = p.cross ? neg : log_add(own, neg);
+        Vec<double> g_term = given(in.g_term, at), g = g_term * sigmoid(negatives - given(in.pos, at));
+        g = g_term == 0 ? Vec<double>{} : g;
+        g_neg += g == 0 ? g : g * exp(neg - negatives);
+        if (!p.cross) g_own += g == 0 ? g : g * exp(own - negatives);
         g_pos -= g;
       }
-      w.group.g_pos[at] = g_pos;
-      w.group.g_neg[at] = g_neg;
+      narrow(w.group.g_neg + at, g_neg, n);
+      narrow(w.group.g_pos + at, g_pos, n);
     }
-    w.group.g_pos[own] = 0;
-    w.group.g_neg[own] = g_own;
+    narrow(w.group.g_neg + to_own, g_own, n);
+    narrow(w.group.g_pos + to_own, Vec<double>{}, n);
   }
 }
 
 // The power of two of the group's largest gradient.
 template <typename T>
 double unit(const Work<T>& w) {
-  double largest = 0;
-  for (int64_t at = 0; at < 2 * w.p.V * w.p.V * w.p.N; ++at) {  // g_neg and, behind it, g_pos
-    double size = fabs(w.group.g_neg[at]);
-    largest = size > largest ? size : largest;
+  int64_t n = 2 * w.p.V * w.p.V * w.p.N;  // g_neg and, behind it, g_pos
+  Vec<double> largest = {};
+  for (int64_t at = 0; at < n; at += lanes<double>) {
+    Vec<double> g = widen(w.group.g_neg + at, n - at), size = g < 0 ? -g : g;
+    largest = larger<double>(size, largest);
   }
-  return largest > 1e-300 && largest < 1e300 ? ldexp(1, ilogb(largest)) : 1;
+  double top = maximum<double>(largest);
+  return top > 1e-300 && top < 1e300 ? ldexp(1, ilogb(top)) : 1;
 }
 
-// Once for all tiles: exp(S - neg) as exp(S) exp(-neg), where that is safe.
+// Once for all tiles: the unit, and exp(S - neg) as exp(S) exp(-neg) where that is safe.
 template <typename T>
 void absorb(const Work<T>& w, int64_t b) {
   const Problem& p = w.p;
-  for (int64_t c = 0; c < p.V && w.bounded; ++c)
-    for (int64_t i = p.begin(b); i < p.begin(b) + p.rows(b); ++i) {
-      int64_t at = p.at(p.set(b), c, i);
-      double& g = w.group.g_neg[at];
-      if (g != 0) g *= exp(-double(w.gradient->neg[w.g * p.V * p.V * p.N + at]));
+  double inverse = 1 / w.unit;
+  for (int64_t c = 0; c < p.V; ++c) {
+    int64_t from = p.at(p.set(b), c, p.begin(b)), end = from + p.rows(b);
+    for (int64_t at = from; at < end; at += lanes<double>) {
+      double *to_neg = w.group.g_neg + at, *to_pos = w.group.g_pos + at;
+      Vec<double> g = widen(to_neg, end - at) * inverse;
+      if (w.bounded) {
+        Vec<double> neg = widen(w.gradient->neg + w.g * p.V * p.V * p.N + at, end - at);
+        g = g == 0 ? g : g * exp(-neg);
+      }
+      narrow(to_neg, g, end - at);
+      narrow(to_pos, widen(to_pos, end - at) * inverse, end - at);
     }
+  }
+}
+
+template <typename T>
+struct LocalLocal {
+  int64_t V, N;
+  const T* pos;
+  double scale;
+  T *loss, *g_pos;
+};
+
+// One set's anchors: softplus(log sum_{c not a, mate} exp pos[a,c] - pos[a,mate]), mate the same clip of the other
+// view.
+template <typename T>
+void local_local_set(const LocalLocal<T>& w, int64_t a) {
+  int64_t mate = (a + w.V / 2) % w.V;
+  for (int64_t i = 0; i < w.N; i += lanes<double>) {
+    int64_t n = w.N - i;
+    auto at = [&](int64_t c) { return (a * w.V + c) * w.N + i; };
+    auto pos = [&](int64_t c) { return widen(w.pos + at(c), n); };
+    Vec<double> top = splat<double>(-INFINITY), total = {};
+    for (int64_t c = 0; c < w.V; ++c)
+      if (c != a && c != mate) top = larger<double>(pos(c), top);
+    for (int64_t c = 0; c < w.V; ++c)
+      if (c != a && c != mate) total += exp(pos(c) - top);
+    Vec<double> negatives = top + log(total), excess = negatives - pos(mate);
+    Vec<double> g = w.scale * sigmoid(excess);
+    narrow(w.loss + a * w.N + i, softplus(excess), n);
+    for (int64_t c = 0; c < w.V; ++c)
+      narrow(w.g_pos + at(c), c == a ? Vec<double>{} : c == mate ? -g : g * exp(pos(c) - negatives), n);
+  }
+}
+
+template <typename T>
+void local_local(int64_t V, int64_t N, const T* pos, double scale, T* loss, T* g_pos, const Executor& executor) {
+  LocalLocal<T> w{V, N, pos, scale, loss, g_pos};
+  auto one = [](void* argument, int64_t a, int64_t) { local_local_set(*(LocalLocal<T>*)argument, a); };
+  (double(V * V * N) < 1e4 ? Executor{serially, 1} : executor).run(V, one, &w);
 }
 
 template <typename T>
@@ -413,11 +474,10 @@ void run_backward(Work<T>& w, const Executor& executor) {
   executor.run(blocks, after, &w);
 }
 
-void serially(int64_t n, Task task, void* argument) {
-  for (int64_t i = 0; i < n; ++i) task(argument, i, 0);
+INLINE double group_work(const GramInput& in) {
+  double rows = double(in.V * in.N);
+  return rows * (rows + 64) * double(in.D);  // reading and writing a row costs as much as some 64 products with it
 }
-
-INLINE double group_work(const GramInput& in) { return double(in.V * in.N) * double(in.V * in.N) * double(in.D); }
 
 // Many groups, or small ones: one thread each. Few large ones: one after the other, by all threads.
 INLINE bool group_by_group(const GramInput& in, int64_t threads) { return in.G < 2 * threads && group_work(in) > 1e6; }
@@ -504,8 +564,8 @@ void backward(const GramInput& in, const GramBackward<T>& out, T* memory, const 
 
 const Level TCLR_JOIN(TCLR_LEVEL, _level) = {
     TCLR_NAME(TCLR_LEVEL),
-    {workspace<float>, forward<float>, backward<float>},
-    {workspace<double>, forward<double>, backward<double>},
+    {workspace<float>, forward<float>, backward<float>, local_local<float>},
+    {workspace<double>, forward<double>, backward<double>, local_local<double>},
 };
 
 }  // namespace tclr

@@ -43,24 +43,46 @@ void read_row(const Rows& rows, Dtype dtype, int64_t g, int64_t i, int64_t D, T*
   for (int64_t d = 0; d < D; ++d) out[d] = out[d] == out[d] ? out[d] : T(NAN);
 }
 
-// The norm as the product of two factors: a row of 1e308 has a norm that double does not hold. Both 0 for a zero row.
+// sum_d x_d y_d in double; ldz is a multiple of two vectors
+template <typename T>
+INLINE double dot(const T* x, const T* y, int64_t ldz) {
+  constexpr int L = lanes<double>;
+  Vec<double> even = {}, odd = {};
+  for (int64_t d = 0; d < ldz; d += 2 * L) {
+    even += widen(x + d) * widen(y + d);
+    odd += widen(x + d + L) * widen(y + d + L);
+  }
+  return sum<double>(even + odd);
+}
+
+// The norm as the product of a power of two and the rest: that of a row of 1e308 is beyond double. rest is 0 for a zero
+// row.
 struct Norm {
-  double largest, rest;
+  double scale, rest;
 };
 
+// Divides the row by its norm; ldz values, padded with zeros. A row that is not finite becomes NaN.
 template <typename T>
-Norm norm(const T* x, int64_t D) {
-  double largest = 1, total = 0;
+Norm normalize(T* row, int64_t ldz) {
+  double scale = 1;
   if (sizeof(T) == sizeof(double)) {  // squares of floats always fit a double
-    largest = 0;
-    for (int64_t d = 0; d < D; ++d) {
-      double size = fabs(double(x[d]));
+    double largest = 0;
+    for (int64_t d = 0; d < ldz; ++d) {
+      double size = fabs(double(row[d]));
       largest = size > largest || size != size ? size : largest;
     }
-    if (largest == 0) return {0, 0};
+    if (largest == 0) return {1, 0};
+    scale = ldexp(1, ilogb(largest));
+    for (int64_t d = 0; d < ldz; ++d) row[d] = T(row[d] / scale);
   }
-  for (int64_t d = 0; d < D; ++d) total += (x[d] / largest) * (x[d] / largest);
-  return total == 0 ? Norm{0, 0} : Norm{largest, sqrt(total)};
+  double rest = sqrt(dot(row, row, ldz)), inverse = 1 / rest;
+  if (rest == 0) return {1, 0};
+  bool finite = rest * 0 == 0;
+  for (int64_t d = 0; d < ldz; ++d) {
+    double unit = sizeof(T) == sizeof(double) ? row[d] / rest : row[d] * inverse;
+    row[d] = finite ? T(unit) : T(NAN);
+  }
+  return {scale, rest};
 }
 
 // The rows of one block, normalised if asked for: z, padded with zeros to ldz, and their norms.
@@ -70,14 +92,7 @@ void read_block(const GramInput& in, const Problem& p, int64_t g, int64_t b, int
     T* row = z + r * ldz;
     read_row(in.sets[p.set(b)], in.dtype, g, p.begin(b) + r, in.D, row);
     for (int64_t d = in.D; d < ldz; ++d) row[d] = 0;
-    if (!in.normalize) continue;
-    Norm n = norms[r] = norm(row, in.D);
-    if (n.rest == 0) continue;
-    bool finite = n.largest * 0 == 0 && n.rest * 0 == 0;
-    if (sizeof(T) == sizeof(double))
-      for (int64_t d = 0; d < in.D; ++d) row[d] = finite ? T(row[d] / n.largest / n.rest) : T(NAN);
-    else
-      for (int64_t d = 0; d < in.D; ++d) row[d] = finite ? T(row[d] * (1 / n.rest)) : T(NAN);
+    if (in.normalize) norms[r] = normalize(row, ldz);
   }
 }
 
@@ -90,18 +105,20 @@ void write_block(const GramInput& in, const GramBackward<T>& out, const Problem&
   for (int64_t r = 0; r < p.rows(b); ++r) {
     const T *row = z + r * ldz, *grad = dz + r * ldz;
     int64_t i = p.begin(b) + r;
-    T* dx = out.dz[a] + (g * in.N + i) * in.D;
-    double along = 0, scale = unit / in.tau;
-    for (int64_t d = 0; d < in.D; ++d) along += double(row[d]) * double(grad[d]);
+    const Gradient<T>& to = out.dz[a];
+    T* dx = to.data + g * to.stride_g + i * to.stride_n;
+    double along = dot(row, grad, ldz), scale = unit / in.tau;
     out.zdz[(g * in.V + a) * in.N + i] = T(along * scale);
-    if (!in.normalize) {
-      for (int64_t d = 0; d < in.D; ++d) dx[d] = T(double(grad[d]) * scale);
-      continue;
+    double exponent = 1, projected = 0;
+    if (in.normalize) {
+      Norm n = norms[r];
+      exponent = n.scale, projected = along;
+      scale = n.rest == 0 ? 0 : scale / n.rest;
     }
-    Norm n = norms[r];
     for (int64_t d = 0; d < in.D; ++d) {
-      double g_unit = (double(grad[d]) - double(row[d]) * along) * (scale / n.rest);
-      dx[d] = n.rest == 0 ? T(0) : T(sizeof(T) == sizeof(float) ? g_unit : g_unit / n.largest);  // of floats it is 1
+      double value = (double(grad[d]) - double(row[d]) * projected) * scale;
+      if (sizeof(T) == sizeof(double)) value /= exponent;  // of floats it is 1
+      dx[d] = to.add ? dx[d] + T(value) : T(value);
     }
   }
 }

@@ -82,6 +82,29 @@ INLINE double sum(Vec<T> v) {
   return s;
 }
 
+// lanes<double> values of T
+template <typename T>
+INLINE Vec<double> widen(const T* p) {
+  typedef T part __attribute__((vector_size(lanes<double> * sizeof(T))));
+  part v;
+  memcpy(&v, p, sizeof v);
+  return __builtin_convertvector(v, Vec<double>);
+}
+
+// The first n of them, the others 0; and the way back.
+template <typename T>
+INLINE Vec<double> widen(const T* p, int64_t n) {
+  if (n >= lanes<double>) return widen(p);
+  Vec<double> v = {};
+  for (int64_t l = 0; l < n; ++l) v[l] = p[l];
+  return v;
+}
+
+template <typename T>
+INLINE void narrow(T* p, Vec<double> v, int64_t n) {
+  for (int64_t l = 0; l < (n < lanes<double> ? n : lanes<double>); ++l) p[l] = T(v[l]);
+}
+
 template <typename T>
 INLINE T maximum(Vec<T> v) {
   T m = v[0];
@@ -102,7 +125,30 @@ INLINE Vec<T> exp2(Vec<T> x) {
   return x < L::smallest ? Vec<T>{} : (Vec<T>)bits;
 }
 
-constexpr double log2e = 1.4426950408889634;
+constexpr double log2e = 1.4426950408889634, ln2 = 0.6931471805599453;
+
+INLINE Vec<double> exp(Vec<double> x) { return exp2<double>(x * log2e); }  // x < 709
+
+// Not of subnormals. x = 2^e m, 1/sqrt 2 < m < sqrt 2; log m = 2 atanh f with f = (m - 1) / (m + 1), |f| < 0.172
+INLINE Vec<double> log(Vec<double> x) {
+  using Bits = Lane<double>::ivec;
+  constexpr uint64_t one = 0x3ff0000000000000, to_root = 0x95f619980c433;  // from sqrt 2 to 2
+  Bits shifted = (Bits)x + to_root;
+  Bits biased = (shifted >> 52) | 0x4330000000000000;  // as a double: 2^52 + 1023 + e
+  Vec<double> e = (Vec<double>)biased - 4503599627371519.0;
+  Vec<double> m = (Vec<double>)((shifted & 0xfffffffffffff) + one - to_root);
+  Vec<double> f = (m - 1) / (m + 1), square = f * f, series = splat(1.0 / 23);
+#pragma GCC unroll 16
+  for (int k = 21; k > 0; k -= 2) series = series * square + 1.0 / k;
+  Vec<double> result = e * ln2 + 2 * f * series;
+  result = x < INFINITY ? result : x;
+  return x == 0 ? splat<double>(-INFINITY) : result;
+}
+
+INLINE Vec<double> log1p(Vec<double> x) {  // x >= 0
+  Vec<double> u = 1 + x, lost = u - 1;
+  return lost == 0 ? x : log(u) * (x / lost);
+}
 
 // One step of a transpose: the off-diagonal s x s squares of two registers change places.
 template <typename T, int s, int... l>

@@ -25,6 +25,10 @@ def backward(sets, tau, normalize, cross, neg, pos, g_term, g_neg, g_pos):
     return torch.ops.tclr_kernels.gram_backward(sets, *_split(tau), normalize, cross, neg, pos, g_term, g_neg, g_pos)
 
 
+def objective(g, s, x, tau, normalize, scales, weights, gradient):
+    return torch.ops.tclr_kernels.objective(g, s, x, *_split(tau), normalize, scales, weights, gradient)
+
+
 def _split(tau):
     """The temperature as the operators take it: a tensor that is never read on the host, or a float."""
     return (tau, 0.0) if isinstance(tau, torch.Tensor) else (None, tau)
@@ -44,3 +48,9 @@ if _C is not None:
         G, N, _ = sets[0].shape
         dz = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in sets]
         return dz, neg.new_empty(G, len(sets), N)
+
+    @torch.library.register_fake("tclr_kernels::objective")
+    def _(g, s, x, tau, tau_value, normalize, scales, weights, gradient):
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        gradients = [z.new_empty(z.shape, dtype=dtype) for z in (g, s, x)] + [x.new_empty((), dtype=dtype)]
+        return [x.new_empty((), dtype=dtype) for _ in range(5)], gradients if gradient else []

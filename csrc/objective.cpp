@@ -1,0 +1,158 @@
+// The whole TCLR objective, and its gradient in the same call: each Gram matrix once, no autograd in between.
+#include "objective.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/scalar_tensor.h>
+#include <ATen/ops/zeros.h>
+
+#include "tensors.h"
+
+namespace tclr {
+namespace {
+
+using at::Tensor;
+
+// An input [V, B, T, D] and its gradient, to which several terms add.
+struct Input {
+  Tensor z, gradient;
+  bool written = false;
+};
+
+// The sets of one Gram problem, all of them views of the inputs.
+template <typename T>
+struct Sets {
+  std::vector<Rows> rows;
+  std::vector<Gradient<T>> gradients;
+
+  // z[v, :, t] as a set, or (clips) every z[v, i, :] as the set of group i.
+  void add(const Input& from, int64_t v, int64_t t, bool clips) {
+    const Tensor &z = from.z, &d = from.gradient;
+    const char* data = static_cast<const char*>(z.const_data_ptr());
+    int64_t first = v * z.stride(0) + t * z.stride(2), n = clips ? 2 : 1;
+    rows.push_back({data + first * int64_t(z.element_size()), z.stride(1), z.stride(n), z.stride(3)});
+    if (!d.defined()) return;
+    first = v * d.stride(0) + t * d.stride(2);
+    gradients.push_back({d.mutable_data_ptr<T>() + first, d.stride(1), d.stride(n), from.written});
+  }
+};
+
+template <typename T>
+struct Objective {
+  Dtype dtype;
+  double tau;
+  bool normalize, gradient;
+  at::TensorOptions options;
+  Executor executor;
+  double zdz = 0;  // sum of <z, dz> over all rows
+
+  Tensor block(at::IntArrayRef sizes) const { return at::empty(sizes, options); }
+
+  static double total(const Tensor& x) {
+    const T* p = x.const_data_ptr<T>();
+    double sum = 0;
+    for (int64_t i = 0; i < x.numel(); ++i) sum += p[i];
+    return sum;
+  }
+
+  // The sum of the problem's terms, and that of LL over the same matrix; adds the gradient of the former times
+  // `of_term` plus that of the latter times `of_ll`.
+  std::pair<double, double> contrast(const Sets<T>& sets, int64_t G, int64_t N, int64_t D, bool cross, double of_term,
+                                     bool with_ll, double of_ll) {
+    auto V = static_cast<int64_t>(sets.rows.size());
+    GramInput in{G, V, N, D, sets.rows.data(), dtype, tau, normalize, cross};
+    Tensor term = block({G, V, V, N}), neg = block({G, V, V, N}), pos = block({G, V, V, N}), g_pos, ll;
+    Tensor memory = workspace<T>(in, executor, gradient, options);
+    const Kernels<T>& k = kernels<T>();
+    k.forward(in, {term.mutable_data_ptr<T>(), neg.mutable_data_ptr<T>(), pos.mutable_data_ptr<T>()},
+              memory.mutable_data_ptr<T>(), executor);
+    if (with_ll) {
+      ll = block({V, N}), g_pos = block({V, V, N});
+      k.local_local(V, N, pos.const_data_ptr<T>(), of_ll, ll.mutable_data_ptr<T>(), g_pos.mutable_data_ptr<T>(),
+                    executor);
+    }
+    if (gradient) {
+      Tensor g_term = at::full({G, V, V, N}, of_term, options), along = block({G, V, N});
+      k.backward(in,
+                 {neg.const_data_ptr<T>(), pos.const_data_ptr<T>(), g_term.const_data_ptr<T>(), nullptr,
+                  with_ll ? g_pos.const_data_ptr<T>() : nullptr, sets.gradients.data(), along.mutable_data_ptr<T>()},
+                 memory.mutable_data_ptr<T>(), executor);
+      zdz += total(along);
+    }
+    return {total(term), with_ll ? total(ll) : 0};
+  }
+};
+
+enum Term { ic_global, ic_local, ll, gl, terms };
+
+template <typename T>
+std::tuple<std::vector<Tensor>, std::vector<Tensor>> compute(std::array<Input, 3> inputs, double tau, bool normalize,
+                                                             at::ArrayRef<double> scales, at::ArrayRef<double> weights,
+                                                             bool gradient) {
+  auto& [g, s, x] = inputs;
+  int64_t V = x.z.size(0), B = x.z.size(1), clips = x.z.size(2), D = x.z.size(3);
+  at::TensorOptions options = x.z.options().dtype(c10::CppTypeToScalarType<T>::value);
+  for (Input& in : inputs)
+    if (gradient) in.gradient = at::empty(in.z.sizes(), options);
+  Objective<T> run{dtype_of(x.z), tau, normalize, gradient, options, threads()};
+  double sums[terms] = {}, up[terms];
+  for (int k = 0; k < terms; ++k) up[k] = scales[k] * weights[k];
+
+  if (weights[ic_global] != 0) {
+    Sets<T> sets;
+    for (int64_t v = 0; v < V; ++v) sets.add(g, v, 0, false);
+    sums[ic_global] = run.contrast(sets, 1, B, D, false, up[ic_global], false, 0).first;
+    g.written = true;
+  }
+  if (weights[ic_local] != 0) {  // its one Gram matrix holds all that LL needs
+    Sets<T> sets;
+    for (int64_t v = 0; v < V; ++v)
+      for (int64_t t = 0; t < clips; ++t) sets.add(x, v, t, false);
+    bool with_ll = weights[ll] != 0;
+    std::tie(sums[ic_local], sums[ll]) = run.contrast(sets, 1, B, D, false, up[ic_local], with_ll, up[ll]);
+    x.written = true;
+  } else if (weights[ll] != 0) {
+    Sets<T> sets;
+    for (int64_t v = 0; v < V; ++v) sets.add(x, v, 0, true);
+    sums[ll] = run.contrast(sets, B, clips, D, false, up[ll], false, 0).first;
+    x.written = true;
+  }
+  if (weights[gl] != 0) {
+    Sets<T> sets;
+    for (Input* in : {&s, &x})
+      for (int64_t v = 0; v < V; ++v) sets.add(*in, v, 0, true);
+    sums[gl] = run.contrast(sets, B, clips, D, true, up[gl], false, 0).first;
+    s.written = x.written = true;
+  }
+
+  std::vector<Tensor> values, gradients;
+  double total = 0;
+  for (int k = 0; k < terms; ++k) total += up[k] * sums[k];
+  values.push_back(at::scalar_tensor(total, options));
+  for (int k = 0; k < terms; ++k) values.push_back(at::scalar_tensor(scales[k] * sums[k], options));
+  if (gradient) {
+    for (Input& in : inputs) gradients.push_back(in.written ? in.gradient : in.gradient.zero_());
+    gradients[0] = gradients[0].squeeze(2);
+    gradients.push_back(at::scalar_tensor(run.zdz / (-2 * tau), options));
+  }
+  return {values, gradients};
+}
+
+}  // namespace
+
+std::tuple<std::vector<Tensor>, std::vector<Tensor>> objective(const Tensor& g, const Tensor& s, const Tensor& x,
+                                                               const std::optional<Tensor>& tau, double tau_value,
+                                                               bool normalize, at::ArrayRef<double> scales,
+                                                               at::ArrayRef<double> weights, bool gradient) {
+  TORCH_CHECK_VALUE(x.dim() == 4 && s.sizes() == x.sizes() && g.dim() == 3 && g.size(2) == x.size(3) &&
+                        g.sizes().slice(0, 2) == x.sizes().slice(0, 2),
+                    "wanted g [V, B, D], s and x [V, B, T, D]");
+  for (const Tensor& z : {g, s, x})
+    TORCH_CHECK_VALUE(z.is_cpu() && z.scalar_type() == x.scalar_type(), "g, s, x: wanted CPU tensors of one dtype");
+  TORCH_CHECK_VALUE(scales.size() == terms && weights.size() == terms, "scales, weights: wanted one for each term");
+  std::array<Input, 3> inputs{Input{g.unsqueeze(2)}, Input{s}, Input{x}};
+  auto run = x.scalar_type() == at::kDouble ? compute<double> : compute<float>;
+  return run(inputs, tau_of(tau, tau_value), normalize, scales, weights, gradient);
+}
+
+}  // namespace tclr

@@ -1,0 +1,67 @@
+"""The whole TCLR objective by one call of a backend that offers it, its gradient made along with its values.
+
+Such a backend has a third function, `objective(g, s, x, tau, normalize, scales, weights, gradient) -> (terms,
+gradients)`: the total and its four terms, 0-d; and, if asked for, the gradient of the total for g, s, x (in float32, or
+float64 for float64 inputs) and tau. scales, weights: term_k = scale_k times the sum over its anchors, total =
+sum_k weight_k term_k.
+"""
+
+import torch
+
+from . import backends
+from .gram import Eager, Once
+
+
+def objective(name, compose, normalize, scales, weights, tau, g, s, x):
+    """total, ic_global, ic_local, ll, gl by the backend of that name.
+
+    compose: the same from (tau, g, s, x) by single losses, for a gradient of anything but the total alone.
+    """
+    gradient = torch.is_grad_enabled() and any(isinstance(z, torch.Tensor) and z.requires_grad for z in (tau, g, s, x))
+    return Objective.apply(name, compose, normalize, scales, weights, gradient, tau, g, s, x)[:5]
+
+
+class Objective(Eager, torch.autograd.Function):
+    @staticmethod
+    def forward(name, compose, normalize, scales, weights, gradient, tau, g, s, x):
+        terms, gradients = backends.BACKENDS[name].objective(g, s, x, tau, normalize, scales, weights, gradient)
+        return *terms, *gradients
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.name, ctx.compose, *_, tau, g, s, x = inputs
+        gradients = output[5:]  # of total for g, s, x, tau
+        ctx.mark_non_differentiable(*gradients)
+        ctx.set_materialize_grads(False)
+        ctx.tau = None if isinstance(tau, torch.Tensor) else tau
+        ctx.save_for_backward(tau if ctx.tau is None else None, g, s, x, *gradients)
+
+    @staticmethod
+    def backward(ctx, g_total, *others):
+        tau, g, s, x, *gradients = ctx.saved_tensors
+        tau = tau if ctx.tau is None else ctx.tau
+        call = ObjectiveBackward.apply if torch.is_grad_enabled() else ObjectiveBackward.forward
+        results = call(ctx.name, ctx.compose, tau, g, s, x, g_total, *others[:4], *gradients)
+        results = [d if needed else None for d, needed in zip(results, ctx.needs_input_grad[6:], strict=True)]
+        return *[None] * 6, *results
+
+
+class ObjectiveBackward(Once, torch.autograd.Function):
+    @staticmethod
+    def forward(name, compose, tau, g, s, x, *others):
+        upstream, gradients = others[:5], others[5:]
+        variables = [z for z in (tau, g, s, x) if isinstance(z, torch.Tensor)]  # a float tau is none
+        reached = [k for k, u in enumerate(upstream) if u is not None]
+        if not reached:
+            results = []
+        elif gradients and reached == [0]:
+            *d_inputs, d_tau = gradients
+            scaled = [d * upstream[0] for d in (d_tau, *d_inputs)[-len(variables) :]]
+            results = [d.to(z) for d, z in zip(scaled, variables, strict=True)]
+        else:
+            with torch.enable_grad():
+                variables = [z.detach().requires_grad_() for z in variables]
+                terms = compose(*[tau][: 4 - len(variables)], *variables)
+            upstream = [upstream[k] for k in reached]
+            results = torch.autograd.grad([terms[k] for k in reached], variables, upstream, materialize_grads=True)
+        return *[None] * (4 - len(results)), *results
