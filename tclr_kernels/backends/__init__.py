@@ -4,9 +4,9 @@ import os
 
 import torch
 
-from . import native, reference
+from . import native, reference, triton
 
-BACKENDS = {"native": native, "reference": reference}  # in the order of preference
+BACKENDS = {"native": native, "triton": triton, "reference": reference}  # in the order of preference
 
 
 def available_backends(device=None):

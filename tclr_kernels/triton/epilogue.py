@@ -1,0 +1,155 @@
+"""What the kernels do elementwise; in float64, as the CPU's do, since it is O(M V) beside O(M^2).
+
+    unit rows       z = x / |x|, 0 for a zero row, NaN for one that is not finite
+    term            log(1 + (exp own + exp neg) / exp pos)
+    its gradient    g = g_term sigmoid(log(exp own + exp neg) - pos):  -g for pos, and g for own and neg by their shares
+    dx              (dz - z <z, dz>) / |x|
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def inverse_of(tau, TENSOR: tl.constexpr, ACC: tl.constexpr):
+    """1 / tau. tau: a pointer to a number of any dtype, or a number"""
+    if TENSOR:
+        value = tl.load(tau).to(tl.float32) if tau.dtype.element_ty != tl.float64 else tl.load(tau)
+        inverse = 1.0 / value.to(ACC)
+    else:
+        inverse = 1.0 / tau
+    return inverse
+
+
+@triton.jit
+def unit_rows(x, NORMALIZE: tl.constexpr, ACC: tl.constexpr):
+    """The rows in ACC, and their lengths in float64. x: [rows, D]"""
+    if NORMALIZE:
+        scale = tl.full([x.shape[0]], 1.0, tl.float64)
+        if x.dtype == tl.float64:  # squares of floats always fit a double
+            largest = tl.max(tl.abs(x), 1)
+            scale = tl.where(largest == 0, 1.0, largest)
+        wide = x.to(ACC).to(tl.float64) / scale[:, None] if x.dtype == tl.float64 else x.to(ACC).to(tl.float64)
+        rest = tl.sqrt(tl.sum(wide * wide, 1))
+        inverse = tl.where(rest == 0, 0.0, 1.0 / tl.where(rest == 0, 1.0, rest))
+        inverse = tl.where(rest * 0 == 0, inverse, float("nan"))
+        z = (wide * inverse[:, None]).to(ACC)
+        norm = scale * rest
+    else:
+        z = x.to(ACC)
+        norm = tl.full([x.shape[0]], 1.0, tl.float64)
+    return z, norm
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x), exact for small x. x: float64"""
+    one_more = 1.0 + x
+    rounded = one_more - 1.0
+    return tl.where(rounded == 0, x, tl.log(one_more) * (x / tl.where(rounded == 0, 1.0, rounded)))
+
+
+@triton.jit
+def softplus(t):
+    return tl.where(t > 0, t, 0.0) + log1p(tl.exp(-tl.abs(t)))
+
+
+@triton.jit
+def sigmoid(t):
+    e = tl.exp(-tl.abs(t))
+    return tl.where(t > 0, 1.0, e) / (1.0 + e)
+
+
+@triton.jit
+def log_add(x, y):
+    """log(exp x + exp y), -inf where both are, NaN where one is."""
+    high = tl.where(x > y, x, y)
+    low = tl.where(x > y, y, x)
+    return tl.where(low == float("-inf"), high, high + log1p(tl.exp(low - high)))
+
+
+@triton.jit
+def term_of(own, neg, pos, CROSS: tl.constexpr):
+    """The term of rows that have negatives."""
+    negatives = neg
+    if not CROSS:
+        negatives = log_add(own, neg)
+    return softplus(negatives - pos)
+
+
+@triton.jit
+def exists(a, c, V, CROSS: tl.constexpr):
+    """Whether the block of sets a and c does. a or c may be vectors."""
+    if CROSS:
+        half = (V + 1) // 2
+        return (a < half) != (c < half)
+    else:
+        return (a >= 0) | (c >= 0)
+
+
+@triton.jit
+def given(pointer, at, mask, GIVEN: tl.constexpr):
+    """A gradient in float64, 0 where there is none."""
+    if GIVEN:
+        return tl.load(pointer + at, mask=mask, other=0.0).to(tl.float64)
+    else:
+        return tl.zeros(at.shape, tl.float64)
+
+
+@triton.jit
+def pair_gradients(
+    neg, pos, g_term, g_neg, g_pos, own, at, mask, TERM: tl.constexpr, NEG: tl.constexpr, POS: tl.constexpr,
+    CROSS: tl.constexpr,
+):  # fmt: skip
+    """The gradients of neg and pos of a set's rows with another one, and what they add to that of own.
+
+    own: of the rows; at: the offsets of (row, other set); mask: rows that exist, in a block that exists, N > 1.
+    """
+    for_neg = given(g_neg, at, mask, NEG)
+    for_pos = given(g_pos, at, mask, POS)
+    for_own = tl.zeros(at.shape, tl.float64)
+    if TERM:
+        value = tl.load(neg + at, mask=mask, other=0.0).to(tl.float64)
+        negatives = value
+        if not CROSS:
+            negatives = log_add(own, value)
+        upstream = given(g_term, at, mask, True)
+        positive = tl.load(pos + at, mask=mask, other=0.0).to(tl.float64)
+        g = tl.where(upstream == 0, 0.0, upstream * sigmoid(negatives - positive))
+        for_neg += tl.where(g == 0, 0.0, g * tl.exp(value - negatives))
+        if not CROSS:
+            for_own += tl.where(g == 0, 0.0, g * tl.exp(own - negatives))
+        for_pos -= g
+    return for_neg, for_pos, for_own
+
+
+@triton.jit
+def finite_size(g):
+    """|g|, 0 where it is not finite: no measure for the others."""
+    size = tl.abs(g)
+    return tl.where(size < float("inf"), size, 0.0)
+
+
+@triton.jit
+def exponent_of(x):
+    """floor(log2 x), at least -1000. x: float64 >= 0, finite"""
+    bits = x.to(tl.int64, bitcast=True)
+    return tl.maximum(((bits >> 52) & 2047) - 1023, -1000).to(tl.int32)
+
+
+@triton.jit
+def power_of_two(exponent):
+    """2^exponent in float64. exponent: int32 between -1000 and 1000"""
+    return ((exponent.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def project(z, dz, norm, unit, inverse_tau, NORMALIZE: tl.constexpr):
+    """<z, dz> and the gradient of x in float64, from dz in units of unit / tau. z, dz: [rows, D]; norm: [rows]"""
+    along = tl.sum(z * dz, 1)
+    scale = (unit * inverse_tau).to(tl.float64) + tl.zeros_like(norm)
+    zdz = along.to(tl.float64) * scale
+    if NORMALIZE:
+        dz -= z * along[:, None]
+        scale = tl.where(norm == 0, 0.0, scale / tl.where(norm == 0, 1.0, norm))
+    return zdz, dz.to(tl.float64) * scale[:, None]
