@@ -59,27 +59,20 @@ def _path(sets):
     """The module whose kernels serve such sets; the first call imports Triton."""
     from tclr_kernels.triton import large, small
 
-    G, N, D = sets[0].shape
-    return small if small.serves(len(sets), N, D) else large
+    return small if small.serves(len(sets), sets[0].shape[1]) else large
 
 
 def _forward(sets, tau, tau_value, normalize, cross):
     if sets[0].numel() == 0:
         return _empty_forward(sets, tau, tau_value, normalize, cross)
-    return _path(sets).forward(sets, _temperature(sets, tau, tau_value), normalize, cross)
+    return _path(sets).forward(sets, tau_value if tau is None else tau, normalize, cross)
 
 
 def _backward(sets, tau, tau_value, normalize, cross, neg, pos, *gradients):
     if sets[0].numel() == 0:
         return _empty_backward(sets, tau, tau_value, normalize, cross, neg, pos, *gradients)
-    tau = _temperature(sets, tau, tau_value)
+    tau = tau_value if tau is None else tau
     return _path(sets).backward(sets, tau, normalize, cross, neg.contiguous(), pos.contiguous(), *gradients)
-
-
-def _temperature(sets, tau, tau_value):
-    from tclr_kernels.triton.sets import temperature
-
-    return temperature(tau_value if tau is None else tau, sets[0])
 
 
 def _empty_forward(sets, tau, tau_value, normalize, cross):

@@ -22,23 +22,28 @@ def inverse_of(tau, TENSOR: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def unit_rows(x, NORMALIZE: tl.constexpr, ACC: tl.constexpr):
-    """The rows in ACC, and their lengths in float64. x: [rows, D]"""
-    if NORMALIZE:
-        scale = tl.full([x.shape[0]], 1.0, tl.float64)
-        if x.dtype == tl.float64:  # squares of floats always fit a double
-            largest = tl.max(tl.abs(x), 1)
-            scale = tl.where(largest == 0, 1.0, largest)
-        wide = x.to(ACC).to(tl.float64) / scale[:, None] if x.dtype == tl.float64 else x.to(ACC).to(tl.float64)
-        rest = tl.sqrt(tl.sum(wide * wide, 1))
-        inverse = tl.where(rest == 0, 0.0, 1.0 / tl.where(rest == 0, 1.0, rest))
-        inverse = tl.where(rest * 0 == 0, inverse, float("nan"))
-        z = (wide * inverse[:, None]).to(ACC)
-        norm = scale * rest
+def widened(x, scale):
+    """x / scale in float64; scale, of the rows, is 1 but for float64: squares of floats always fit a double."""
+    if x.dtype == tl.float64:
+        wide = x / scale[:, None]
     else:
-        z = x.to(ACC)
-        norm = tl.full([x.shape[0]], 1.0, tl.float64)
-    return z, norm
+        wide = x.to(tl.float32).to(tl.float64)
+    return wide
+
+
+@triton.jit
+def largest_entry(x):
+    """Of each row; 1 for a row of zeros."""
+    largest = tl.max(tl.abs(x), 1)
+    return tl.where(largest == 0, 1.0, largest)
+
+
+@triton.jit
+def inverse_length(squares):
+    """1 / length, 0 for a zero row, NaN for one that is not finite. squares: the sum of a row's squares"""
+    length = tl.sqrt(squares)
+    inverse = tl.where(length == 0, 0.0, 1.0 / tl.where(length == 0, 1.0, length))
+    return tl.where(length * 0 == 0, inverse, float("nan"))
 
 
 @triton.jit
@@ -144,12 +149,18 @@ def power_of_two(exponent):
 
 
 @triton.jit
-def project(z, dz, norm, unit, inverse_tau, NORMALIZE: tl.constexpr):
-    """<z, dz> and the gradient of x in float64, from dz in units of unit / tau. z, dz: [rows, D]; norm: [rows]"""
-    along = tl.sum(z * dz, 1)
+def gradient_scale(norm, unit, inverse_tau, NORMALIZE: tl.constexpr):
+    """What turns dz, projected if normalised, into the gradient of x; in float64, 0 for a zero row. norm: [rows]"""
     scale = (unit * inverse_tau).to(tl.float64) + tl.zeros_like(norm)
-    zdz = along.to(tl.float64) * scale
     if NORMALIZE:
-        dz -= z * along[:, None]
         scale = tl.where(norm == 0, 0.0, scale / tl.where(norm == 0, 1.0, norm))
-    return zdz, dz.to(tl.float64) * scale[:, None]
+    return scale
+
+
+@triton.jit
+def narrowed(x, dtype: tl.constexpr):
+    """float64 to any dtype; by way of float32, which the interpreter's bfloat16 needs."""
+    if dtype == tl.float64:
+        return x
+    else:
+        return x.to(tl.float32).to(dtype)

@@ -15,14 +15,16 @@ from .epilogue import (
     exists,
     exponent_of,
     finite_size,
+    gradient_scale,
+    inverse_length,
     inverse_of,
+    narrowed,
     pair_gradients,
     power_of_two,
-    project,
     term_of,
-    unit_rows,
+    widened,
 )
-from .sets import accumulator, launch, one_array, pointer
+from .sets import INTERPRETED, accumulator, launch, one_array, pointer, temperature
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -39,17 +41,48 @@ def places(program, G, V, N, R: tl.constexpr):
 
 
 @triton.jit
-def read(x, g, a, i, valid, D, stride_g, stride_v, stride_n, stride_d, DP: tl.constexpr):
-    """The tile's rows, padded with zeros: [R, DP]"""
-    d = tl.arange(0, DP)
-    first = g * stride_g + a.to(tl.int64) * stride_v + i.to(tl.int64) * stride_n
-    offsets = first[:, None] + d.to(tl.int64)[None, :] * stride_d
+def read(x, rows, valid, d0, D, stride_d, BD: tl.constexpr):
+    """Features d0 .. d0 + BD of the tile's rows, padded with zeros. x + rows: where they begin; valid: [R]"""
+    d = d0 + tl.arange(0, BD)
+    offsets = rows[:, None] + d.to(tl.int64)[None, :] * stride_d
     return tl.load(x + offsets, mask=valid[:, None] & (d < D)[None, :], other=0.0)
 
 
 @triton.jit
-def similarities(z, inverse_tau, ACC: tl.constexpr):
-    return tl.dot(z, tl.trans(z), input_precision="ieee", out_dtype=ACC) * inverse_tau
+def lengths(x, rows, valid, D, stride_d, NORMALIZE: tl.constexpr, R: tl.constexpr, BD: tl.constexpr):
+    """The rows' largest entries (1 but for float64) and their inverse lengths after division by it, in float64."""
+    scale = tl.full([R], 1.0, tl.float64)
+    inverse = tl.full([R], 1.0, tl.float64)
+    if NORMALIZE:
+        if x.dtype.element_ty == tl.float64:
+            largest = tl.zeros([R], tl.float64)
+            for d0 in range(0, D, BD):
+                largest = tl.maximum(largest, tl.max(tl.abs(read(x, rows, valid, d0, D, stride_d, BD)), 1))
+            scale = tl.where(largest == 0, 1.0, largest)
+        squares = tl.zeros([R], tl.float64)
+        for d0 in range(0, D, BD):
+            wide = widened(read(x, rows, valid, d0, D, stride_d, BD), scale)
+            squares += tl.sum(wide * wide, 1)
+        inverse = inverse_length(squares)
+    return scale, inverse
+
+
+@triton.jit
+def units(x, rows, valid, d0, D, stride_d, scale, inverse, ACC: tl.constexpr, BD: tl.constexpr):
+    """The same features of the unit rows."""
+    return (widened(read(x, rows, valid, d0, D, stride_d, BD), scale) * inverse[:, None]).to(ACC)
+
+
+@triton.jit
+def similarities(
+    x, rows, valid, D, stride_d, scale, inverse, ACC: tl.constexpr, R: tl.constexpr, BD: tl.constexpr
+):  # fmt: skip
+    """<z, z'> of all pairs of rows: [R, R]"""
+    S = tl.zeros([R, R], ACC)
+    for d0 in range(0, D, BD):
+        z = units(x, rows, valid, d0, D, stride_d, scale, inverse, ACC, BD)
+        S += tl.dot(z, tl.trans(z), input_precision="ieee", out_dtype=ACC)
+    return S
 
 
 @triton.jit
@@ -58,20 +91,21 @@ def log_sum(S, mask):
     masked = tl.where(mask, S, float("-inf"))
     largest = tl.max(masked, 1)
     offset = tl.where(largest == float("-inf"), 0.0, largest)
-    total = tl.sum(tl.exp2((masked - offset[:, None]) * LOG2E).to(tl.float64), 1)
-    return tl.log(total) + offset.to(tl.float64)
+    total = tl.sum(tl.exp2((masked - offset[:, None]) * LOG2E), 1)
+    return tl.log(total.to(tl.float64)) + offset.to(tl.float64)
 
 
 @triton.jit
 def forward_kernel(
     x, tau, term, neg, pos, G, V, N, D, stride_g, stride_v, stride_n, stride_d,
     TENSOR: tl.constexpr, NORMALIZE: tl.constexpr, CROSS: tl.constexpr, ACC: tl.constexpr, R: tl.constexpr,
-    DP: tl.constexpr,
+    BD: tl.constexpr,
 ):  # fmt: skip
     """term, neg, pos: [G, V, V, N] of x: V sets [G, N, D] of equal strides, stride_v apart."""
     g, a, i, valid = places(tl.program_id(0), G, V, N, R)
-    z, _ = unit_rows(read(x, g, a, i, valid, D, stride_g, stride_v, stride_n, stride_d, DP), NORMALIZE, ACC)
-    S = similarities(z, inverse_of(tau, TENSOR, ACC), ACC)
+    rows = g * stride_g + a.to(tl.int64) * stride_v + i.to(tl.int64) * stride_n
+    scale, inverse = lengths(x, rows, valid, D, stride_d, NORMALIZE, R, BD)
+    S = similarities(x, rows, valid, D, stride_d, scale, inverse, ACC, R, BD) * inverse_of(tau, TENSOR, ACC)
     group = (g[:, None] == g[None, :]) & valid[:, None] & valid[None, :]
     other = group & (i[:, None] != i[None, :])
     own = log_sum(S, other & (a[:, None] == a[None, :]))
@@ -93,13 +127,15 @@ def forward_kernel(
 def backward_kernel(
     x, tau, neg, pos, g_term, g_neg, g_pos, dx, zdz, G, V, N, D, stride_g, stride_v, stride_n, stride_d,
     TENSOR: tl.constexpr, NORMALIZE: tl.constexpr, CROSS: tl.constexpr, ACC: tl.constexpr, R: tl.constexpr,
-    DP: tl.constexpr, TERM: tl.constexpr, NEG: tl.constexpr, POS: tl.constexpr,
+    BD: tl.constexpr, TERM: tl.constexpr, NEG: tl.constexpr, POS: tl.constexpr,
 ):  # fmt: skip
     """dx: [V, G, N, D] and zdz: [G, V, N]"""
     g, a, i, valid = places(tl.program_id(0), G, V, N, R)
-    z, norm = unit_rows(read(x, g, a, i, valid, D, stride_g, stride_v, stride_n, stride_d, DP), NORMALIZE, ACC)
+    rows = g * stride_g + a.to(tl.int64) * stride_v + i.to(tl.int64) * stride_n
+    largest, inverse = lengths(x, rows, valid, D, stride_d, NORMALIZE, R, BD)
+    cosines = similarities(x, rows, valid, D, stride_d, largest, inverse, ACC, R, BD)
     inverse_tau = inverse_of(tau, TENSOR, ACC)
-    S = similarities(z, inverse_tau, ACC)
+    S = cosines * inverse_tau
     group = (g[:, None] == g[None, :]) & valid[:, None] & valid[None, :]
 
     first = (g * V + a) * V
@@ -108,15 +144,15 @@ def backward_kernel(
     for_own = tl.zeros([R], tl.float64)
     if NEG:
         for_own += tl.load(g_neg + to_own, mask=valid & exists(a, a, V, CROSS), other=0.0).to(tl.float64)
-    largest = tl.zeros([R], tl.float64)
+    top = tl.zeros([R], tl.float64)
     for c in range(V):
         at = (first + c) * N + i
         mask = valid & (a != c) & exists(a, c, V, CROSS)
         for_neg, for_pos, more = pair_gradients(neg, pos, g_term, g_neg, g_pos, own, at, mask, TERM, NEG, POS, CROSS)
         for_own += more
-        largest = tl.maximum(largest, tl.maximum(finite_size(for_neg), finite_size(for_pos)))
-    largest = tl.maximum(largest, finite_size(for_own))
-    exponent = exponent_of(tl.max(tl.where(group, largest[None, :], 0.0), 1))  # of the group
+        top = tl.maximum(top, tl.maximum(finite_size(for_neg), finite_size(for_pos)))
+    top = tl.maximum(top, finite_size(for_own))
+    exponent = exponent_of(tl.max(tl.where(group, top[None, :], 0.0), 1))  # of the group
     shrink = power_of_two(-exponent)
 
     same = a[:, None] == a[None, :]
@@ -136,35 +172,43 @@ def backward_kernel(
     W = tl.exp2((S - shift) * LOG2E) * scale
     W = tl.where(group, tl.where(i[:, None] == i[None, :], positives, W), 0.0)
 
-    # a row that is not finite makes W so within its group; beside other groups' zeros it must not
-    finite = tl.where(tl.abs(z) < float("inf"), z, 0.0)
-    dz = tl.dot(W + tl.trans(W), finite, input_precision="ieee", out_dtype=ACC)
-    along, gradient = project(z, dz, norm, power_of_two(exponent), inverse_tau, NORMALIZE)
-    d = tl.arange(0, DP)
-    tl.store(zdz + (g * V + a) * N + i, along, mask=valid)
+    W += tl.trans(W)
+
+    first = (g * V + a) * N + i
+    unit = power_of_two(exponent)
+    along = tl.sum(tl.where(group, W * cosines, 0.0), 1)  # <z, dz>, and no need of the whole of dz for it
+    norm = tl.where(inverse == 0, 0.0, largest / tl.where(inverse == 0, 1.0, inverse))
+    tl.store(zdz + first, along.to(tl.float64) * (unit * inverse_tau.to(tl.float64)), mask=valid)
+    factor = gradient_scale(norm, unit, inverse_tau, NORMALIZE)
     to = ((a.to(tl.int64) * G + g) * N + i) * D
-    gradient = gradient.to(tl.float32) if dx.dtype.element_ty != tl.float64 else gradient
-    tl.store(dx + to[:, None] + d[None, :], gradient.to(dx.dtype.element_ty), mask=valid[:, None] & (d < D)[None, :])
+    for d0 in range(0, D, BD):
+        z = units(x, rows, valid, d0, D, stride_d, largest, inverse, ACC, BD)
+        # a row that is not finite makes W so within its group; beside other groups' zeros it must not
+        dz = tl.dot(W, tl.where(tl.abs(z) < float("inf"), z, 0.0), input_precision="ieee", out_dtype=ACC)
+        if NORMALIZE:
+            dz -= z * along[:, None]
+        d = d0 + tl.arange(0, BD)
+        gradient = narrowed(dz.to(tl.float64) * factor[:, None], dx.dtype.element_ty)
+        tl.store(dx + to[:, None] + d[None, :], gradient, mask=valid[:, None] & (d < D)[None, :])
 
 
-def tile_rows(D):
-    """The rows of a tile of width D: what fits the registers, at least what a matrix product takes."""
-    return 64 if D <= 128 else 32 if D <= 256 else 16 if D <= 512 else 0
+ROWS = 32  # of a tile; with 64, the backward would spill registers
+FEATURES = 128 if INTERPRETED else 32  # read at a time; an interpreted operation costs the same for any size
 
 
-def serves(V, N, D):
-    return V * N <= tile_rows(D)
+def serves(V, N):
+    return V * N <= ROWS
 
 
-def settings(x, tau, D, normalize, cross):
+def settings(x, tau, normalize, cross):
     return dict(
-        TENSOR=isinstance(tau, torch.Tensor),
+        TENSOR=isinstance(tau, torch.Tensor) or x.dtype == torch.float64,
         NORMALIZE=normalize,
         CROSS=cross,
         ACC=accumulator(x),
-        R=tile_rows(D),
-        DP=max(16, triton.next_power_of_2(D)),
-        num_warps=4,
+        R=ROWS,
+        BD=FEATURES,
+        num_warps=8 if x.dtype == torch.float64 else 4,
         num_stages=1,
     )
 
@@ -176,10 +220,9 @@ def forward(sets, tau, normalize, cross):
     V = len(sets)
     dtype = torch.promote_types(x.dtype, torch.float32)
     outputs = [x.new_empty((G, V, V, N), dtype=dtype) for _ in range(3)]
-    grid = triton.cdiv(G, tile_rows(D) // (V * N))
-    launch(
-        forward_kernel, grid, x, tau, *outputs, G, V, N, D, *strides, **settings(x, tau, D, normalize, cross)
-    )  # fmt: skip
+    grid = triton.cdiv(G, ROWS // (V * N))
+    how = settings(x, tau, normalize, cross)
+    launch(forward_kernel, grid, x, temperature(tau, x), *outputs, G, V, N, D, *strides, **how)
     return tuple(outputs)
 
 
@@ -192,9 +235,9 @@ def backward(sets, tau, normalize, cross, neg, pos, g_term, g_neg, g_pos):
     zdz = neg.new_empty((G, V, N))
     gradients = (g_term if N > 1 else None, g_neg, g_pos)
     given = {name: g is not None for name, g in zip(("TERM", "NEG", "POS"), gradients, strict=True)}
-    grid = triton.cdiv(G, tile_rows(D) // (V * N))
+    grid = triton.cdiv(G, ROWS // (V * N))
     launch(
-        backward_kernel, grid, x, tau, neg, pos, *(pointer(g, neg) for g in gradients), dx, zdz, G, V, N, D, *strides,
-        **given, **settings(x, tau, D, normalize, cross),
+        backward_kernel, grid, x, temperature(tau, x), neg, pos, *(pointer(g, neg) for g in gradients), dx, zdz, G, V, N, D, *strides,
+        **given, **settings(x, tau, normalize, cross),
     )  # fmt: skip
     return dx, zdz
