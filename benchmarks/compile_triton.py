@@ -1,8 +1,8 @@
 """Every Triton kernel the tables of tiles select, compiled without a GPU: python -m benchmarks.compile_triton
 
-The launchers run on meta tensors, and what they would launch is compiled for sm_80, sm_90, sm_100 and gfx942: registers,
-spills, shared memory, instructions by class. Beside it, for the kernels that make tiles, a PREDICTION of a tile's time
-on an H200 by each pipe. Writes benchmarks/results/triton-compiled.csv. TRITON_INTERPRET must not be set.
+The launchers run on meta tensors, and what they would launch is compiled for sm_80, sm_90, sm_100 and gfx942:
+registers, spills, shared memory, instructions by class. Beside it, for the kernels that make tiles, a PREDICTION of a
+tile's time on an H200 by each pipe. Writes benchmarks/results/triton-compiled.csv. TRITON_INTERPRET must not be set.
 """
 
 import argparse
@@ -208,9 +208,11 @@ def rows(cases, targets):
                 seen.add(key)
                 tile = {k: launch.arguments[k] for k in ("BM", "BN", "DP", "BK", "DC") if k in launch.arguments}
                 tile |= dict(warps=launch.options["num_warps"], stages=launch.options.get("num_stages", ""))
-                yield dict(target=target, case=str(case), kernel=launch.kernel.__name__, **tile) | compiled(
-                    launch, TARGETS[target]
-                ) | (predicted(launch) if target == "sm_90" else {})
+                yield (
+                    dict(target=target, case=str(case), kernel=launch.kernel.__name__, **tile)
+                    | compiled(launch, TARGETS[target])
+                    | (predicted(launch) if target == "sm_90" else {})
+                )
 
 
 COLUMNS = [

@@ -1,10 +1,10 @@
 """The Triton kernels of `tclr_kernels/triton/`, as operators `torch.ops.tclr_kernels_triton.*`.
 
-Launches: small groups one forward and one backward; else three forward (rows, tiles, sums) and three backward (rows,
-coefficients, tiles; one more where D > 512). A temperature that is a tensor is never read on the host: the tiles' kernel
-is then launched for the range where exponentials are safe and for that where they need a maximum, and one returns at
-once. Sets whose addresses are in no arithmetic progression, strided gradients and float64 with a number for its
-temperature take a launch more.
+Launches: small groups one forward and one backward; else three forward (rows, tiles' sums, finish) and three backward
+(rows, coefficients, tiles). A temperature that is a tensor is never read on the host: the tiles' kernel is launched for
+the range where exponentials are safe and for that where they need a maximum, and one of the two returns at once. Sets
+whose addresses are in no arithmetic progression, strided gradients, and float64 with a number for its temperature take
+a launch more.
 """
 
 import importlib.metadata

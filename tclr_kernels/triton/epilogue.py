@@ -1,9 +1,9 @@
 """What the kernels do elementwise; in float64, as the CPU's do, since it is O(M V) beside O(M^2).
 
-    unit rows       z = x / |x|, 0 for a zero row, NaN for one that is not finite
-    term            log(1 + (exp own + exp neg) / exp pos)
-    its gradient    g = g_term sigmoid(log(exp own + exp neg) - pos):  -g for pos, and g for own and neg by their shares
-    dx              (dz - z <z, dz>) / |x|
+unit rows       z = x / |x|, 0 for a zero row, NaN for one that is not finite
+term            log(1 + (exp own + exp neg) / exp pos)
+its gradient    g = g_term sigmoid(log(exp own + exp neg) - pos):  -g for pos, and g for own and neg by their shares
+dx              (dz - z <z, dz>) / |x|
 """
 
 import triton
@@ -24,11 +24,7 @@ def inverse_of(tau, TENSOR: tl.constexpr, ACC: tl.constexpr):
 @triton.jit
 def widened(x, scale):
     """x / scale in float64; scale, of the rows, is 1 but for float64: squares of floats always fit a double."""
-    if x.dtype == tl.float64:
-        wide = x / scale[:, None]
-    else:
-        wide = x.to(tl.float32).to(tl.float64)
-    return wide
+    return x / scale[:, None] if x.dtype == tl.float64 else x.to(tl.float32).to(tl.float64)
 
 
 @triton.jit
@@ -85,20 +81,14 @@ def term_of(own, neg, pos, CROSS: tl.constexpr):
 @triton.jit
 def exists(a, c, V, CROSS: tl.constexpr):
     """Whether the block of sets a and c does. a or c may be vectors."""
-    if CROSS:
-        half = (V + 1) // 2
-        return (a < half) != (c < half)
-    else:
-        return (a >= 0) | (c >= 0)
+    half = (V + 1) // 2
+    return (a < half) != (c < half) if CROSS else (a >= 0) | (c >= 0)
 
 
 @triton.jit
 def given(pointer, at, mask, GIVEN: tl.constexpr):
     """A gradient in float64, 0 where there is none."""
-    if GIVEN:
-        return tl.load(pointer + at, mask=mask, other=0.0).to(tl.float64)
-    else:
-        return tl.zeros(at.shape, tl.float64)
+    return tl.load(pointer + at, mask=mask, other=0.0).to(tl.float64) if GIVEN else tl.zeros(at.shape, tl.float64)
 
 
 @triton.jit
@@ -160,7 +150,4 @@ def gradient_scale(norm, unit, inverse_tau, NORMALIZE: tl.constexpr):
 @triton.jit
 def narrowed(x, dtype: tl.constexpr):
     """float64 to any dtype; by way of float32, which the interpreter's bfloat16 needs."""
-    if dtype == tl.float64:
-        return x
-    else:
-        return x.to(tl.float32).to(dtype)
+    return x if dtype == tl.float64 else x.to(tl.float32).to(dtype)

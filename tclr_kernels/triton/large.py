@@ -306,12 +306,8 @@ def largest_exponent(exponents, count, BE: tl.constexpr):
 @triton.jit
 def shrunk(exponent, ACC: tl.constexpr):
     """2^exponent, 0 below the range of ACC. exponent: int32 <= 0"""
-    if ACC == tl.float64:
-        power = tl.where(exponent < -1000, 0.0, power_of_two(tl.maximum(exponent, -1000)))
-    else:
-        bits = (tl.maximum(exponent, -126) + 127) << 23
-        power = tl.where(exponent < -126, 0.0, bits.to(tl.float32, bitcast=True))
-    return power
+    lowest: tl.constexpr = -1000 if tl.float64 == ACC else -126
+    return tl.where(exponent < lowest, 0.0, power_of_two(tl.maximum(exponent, lowest)).to(ACC))
 
 
 @triton.jit

@@ -237,7 +237,7 @@ def backward(sets, tau, normalize, cross, neg, pos, g_term, g_neg, g_pos):
     given = {name: g is not None for name, g in zip(("TERM", "NEG", "POS"), gradients, strict=True)}
     grid = triton.cdiv(G, ROWS // (V * N))
     launch(
-        backward_kernel, grid, x, temperature(tau, x), neg, pos, *(pointer(g, neg) for g in gradients), dx, zdz, G, V, N, D, *strides,
-        **given, **settings(x, tau, normalize, cross),
+        backward_kernel, grid, x, temperature(tau, x), neg, pos, *(pointer(g, neg) for g in gradients), dx, zdz,
+        G, V, N, D, *strides, **given, **settings(x, tau, normalize, cross),
     )  # fmt: skip
     return dx, zdz

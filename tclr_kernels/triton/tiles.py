@@ -1,6 +1,6 @@
 """The tiles of each kind of device: chosen ahead of time, so that a first call compiles and does not search.
 
-No entry spills registers on sm_90: `python -m benchmarks.compile_triton` compiles all of them, and predicts their times.
+No entry spills registers on sm_90: `python -m benchmarks.compile_triton` compiles all of them and predicts their time.
 """
 
 import functools
@@ -47,7 +47,10 @@ TABLES = {
         },
     },
     "interpreter": {
-        kind: {"sums": [(512, 64, 64, 0, 0, 4, 1), (1 << 30, 64, 64, 256, 0, 4, 1)], "gradient": [(512, 64, 64, 0, 0, 4, 1), (1 << 30, 64, 64, 256, 256, 4, 1)]}
+        kind: {
+            "sums": [(512, 64, 64, 0, 0, 4, 1), (1 << 30, 64, 64, 256, 0, 4, 1)],
+            "gradient": [(512, 64, 64, 0, 0, 4, 1), (1 << 30, 64, 64, 256, 256, 4, 1)],
+        }
         for kind in ("half", "float", "double")
     },
 }  # fmt: skip
@@ -69,6 +72,6 @@ def choose(table, kernel, dtype, D):
     """The tile of a kernel, "sums" or "gradient". table: of TABLES; dtype: of the packed rows"""
     kind = {2: "half", 4: "float", 8: "double"}[dtype.itemsize]
     DP = padded(D)
-    entry = next(entry for entry in TABLES[table][kind][kernel] if DP <= entry[0])
+    entry = next(entry for entry in TABLES[table][kind][kernel] if entry[0] >= DP)
     _, BM, BN, BK, DC, warps, stages = entry
     return Tile(BM, BN, DP, BK or DP, DC or DP, warps, stages)
