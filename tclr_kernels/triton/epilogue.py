@@ -148,6 +148,15 @@ def gradient_scale(norm, unit, inverse_tau, NORMALIZE: tl.constexpr):
 
 
 @triton.jit
+def factors(scale, ACC: tl.constexpr):
+    """Two factors of scale, for a product in ACC whose own range is no narrower than that of its result."""
+    if tl.float64 != ACC:
+        scale = tl.where(scale > 1e75, 1e75, scale)  # what is 0 stays so
+    half = power_of_two(exponent_of(scale) // 2)
+    return half.to(ACC), (scale / half).to(ACC)
+
+
+@triton.jit
 def narrowed(x, dtype: tl.constexpr):
     """float64 to any dtype; by way of float32, which the interpreter's bfloat16 needs."""
     return x if dtype == tl.float64 else x.to(tl.float32).to(dtype)

@@ -23,6 +23,7 @@ from . import tiles
 from .epilogue import (
     exists,
     exponent_of,
+    factors,
     finite_size,
     gradient_scale,
     inverse_length,
@@ -304,8 +305,9 @@ def largest_exponent(exponents, count, BE: tl.constexpr):
 
 
 @triton.jit
-def shrunk(exponent, ACC: tl.constexpr):
-    """2^exponent, 0 below the range of ACC. exponent: int32 <= 0"""
+def factor_at(exponents, top, ACC: tl.constexpr):
+    """2^(exponent - top), 0 below the range of ACC. exponents: pointers, to int32 <= top"""
+    exponent = tl.load(exponents) - top
     lowest: tl.constexpr = -1000 if tl.float64 == ACC else -126
     return tl.where(exponent < lowest, 0.0, power_of_two(tl.maximum(exponent, lowest)).to(ACC))
 
@@ -365,16 +367,14 @@ def gradient_kernel(
     for c in range(first, last):
         row_block = (g * V + a) * V + c
         column_block = (g * V + c) * V + a
-        exponent = tl.load(exponents + row_block * blocks + i // BN)
-        factor = shrunk(exponent - top, ACC) * BOOST
-        row_scale, row_shift = weights_of(alpha, neg, row_block * N + i, i < N, factor, BOUNDED)
+        row_factor = factor_at(exponents + row_block * blocks + i // BN, top, ACC) * BOOST
+        row_scale, row_shift = weights_of(alpha, neg, row_block * N + i, i < N, row_factor, BOUNDED)
         for start in range(0, N, BN):
             j = start + tl.arange(0, BN)
             z_j = z + ((g * V + c) * NP + start) * DP
             columns = features(z_j, 0, BN, DP, BK, UPCAST)
             cosine = cosines(z_i, z_j, rows, columns, BM, BN, DP, BK, ACC, PRECISION, UPCAST)
-            exponent = tl.load(exponents + column_block * blocks + start // BN)
-            factor = shrunk(exponent - top, ACC) * BOOST
+            factor = factor_at(exponents + column_block * blocks + start // BN, top, ACC) * BOOST
             scale, shift = weights_of(alpha, neg, column_block * N + j, j < N, factor, BOUNDED)
             s = cosine * octaves
             if BOUNDED:
@@ -396,10 +396,10 @@ def gradient_kernel(
         if c != a:
             row_block = (g * V + a) * V + c
             column_block = (g * V + c) * V + a
-            exponent = tl.load(exponents + row_block * blocks + i // BN)
-            weight = tl.load(beta + row_block * N + i, mask=i < N, other=0.0) * shrunk(exponent - top, ACC)
-            exponent = tl.load(exponents + column_block * blocks + i // BN)
-            weight += tl.load(beta + column_block * N + i, mask=i < N, other=0.0) * shrunk(exponent - top, ACC)
+            to_row = factor_at(exponents + row_block * blocks + i // BN, top, ACC)
+            to_column = factor_at(exponents + column_block * blocks + i // BN, top, ACC)
+            weight = tl.load(beta + row_block * N + i, mask=i < N, other=0.0) * to_row
+            weight += tl.load(beta + column_block * N + i, mask=i < N, other=0.0) * to_column
             partners = features(z + ((g * V + c) * NP + begin) * DP, chunk, BM, DP, DC, UPCAST)
             dz += weight[:, None] * partners.to(ACC)
             if DC != DP:
@@ -419,7 +419,8 @@ def gradient_kernel(
         dz -= own * along[:, None]
     else:
         norm = tl.full([BM], 1.0, tl.float64)
-    gradient = dz.to(tl.float64) * gradient_scale(norm, unit, inverse_tau, NORMALIZE)[:, None]
+    one, other = factors(gradient_scale(norm, unit, inverse_tau, NORMALIZE), ACC)
+    gradient = dz * one[:, None] * other[:, None]
     d = chunk + tl.arange(0, DC)
     to = dx + ((a.to(tl.int64) * G + g) * N + i)[:, None] * D + d[None, :]
     tl.store(to, narrowed(gradient, dx.dtype.element_ty), mask=(i < N)[:, None] & (d < D)[None, :])

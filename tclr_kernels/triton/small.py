@@ -14,6 +14,7 @@ import triton.language as tl
 from .epilogue import (
     exists,
     exponent_of,
+    factors,
     finite_size,
     gradient_scale,
     inverse_length,
@@ -179,7 +180,7 @@ def backward_kernel(
     along = tl.sum(tl.where(group, W * cosines, 0.0), 1)  # <z, dz>, and no need of the whole of dz for it
     norm = tl.where(inverse == 0, 0.0, largest / tl.where(inverse == 0, 1.0, inverse))
     tl.store(zdz + first, along.to(tl.float64) * (unit * inverse_tau.to(tl.float64)), mask=valid)
-    factor = gradient_scale(norm, unit, inverse_tau, NORMALIZE)
+    one, other = factors(gradient_scale(norm, unit, inverse_tau, NORMALIZE), ACC)
     to = ((a.to(tl.int64) * G + g) * N + i) * D
     for d0 in range(0, D, BD):
         z = units(x, rows, valid, d0, D, stride_d, largest, inverse, ACC, BD)
@@ -188,7 +189,7 @@ def backward_kernel(
         if NORMALIZE:
             dz -= z * along[:, None]
         d = d0 + tl.arange(0, BD)
-        gradient = narrowed(dz.to(tl.float64) * factor[:, None], dx.dtype.element_ty)
+        gradient = narrowed(dz * one[:, None] * other[:, None], dx.dtype.element_ty)
         tl.store(dx + to[:, None] + d[None, :], gradient, mask=valid[:, None] & (d < D)[None, :])
 
 
