@@ -25,11 +25,12 @@ RESULTS = Path(__file__).parent / "results" / "triton-compiled.csv"
 NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-TABLE = {"sm_80": "ampere", "sm_90": "hopper", "sm_100": "hopper", "gfx942": "amd"}
+TABLE = {"sm_80": "ampere", "sm_89": "compact", "sm_90": "hopper", "sm_100": "hopper", "gfx942": "amd"}
 POINTERS = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",

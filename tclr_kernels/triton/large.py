@@ -514,6 +514,8 @@ def forward(sets, tau, normalize, cross):
     number, limit = temperature(tau, first), launches[0][1]
     how = dict(TENSOR=isinstance(number, torch.Tensor), CROSS=cross)
     for bounded, _ in launches:
+        kind = "sums" if bounded else "sums unbounded"
+        tile = tiles.choose(table, kind, z.dtype, D)
         launch(
             sums_kernel, G * programs, z, number, limit, sums, largest, pos, V, N, NP, supers, left, supers_a_set,
             blocks_a_super, programs, BOUNDED=bounded, **how, **of_tiles(z, tile),

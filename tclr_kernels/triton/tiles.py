@@ -25,42 +25,71 @@ class Tile(NamedTuple):
     stages: int
 
 
-# (largest DP, BM, BN, BK, DC, warps, stages); BK or DC of 0: all of DP
+ANY = 1 << 30
+FLOAT = {  # no tensor cores without TF32: what fits the registers
+    "sums": [(ANY, 64, 64, 16, 0, 8, 2)],
+    "gradient": [(64, 64, 32, 16, 0, 8, 2), (ANY, 64, 32, 16, 64, 8, 2)],
+}
+DOUBLE = {"sums": [(ANY, 32, 32, 16, 0, 4, 2)], "gradient": [(ANY, 32, 32, 16, 16, 4, 2)]}
+INTERPRETED = {
+    "sums": [(512, 64, 64, 0, 0, 4, 1), (ANY, 64, 64, 256, 0, 4, 1)],
+    "gradient": [(512, 64, 64, 0, 0, 4, 1), (ANY, 64, 64, 256, 256, 4, 1)],
+}
+# (largest DP, BM, BN, BK, DC, warps, stages); BK or DC of 0: all of DP. "sums unbounded" has the BM of "sums".
 TABLES = {
-    "hopper": {
+    "hopper": {  # 227 KiB of shared memory, wgmma; sm_100 as well
         "half": {
-            "sums": [(128, 128, 128, 0, 0, 8, 3), (256, 128, 128, 0, 0, 8, 2), (1 << 30, 128, 128, 64, 0, 8, 4)],
+            "sums": [(128, 128, 64, 0, 0, 4, 3), (256, 128, 64, 0, 0, 8, 2), (ANY, 128, 128, 64, 0, 8, 4)],
+            "sums unbounded": [(256, 128, 64, 0, 0, 8, 2), (ANY, 128, 64, 64, 0, 8, 4)],
             "gradient": [
                 (128, 128, 64, 0, 0, 8, 3),
                 (256, 64, 64, 0, 0, 8, 3),
-                (512, 64, 64, 0, 0, 8, 2),
-                (1 << 30, 64, 64, 64, 256, 8, 3),
+                (512, 64, 64, 0, 256, 8, 2),
+                (ANY, 64, 64, 64, 256, 8, 3),
             ],
         },
-        "float": {
-            "sums": [(1 << 30, 64, 64, 16, 0, 8, 3)],
-            "gradient": [(64, 64, 32, 16, 0, 8, 2), (1 << 30, 64, 32, 16, 64, 8, 2)],
-        },
-        "double": {
-            "sums": [(1 << 30, 32, 32, 16, 0, 4, 2)],
-            "gradient": [(1 << 30, 32, 32, 16, 16, 4, 2)],
-        },
+        "float": FLOAT,
+        "double": DOUBLE,
     },
-    "interpreter": {
-        kind: {
-            "sums": [(512, 64, 64, 0, 0, 4, 1), (1 << 30, 64, 64, 256, 0, 4, 1)],
-            "gradient": [(512, 64, 64, 0, 0, 4, 1), (1 << 30, 64, 64, 256, 256, 4, 1)],
-        }
-        for kind in ("half", "float", "double")
+    "ampere": {  # sm_80: 163 KiB
+        "half": {
+            "sums": [(128, 128, 64, 0, 0, 8, 2), (ANY, 128, 64, 64, 0, 8, 3)],
+            "gradient": [(128, 64, 64, 0, 0, 8, 2), (256, 64, 64, 0, 0, 8, 2), (ANY, 64, 64, 64, 256, 8, 2)],
+        },
+        "float": FLOAT,
+        "double": DOUBLE,
     },
-}  # fmt: skip
+    "compact": {  # sm_86, sm_89, sm_120: 99 KiB
+        "half": {
+            "sums": [(128, 64, 64, 0, 0, 4, 2), (ANY, 64, 64, 64, 0, 4, 3)],
+            "gradient": [(128, 64, 32, 0, 0, 4, 2), (ANY, 64, 32, 64, 128, 4, 2)],
+        },
+        "float": FLOAT,
+        "double": DOUBLE,
+    },
+    "amd": {  # gfx942: 64 KiB, and no copies that bypass the registers
+        "half": {
+            "sums": [(128, 128, 64, 0, 0, 8, 2), (ANY, 128, 64, 64, 0, 8, 2)],
+            "gradient": [(128, 64, 64, 0, 0, 8, 2), (ANY, 64, 64, 64, 128, 8, 2)],
+        },
+        "float": FLOAT,
+        "double": DOUBLE,
+    },
+    "interpreter": dict.fromkeys(("half", "float", "double"), INTERPRETED),
+}
 
 
 @functools.lru_cache
 def device_class(index):
-    """Which table serves the CUDA or HIP device; and its number of processors."""
+    """Which table serves a CUDA or HIP device; and its number of processors."""
     properties = torch.cuda.get_device_properties(index)
-    return "hopper", properties.multi_processor_count
+    if torch.version.hip is not None:
+        name = "amd"
+    elif (properties.major, properties.minor) == (8, 0):
+        name = "ampere"
+    else:
+        name = "hopper" if properties.major in (9, 10) else "compact"
+    return name, properties.multi_processor_count
 
 
 def padded(D):
@@ -69,9 +98,10 @@ def padded(D):
 
 
 def choose(table, kernel, dtype, D):
-    """The tile of a kernel, "sums" or "gradient". table: of TABLES; dtype: of the packed rows"""
+    """The tile of a kernel, "sums", "sums unbounded" or "gradient". table: of TABLES; dtype: of the packed rows"""
     kind = {2: "half", 4: "float", 8: "double"}[dtype.itemsize]
     DP = padded(D)
-    entry = next(entry for entry in TABLES[table][kind][kernel] if entry[0] >= DP)
+    entries = TABLES[table][kind]
+    entry = next(entry for entry in entries.get(kernel, entries["sums"]) if entry[0] >= DP)
     _, BM, BN, BK, DC, warps, stages = entry
     return Tile(BM, BN, DP, BK or DP, DC or DP, warps, stages)
