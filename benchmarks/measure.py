@@ -11,7 +11,7 @@ from . import cases, providers
 
 BURST = 0.02  # seconds a provider runs on end before the next one's turn
 ROUNDS = 5, 60  # at least, at most
-LONG = 10.0  # a step of this many seconds is repeated only three times
+LONG = 10.0  # a step of this many seconds is repeated only twice
 
 
 def once(step):
@@ -30,7 +30,7 @@ def interleaved(steps, first, seconds):
     typical = {name: first[name] if first[name] > 1 else once(step)[0] for name, step in steps.items()}
     burst = {name: max(1, min(20, round(BURST / t))) for name, t in typical.items()}
     turn = sum(typical[name] * (burst[name] + 1) for name in steps)
-    rounds = min(ROUNDS[1], max(ROUNDS[0] if max(typical.values()) < LONG else 3, int(seconds * len(steps) / turn)))
+    rounds = min(ROUNDS[1], max(ROUNDS[0] if max(typical.values()) < LONG else 2, int(seconds * len(steps) / turn)))
     times = {name: [] for name in steps}
     gc.disable()
     for number in range(rounds):
