@@ -110,14 +110,12 @@ void write_block(const GramInput& in, const GramBackward<T>& out, const Problem&
     double along = dot(row, grad, in.D), scale = unit / in.tau;
     out.zdz[(g * in.V + a) * in.N + i] = T(along * scale);
     double exponent = 1, projected = 0;
-    if (in.normalize) {
-      Norm n = norms[r];
-      exponent = n.scale, projected = along;
-      scale = n.rest == 0 ? 0 : scale / n.rest;
-    }
+    bool zero = in.normalize && norms[r].rest == 0;
+    if (in.normalize) exponent = norms[r].scale, projected = along, scale /= norms[r].rest;
     for (int64_t d = 0; d < in.D; ++d) {
       double value = (double(grad[d]) - double(row[d]) * projected) * scale;
       if (sizeof(T) == sizeof(double)) value /= exponent;  // of floats it is 1
+      value = zero ? 0 : value;
       dx[d] = to.add ? dx[d] + T(value) : T(value);
     }
   }
