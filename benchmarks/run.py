@@ -7,6 +7,8 @@ from typing import NamedTuple
 from . import cases, measure, oracle, rows
 from .providers import serving
 
+WEIGHED = "native", "dense", "compile", "lightly"  # each takes a process
+
 
 def run(path, keys=None, providers=None, seconds=1.0, memory=True):
     """Runs the cases and writes their rows after each one. keys, providers: names to keep; None for all."""
@@ -45,7 +47,7 @@ def measured(case, providers, seconds, memory):
         if name in times:
             milliseconds = map("{:.4g}".format, measure.percentiles(times[name]))
             row.update(zip(("p20_ms", "p50_ms", "p80_ms"), milliseconds, strict=True), runs=len(times[name]))
-            weight = measure.peak_memory(case, name) if memory else None
+            weight = measure.peak_memory(case, name) if memory and name in WEIGHED else None
             row["peak_mb"] = "" if weight is None else f"{weight:.1f}"
         report(row)
         yield row
