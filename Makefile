@@ -25,10 +25,12 @@ test: setup
 triton-compiled: setup
 	$(BIN)/python -m benchmarks.compile_triton
 
-bench: setup
+bench: setup $(VENV)/.peers
 	$(BIN)/python -m benchmarks $(ARGS)
+	$(BIN)/python -m benchmarks accuracy
 	$(BIN)/python -m benchmarks plot
 	$(BIN)/python -m benchmarks table --write README.md
+	$(BIN)/python -m benchmarks page
 
 selftest: setup
 	$(BIN)/python -m tclr_kernels.selftest
@@ -54,6 +56,12 @@ $(VENV)/.torch: | $(BIN)/python
 
 $(VENV)/.installed: pyproject.toml $(VENV)/.torch
 	TCLR_KERNELS_REQUIRE_NATIVE=0 $(BIN)/python -m pip install --quiet --no-build-isolation -e '.[train,test]'
+	@touch $@
+
+# the second two without what they depend on: torchvision would bring a torch of its own, and their losses do not use it
+$(VENV)/.peers: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet pytorch-metric-learning
+	$(BIN)/python -m pip install --quiet --no-deps lightly open_clip_torch
 	@touch $@
 
 # build_ext in place rather than by pip: its objects are kept, so that only what changed is compiled again
