@@ -1,4 +1,5 @@
-# make demo | test | lint | triton-compiled | bench | selftest | clean. Every target sets up what it needs, once, in $(VENV).
+# make demo | test | test-triton | triton-compiled | lint | bench | selftest | clean. Every target sets up what it
+# needs, once, in $(VENV).
 #
 # The install is editable, so the package the tests import, the one the benchmarks import and the one in this folder
 # are the same files, with the compiled _C beside them: a copy in site-packages would be shadowed by this folder.
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/* csrc/*/*)
 export TCLR_KERNELS_REQUIRE_NATIVE := $(NATIVE)
 
-.PHONY: demo test triton-compiled lint bench plots selftest setup wheel-check clean
+.PHONY: demo test test-triton triton-compiled lint bench plots selftest setup wheel-check clean
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -20,15 +21,19 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest tests $(ARGS)
+
+test-triton: setup
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests $(ARGS)
 
 triton-compiled: setup
 	$(BIN)/python -m benchmarks.compile_triton
 
-bench: setup
+bench: setup $(VENV)/.peers
 	$(BIN)/python -m benchmarks $(ARGS)
+	$(BIN)/python -m benchmarks accuracy
 	$(BIN)/python -m benchmarks plot
 	$(BIN)/python -m benchmarks table --write README.md
+	$(BIN)/python -m benchmarks page
 
 selftest: setup
 	$(BIN)/python -m tclr_kernels.selftest
@@ -54,6 +59,12 @@ $(VENV)/.torch: | $(BIN)/python
 
 $(VENV)/.installed: pyproject.toml $(VENV)/.torch
 	TCLR_KERNELS_REQUIRE_NATIVE=0 $(BIN)/python -m pip install --quiet --no-build-isolation -e '.[train,test]'
+	@touch $@
+
+# the second two without what they depend on: torchvision would bring a torch of its own, and their losses do not use it
+$(VENV)/.peers: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet pytorch-metric-learning
+	$(BIN)/python -m pip install --quiet --no-deps lightly open_clip_torch
 	@touch $@
 
 # build_ext in place rather than by pip: its objects are kept, so that only what changed is compiled again

@@ -1,9 +1,9 @@
-"""python -m benchmarks [run | plot | table]: results go to, and come from, benchmarks/results/<device>.csv"""
+"""python -m benchmarks [run | accuracy | plot | table | page]: rows go to, and come from, benchmarks/results/"""
 
 import argparse
 from pathlib import Path
 
-from . import baselines, cases, measure, rows
+from . import accuracy, cases, measure, providers, rows
 
 
 def main():
@@ -12,8 +12,8 @@ def main():
     running = commands.add_parser("run", help="check, time and weigh; the default")
     for each in (parser, running):
         each.add_argument("--case", nargs="+", choices=cases.BY_KEY, help="only these cases")
-        each.add_argument("--provider", nargs="+", choices=baselines.PROVIDERS, help="only these providers")
-        each.add_argument("--seconds", type=float, default=3.0, help="to spend on timing each provider of a case")
+        each.add_argument("--provider", nargs="+", choices=providers.PROVIDERS, help="only these providers")
+        each.add_argument("--seconds", type=float, default=1.0, help="to spend on timing each provider of a case")
         each.add_argument("--no-memory", action="store_true", help="do not measure memory")
         each.add_argument("--results", type=Path, default=rows.default_path(), help="the CSV to write")
     plotting = commands.add_parser("plot", help="draw every result file, or the given ones")
@@ -21,9 +21,12 @@ def main():
     tables = commands.add_parser("table", help="print the README's tables")
     tables.add_argument("results", type=Path, nargs="*")
     tables.add_argument("--write", metavar="FILE", help="put them between the marks of this file instead")
+    page = commands.add_parser("page", help="write the results page, docs/benchmarks.md")
+    page.add_argument("results", type=Path, nargs="*")
+    commands.add_parser("accuracy", help="measure the gradient's error against the temperature")
     memory = commands.add_parser("memory", help="one provider's memory for one case, in MiB")
     memory.add_argument("case", choices=cases.BY_KEY)
-    memory.add_argument("provider", choices=baselines.PROVIDERS)
+    memory.add_argument("provider", choices=providers.PROVIDERS)
     answer(parser.parse_args())
 
 
@@ -33,15 +36,22 @@ def answer(options):
 
         run(options.results, options.case, options.provider, options.seconds, not options.no_memory)
     elif options.command == "plot":
-        from .plot import draw
+        from .plot import draw, draw_accuracy
 
-        for path in options.results or sorted(rows.RESULTS.glob("*.csv")):
+        for path in options.results or rows.files():
             print(draw(path))
+        print(draw_accuracy())
     elif options.command == "table":
         from .table import markdown, write
 
-        text = markdown(options.results or sorted(rows.RESULTS.glob("*.csv")))
+        text = markdown(options.results or rows.files())
         write(options.write, text) if options.write else print(text)
+    elif options.command == "page":
+        from .table import page
+
+        (rows.ROOT / "docs" / "benchmarks.md").write_text(page(options.results or rows.files()))
+    elif options.command == "accuracy":
+        accuracy.run()
     else:
         print(measure.peak_memory_here(options.case, options.provider))
 

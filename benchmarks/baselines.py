@@ -1,59 +1,19 @@
-"""The providers: every way to compute a case's loss that is compared here, behind one adapter each."""
-
-from collections.abc import Callable
-from typing import NamedTuple
+"""The losses in plain PyTorch: the fastest honest form of each, the one people write, and that of TCLR's release."""
 
 import torch
 import torch.nn.functional as F
 
-import tclr_kernels as tk
 
-from .cases import TAU
-
-
-class Provider(NamedTuple):
-    """A way to compute some of the losses."""
-
-    label: str
-    backend: str
-    steps: dict[str, Callable]  # loss -> a function from the inputs to a step, which returns the loss and its gradients
-    largest: int = 8192  # rows; beyond, its matrices do not fit an ordinary machine
-    a_loss: bool = True  # else a floor: part of the work, whose result is not compared
-
-
-def autograd(function):
-    """The step of a loss function: its value and the gradients for all inputs."""
-
-    def step_for(inputs):
-        def step():
-            loss = function(*inputs)
-            return loss.detach(), torch.autograd.grad(loss, inputs)
-
-        return step
-
-    return step_for
-
-
-def ours(backend):
-    """This library by one of its backends."""
-    return {
-        "nt_xent": autograd(lambda a, b: tk.nt_xent(a, b, temperature=TAU, backend=backend)),
-        "tclr_release": autograd(
-            lambda g, s, x: tk.tclr(g, s, x, temperature=TAU, form="release", backend=backend).total
-        ),
-    }
-
-
-def dense(a, b):
+def nt_xent(a, b, tau):
     """NT-Xent in the fastest plain PyTorch found: scaled once as rows, masked in place, one fused cross-entropy."""
-    z = F.normalize(torch.cat([a, b])) * TAU**-0.5
+    z = F.normalize(torch.cat([a, b])) * tau**-0.5
     S = torch.mm(z, z.T).fill_diagonal_(-torch.inf)
     N = len(a)
     partner = torch.cat([torch.arange(N, 2 * N), torch.arange(N)])
     return F.cross_entropy(S, partner)
 
 
-def masked(a, b):
+def nt_xent_masked(a, b, tau):
     """NT-Xent as it is usually written: positives and negatives picked by boolean masks, and concatenated again."""
     z = torch.cat([F.normalize(a), F.normalize(b)])
     S = z @ z.T
@@ -63,71 +23,116 @@ def masked(a, b):
     itself = torch.eye(M, dtype=torch.bool)
     same = same[~itself].view(M, -1)
     S = S[~itself].view(M, -1)
-    logits = torch.cat([S[same].view(M, 1), S[~same].view(M, -1)], dim=1) / TAU
+    logits = torch.cat([S[same].view(M, 1), S[~same].view(M, -1)], dim=1) / tau
     return F.cross_entropy(logits, torch.zeros(M, dtype=torch.long))
 
 
-def compiled(inputs):
-    """`dense` through torch.compile, for fixed sizes."""
-    torch.compiler.reset()  # a case must not pass the guards of those before it
-    return autograd(torch.compile(dense, dynamic=False))(inputs)
+def nt_xent_exponentials(a, b, tau):
+    """NT-Xent in the form of solo-learn: exponentials first, positives and negatives summed by 0/1 matrices."""
+    z = torch.cat([F.normalize(a), F.normalize(b)])
+    index = torch.arange(len(a)).repeat(2)
+    same = (index[:, None] == index[None, :]).to(z.dtype).fill_diagonal_(0)
+    other = (index[:, None] != index[None, :]).to(z.dtype)
+    e = torch.exp(torch.einsum("if,jf->ij", z, z) / tau)
+    positive, negative = (e * same).sum(1), (e * other).sum(1)
+    return -torch.log(positive / (positive + negative)).mean()
 
 
-def products(inputs):
-    """The three dense matrix products of forward and backward alone, into memory that is already there."""
-    z = torch.cat([x.detach() for x in inputs])
-    S, dz = z.new_empty(len(z), len(z)), torch.empty_like(z)
-
-    def step():
-        torch.mm(z, z.T, out=S)
-        torch.mm(S, z, out=dz)
-        torch.mm(S.T, z, out=dz)
-
-    return step
+def clip(a, b, tau):
+    """CLIP's loss: one product, its transpose for the other direction."""
+    S = (F.normalize(a) * (1 / tau)) @ F.normalize(b).T
+    own = torch.arange(len(a))
+    return (F.cross_entropy(S, own) + F.cross_entropy(S.T, own)) / 2
 
 
-def pairwise(zi, zj):
+def clip_linear(a, b, tau):
+    """The same by PyTorch's fused linear cross-entropy, in both directions."""
+    a, b, own = F.normalize(a) * (1 / tau), F.normalize(b), torch.arange(len(a))
+    return (F.linear_cross_entropy(a, b, own) + F.linear_cross_entropy(b, a, own)) / 2
+
+
+def views_in_pairs(z, tau):
+    """NT-Xent over all pairs of views, a call a pair."""
+    V = len(z)
+    pairs = [nt_xent(z[a], z[c], tau) for a in range(V) for c in range(a)]
+    return sum(pairs) / len(pairs)
+
+
+def views(z, tau):
+    """The same from one Gram matrix: each block's log-sum-exp, with the own block's added."""
+    V, B, D = z.shape
+    rows = F.normalize(z, dim=-1).reshape(V * B, D) * tau**-0.5
+    S = torch.mm(rows, rows.T).view(V, B, V, B)
+    pos = S.diagonal(dim1=1, dim2=3)  # [V, V, B]
+    itself = (torch.eye(V)[:, None, :, None] * torch.eye(B)[None, :, None, :]).bool()
+    lse = S.masked_fill(itself, -torch.inf).logsumexp(3).transpose(1, 2)  # [V, V, B], c != a with its positive
+    own = lse.diagonal(dim1=0, dim2=1).T[:, None]
+    terms = torch.logaddexp(own, lse) - pos
+    return terms.masked_fill(torch.eye(V, dtype=torch.bool)[:, :, None], 0).sum() / (V * (V - 1) * B)
+
+
+def local_local(x1, x2, tau):
+    """LL with all videos in one batched product."""
+    T = x1.shape[1]
+    z = F.normalize(torch.cat([x1, x2], 1), dim=-1) * tau**-0.5
+    S = torch.bmm(z, z.mT)
+    pos = S.diagonal(T, 1, 2)
+    lse = S.masked_fill(torch.eye(2 * T, dtype=torch.bool), -torch.inf).logsumexp(2)
+    return (lse.sum() - 2 * pos.sum()) / (2 * len(x1))
+
+
+def local_local_loop(x1, x2, tau):
+    """LL as a loop over the videos."""
+    return sum(nt_xent(a, b, tau) for a, b in zip(x1, x2, strict=True)) * x1.shape[1] / len(x1)
+
+
+def global_local(s, x, tau):
+    """GL with all videos in one batched product."""
+    S = torch.bmm(F.normalize(s, dim=-1) * (1 / tau), F.normalize(x, dim=-1).mT)
+    pos = S.diagonal(dim1=1, dim2=2)
+    return (S.logsumexp(2).sum() + S.logsumexp(1).sum() - 2 * pos.sum()) / len(s)
+
+
+def global_local_loop(s, x, tau):
+    """GL as a loop over the videos."""
+    return sum(clip(a, b, tau) for a, b in zip(s, x, strict=True)) * 2 * s.shape[1] / len(s)
+
+
+def pairwise(zi, zj, tau):
     """NT-Xent of one pair of views in the way of TCLR's release: a mask built on the host, a sum divided by 2B."""
     B = len(zi)
     z = torch.cat([zj, zi])
     S = torch.tensordot(z.unsqueeze(1), z.T.unsqueeze(0), dims=2)
     negative = ~(torch.eye(2 * B) + torch.eye(2 * B).roll(B, 0)).bool()
     positives = torch.cat([torch.diag(S, B), torch.diag(S, -B)]).view(2 * B, 1)
-    logits = torch.cat([positives, S[negative].view(2 * B, -1)], dim=1) / TAU
+    logits = torch.cat([positives, S[negative].view(2 * B, -1)], dim=1) / tau
     return F.cross_entropy(logits, torch.zeros(2 * B).long(), reduction="sum") / (2 * B)
 
 
-def slices_against_clips(s, x):
+def slices_against_clips(s, x, tau):
     """GL of one pair of views in the way of TCLR's release: both directions in one batch of T x T problems."""
     B, T, _ = s.shape
     S = torch.bmm(s, x.permute(0, 2, 1))
-    logits = torch.cat([S, S.permute(0, 2, 1)]).reshape(-1, T) / TAU
+    logits = torch.cat([S, S.permute(0, 2, 1)]).reshape(-1, T) / tau
     return F.cross_entropy(logits, torch.tensor(list(range(T)) * (2 * B)), reduction="sum") / (2 * B)
 
 
-def release(g, s, x):
+def release(g, s, x, tau):
     """The whole objective in the structure of TCLR's release: a call a pair of sets, a video, a pair of views."""
     g, s, x = (F.normalize(z, dim=-1) for z in (g, s, x))
     V, B, T, _ = x.shape
     sets = [x[v, :, t] for v in range(V) for t in range(T)]
-    ic_global = pairwise(g[0], g[1])
-    ic_local = sum(pairwise(a, c) for i, a in enumerate(sets) for j, c in enumerate(sets) if i != j) / V**2
-    ll = sum(pairwise(x[0, i], x[1, i]) for i in range(B))
-    gl = sum(slices_against_clips(s[v], x[w]) for v in range(V) for w in range(V))
+    ic_global = pairwise(g[0], g[1], tau)
+    ic_local = sum(pairwise(a, c, tau) for i, a in enumerate(sets) for j, c in enumerate(sets) if i != j) / V**2
+    ll = sum(pairwise(x[0, i], x[1, i], tau) for i in range(B))
+    gl = sum(slices_against_clips(s[v], x[w], tau) for v in range(V) for w in range(V))
     return ic_global + ic_local + ll + gl
 
 
-PROVIDERS = {
-    "native": Provider("tclr-kernels", "native", ours("native"), largest=1 << 30),
-    "reference": Provider("tclr-kernels, reference", "reference", ours("reference")),
-    "dense": Provider("PyTorch, fastest form", "eager", dict(nt_xent=autograd(dense))),
-    "masked": Provider("PyTorch, as usually written", "eager", dict(nt_xent=autograd(masked))),
-    "compile": Provider("torch.compile of the fastest form", "inductor", dict(nt_xent=compiled)),
-    "products": Provider("its three matrix products alone", "gemm", dict(nt_xent=products), a_loss=False),
-    "release": Provider("PyTorch, structure of TCLR's release", "eager", dict(tclr_release=autograd(release))),
-}
-
-
-def serving(case):
-    """The providers of a case, by name."""
-    return {name: p for name, p in PROVIDERS.items() if case.loss in p.steps and case.rows <= p.largest}
+def release_batched(g, s, x, tau):
+    """The same objective in the fewest plain PyTorch calls found: a Gram matrix a term, LL and GL batched."""
+    V, B, T, D = x.shape
+    clips = x.transpose(1, 2).reshape(V * T, B, D)
+    pairs = V * T * (V * T - 1) / V**2
+    gl = sum(global_local(s[v], x[w], tau) for v in range(V) for w in range(V)) / 2
+    return nt_xent(g[0], g[1], tau) + pairs * views(clips, tau) + B / T * local_local(x[0], x[1], tau) + gl

@@ -4,22 +4,31 @@ from typing import NamedTuple
 
 import torch
 
-TAU = 0.1
-
 
 class Case(NamedTuple):
-    """A loss at a size, forward and backward for all its inputs."""
+    """A loss at a size."""
 
     loss: str
-    rows: int  # M of the Gram matrix
+    rows: int  # M of the Gram matrix, or of all of them together
     shapes: tuple  # of the inputs
     regime: str
     dtype: torch.dtype = torch.float32
     mode: str = "forward+backward"
+    tau: float = 0.1
 
     @property
     def key(self):
-        return f"{self.loss}:{self.rows}"
+        """Its name on the command line: "nt_xent:512x128"; the dtype and the mode only where they are unusual."""
+        short = {torch.float32: "", torch.bfloat16: ":bf16", torch.float16: ":fp16"}[self.dtype]
+        return f"{self.loss}:{self.shape.split()[-1]}{short}" + (":forward" if self.mode == "forward" else "")
+
+    @property
+    def entries(self):
+        """Of all its Gram matrices together."""
+        if self.loss in ("local_local", "global_local"):
+            B, T, _ = self.shapes[0]
+            return B * (2 * T) ** 2
+        return self.rows**2
 
     @property
     def shape(self):
@@ -36,8 +45,20 @@ def _view(i, shape):
     return common + torch.randn(shape, generator=torch.Generator().manual_seed(i + 1))
 
 
-def nt_xent(rows, regime):
-    return Case("nt_xent", rows, ((rows // 2, 128),) * 2, regime)
+def nt_xent(rows, regime, D=128, **kind):
+    return Case("nt_xent", rows, ((rows // 2, D),) * 2, regime, **kind)
+
+
+def clip(N, regime):
+    return Case("clip", 2 * N, ((N, 128),) * 2, regime)
+
+
+def views(V, B, regime):
+    return Case("views", V * B, ((V, B, 128),), regime)
+
+
+def clips(loss, B, T):
+    return Case(loss, 2 * B * T, ((B, T, 128),) * 2, f"a group of {2 * T} rows a video")
 
 
 def tclr_release(B, regime):
@@ -52,7 +73,29 @@ CASES = [
     nt_xent(8192, "several copies of 268 MB in plain PyTorch"),
     nt_xent(32768, "a copy is 4.3 GB"),
     nt_xent(131072, "a copy is 69 GB"),
+    *(nt_xent(M, f"{D} wide", D) for D in (64, 512) for M in (512, 2048, 8192)),
+    *(nt_xent(8192, "half inputs", dtype=dtype) for dtype in (torch.bfloat16, torch.float16)),
+    *(nt_xent(M, "values only", mode="forward") for M in (80, 2048, 8192)),
+    views(8, 40, "the release's local clips: 56 ordered pairs of views from one Gram matrix"),
+    views(8, 1024, "the same with a large batch"),
+    *(clips(loss, B, 4) for loss in ("local_local", "global_local") for B in (40, 1024, 16384)),
+    *(clips(loss, 1024, T) for loss in ("local_local", "global_local") for T in (8, 16)),
+    clip(4096, "cross candidates only: two matrices of 67 MB in plain PyTorch"),
+    clip(32768, "4.3 GB a matrix"),
+    tclr_release(8, "the objective at a small batch"),
     tclr_release(40, "the recipe's batch: every term of the objective"),
+    tclr_release(256, "a batch of several machines"),
+    tclr_release(4096, "no longer bound by overheads"),
 ]
 BY_KEY = {case.key: case for case in CASES}
-WARM_UP = {case.loss: case for case in (nt_xent(16, "warm-up"), tclr_release(2, "warm-up"))}
+WARM_UP = {
+    case.loss: case
+    for case in (
+        nt_xent(16, "warm-up"),
+        clip(8, "warm-up"),
+        views(8, 4, "warm-up"),
+        clips("local_local", 2, 4),
+        clips("global_local", 2, 4),
+        tclr_release(2, "warm-up"),
+    )
+}

@@ -7,11 +7,11 @@ import subprocess
 import sys
 import time
 
-from . import baselines, cases
+from . import cases, providers
 
 BURST = 0.02  # seconds a provider runs on end before the next one's turn
 ROUNDS = 5, 60  # at least, at most
-LONG = 10.0  # a step of this many seconds is repeated only three times
+LONG = 10.0  # a step of this many seconds is repeated only twice
 
 
 def once(step):
@@ -30,7 +30,7 @@ def interleaved(steps, first, seconds):
     typical = {name: first[name] if first[name] > 1 else once(step)[0] for name, step in steps.items()}
     burst = {name: max(1, min(20, round(BURST / t))) for name, t in typical.items()}
     turn = sum(typical[name] * (burst[name] + 1) for name in steps)
-    rounds = min(ROUNDS[1], max(ROUNDS[0] if max(typical.values()) < LONG else 3, int(seconds * len(steps) / turn)))
+    rounds = min(ROUNDS[1], max(ROUNDS[0] if max(typical.values()) < LONG else 2, int(seconds * len(steps) / turn)))
     times = {name: [] for name in steps}
     gc.disable()
     for number in range(rounds):
@@ -57,13 +57,13 @@ def peak_memory(case, name):
 
 def peak_memory_here(key, name):
     """The same, in this process: the peak of its resident memory over what it held with the inputs made."""
-    case, provider = cases.BY_KEY[key], baselines.PROVIDERS[name]
-    step_for = provider.steps[case.loss]
-    step_for(cases.WARM_UP[case.loss].inputs())()  # loads libraries and starts threads, which are no part of the step
+    case, provider = cases.BY_KEY[key], providers.PROVIDERS[name]
+    warm_up = cases.WARM_UP[case.loss]._replace(dtype=case.dtype, mode=case.mode)
+    provider.step(warm_up, warm_up.inputs())()  # loads libraries and starts threads, which are no part of the step
     inputs = case.inputs()
     _give_back()
     before = _resident("VmRSS")
-    step = step_for(inputs)
+    step = provider.step(case, inputs)
     if provider.backend == "inductor":
         step()
         _give_back()

@@ -1,39 +1,68 @@
-"""Time and memory against the number of rows, from the result rows alone."""
+"""Time and memory against the number of rows, errors against the temperature: from the result rows alone."""
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-from . import rows  # noqa: E402
-from .baselines import PROVIDERS  # noqa: E402
+from . import accuracy, rows  # noqa: E402
+from .providers import PROVIDERS  # noqa: E402
 
 STYLE = {  # colour-blind safe; ours is the thick one
     "native": dict(color="#D55E00", linewidth=2.5, marker="o"),
-    "reference": dict(color="#E69F00", marker="v"),
     "dense": dict(color="#0072B2", marker="s"),
-    "masked": dict(color="#56B4E9", marker="D"),
     "compile": dict(color="#009E73", marker="^"),
+    "written": dict(color="#56B4E9", marker="D"),
+    "solo": dict(color="#CC79A7", marker="v"),
+    "lightly": dict(color="#E69F00", marker="P"),
+    "pml": dict(color="#F0E442", marker="X"),
     "products": dict(color="#666666", linestyle="--", marker=None),
+    "floor": dict(color="#000000", linestyle=":", marker=None),
 }
 
 
 def draw(path):
-    """Writes <path>.png beside the CSV."""
-    found = [row for row in rows.read(path) if row["case"] == "nt_xent" and row["p50_ms"]]
-    figure, (time, memory) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    """Writes <path>.png beside the CSV: NT-Xent at D = 128 in float32."""
+    found = [row for row in rows.read(path) if rows.is_scaling(row) and row["p50_ms"]]
+    figure, (time, memory) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
     for name, style in STYLE.items():
         mine = sorted((row for row in found if row["provider"] == name), key=lambda row: int(row["rows"]))
         line(time, mine, "p50_ms", PROVIDERS[name].label, style)
         spread(time, mine, style)
-        line(memory, mine, "peak_mb", PROVIDERS[name].label, style)
+        if name not in ("products", "floor"):
+            line(memory, mine, "peak_mb", PROVIDERS[name].label, style)
     finish(time, "milliseconds, forward + backward (20th to 80th percentile)")
     finish(memory, "MiB beyond the inputs, peak")
     time.legend(fontsize=8)
     cpu, threads = found[0]["cpu"], found[0]["threads"]
-    figure.suptitle(f"NT-Xent, D = {found[0]['shape'].split('x')[-1]}, float32: {cpu}, {threads} threads", fontsize=10)
-    figure.savefig(path.with_suffix(".png"), dpi=130)
-    return path.with_suffix(".png")
+    figure.suptitle(f"NT-Xent, D = 128, float32: {cpu}, {threads} threads", fontsize=10)
+    return save(figure, path.with_suffix(".png"))
+
+
+def draw_accuracy():
+    """Writes accuracy.png: a panel a dtype."""
+    found = rows.read(accuracy.path())
+    dtypes = list(dict.fromkeys(row["dtype"] for row in found))
+    figure, panels = plt.subplots(1, len(dtypes), figsize=(11, 4.2), layout="constrained", sharey=True)
+    for dtype, axes in zip(dtypes, panels, strict=True):
+        for name in accuracy.NAMES:
+            mine = [row for row in found if row["dtype"] == dtype and row["provider"] == name]
+            points = [(float(row["tau"]), float(row["grad_error"] or "nan")) for row in mine]
+            axes.plot(*zip(*points, strict=True), label=PROVIDERS[name].label, markersize=5, **STYLE[name])
+        axes.set(xscale="log", yscale="log", xlabel="temperature", title=dtype)
+        axes.grid(alpha=0.3, which="both", linewidth=0.5)
+    panels[0].set_ylabel("gradient: largest error / largest entry")
+    panels[-1].legend(fontsize=8)
+    figure.suptitle(
+        f"Error of NT-Xent's gradient, {2 * accuracy.N} rows, views of cosine about {accuracy.COSINE}", fontsize=10
+    )
+    return save(figure, accuracy.path().with_suffix(".png"))
+
+
+def save(figure, path):
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
 
 
 def line(axes, mine, column, label, style):

@@ -56,12 +56,24 @@ def default_path():
     return RESULTS / f"cpu-{name}-{torch.get_num_threads()}-threads.csv"
 
 
+def files():
+    """The result files of all devices."""
+    return sorted(RESULTS.glob("cpu-*.csv")) + sorted(RESULTS.glob("gpu-*.csv"))
+
+
 def read(path):
     """The rows of a file, as dicts of strings; none where there is no file."""
     if not path.exists():
         return []
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
+
+
+def is_scaling(row):
+    """Whether a row is of the cases that differ in their number of rows alone."""
+    return (row["case"], row["dtype"], row["mode"]) == ("nt_xent", "float32", "forward+backward") and row[
+        "shape"
+    ].endswith("x128")
 
 
 def add(path, new):

@@ -5,10 +5,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from . import cases, measure, oracle, rows
-from .baselines import serving
+from .providers import serving
+
+WEIGHED = "native", "dense", "compile", "lightly"  # each takes a process
 
 
-def run(path, keys=None, providers=None, seconds=3.0, memory=True):
+def run(path, keys=None, providers=None, seconds=1.0, memory=True):
     """Runs the cases and writes their rows after each one. keys, providers: names to keep; None for all."""
     if os.getloadavg()[0] > 0.5:
         print(f"warning: the load is {os.getloadavg()[0]:.1f}; times from a busy machine are no results")
@@ -45,7 +47,7 @@ def measured(case, providers, seconds, memory):
         if name in times:
             milliseconds = map("{:.4g}".format, measure.percentiles(times[name]))
             row.update(zip(("p20_ms", "p50_ms", "p80_ms"), milliseconds, strict=True), runs=len(times[name]))
-            weight = measure.peak_memory(case, name) if memory else None
+            weight = measure.peak_memory(case, name) if memory and name in WEIGHED else None
             row["peak_mb"] = "" if weight is None else f"{weight:.1f}"
         report(row)
         yield row
@@ -54,18 +56,21 @@ def measured(case, providers, seconds, memory):
 def checked(case, provider, inputs, right):
     """Runs a provider once and compares its result with the right one; returns Tried."""
     try:
-        step = provider.steps[case.loss](inputs)
+        step = provider.step(case, inputs)
         seconds, result = measure.once(step)
     except Exception as error:  # a peer that cannot: its row says so
-        return Tried({"status": f"error: {type(error).__name__}"})
-    if not provider.a_loss:
+        reason = " ".join(str(error).split())[:100]
+        return Tried({"status": f"error: {type(error).__name__}: {reason}"})
+    if case.loss in provider.floors:
         return Tried({"status": "floor"}, step, seconds)
     loss_error, grad_error = oracle.errors(result, right)
-    holds = oracle.holds(loss_error, grad_error)
-    row = dict(status="ok" if holds else "wrong", loss_error=f"{loss_error:.1e}", grad_error=f"{grad_error:.1e}")
+    holds = oracle.holds(loss_error, grad_error, case.dtype)
+    row = dict(status="ok" if holds else "wrong", loss_error=f"{loss_error:.1e}")
+    row["grad_error"] = "" if result[1] is None else f"{grad_error:.1e}"
     return Tried(row, step if holds else None, seconds)
 
 
 def report(row):
     numbers = f"{row.get('p50_ms', '-'):>10} ms {row.get('peak_mb', '') or '-':>8} MiB"
-    print(f"  {row['provider']:<12}{row['status']:<8}{numbers}  loss {row.get('loss_error', '')}", flush=True)
+    errors = f"loss {row.get('loss_error', '')} gradient {row.get('grad_error', '')}"
+    print(f"  {row['provider']:<12}{row['status']:<8}{numbers}  {errors}", flush=True)

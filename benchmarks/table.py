@@ -1,33 +1,51 @@
-"""The README's tables, from the result rows alone."""
+"""The README's tables and the results page, from the result rows alone."""
 
 from pathlib import Path
 
-from . import rows
-from .baselines import PROVIDERS
+from . import accuracy, rows
+from .providers import PROVIDERS
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
-DENSE = "dense", "masked", "compile"
-NT_XENT = "native", "dense", "masked", "compile", "products"
+SHOWN = "native", "dense", "compile", "written", "lightly", "products", "floor"  # in the README
+LIMITS = "products", "floor"  # no loss, only part of its work
+OURS = "native", "reference"
+NAMES = {
+    "nt_xent": "NT-Xent",
+    "views": "instance contrast of V views",
+    "local_local": "local-local",
+    "global_local": "global-local",
+    "clip": "CLIP",
+    "tclr_release": "TCLR objective, release's form",
+}
 
 
 def markdown(paths):
-    """The tables of all devices."""
-    return "\n\n".join(device(path) for path in paths) or "Not measured yet."
+    """The README's tables of all devices."""
+    return "\n\n".join(summary(path) for path in paths) or "Not measured yet."
 
 
-def device(path):
-    """The tables of one result file."""
+def summary(path):
+    """The README's tables of one result file."""
     every = rows.read(path)
-    by_size = {}
-    for row in every:
-        by_size.setdefault((row["case"], int(row["rows"])), {})[row["provider"]] = row
-    sizes = [(rows_of, found) for (case, rows_of), found in sorted(by_size.items()) if case == "nt_xent"]
-    objective = [(rows_of, found) for (case, rows_of), found in sorted(by_size.items()) if case == "tclr_release"]
-    picture = path.with_suffix(".png")
-    parts = [heading(every), nt_xent(sizes), *(tclr(found) for _, found in objective)]
-    if picture.exists():
-        parts.append(f"![Time and memory against rows](benchmarks/results/{picture.name})")
+    scaling = {size: found for size, found in by_case(every).items() if rows.is_scaling(next(iter(found.values())))}
+    others = {size: found for size, found in by_case(every).items() if size not in scaling}
+    parts = [heading(every), nt_xent(scaling), other_losses(others)]
+    parts += [f"![{title}](benchmarks/results/{p.name})" for title, p in pictures(path)]
     return "\n\n".join(parts)
+
+
+def pictures(path):
+    """Titles and paths of what was drawn."""
+    drawn = [("Time and memory against rows", path), ("Gradient error against temperature", accuracy.path())]
+    return [(title, p.with_suffix(".png")) for title, p in drawn if p.with_suffix(".png").exists()]
+
+
+def by_case(every):
+    """The rows of each case, by provider, in the order of the file."""
+    cases = {}
+    for row in every:
+        cases.setdefault((row["case"], row["shape"], row["dtype"], row["mode"]), {})[row["provider"]] = row
+    return cases
 
 
 def heading(every):
@@ -35,50 +53,89 @@ def heading(every):
     said = {name: ", ".join(sorted({row[name] for row in every if row[name]})) for name in rows.COLUMNS}
     return (
         f"**{said['cpu']}, {said['threads']} threads, {said['isa']}** (torch {said['torch']}, Python {said['python']}, "
-        f"tclr-kernels {said['tclr_kernels']} at {said['commit']}, {said['date']}; float32, forward + backward)"
+        f"tclr-kernels {said['tclr_kernels']} at {said['commit']}, {said['date']}; float32, forward + backward, "
+        "unless said otherwise)"
     )
 
 
-def nt_xent(sizes):
-    """A line a size: times, the gain over the fastest dense form, and the memory beside it."""
-    labels = [PROVIDERS[name].label for name in NT_XENT]
+def nt_xent(scaling):
+    """A line a size: times, the gain over the fastest other, and the memory beside the fastest form's."""
+    labels = [PROVIDERS[name].label for name in SHOWN]
     head = ["NT-Xent, rows (D = 128)", *(f"{label}, ms" for label in labels), "gain", "MiB", "MiB, fastest form"]
     lines = []
-    for M, found in sizes:
-        cells = [time(found.get(name)) for name in NT_XENT]
+    for found in scaling.values():
         memory = [found.get(name, {}).get("peak_mb") or "-" for name in ("native", "dense")]
-        lines.append([f"{M:,}", *cells, gain(found, DENSE), *memory])
+        rows_of = int(next(iter(found.values()))["rows"])
+        lines.append([f"{rows_of:,}", *(time(found.get(name)) for name in SHOWN), gain(found), *memory])
     return grid(head, lines)
 
 
-def tclr(found):
-    """A line a provider of the whole objective."""
-    head = ["TCLR objective, B = 40, T = 4, D = 128", "ms", "MiB", "time, of the release's structure"]
+def other_losses(cases):
+    """A line a case: ours and the fastest other that is right."""
+    head = ["loss", "inputs", "tclr-kernels, ms", "fastest other, ms", "which", "gain", "MiB", "MiB, other"]
+    lines = []
+    for (case, shape, dtype, mode), found in cases.items():
+        kind = "".join(f", {x}" for x in (dtype, mode) if x not in ("float32", "forward+backward"))
+        name = fastest_other(found)
+        other = found.get(name, {})
+        label = PROVIDERS[name].label if name else "-"
+        cells = [time(found.get("native")), time(other) if name else "-", label, gain(found)]
+        lines.append([NAMES[case] + kind, shape, *cells, found["native"]["peak_mb"], other.get("peak_mb") or "-"])
+    return grid(head, lines)
+
+
+def page(paths):
+    """Every row of every device, as one page of Markdown."""
+    parts = [
+        "# Benchmarks",
+        "Written by `python -m benchmarks page` from the rows under `benchmarks/results/`, which `make bench` takes. "
+        "Each result was compared with float64 before it was timed: a provider that is not right has no time. "
+        "The providers of a case take turns in one process; a time is the median, with the 20th and 80th percentile; "
+        "memory is the peak beyond the inputs, in a process of its own. Errors are of the loss, relative to "
+        "max(1, loss), and of the gradient, relative to its largest entry.",
+    ]
+    for path in paths:
+        every = rows.read(path)
+        parts += [heading(every)]
+        parts += [f"![{title}](../benchmarks/results/{p.name})" for title, p in pictures(path)]
+        parts += [case_table(key, found) for key, found in by_case(every).items()]
+    return "\n\n".join(parts) + "\n"
+
+
+def case_table(key, found):
+    """A line a provider, the fastest first."""
+    case, shape, dtype, mode = key
+    head = ["provider", "ms", "20 %", "80 %", "native is", "MiB", "loss error", "gradient error"]
     lines = []
     for name, row in sorted(found.items(), key=lambda item: float(item[1]["p50_ms"] or "inf")):
-        lines.append([PROVIDERS[name].label, time(row), row["peak_mb"] or "-", share(row, found.get("release"))])
-    return grid(head, lines)
+        numbers = [time(row), row["p20_ms"], row["p80_ms"], ratio(row, found.get("native")), row["peak_mb"]]
+        lines.append([PROVIDERS[name].label, *numbers, row["loss_error"], row["grad_error"]])
+    return f"### {NAMES[case]}: {shape}, {dtype}, {mode}\n\n{grid(head, lines)}"
 
 
 def time(row):
     """The median, or why there is none."""
     if row is None:
         return "-"
-    return f"{float(row['p50_ms']):.3g}" if row["p50_ms"] else row["status"]
+    return f"{float(row['p50_ms']):.3g}" if row["p50_ms"] else row["status"].replace("|", "/")
 
 
-def gain(found, others):
+def fastest_other(found):
+    """The name of the fastest provider that is neither ours nor a limit; None where none was timed."""
+    times = {n: float(r["p50_ms"]) for n, r in found.items() if r["p50_ms"] and n not in (*OURS, *LIMITS)}
+    return min(times, key=times.get) if times else None
+
+
+def gain(found):
     """How many times faster native is than the fastest of the others, where both were measured."""
-    times = [float(found[name]["p50_ms"]) for name in others if found.get(name, {}).get("p50_ms")]
-    if not times or not found.get("native", {}).get("p50_ms"):
-        return "-"
-    return f"{min(times) / float(found['native']['p50_ms']):.1f}x"
+    name = fastest_other(found)
+    return ratio(found[name], found.get("native")) if name else "-"
 
 
-def share(row, whole):
-    if whole is None or not row["p50_ms"] or not whole["p50_ms"]:
+def ratio(row, native):
+    if native is None or not row["p50_ms"] or not native["p50_ms"]:
         return "-"
-    return f"1/{float(whole['p50_ms']) / float(row['p50_ms']):.1f}" if row is not whole else "1"
+    return f"{float(row['p50_ms']) / float(native['p50_ms']):.3g}x"
 
 
 def grid(head, lines):

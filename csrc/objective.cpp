@@ -6,6 +6,8 @@
 #include <ATen/ops/scalar_tensor.h>
 #include <ATen/ops/zeros.h>
 
+#include <cstring>
+
 #include "tensors.h"
 
 namespace tclr {
@@ -83,6 +85,20 @@ struct Objective {
   }
 };
 
+template <typename T>
+bool finite(const Tensor& x) {
+  using Bits = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
+  constexpr Bits infinity = Bits(sizeof(T) == 8 ? 0x7ff : 0xff) << (sizeof(T) == 8 ? 52 : 23);
+  const char* data = static_cast<const char*>(x.const_data_ptr());
+  Bits all = 0;
+  for (int64_t i = 0; i < x.numel(); ++i) {
+    Bits bits;
+    std::memcpy(&bits, data + i * sizeof bits, sizeof bits);
+    all |= Bits((bits & infinity) == infinity);
+  }
+  return all == 0;
+}
+
 enum Term { ic_global, ic_local, ll, gl, terms };
 
 template <typename T>
@@ -131,6 +147,8 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> compute(std::array<Input, 3
   values.push_back(at::scalar_tensor(total, options));
   for (int k = 0; k < terms; ++k) values.push_back(at::scalar_tensor(scales[k] * sums[k], options));
   if (gradient) {
+    for (Input& in : inputs)
+      if (in.written && !finite<T>(in.gradient)) return {values, {}};
     for (Input& in : inputs) gradients.push_back(in.written ? in.gradient : in.gradient.zero_());
     gradients[0] = gradients[0].squeeze(2);
     gradients.push_back(at::scalar_tensor(run.zdz / (-2 * tau), options));

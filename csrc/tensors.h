@@ -4,6 +4,9 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 
+#include <algorithm>
+#include <atomic>
+
 #include "cpu/gram.h"
 
 namespace tclr {
@@ -29,10 +32,14 @@ inline double tau_of(const std::optional<at::Tensor>& tau, double value) {
   return tau->item<double>();
 }
 
+// ATen's threads. Whichever is free takes the next task; each has a number of its own, below `threads`.
 inline Executor threads() {
+  at::internal::lazy_init_num_threads();  // else the first parallel_for of this library in a thread may change its
+                                          // count
   auto run = [](int64_t n, Task task, void* argument) {
-    at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) task(argument, i, at::get_thread_num());
+    std::atomic<int64_t> next = 0;
+    at::parallel_for(0, std::min<int64_t>(n, at::get_num_threads()), 1, [&](int64_t thread, int64_t) {
+      for (int64_t i = next++; i < n; i = next++) task(argument, i, thread);
     });
   };
   return {run, at::get_num_threads()};

@@ -3,6 +3,7 @@
 import math
 import numbers
 import os
+from collections.abc import Mapping
 
 import torch
 
@@ -81,20 +82,27 @@ def temperature(value, device=None):
         return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"temperature: found {value!r}, wanted {wanted}")
-    if not 0 < value < math.inf:
+    if not 0 < value < math.inf or math.isinf(1 / float(value)):
         raise ValueError(f"temperature: found {value}, wanted {wanted}")
     return float(value)
 
 
 def one_of(name, value, choices):
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}: found {value!r}, wanted one of {', '.join(map(repr, choices))}")
+
+
+def flag(name, value):
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: found {value!r}, wanted True or False")
 
 
 def weights(given, defaults):
     """The defaults, with the given weights in their place."""
     if given is None:
         return defaults
+    if not isinstance(given, Mapping):
+        raise TypeError(f"weights: found {given!r}, wanted a mapping from {', '.join(map(repr, defaults))} to floats")
     for name, value in given.items():
         if name not in defaults:
             raise ValueError(f"weights: found the key {name!r}, wanted keys among {', '.join(map(repr, defaults))}")

@@ -34,10 +34,17 @@ def gram(sets, tau, *, normalize=True, cross=False, backend=None):
     device = sets[0].device
     name = backends.choose(backend, device)
     if name != "reference":
-        function = Gram if torch.compiler.is_compiling() else EagerGram
-        return function.apply(name, tau, normalize, cross, *sets)
+        if not torch.compiler.is_compiling():
+            return EagerGram.apply(name, tau, normalize, cross, *sets)
+        if wants_gradient(tau, *sets):
+            return Gram.apply(name, tau, normalize, cross, *sets)
+        return backends.BACKENDS[name].forward(sets, tau, normalize, cross)  # its tracer takes no Function here
     with torch.autocast(checks.autocast_type(device), enabled=False):
         return backends.reference.gram(sets, tau, normalize, cross)
+
+
+def wants_gradient(*inputs):
+    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
 
 
 def ordered_sum(x):
@@ -101,6 +108,10 @@ class Once:
     @staticmethod
     def backward(ctx, *_):
         raise _only_reference("a second derivative", ctx.name)
+
+    @staticmethod
+    def vmap(info, in_dims, name, *_):
+        raise _only_reference("vmap", name)
 
 
 class EagerGram(Eager, Gram):

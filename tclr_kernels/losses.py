@@ -48,6 +48,7 @@ def nt_xent(a, b, *, temperature=0.1, normalize=True, symmetric=True, reduction=
     Source: SimCLR, https://arxiv.org/abs/2002.05709, equation 1; TCLR section 3.1.
     """
     a, b = checks.embeddings("... N D", a=a, b=b)
+    checks.flag("symmetric", symmetric)
     term = _terms([a, b], temperature, normalize, False, backend, reduction)  # [G, 2, 2, N]
     if reduction == "none":
         return (_off_diagonal(term) if symmetric else term[:, 0, 1]).reshape(*a.shape[:-2], -1)
@@ -99,6 +100,7 @@ def local_local(x1, x2, *, temperature=0.1, normalize=True, symmetric=True, redu
     Source: TCLR section 3.2.
     """
     x1, x2 = checks.embeddings("B T D", x1=x1, x2=x2)
+    checks.flag("symmetric", symmetric)
     term = _terms([x1, x2], temperature, normalize, False, backend, reduction)
     term = term / 2 if symmetric else term[:, 0, 1]
     return term.flatten(1).sum(1) if reduction == "none" else _reduce(term, reduction, len(x1))
@@ -130,6 +132,7 @@ def tclr(g, s, x, *, temperature=0.1, form="paper", weights=None, normalize=True
     Source: TCLR section 3; the closed form of the official release's `contrastive_loss` calls.
     """
     checks.one_of("form", form, FORMS)
+    checks.flag("normalize", normalize)
     weights = checks.weights(weights, FORMS[form])
     s, x = checks.embeddings("V B T D", s=s, x=x)
     (g,) = checks.embeddings("V B D", g=g)
@@ -184,18 +187,14 @@ def _compose(backend, normalize, scales, weights, tau, g, s, x):
     return sum(weight * term for weight, term in zip(weights, terms, strict=True)), *terms
 
 
-def _gram(sets, temperature, normalize, cross, backend):
-    """term, pos: [G, V, V, N] of the sets: [..., N, D]"""
+def _terms(sets, temperature, normalize, cross, backend, reduction):
+    """The operation's terms, [G, V, V, N], of the sets: [..., N, D]"""
+    checks.one_of("reduction", reduction, REDUCTIONS)
+    checks.flag("normalize", normalize)
     tau = checks.temperature(temperature, sets[0].device)
     N, D = sets[0].shape[-2:]
     sets = [z if z.dim() == 3 else z.reshape(-1, N, D) for z in sets]
-    term, _, pos = gram(sets, tau, normalize=normalize, cross=cross, backend=backend)
-    return term, pos
-
-
-def _terms(sets, temperature, normalize, cross, backend, reduction):
-    checks.one_of("reduction", reduction, REDUCTIONS)
-    return _gram(sets, temperature, normalize, cross, backend)[0]
+    return gram(sets, tau, normalize=normalize, cross=cross, backend=backend)[0]
 
 
 def _off_diagonal(term):

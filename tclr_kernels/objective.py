@@ -2,14 +2,14 @@
 
 Such a backend has a third function, `objective(g, s, x, tau, normalize, scales, weights, gradient) -> (terms,
 gradients)`: the total and its four terms, 0-d; and, if asked for, the gradient of the total for g, s, x (in float32, or
-float64 for float64 inputs) and tau. scales, weights: term_k = scale_k times the sum over its anchors, total =
-sum_k weight_k term_k.
+float64 for float64 inputs) and tau, or nothing where it is not finite: what it is multiplied by may be small.
+scales, weights: term_k = scale_k times the sum over its anchors, total = sum_k weight_k term_k.
 """
 
 import torch
 
 from . import backends
-from .gram import Eager, Once
+from .gram import Eager, Once, wants_gradient
 
 
 def objective(name, compose, normalize, scales, weights, tau, g, s, x):
@@ -17,7 +17,7 @@ def objective(name, compose, normalize, scales, weights, tau, g, s, x):
 
     compose: the same from (tau, g, s, x) by single losses, for a gradient of anything but the total alone.
     """
-    gradient = torch.is_grad_enabled() and any(isinstance(z, torch.Tensor) and z.requires_grad for z in (tau, g, s, x))
+    gradient = wants_gradient(tau, g, s, x)
     return Objective.apply(name, compose, normalize, scales, weights, gradient, tau, g, s, x)[:5]
 
 

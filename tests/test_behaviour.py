@@ -211,6 +211,42 @@ def test_compile_needs_two_graphs_for_any_number_of_rows(name, backend):
     assert counter.frame_count <= 2
 
 
+@pytest.mark.parametrize("leaves", ["none", "the second", "all, under no_grad"])
+@pytest.mark.parametrize("name", ["nt_xent", "tclr release"])
+def test_compile_where_not_every_input_needs_a_gradient(name, leaves, backend):
+    torch._dynamo.reset()
+    inputs = LOSSES[name].inputs((5, 3, 7), torch.float32)
+    for k, x in enumerate(inputs):
+        x.requires_grad_(leaves != "none" and (k == 1 or leaves != "the second"))
+    call = functools.partial(LOSSES[name].call, backend=backend)
+    with torch.set_grad_enabled(leaves != "all, under no_grad"):
+        found = torch.compile(lambda *z: call(*z), backend="aot_eager", fullgraph=True)(*inputs)
+        torch.testing.assert_close(found, call(*inputs))
+        assert found.requires_grad == (leaves == "the second")
+
+
+def test_threads_that_set_their_own_number_of_threads(kernels):
+    """In a process of its own: it changes the number for good."""
+    code = f"""
+import threading, torch, tclr_kernels as tk
+a, b = torch.randn(2, 1500, 32).unbind()
+go = threading.Event()
+results = []
+def work():
+    torch.set_num_threads(1)
+    go.wait()
+    results.append(tk.nt_xent(a, b, backend={kernels!r}).item())
+workers = [threading.Thread(target=work) for _ in range(4)]
+[w.start() for w in workers]
+torch.set_num_threads(8)
+go.set()
+[w.join() for w in workers]
+assert len(results) == 4 and len(set(results)) == 1
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("tau", [0.1, torch.tensor(0.1)])
 @pytest.mark.parametrize("cross", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

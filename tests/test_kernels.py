@@ -17,8 +17,8 @@ WIDTHS = {  # as csrc/cpu/*.cpp set them; every width runs on any machine, by th
 }
 
 BUGS = {
-    "dropped mask": ("s[r + q] = -INFINITY;", ""),
-    "ragged columns counted": ("j < padded<T>(columns); ++j) s[j] = -INFINITY", "j < columns; ++j) s[j] = -INFINITY"),
+    "dropped mask": ("s[own] = -INFINITY;", ""),
+    "ragged columns counted": ("j < padded<T>(columns.count); ++j) s[j] =", "j < columns.count; ++j) s[j] ="),
     "tile off by one": ("return b % blocks * block;", "return b % blocks * (block - 1);"),
     "last row missed": (
         "for (int64_t r = 0; r < rows; r += strip) {",
@@ -29,15 +29,17 @@ BUGS = {
     "wrong power of tau": ("scale = unit / in.tau", "scale = unit / (in.tau * in.tau)"),
     "missing factor 2": ("load(scale + j) + row.scale", "load(scale + j)"),
     "missing factor 2, unbounded": ("both += exp2<T>", "both = exp2<T>"),
-    "swapped positive": ("group.g_pos[of_rows + q] + group.g_pos[of_columns + q]", "2 * group.g_pos[of_rows + q]"),
+    "swapped positive": ("group.g_pos[of_rows + q] + group.g_pos[of_columns + own]", "2 * group.g_pos[of_rows + q]"),
     "positive in the sum": (
-        "s[r + q] = -INFINITY;",
-        "if (p.set(pair.left) == p.set(pair.right)) s[r + q] = -INFINITY;",
+        "s[own] = -INFINITY;",
+        "if (p.set(pair.left) == p.set(pair.right)) s[own] = -INFINITY;",
     ),
     "no projection": ("projected = along", "projected = 0"),
     "a pair left out": ("if (round == 0) return {place, place};", "if (round < 2) return {place, place};"),
     "a cross pair left out": ("right < right_blocks() ?", "right + 1 < right_blocks() ?"),
     "gradient unit forgotten": ("scale = unit / in.tau", "scale = 1 / in.tau"),
+    "features beyond the first panel forgotten": ("+ d * NR<T>", "+ 0 * NR<T>"),
+    "the first chunk of columns twice": ("+ columns.first * w.ldz", "+ 0 * w.ldz"),
     "own negatives forgotten": ("if (!p.cross) g_own +=", "if (false) g_own +="),
     "LL: the mate among the negatives": ("c != mate) total", "true) total"),
     "LL: its scale forgotten": ("w.scale * sigmoid", "sigmoid"),
@@ -55,6 +57,13 @@ def library(tmp_path_factory):
 @pytest.mark.parametrize("width", WIDTHS)
 def test_every_vector_width_agrees_with_the_reference(width, tmp_path):
     assert not list(kernels.deviations(kernels.Kernels(kernels.build(tmp_path, WIDTHS[width])), kernels.DTYPES))
+
+
+LARGE = "many_rows = 4096", "many_rows = 64"  # blocks of two chunks of columns
+
+
+def test_large_blocks_agree_with_the_reference(tmp_path):
+    assert not list(kernels.deviations(kernels.Kernels(kernels.build(tmp_path, replace=[LARGE])), kernels.DTYPES))
 
 
 def test_the_order_of_tasks_and_the_number_of_threads_change_no_bit(library):
@@ -92,5 +101,5 @@ def test_address_and_undefined_behaviour_sanitizers_find_nothing(tmp_path):
 
 @pytest.mark.parametrize("bug", BUGS)
 def test_planted_bug_is_found(bug, tmp_path):
-    planted = kernels.Kernels(kernels.build(tmp_path, replace=BUGS[bug]))
+    planted = kernels.Kernels(kernels.build(tmp_path, replace=[LARGE, BUGS[bug]]))
     assert any(kernels.deviations(planted)), f"the kernels pass with a planted bug: {bug}"

@@ -127,3 +127,13 @@ def test_compiled_it_is_composed(fused):
     found = torch.autograd.grad(function(*leaves), leaves)
     wanted = torch.autograd.grad(tk.tclr(*leaves, form="release", backend=fused).total, leaves)
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_a_gradient_beyond_float32_is_scaled_before_it_is_made(fused):
+    """Rows so short that their gradient is infinite, but for what comes from above."""
+    leaves = [(1e-38 * z).float().requires_grad_() for z in LOSSES["tclr"].inputs((5, 3, 7))]
+    for factor in (1e-6, 0.0):
+        found = torch.autograd.grad(factor * tk.tclr(*leaves, temperature=1e-3, backend=fused).total, leaves)
+        wanted = torch.autograd.grad(factor * tk.tclr(*leaves, temperature=1e-3, backend="reference").total, leaves)
+        for f, w in zip(found, wanted, strict=True):
+            torch.testing.assert_close(f, w, rtol=1e-4, atol=1e-4 * w.abs().max().item())

@@ -335,3 +335,26 @@ def test_d10_forward_mode_and_vmap_work_with_the_reference(pair):
     _, slope = torch.func.jvp(loss, (a,), (torch.ones_like(a),))
     torch.testing.assert_close(slope, da.sum())
     torch.testing.assert_close(torch.vmap(torch.func.grad(loss))(a[None])[0], da)
+
+
+def test_d1_a_zero_row_has_gradient_zero_beside_a_row_that_is_not_finite(backend):
+    a, b = oracle.correlated([(4, 8)] * 2, 0.5, 0)
+    a[0], a[1, 0] = 0, math.nan
+    _, (grad, _) = run(tk.nt_xent, [a.float(), b.float()], backend=backend)
+    assert not grad[0].any() and grad[1].isnan().all()
+
+
+@pytest.mark.parametrize(
+    "settings, name",
+    [
+        (dict(weights=[1, 1]), "weights"),
+        (dict(form=["paper"]), "form"),
+        (dict(backend=["native"]), "backend"),
+        (dict(normalize=None), "normalize"),
+        (dict(normalize="no"), "normalize"),
+        (dict(temperature=1e-320), "temperature"),
+    ],
+)
+def test_d8_settings_of_the_wrong_kind_are_named(settings, name):
+    with pytest.raises((TypeError, ValueError), match=f"^{name}: found .* wanted"):
+        tk.tclr(*LOSSES["tclr"].inputs((2, 2, 3)), **settings)

@@ -21,11 +21,14 @@ void serially(int64_t n, Task task, void* argument) {
   for (int64_t i = 0; i < n; ++i) task(argument, i, 0);
 }
 
-constexpr int64_t largest_block(size_t size) { return size == sizeof(float) ? 192 : 96; }
+// A pair of blocks is worked on by so many columns at once: they, their S and its strips share the second cache.
+constexpr int64_t chunk = 96, many_rows = 4096;
 
+// Large blocks pack their columns for more rows, small ones leave work for every thread.
 template <typename T>
 Problem problem(const GramInput& in) {
-  return Problem(in.V, in.N, in.cross, largest_block(sizeof(T)), NR<T>);
+  bool large = sizeof(T) == sizeof(float) && in.V * in.N >= many_rows;
+  return Problem(in.V, in.N, in.cross, large ? 2 * chunk : chunk, NR<T>);
 }
 
 // One group's memory. Sums are double: thousands of tiles are added to them.
@@ -37,18 +40,20 @@ struct Group {
   T* largest;             // [V, V, N] 0 where the sum needs no offset
   double *g_neg, *g_pos;  // [V, V, N] backward; in `unit`s, and where S is bounded g_neg times exp(-neg)
 
+  // Rows first: their vectors stay within cache lines.
   static int64_t size(const GramInput& in, int64_t ldz, bool backward) {
     int64_t rows = in.V * in.N, blocks = in.V * rows, doubles = sizeof(double) / sizeof(T);
-    return rows * ldz * (backward ? 2 : 1) + 2 * doubles * rows + (backward ? 2 * doubles : doubles + 1) * blocks;
+    int64_t n = rows * ldz * (backward ? 2 : 1) + 2 * doubles * rows + (backward ? 2 * doubles : doubles + 1) * blocks;
+    return whole_lines<T>(n);
   }
   Group(const GramInput& in, int64_t ldz, bool backward, T* memory) {
     int64_t rows = in.V * in.N, blocks = in.V * rows;
-    norms = (Norm*)memory;  // first, for its alignment
+    z = memory;
+    dz = z + rows * ldz;
+    norms = (Norm*)(backward ? dz + rows * ldz : dz);
     sum = g_neg = (double*)(norms + rows);
     g_pos = g_neg + blocks;
     largest = (T*)(sum + blocks);
-    z = backward ? (T*)(g_pos + blocks) : largest + blocks;
-    dz = z + rows * ldz;
   }
 };
 
@@ -56,21 +61,17 @@ struct Group {
 template <typename T>
 struct Tile {
   int64_t lds;
-  T *columns, *S, *rows_i, *rows_j, *column_sum, *column_max, *scale, *shift;
+  T *columns, *S, *column_sum, *column_max, *scale, *shift;
 
-  static int64_t size(const Problem& p, int64_t ldz, bool backward) {
-    return ldz * p.block * (backward ? 3 : 1) + p.block * (p.block + NR<T>)+4 * p.block;
-  }
-  Tile(const Problem& p, int64_t ldz, T* memory) {
-    lds = p.block + NR<T>;  // an odd number of cache lines, so that a column's lines do not share a set
+  static int64_t size(const Problem& p, int64_t D) { return (D + 4) * chunk + p.block * leading<T>(chunk); }
+  Tile(const Problem& p, int64_t D, T* memory) {
+    lds = leading<T>(chunk);
     columns = memory;
-    S = columns + ldz * p.block;
+    S = columns + D * chunk;
     column_sum = S + p.block * lds;
-    column_max = column_sum + p.block;
-    scale = column_max + p.block;
-    shift = scale + p.block;
-    rows_i = shift + p.block;
-    rows_j = rows_i + ldz * p.block;
+    column_max = column_sum + chunk;
+    scale = column_max + chunk;
+    shift = scale + chunk;
   }
 };
 
@@ -93,27 +94,37 @@ struct Work {
   int64_t row(int64_t b) const { return p.set(b) * p.N + p.begin(b); }
 };
 
+// Some columns of a pair of blocks: those of the tile.
+struct Columns {
+  int64_t first, count;
+};
+
 // Rows r .. r + strip of the tile's similarities, with -inf for what no sum holds: j = i and the missing columns.
 // pos, where given, receives the diagonal.
 template <typename T>
-void scores(const Work<T>& w, Pair pair, const Tile<T>& tile, int64_t r, T* S, T* pos, T* mirrored) {
+void scores(const Work<T>& w, Pair pair, Columns columns, const Tile<T>& tile, int64_t r, T* S, T* pos, T* mirrored) {
   const Problem& p = w.p;
-  int64_t rows = smaller(strip, p.rows(pair.left) - r), columns = p.rows(pair.right);
+  int64_t rows = smaller(strip, p.rows(pair.left) - r);
   const T* z = w.block(w.group.z, pair.left) + r * w.ldz;
-  for (int64_t j = 0; j < columns; j += NR<T>)
-    for (int64_t q = 0; q < rows; q += MR)
-      products<T, false>[smaller(MR, rows - q)](w.in.D, z + q* w.ldz, w.ldz, 1, tile.columns + j* w.in.D,
-                                                S + q* tile.lds + j, tile.lds);
+  for (int64_t d = 0; d < w.in.D; d += depth) {
+    auto multiply = d == 0 ? products<T, false> : products<T, true>;
+    int64_t K = smaller(depth, w.in.D - d);
+    for (int64_t j = 0; j < columns.count; j += NR<T>)
+      for (int64_t q = 0; q < rows; q += MR)
+        multiply[smaller(MR, rows - q)](K, z + q * w.ldz + d, w.ldz, 1, tile.columns + j * w.in.D + d * NR<T>, NR<T>,
+                                        S + q * tile.lds + j, tile.lds);
+  }
   bool diagonal = p.begin(pair.left) == p.begin(pair.right);
   for (int64_t q = 0; q < rows; ++q) {
     T* s = S + q * tile.lds;
     if (!w.bounded)
-      for (int64_t j = 0; j < columns; ++j) s[j] *= w.inverse_tau;
-    if (diagonal) {
-      if (pos) pos[r + q] = mirrored[r + q] = w.bounded ? s[r + q] * w.inverse_tau : s[r + q];
-      s[r + q] = -INFINITY;
+      for (int64_t j = 0; j < columns.count; ++j) s[j] *= w.inverse_tau;
+    int64_t own = r + q - columns.first;
+    if (diagonal && own >= 0 && own < columns.count) {
+      if (pos) pos[r + q] = mirrored[r + q] = w.bounded ? s[own] * w.inverse_tau : s[own];
+      s[own] = -INFINITY;
     }
-    for (int64_t j = columns; j < padded<T>(columns); ++j) s[j] = -INFINITY;
+    for (int64_t j = columns.count; j < padded<T>(columns.count); ++j) s[j] = -INFINITY;
   }
 }
 
@@ -170,21 +181,20 @@ void column_exponentials(const T* S, int64_t lds, int64_t rows, int64_t n, T* co
 }
 
 template <typename T>
-void forward_tile(const Work<T>& w, Pair pair, const Tile<T>& tile) {
+void forward_tile(const Work<T>& w, Pair pair, Columns columns, const Tile<T>& tile) {
   const Problem& p = w.p;
-  int64_t I = pair.left, J = pair.right, a = p.set(I), c = p.set(J);
-  int64_t rows = p.rows(I), columns = p.rows(J), width = padded<T>(columns);
-  int64_t to_rows = p.at(a, c, p.begin(I)), to_columns = p.at(c, a, p.begin(J));
+  int64_t I = pair.left, J = pair.right, a = p.set(I), c = p.set(J), rows = p.rows(I), width = padded<T>(columns.count);
+  int64_t to_rows = p.at(a, c, p.begin(I)), to_columns = p.at(c, a, p.begin(J)) + columns.first;
   const Group<T>& group = w.group;
   bool pairs = a != c && p.begin(I) == p.begin(J);
   T* base = w.out.pos + w.g * p.V * p.V * p.N;
-  T *pos = pairs ? base + to_rows : nullptr, *mirrored = base + to_columns;
+  T *pos = pairs ? base + to_rows : nullptr, *mirrored = base + p.at(c, a, p.begin(J));
 
-  pack_transposed(w.block(group.z, J), w.ldz, columns, w.in.D, tile.columns);
+  pack_transposed(w.block(group.z, J) + columns.first * w.ldz, w.ldz, columns.count, w.in.D, tile.columns);
   for (int64_t j = 0; j < width; ++j) tile.column_sum[j] = 0, tile.column_max[j] = -INFINITY;
   for (int64_t r = 0; r < rows; r += strip) {
     int64_t scored = smaller(strip, rows - r);
-    scores(w, pair, tile, r, tile.S, pos, mirrored);
+    scores(w, pair, columns, tile, r, tile.S, pos, mirrored);
     for (int64_t q = 0; q < scored; ++q) {
       const T* s = tile.S + q * tile.lds;
       double& total = group.sum[to_rows + r + q];
@@ -196,7 +206,7 @@ void forward_tile(const Work<T>& w, Pair pair, const Tile<T>& tile) {
     if (!w.bounded && I != J) column_exponentials(tile.S, tile.lds, scored, width, tile.column_max, tile.column_sum);
   }
   if (I == J) return;  // its columns are its rows
-  for (int64_t j = 0; j < columns; ++j)
+  for (int64_t j = 0; j < columns.count; ++j)
     if (w.bounded)
       group.sum[to_columns + j] += tile.column_sum[j];
     else
@@ -231,33 +241,33 @@ void weights(T* s, int64_t n, bool bounded, T to_exponent, Weight<T> row, const 
 }
 
 template <typename T>
-void backward_tile(const Work<T>& w, Pair pair, const Tile<T>& tile) {
+void backward_tile(const Work<T>& w, Pair pair, Columns columns, const Tile<T>& tile) {
   const Problem& p = w.p;
-  int64_t I = pair.left, J = pair.right, a = p.set(I), c = p.set(J);
-  int64_t rows = p.rows(I), columns = p.rows(J), width = padded<T>(columns);
-  int64_t of_rows = p.at(a, c, p.begin(I)), of_columns = p.at(c, a, p.begin(J));
+  int64_t I = pair.left, J = pair.right, a = p.set(I), c = p.set(J), rows = p.rows(I), width = padded<T>(columns.count);
+  int64_t of_rows = p.at(a, c, p.begin(I)), of_columns = p.at(c, a, p.begin(J)) + columns.first;
   const Group<T>& group = w.group;
   bool pairs = a != c && p.begin(I) == p.begin(J);
-  T *zi = w.block(group.z, I), *zj = w.block(group.z, J);
+  T *zi = w.block(group.z, I), *zj = w.block(group.z, J) + columns.first * w.ldz;
 
-  pack_transposed(zj, w.ldz, columns, w.in.D, tile.columns);
+  pack_transposed(zj, w.ldz, columns.count, w.in.D, tile.columns);
   for (int64_t j = 0; j < width; ++j) {
-    Weight<T> column = j < columns ? weight(w, of_columns + j) : Weight<T>{0, INFINITY};
+    Weight<T> column = j < columns.count ? weight(w, of_columns + j) : Weight<T>{0, INFINITY};
     tile.scale[j] = column.scale, tile.shift[j] = column.shift;
   }
   for (int64_t r = 0; r < rows; r += strip) {
-    scores(w, pair, tile, r, tile.S + r * tile.lds, (T*)nullptr, (T*)nullptr);
+    scores(w, pair, columns, tile, r, tile.S + r * tile.lds, (T*)nullptr, (T*)nullptr);
     for (int64_t q = r; q < smaller(rows, r + strip); ++q) {
       T* s = tile.S + q * tile.lds;
       weights(s, width, w.bounded, T(w.inverse_tau * log2e), weight(w, of_rows + q), tile.scale, tile.shift);
-      if (pairs) s[q] = T(group.g_pos[of_rows + q] + group.g_pos[of_columns + q]);
+      int64_t own = q - columns.first;
+      if (pairs && own >= 0 && own < columns.count)
+        s[own] = T(group.g_pos[of_rows + q] + group.g_pos[of_columns + own]);
     }
   }
-  pack_rows(zj, w.ldz, columns, tile.rows_j);
-  accumulate(rows, columns, tile.S, tile.lds, 1, tile.rows_j, w.block(group.dz, I), w.ldz);
+  accumulate(rows, columns.count, w.in.D, tile.S, tile.lds, 1, zj, w.block(group.dz, I), w.ldz);
   if (I == J) return;
-  pack_rows(zi, w.ldz, rows, tile.rows_i);
-  accumulate(columns, rows, tile.S, 1, tile.lds, tile.rows_i, w.block(group.dz, J), w.ldz);
+  T* dzj = w.block(group.dz, J) + columns.first * w.ldz;
+  accumulate(columns.count, rows, w.in.D, tile.S, 1, tile.lds, zi, dzj, w.ldz);
 }
 
 // log(exp x + exp y), -inf where both are.
@@ -407,11 +417,14 @@ template <typename T, bool backward>
 void run_tile(const Work<T>& w, int64_t round, int64_t place, int64_t thread) {
   Pair pair = w.p.pair(round, place);
   if (pair.left < 0) return;
-  Tile<T> tile(w.p, w.ldz, w.tiles + thread * w.tile_size);
-  if (backward)
-    backward_tile(w, pair, tile);
-  else
-    forward_tile(w, pair, tile);
+  Tile<T> tile(w.p, w.in.D, w.tiles + thread * w.tile_size);
+  for (int64_t j = 0; j < w.p.rows(pair.right); j += chunk) {
+    Columns columns{j, smaller(chunk, w.p.rows(pair.right) - j)};
+    if (backward)
+      backward_tile(w, pair, columns, tile);
+    else
+      forward_tile(w, pair, columns, tile);
+  }
 }
 
 template <typename T, bool backward>
@@ -482,16 +495,10 @@ INLINE double group_work(const GramInput& in) {
 // Many groups, or small ones: one thread each. Few large ones: one after the other, by all threads.
 INLINE bool group_by_group(const GramInput& in, int64_t threads) { return in.G < 2 * threads && group_work(in) > 1e6; }
 
-// Rounded up to doubles.
-template <typename T>
-INLINE int64_t group_size(const GramInput& in, bool backward) {
-  return (Group<T>::size(in, padded<T>(in.D), backward) + 1) / 2 * 2;
-}
-
 template <typename T>
 int64_t workspace(const GramInput& in, int64_t threads, bool backward) {
   int64_t groups = group_by_group(in, threads) ? 1 : threads;
-  return groups * group_size<T>(in, backward) + threads * Tile<T>::size(problem<T>(in), padded<T>(in.D), backward);
+  return groups * Group<T>::size(in, leading<T>(in.D), backward) + threads * Tile<T>::size(problem<T>(in), in.D);
 }
 
 template <typename T>
@@ -509,7 +516,8 @@ void run_group(const Call<T>& call, int64_t g, int64_t slot, const Executor& exe
   const GramInput& in = call.in;
   Problem p = problem<T>(in);
   bool backward = call.backward != nullptr, bounded = in.normalize && 1 / in.tau <= Lane<T>::largest_inverse_tau;
-  int64_t ldz = padded<T>(in.D), size = group_size<T>(in, backward), tile_size = Tile<T>::size(p, ldz, backward);
+  int64_t ldz = leading<T>(in.D), size = Group<T>::size(in, leading<T>(in.D), backward),
+          tile_size = Tile<T>::size(p, in.D);
   T* tiles = call.memory + call.slots * size + slot * tile_size;
   Work<T> w{in,
             p,

@@ -6,17 +6,18 @@ namespace tclr {
 namespace {
 
 constexpr int MR = TCLR_TILE_ROWS;  // rows of C held in registers
-constexpr int strip = 24;           // rows of a tile scored at once: they stay in the first cache, as does their S
+constexpr int strip = 48;           // rows of a tile scored at once, while their S is near
+constexpr int64_t depth = 128;      // features multiplied at once: a panel of so many stays in the first cache
 static_assert(strip % MR == 0);
 template <typename T>
 constexpr int NR = 2 * lanes<T>;  // columns of C held in registers
 
-// C[r, n] (+)= sum_k A[r, k] B[k, n] for r < R, n < NR; A's strides are rs, cs, B is packed [K, NR].
+// C[r, n] (+)= sum_k A[r, k] B[k, n] for r < R, n < NR; A's strides are rs, cs.
 template <typename T, int R, bool add>
-void product(int64_t K, const T* A, int64_t rs, int64_t cs, const T* B, T* C, int64_t ldc) {
+void product(int64_t K, const T* A, int64_t rs, int64_t cs, const T* B, int64_t ldb, T* C, int64_t ldc) {
   constexpr int L = lanes<T>;
   Vec<T> c[R][2] = {};
-  for (int64_t k = 0; k < K; ++k, A += cs, B += 2 * L) {
+  for (int64_t k = 0; k < K; ++k, A += cs, B += ldb) {
     Vec<T> b0 = load(B), b1 = load(B + L);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
@@ -34,7 +35,7 @@ void product(int64_t K, const T* A, int64_t rs, int64_t cs, const T* B, T* C, in
 }
 
 template <typename T, bool add>
-using Product = void (*)(int64_t, const T*, int64_t, int64_t, const T*, T*, int64_t);
+using Product = void (*)(int64_t, const T*, int64_t, int64_t, const T*, int64_t, T*, int64_t);
 
 template <typename T, bool add>
 constexpr Product<T, add> products[] = {
@@ -62,6 +63,22 @@ INLINE int64_t padded(int64_t n) {
   return (n + NR<T> - 1) / NR<T> * NR<T>;
 }
 
+template <typename T>
+constexpr int64_t line = 64 / sizeof(T);
+
+template <typename T>
+INLINE int64_t whole_lines(int64_t n) {
+  return (n + line<T> - 1) / line<T> * line<T>;
+}
+
+// Between rows of D values: whole vectors, and an odd number of cache lines, so that a column's lines do not share a
+// set.
+template <typename T>
+INLINE int64_t leading(int64_t D) {
+  int64_t n = whole_lines<T>(padded<T>(D));
+  return n / line<T> % 2 ? n : n + line<T>;
+}
+
 // [n, D] rows to panels [n / NR, D, NR] of columns, the missing rows of the last one zero; ldz >= D is padded to NR.
 template <typename T>
 void pack_transposed(const T* z, int64_t ldz, int64_t n, int64_t D, T* panels) {
@@ -80,20 +97,13 @@ void pack_transposed(const T* z, int64_t ldz, int64_t n, int64_t D, T* panels) {
     for (int64_t d = 0; d < D; ++d) store(panels + n / (2 * L) * D * 2 * L + d * 2 * L + L, Vec<T>{});
 }
 
-// [n, ldz] rows to panels [ldz / NR, n, NR].
+// dz[r, d] += sum_k A[r, k] z[k, d] for r < rows, d < padded(D).
 template <typename T>
-void pack_rows(const T* z, int64_t ldz, int64_t n, T* panels) {
-  constexpr int W = NR<T>;
-  for (int64_t d = 0; d < ldz; d += W)
-    for (int64_t j = 0; j < n; ++j, panels += W) memcpy(panels, z + j * ldz + d, W * sizeof(T));
-}
-
-// dz[r, :] += sum_k A[r, k] z[k, :] for r < rows, z as `pack_rows` leaves it.
-template <typename T>
-void accumulate(int64_t rows, int64_t K, const T* A, int64_t rs, int64_t cs, const T* panels, T* dz, int64_t ldz) {
-  for (int64_t d = 0; d < ldz; d += NR<T>, panels += K * NR<T>)
+void accumulate(int64_t rows, int64_t K, int64_t D, const T* A, int64_t rs, int64_t cs, const T* z, T* dz,
+                int64_t ldz) {
+  for (int64_t d = 0; d < D; d += NR<T>)
     for (int64_t r = 0; r < rows; r += MR)
-      products<T, true>[smaller(MR, rows - r)](K, A + r* rs, rs, cs, panels, dz + r* ldz + d, ldz);
+      products<T, true>[smaller(MR, rows - r)](K, A + r* rs, rs, cs, z + d, ldz, dz + r* ldz + d, ldz);
 }
 
 }  // namespace

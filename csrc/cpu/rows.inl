@@ -43,12 +43,12 @@ void read_row(const Rows& rows, Dtype dtype, int64_t g, int64_t i, int64_t D, T*
   for (int64_t d = 0; d < D; ++d) out[d] = out[d] == out[d] ? out[d] : T(NAN);
 }
 
-// sum_d x_d y_d in double; ldz is a multiple of two vectors
+// sum_d x_d y_d in double; what follows the D values up to two whole vectors is zero
 template <typename T>
-INLINE double dot(const T* x, const T* y, int64_t ldz) {
+INLINE double dot(const T* x, const T* y, int64_t D) {
   constexpr int L = lanes<double>;
   Vec<double> even = {}, odd = {};
-  for (int64_t d = 0; d < ldz; d += 2 * L) {
+  for (int64_t d = 0; d < D; d += 2 * L) {
     even += widen(x + d) * widen(y + d);
     odd += widen(x + d + L) * widen(y + d + L);
   }
@@ -61,24 +61,24 @@ struct Norm {
   double scale, rest;
 };
 
-// Divides the row by its norm; ldz values, padded with zeros. A row that is not finite becomes NaN.
+// Divides the row by its norm. A row that is not finite becomes NaN.
 template <typename T>
-Norm normalize(T* row, int64_t ldz) {
+Norm normalize(T* row, int64_t D) {
   double scale = 1;
   if (sizeof(T) == sizeof(double)) {  // squares of floats always fit a double
     double largest = 0;
-    for (int64_t d = 0; d < ldz; ++d) {
+    for (int64_t d = 0; d < D; ++d) {
       double size = fabs(double(row[d]));
       largest = size > largest || size != size ? size : largest;
     }
     if (largest == 0) return {1, 0};
     scale = ldexp(1, ilogb(largest));
-    for (int64_t d = 0; d < ldz; ++d) row[d] = T(row[d] / scale);
+    for (int64_t d = 0; d < D; ++d) row[d] = T(row[d] / scale);
   }
-  double rest = sqrt(dot(row, row, ldz)), inverse = 1 / rest;
+  double rest = sqrt(dot(row, row, D)), inverse = 1 / rest;
   if (rest == 0) return {1, 0};
   bool finite = rest * 0 == 0;
-  for (int64_t d = 0; d < ldz; ++d) {
+  for (int64_t d = 0; d < D; ++d) {
     double unit = sizeof(T) == sizeof(double) ? row[d] / rest : row[d] * inverse;
     row[d] = finite ? T(unit) : T(NAN);
   }
@@ -92,7 +92,7 @@ void read_block(const GramInput& in, const Problem& p, int64_t g, int64_t b, int
     T* row = z + r * ldz;
     read_row(in.sets[p.set(b)], in.dtype, g, p.begin(b) + r, in.D, row);
     for (int64_t d = in.D; d < ldz; ++d) row[d] = 0;
-    if (in.normalize) norms[r] = normalize(row, ldz);
+    if (in.normalize) norms[r] = normalize(row, in.D);
   }
 }
 
@@ -107,17 +107,15 @@ void write_block(const GramInput& in, const GramBackward<T>& out, const Problem&
     int64_t i = p.begin(b) + r;
     const Gradient<T>& to = out.dz[a];
     T* dx = to.data + g * to.stride_g + i * to.stride_n;
-    double along = dot(row, grad, ldz), scale = unit / in.tau;
+    double along = dot(row, grad, in.D), scale = unit / in.tau;
     out.zdz[(g * in.V + a) * in.N + i] = T(along * scale);
     double exponent = 1, projected = 0;
-    if (in.normalize) {
-      Norm n = norms[r];
-      exponent = n.scale, projected = along;
-      scale = n.rest == 0 ? 0 : scale / n.rest;
-    }
+    bool zero = in.normalize && norms[r].rest == 0;
+    if (in.normalize) exponent = norms[r].scale, projected = along, scale /= norms[r].rest;
     for (int64_t d = 0; d < in.D; ++d) {
       double value = (double(grad[d]) - double(row[d]) * projected) * scale;
       if (sizeof(T) == sizeof(double)) value /= exponent;  // of floats it is 1
+      value = zero ? 0 : value;
       dx[d] = to.add ? dx[d] + T(value) : T(value);
     }
   }

@@ -145,7 +145,7 @@ INLINE Vec<double> log(Vec<double> x) {
   return x == 0 ? splat<double>(-INFINITY) : result;
 }
 
-INLINE Vec<double> log1p(Vec<double> x) {  // x >= 0
+INLINE Vec<double> log1p(Vec<double> x) {  // 0 <= x, finite
   Vec<double> u = 1 + x, lost = u - 1;
   return lost == 0 ? x : log(u) * (x / lost);
 }

@@ -25,7 +25,7 @@ def choose(backend, device):
     backend = backend if backend is not None else os.environ.get("TCLR_KERNELS_BACKEND") or None
     if backend is None:
         return next(name for name, module in BACKENDS.items() if module.why_not(device) is None)
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"{source}: found {backend!r}, wanted one of {', '.join(map(repr, BACKENDS))}")
     if (reason := BACKENDS[backend].why_not(device)) is not None:
         raise RuntimeError(f"{source}={backend!r} cannot serve tensors on {device}: {reason}")

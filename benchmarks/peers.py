@@ -1,0 +1,87 @@
+"""The libraries people use, each behind one adapter from a temperature to losses; what cannot run says why."""
+
+import importlib
+import importlib.util
+import sys
+import types
+
+import torch
+import torch.nn.functional as F
+
+
+def hollow(*names):
+    """Packages, and modules, as empty ones: what is needed of the rest imports without what these would import."""
+    for name in names:
+        if name in sys.modules:
+            continue
+        spec = importlib.util.find_spec(name)
+        if spec is None:
+            raise ModuleNotFoundError(f"No module named {name!r}")
+        sys.modules[name] = types.ModuleType(name)
+        sys.modules[name].__path__ = spec.submodule_search_locations or []
+
+
+def lightly(tau):
+    hollow("lightly", "lightly.loss", "lightly.models", "lightly.models.modules", "lightly.models.utils")  # torchvision
+    from lightly.loss.ntx_ent_loss import NTXentLoss
+
+    loss = NTXentLoss(temperature=tau)
+    return dict(nt_xent=loss)
+
+
+def metric_learning(tau):
+    from pytorch_metric_learning.losses import NTXentLoss
+
+    return dict(nt_xent=_labelled(NTXentLoss(temperature=tau)))
+
+
+def metric_learning_supcon(tau):
+    from pytorch_metric_learning.losses import SupConLoss
+
+    return dict(nt_xent=_labelled(SupConLoss(temperature=tau)))
+
+
+def _labelled(loss):
+    """A loss of rows and labels, as NT-Xent of two views."""
+    return lambda a, b: loss(torch.cat([a, b]), torch.arange(len(a)).repeat(2))
+
+
+def open_clip(tau):
+    hollow("open_clip")  # torchvision
+    from open_clip.loss import ClipLoss
+
+    loss = ClipLoss()
+    return dict(clip=lambda a, b: loss(F.normalize(a), F.normalize(b), 1 / tau))
+
+
+def flex_attention(tau):
+    """NT-Xent by FlexAttention's log-sum-exp: each row attends to all others."""
+    from torch.nn.attention import flex_attention as flex
+
+    attend = torch.compile(flex.flex_attention, dynamic=False)
+
+    def nt_xent(a, b):
+        z = F.normalize(torch.cat([a, b]))
+        heads = z[None, None]
+        others = flex.create_block_mask(lambda b, h, i, j: i != j, None, None, len(z), len(z), device=z.device)
+        _, aux = attend(heads, heads, heads, block_mask=others, scale=1 / tau, return_aux=flex.AuxRequest(lse=True))
+        return (aux.lse[0, 0] - (z * z.roll(len(a), 0)).sum(1) / tau).mean()
+
+    return dict(nt_xent=nt_xent)
+
+
+def inf_cl(tau):
+    _needs_gpu()
+    from inf_cl import cal_inf_loss
+
+    return dict(clip=lambda a, b: cal_inf_loss(F.normalize(a), F.normalize(b), scale=torch.tensor(1 / tau)))
+
+
+def memeff(tau):
+    _needs_gpu()
+    raise ModuleNotFoundError("memory-efficient-contrastive-loss is not on the package index")
+
+
+def _needs_gpu():
+    if not torch.cuda.is_available():
+        raise RuntimeError("it has GPU kernels only, and this machine has no GPU")

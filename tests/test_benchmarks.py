@@ -1,0 +1,75 @@
+"""The benchmark suite: what is timed computes the same loss, what is wrong gets no time, the pages follow the rows."""
+
+import shutil
+
+import pytest
+import torch
+
+from benchmarks import cases, oracle, providers, rows, run, table
+
+CHEAP = [name for name, provider in providers.PROVIDERS.items() if not provider.compiled]
+
+
+@pytest.mark.parametrize("name", CHEAP)
+@pytest.mark.parametrize("loss", cases.WARM_UP)
+def test_every_provider_computes_the_same_loss(loss, name):
+    case, provider = cases.WARM_UP[loss], providers.PROVIDERS[name]
+    if not provider.serves(case) or (name == "floor" and shutil.which("cc") is None):
+        return
+    inputs = case.inputs()
+    try:
+        result = provider.step(case, inputs)()
+    except (ImportError, NotImplementedError, RuntimeError) as error:
+        pytest.skip(f"{type(error).__name__}: {error}")
+    if loss not in provider.floors:
+        assert oracle.holds(*oracle.errors(result, oracle.truth(case, inputs)), case.dtype)
+
+
+def test_every_case_has_a_name_of_its_own_and_ours_serves_it():
+    assert len(cases.BY_KEY) == len(cases.CASES)
+    assert all("native" in providers.serving(case) for case in cases.CASES)
+
+
+@pytest.mark.parametrize("case", [cases.nt_xent(300, ""), cases.clip(150, "")], ids=["nt_xent", "clip"])
+def test_the_sampled_truth_is_the_truth(case, monkeypatch):
+    inputs = case.inputs()
+    whole = oracle.truth(case, inputs)
+    monkeypatch.setattr(oracle, "LARGEST", 16)
+    sampled = oracle.truth(case, inputs)
+    assert sampled.rows is not None
+    of_loss, of_grad = oracle.errors((whole.loss, whole.grads), sampled)
+    assert of_loss < 1e-12 and of_grad < 1e-12
+
+
+def test_a_provider_that_is_wrong_or_breaks_gets_a_row_and_no_time():
+    def breaks(a, b, tau):
+        raise RuntimeError("no such\nluck")
+
+    tried = {
+        "off": providers.Provider("off", "eager", dict(nt_xent=lambda a, b, tau: 1.001 * (a * b).sum())),
+        "breaks": providers.Provider("breaks", "eager", dict(nt_xent=breaks)),
+    }
+    off, broken = run.measured(cases.WARM_UP["nt_xent"], tried, seconds=0.01, memory=False)
+    assert off["status"] == "wrong" and "p50_ms" not in off
+    assert broken["status"] == "error: RuntimeError: no such luck" and "p50_ms" not in broken
+
+
+def test_a_row_takes_the_place_of_the_one_before(tmp_path):
+    path = tmp_path / "cpu-x.csv"
+    row = dict(case="nt_xent", provider="native", shape="8x4 8x4", rows=16, dtype="float32", mode="forward")
+    rows.add(path, [{**row, "p50_ms": "2"}])
+    rows.add(path, [{**row, "p50_ms": "3"}, {**row, "provider": "dense", "p50_ms": "6"}])
+    assert [(r["provider"], r["p50_ms"]) for r in rows.read(path)] == [("native", "3"), ("dense", "6")]
+    assert "| PyTorch, fastest form | 6 |" in table.page([path]) and "2x" in table.page([path])
+
+
+def test_the_readme_shows_the_committed_rows():
+    readme = (rows.ROOT / "README.md").read_text()
+    shown = readme.partition(table.BEGIN)[2].partition(table.END)[0].strip()
+    assert shown == table.markdown(rows.files())
+    assert (rows.ROOT / "docs" / "benchmarks.md").read_text() == table.page(rows.files())
+
+
+def test_the_inputs_of_a_case_are_leaves_and_always_the_same():
+    first, again = (cases.CASES[0].inputs() for _ in range(2))
+    assert all(x.is_leaf and x.requires_grad for x in first) and all(map(torch.equal, first, again))
