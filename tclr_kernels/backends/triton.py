@@ -92,7 +92,7 @@ _settings = "Tensor[] sets, Tensor? tau, float tau_value, bool normalize, bool c
 _gradients = "Tensor neg, Tensor pos, Tensor? g_term, Tensor? g_neg, Tensor? g_pos"
 torch.library.define(f"{NAMESPACE}::gram_forward", f"({_settings}) -> (Tensor, Tensor, Tensor)")
 torch.library.define(f"{NAMESPACE}::gram_backward", f"({_settings}, {_gradients}) -> (Tensor, Tensor)")
-torch.library.impl(f"{NAMESPACE}::gram_forward", ("cpu", "cuda"), _forward)
-torch.library.impl(f"{NAMESPACE}::gram_backward", ("cpu", "cuda"), _backward)
+torch.library.impl(f"{NAMESPACE}::gram_forward", ("CPU", "CUDA"), _forward)
+torch.library.impl(f"{NAMESPACE}::gram_backward", ("CPU", "CUDA"), _backward)
 torch.library.register_fake(f"{NAMESPACE}::gram_forward", _empty_forward)
 torch.library.register_fake(f"{NAMESPACE}::gram_backward", _empty_backward)
