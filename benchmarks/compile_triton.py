@@ -2,7 +2,8 @@
 
 The launchers run on meta tensors, and what they would launch is compiled for sm_80, sm_90, sm_100 and gfx942:
 registers, spills, shared memory, instructions by class. Beside it, for the kernels that make tiles, a PREDICTION of a
-tile's time on an H200 by each pipe. Writes benchmarks/results/triton-compiled.csv. TRITON_INTERPRET must not be set.
+tile's time on an H200 by each pipe. Writes benchmarks/results/triton-compiled.csv and, from it alone with --page,
+docs/triton.md. TRITON_INTERPRET must not be set.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from triton.compiler import ASTSource
 from tclr_kernels.triton import large, sets, small
 
 RESULTS = Path(__file__).parent / "results" / "triton-compiled.csv"
+PAGE = Path(__file__).parents[1] / "docs" / "triton.md"
 NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -30,6 +32,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+SHARED = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB a program may have
 TABLE = {"sm_80": "ampere", "sm_89": "compact", "sm_90": "hopper", "sm_100": "hopper", "gfx942": "amd"}
 POINTERS = {
     torch.float16: "*fp16",
@@ -78,8 +81,7 @@ CASES = [
     *(Case(1, 2, 65536, D, torch.bfloat16) for D in (16, 32, 64, 128, 256, 512, 1024)),
     *(Case(1, 2, 65536, D, torch.float32) for D in (32, 128, 512, 1024)),
     Case(1, 2, 65536, 128, torch.float64),
-    Case(1, 2, 65536, 128, torch.bfloat16, tau=0.005),
-    Case(1, 2, 65536, 512, torch.bfloat16, tau=0.005),
+    *(Case(1, 2, 65536, D, torch.bfloat16, tau=0.005) for D in (64, 128, 256, 512, 1024)),
     Case(1, 2, 65536, 128, torch.bfloat16, normalize=False),
     Case(1, 2, 65536, 128, torch.float32, tau=0.005),
     Case(1, 2, 65536, 128, torch.float64, tau=0.002),
@@ -87,7 +89,7 @@ CASES = [
     *(Case(40, 2, 4, 128, dtype) for dtype in (torch.bfloat16, torch.float32, torch.float64)),
     Case(40, 4, 4, 128, torch.float32, cross=True),
 ]
-QUICK = [CASES[3], Case(40, 2, 4, 128, torch.float32)]
+SELECTED = [case for case in CASES if case.dtype == torch.bfloat16 and case.D in (128, 512)]
 
 
 def recorded(case, table):
@@ -164,6 +166,7 @@ def _run(*command):
 
 
 # of one H200 processor, a clock: products by dtype (dense, at the rate measured on random data), exp2, float32, bytes
+FLOPS = 790e12  # of the whole device
 RATES = dict(half=1705.0, tf32=850.0, float=128.0, double=64.0, ex2=16.0, fma=128.0, shared=128.0)
 
 
@@ -177,23 +180,25 @@ def predicted(launch):
     chunks = a["DP"] // a["DC"] if gradient else 1
     exponentials = (1 if a["BOUNDED"] else 2) * chunks
     operations = {(False, True): 3, (False, False): 8, (True, True): 3, (True, False): 7}[gradient, a["BOUNDED"]]
-    # a tile is written once and read by the products: 64 rows a warp group meet all columns of the other operand
-    reads = (a["BM"] // 64 or 1) * a["BN"] * a["DP"] * size
-    shared = a["BN"] * a["DP"] * size + reads * (2 if gradient else 1)
-    if a["BK"] < a["DP"]:
-        shared += 2 * a["BM"] * a["DP"] * size
+    # of both operands of the first product, then of the second's one that is not in registers: what is written as
+    # copies arrive, and what is read back, the columns by each group of 64 rows
+    rows, columns, groups = a["BM"] * a["DP"] * size, a["BN"] * a["DP"] * size, a["BM"] // 64 or 1
+    shared = chunks * (rows + columns * (1 + groups) + (rows if a["BK"] < a["DP"] else 0))
+    if gradient:
+        shared += columns * (groups + (chunks > 1 or a["BK"] < a["DP"]))
     clocks = {
         "tensor": area * a["DP"] * (chunks + gradient) / RATES[kind],
         "ex2": area * exponentials / RATES["ex2"],
         "fma": area * operations * chunks / RATES["fma"],
-        "shared": shared * chunks / RATES["shared"],
+        "shared": shared / RATES["shared"],
     }
     limit = max(clocks, key=clocks.get)
+    fed = max(clocks["tensor"], clocks["shared"])  # the products read shared memory as they go
     useful = area * a["DP"] * (1 + gradient) / RATES[kind]
     return {f"predicted_{name}": round(value) for name, value in clocks.items()} | dict(
         predicted_limit=limit,
         predicted_floor_share_overlapped=round(useful / clocks[limit], 2),
-        predicted_floor_share_serial=round(useful / sum(clocks.values()), 2),
+        predicted_floor_share_serial=round(useful / (fed + clocks["ex2"] + clocks["fma"]), 2),
     )
 
 
@@ -216,6 +221,14 @@ def rows(cases, targets):
                 )
 
 
+def too_large(row):
+    """What of a row would not start, or would spill where none may; None if nothing."""
+    target = row["target"]
+    if row["shared"] > SHARED[target] * 1024:
+        return f"{row['shared']} bytes of shared memory on {target}, which has {SHARED[target]} KiB"
+    return f"spills on {target}" if row["spills"] and target == "sm_90" else None
+
+
 COLUMNS = [
     *("target", "case", "kernel", "BM", "BN", "DP", "BK", "DC", "warps", "stages", "registers", "spills", "shared"),
     *(f"{name}_instructions" for name in CLASSES),
@@ -224,11 +237,98 @@ COLUMNS = [
 ]
 
 
+def read(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+HEAD = """\
+# The Triton kernels, compiled ahead of time
+
+Written by `python -m benchmarks.compile_triton` from `benchmarks/results/triton-compiled.csv`. **Nothing here was
+measured on a GPU**: registers, spills, shared memory and instructions are the compiler's, clocks are predictions.
+
+A prediction counts, for one tile on one of an H200's 132 processors, the clocks of each pipe alone: products at the
+rate cuBLAS reaches on random data (1,705 multiply-adds a clock), 16 exp2, 128 float32 operations, 128 bytes of shared
+memory. "Floor" is the clocks of the plan's products alone, one forward and two backward; the share of it that a
+kernel reaches lies between "serial", where exponentials wait for products, and "overlapped", where other programs on
+the processor fill the gaps. The tiles of `tclr_kernels/triton/tiles.py` are those of the highest predicted share
+among the tried ones that fit the shared memory and do not spill on sm_90.
+"""
+
+
+def markdown(titles, lines):
+    ruled = [titles, [":---" if k == 0 else "---:" for k in range(len(titles))], *lines]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in ruled)
+
+
+def in_all(made, D):
+    """NT-Xent's predicted shares of its floor, overlapped and serial: D M^2 flop forward, 4 D M^2 backward."""
+    chosen = {row["kernel"]: row for row in made if row["case"] == f"1x2x65536x{D} bfloat16 self tau=0.1"}
+    shares = [
+        [float(chosen[kernel][f"predicted_floor_share_{how}"]) for kernel in ("sums_kernel", "gradient_kernel")]
+        for how in ("overlapped", "serial")
+    ]
+    return [5 / (1 / forward + 4 / backward) for forward, backward in shares]
+
+
+def page(made):
+    """docs/triton.md, of the rows of the table."""
+    lines = []
+    for row in made:
+        if row["target"] == "sm_90" and row["predicted_limit"] and "bfloat16" in row["case"]:
+            tile = f"{row['BM']}x{row['BN']}, {row['BK']} of {row['DP']} features" + (
+                f", {row['DC']} of the gradient" if row["DC"] else ""
+            )
+            clocks = [row[f"predicted_{name}"] for name in ("tensor", "ex2", "fma", "shared")]
+            shares = [row[f"predicted_floor_share_{how}"] for how in ("overlapped", "serial")]
+            facts = row["registers"], row["spills"], int(row["shared"]) // 1024
+            lines.append([row["case"], row["kernel"], tile, *facts, *clocks, row["predicted_limit"], *shares])
+    titles = ["G x V x N x D", "kernel", "tile", "registers", "spills", "shared, KiB"]
+    titles += [*(f"{name}, clocks" for name in ("tensor", "ex2", "fma", "shared")), "limit", "overlapped", "serial"]
+    kernels = markdown(titles, lines)
+
+    lines = []
+    for D in (128, 512):
+        shares = in_all(made, D)
+        for M in (8192, 32768, 131072):
+            floor = 5 * D * M * M / FLOPS * 1000
+            lines.append([f"{M:,}", D, *(f"{ms:.3g}" for ms in (floor, *(floor / share for share in shares)))])
+    titles = ["rows M", "D", "floor, 5 D M^2, ms", "predicted, overlapped, ms", "predicted, serial, ms"]
+    totals = markdown(titles, lines)
+
+    lines = []
+    for target in TARGETS:
+        own = [row for row in made if row["target"] == target]
+        spilling = [row for row in own if int(row["spills"])]
+        lines.append(
+            [target, len(own), max(int(row["registers"]) for row in own), len(spilling)]
+            + [max(int(row["shared"]) for row in own) // 1024, SHARED[target]]
+        )
+    titles = ["target", "variants", "registers at most", "that spill", "shared at most, KiB", "there is, KiB"]
+    targets = markdown(titles, lines)
+    parts = [
+        HEAD,
+        "## NT-Xent, forward and backward, bfloat16, on an H200: predictions, not measured\n",
+        totals,
+        "\nWithout the packing of rows, the finish, the coefficients, and the tiles that a last wave leaves idle.\n",
+        "## The kernels that make tiles, on sm_90\n",
+        kernels,
+        "\n## Every kernel of every case\n",
+        targets,
+    ]
+    return "\n".join(parts) + "\n"
+
+
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", action="append", choices=TARGETS, help="default: all, and the table is written")
     parser.add_argument("--only", default="", help="cases whose text contains this")
+    parser.add_argument("--page", action="store_true", help="only write the page, from the table as it is")
     options = parser.parse_args(arguments)
+    if options.page:
+        PAGE.write_text(page(read(RESULTS)))
+        return 0
     if sets.INTERPRETED:
         parser.error("TRITON_INTERPRET=1 is set: nothing would be compiled")
     cases = [case for case in CASES if options.only in str(case)]
@@ -241,10 +341,11 @@ def main(arguments=None):
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", restval="")
             writer.writeheader()
             writer.writerows(made)
-    spilling = [row for row in made if row["spills"] and row["target"] == "sm_90"]
-    for row in spilling:
-        print(f"spills on sm_90: {row['kernel']}, {row['case']}", file=sys.stderr)
-    return 1 if spilling else 0
+        PAGE.write_text(page(read(RESULTS)))
+    wrong = [row for row in made if too_large(row)]
+    for row in wrong:
+        print(f"{too_large(row)}: {row['kernel']}, {row['case']}", file=sys.stderr)
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -193,12 +193,13 @@ def backward_kernel(
         tl.store(dx + to[:, None] + d[None, :], gradient, mask=valid[:, None] & (d < D)[None, :])
 
 
-ROWS = 32  # of a tile; with 64, the backward would spill registers
+LARGEST = 32  # rows of a group that small groups have
+ROWS = 128 if INTERPRETED else LARGEST  # of a tile; with 64, the backward would spill registers
 FEATURES = 128 if INTERPRETED else 32  # read at a time; an interpreted operation costs the same for any size
 
 
 def serves(V, N):
-    return V * N <= ROWS
+    return V * N <= LARGEST
 
 
 def settings(x, tau, normalize, cross):

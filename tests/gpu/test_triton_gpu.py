@@ -17,7 +17,9 @@ def missing():
     return None if reason is None else f"triton on cuda: {reason}"
 
 
-pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+if (reason := missing()) is not None:
+    pytest.skip(reason, allow_module_level=True)
+
 SIZES = [(1, 2, 8), (7, 3, 33), (16, 4, 64), (33, 3, 128), (129, 3, 256), (205, 2, 17), (300, 2, 512), (70, 2, 1024)]
 HALF = torch.bfloat16, torch.float16
 
