@@ -79,7 +79,7 @@ class Case(NamedTuple):
 
 CASES = [
     *(Case(1, 2, 65536, D, torch.bfloat16) for D in (16, 32, 64, 128, 256, 512, 1024)),
-    *(Case(1, 2, 65536, D, torch.float32) for D in (32, 128, 512, 1024)),
+    *(Case(1, 2, 65536, D, torch.float32) for D in (16, 32, 64, 128, 512, 1024)),
     Case(1, 2, 65536, 128, torch.float64),
     *(Case(1, 2, 65536, D, torch.bfloat16, tau=0.005) for D in (64, 128, 256, 512, 1024)),
     Case(1, 2, 65536, 128, torch.bfloat16, normalize=False),

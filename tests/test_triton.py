@@ -257,9 +257,9 @@ BUGS = {  # what is wrong -> (file, old, new, the check that finds it)
     "large: columns' sums begun anew": ("large", "tl.where(begin > first_i, end, 0)", "0", "large"),
     "large: a pair left out": ("large", "(one >= step), -1, q)", "(one >= 0), -1, q)", "large"),
     "large: slots of rows and columns swapped": ("large", "(g * supers + q) * M", "(g * supers + p) * M", "large"),
-    "large: maximum not merged": ("large", "total * tl.exp2(largest - offset) +", "total +", "unbounded"),
+    "large: maximum not merged": ("large", "total * exponential(largest - offset) +", "total +", "unbounded"),
     "large: missing factor 2": ("large", "(row_scale[:, None] + scale[None, :])", "row_scale[:, None]", "large"),
-    "large: missing factor 2, unbounded": ("large", "w += tl.exp2", "w = tl.exp2", "unbounded"),
+    "large: missing factor 2, unbounded": ("large", "w += exponential", "w = exponential", "unbounded"),
     "large: one sided positive": ("large", "weight += tl.load", "weight += 0 * tl.load", "large"),
     "large: damping forgotten": ("large", "tl.exp(-value * bounded)", "1.0", "large"),
     "large: exponents of another block": (

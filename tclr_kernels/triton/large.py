@@ -95,6 +95,12 @@ def cosines(
 
 
 @triton.jit
+def exponential(t):
+    """exp t; of a difference, taken before the scaling by log2 e would round what is large in either."""
+    return tl.exp2(t * LOG2E)
+
+
+@triton.jit
 def finite(largest):
     """Of nothing but -inf: any finite offset serves."""
     return tl.where(largest == float("-inf"), 0.0, largest)
@@ -102,10 +108,10 @@ def finite(largest):
 
 @triton.jit
 def merged(largest, total, m, s):
-    """(largest, total) and (m, s), both meaning total * 2^largest, as one."""
+    """(largest, total) and (m, s), both meaning total * exp(largest), as one."""
     top = tl.maximum(largest, m)
     offset = finite(top)
-    return top, total * tl.exp2(largest - offset) + s * tl.exp2(m - offset)
+    return top, total * exponential(largest - offset) + s * exponential(m - offset)
 
 
 @triton.jit
@@ -130,7 +136,7 @@ def sums_kernel(
     BOUNDED: tl.constexpr, TENSOR: tl.constexpr, CROSS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """sums, largest: [G, supers, V, NP], slot x of a row for its candidates in super-block x; largest in octaves.
+    """sums, largest: [G, supers, V, NP], slot x of a row for its candidates in super-block x.
 
     A super-block is blocks_a_super blocks of BM rows, or what is left of its set.
     """
@@ -152,7 +158,7 @@ def sums_kernel(
     to_rows = (g * supers + q) * M + a * NP
     to_columns = (g * supers + p) * M + c * NP
     end = tl.where(p != q, NP, 0)
-    octaves = inverse_tau * LOG2E
+    scale = inverse_tau * LOG2E if BOUNDED else inverse_tau
 
     for begin in range(first_i, tl.minimum(first_i + size, N), BM):
         i = begin + tl.arange(0, BM)
@@ -171,7 +177,7 @@ def sums_kernel(
                 here = (j >= begin) & (j < begin + BM) & (j < N)
                 tl.store(pos + ((g * V + a) * V + c) * N + j, positive, mask=here)
                 tl.store(pos + ((g * V + c) * V + a) * N + j, positive, mask=here)
-            s *= octaves
+            s *= scale
             if diagonal | (begin + BM > N) | (start + BN > N):
                 candidate = (i[:, None] != j[None, :]) & (i < N)[:, None] & (j < N)[None, :]
                 s = tl.where(candidate, s, float("-inf"))
@@ -186,12 +192,12 @@ def sums_kernel(
             else:
                 m = tl.max(s, 1)
                 row_largest, row_sum = merged(
-                    row_largest, row_sum, m, tl.sum(tl.exp2(s - finite(m)[:, None]), 1)
+                    row_largest, row_sum, m, tl.sum(exponential(s - finite(m)[:, None]), 1)
                 )  # fmt: skip
                 column_largest = tl.load(largest + slot, mask=again, other=float("-inf"))
                 m = tl.max(s, 0)
                 column_largest, column_sum = merged(
-                    column_largest, column_sum, m, tl.sum(tl.exp2(s - finite(m)[None, :]), 0)
+                    column_largest, column_sum, m, tl.sum(exponential(s - finite(m)[None, :]), 0)
                 )  # fmt: skip
                 tl.store(largest + slot, column_largest, mask=kept)
             tl.store(sums + slot, column_sum, mask=kept)
@@ -215,8 +221,8 @@ def log_of_slots(sums, largest, first, M, supers, bounded, BI: tl.constexpr, SLO
         m = tl.load(largest + at, mask=with_largest, other=0.0)
         m = tl.where(there, m, float("-inf")).to(tl.float64)
         highest = tl.max(m, 0)
-        top, total = merged(top, total, highest, tl.sum(s * tl.exp2(m - finite(highest)[None, :]), 0))
-    return (tl.log2(total) + finite(top)) / LOG2E
+        top, total = merged(top, total, highest, tl.sum(s * exponential(m - finite(highest)[None, :]), 0))
+    return tl.log(total) + finite(top)
 
 
 @triton.jit
@@ -320,7 +326,7 @@ def weights_of(alpha, neg, at, mask, factor, BOUNDED: tl.constexpr):
         shift = scale
     else:
         value = tl.load(neg + at, mask=mask, other=float("inf"))
-        shift = tl.where(scale == 0, float("inf"), value * LOG2E)
+        shift = tl.where(scale == 0, float("inf"), value)
     return scale, shift
 
 
@@ -357,7 +363,7 @@ def gradient_kernel(
     g = (block // (NP // BM) // V).to(tl.int64)
     i = begin + tl.arange(0, BM)
     top = largest_exponent(exponents + g * V * V * blocks, V * V * blocks, BE)
-    octaves = inverse_tau * LOG2E
+    to_exponent = inverse_tau * LOG2E if BOUNDED else inverse_tau
     z_i = z + ((g * V + a) * NP + begin) * DP
     rows = features(z_i, 0, BM, DP, BK, UPCAST)
     dz = tl.zeros([BM, DC], ACC)
@@ -376,12 +382,12 @@ def gradient_kernel(
             cosine = cosines(z_i, z_j, rows, columns, BM, BN, DP, BK, ACC, PRECISION, UPCAST)
             factor = factor_at(exponents + column_block * blocks + start // BN, top, ACC) * BOOST
             scale, shift = weights_of(alpha, neg, column_block * N + j, j < N, factor, BOUNDED)
-            s = cosine * octaves
+            s = cosine * to_exponent
             if BOUNDED:
                 w = tl.exp2(s) * (row_scale[:, None] + scale[None, :])
             else:
-                w = tl.exp2(s - row_shift[:, None]) * row_scale[:, None]
-                w += tl.exp2(s - shift[None, :]) * scale[None, :]
+                w = exponential(s - row_shift[:, None]) * row_scale[:, None]
+                w += exponential(s - shift[None, :]) * scale[None, :]
             if ((start < begin + BM) & (begin < start + BN)) | (start + BN > N):
                 w = tl.where((i[:, None] != j[None, :]) & (j < N)[None, :], w, 0.0)
             if DC != DP:
@@ -435,8 +441,13 @@ def table_of(x):
 
 
 def carrier(x, normalize):
-    """The dtype of the packed rows: of half precision, unit rows are more exact in float16."""
-    return torch.float16 if normalize and x.element_size() == 2 else x.dtype
+    """The dtype of the packed rows: of half precision, unit rows are more exact in float16.
+
+    With fewer features, fewer roundings average out: a loss would be off by 1e-3 and more.
+    """
+    if normalize and x.element_size() == 2:
+        return torch.float16 if x.shape[-1] >= 64 else torch.float32
+    return x.dtype
 
 
 def precision(dtype):
