@@ -157,6 +157,12 @@ def factors(scale, ACC: tl.constexpr):
 
 
 @triton.jit
+def scaled(dz, one, other):
+    """dz by the two factors of each row; 0 where they are, of a zero row, though another row is not finite."""
+    return tl.where(other[:, None] == 0, 0.0, dz * one[:, None] * other[:, None])
+
+
+@triton.jit
 def narrowed(x, dtype: tl.constexpr):
     """float64 to any dtype; by way of float32, which the interpreter's bfloat16 needs."""
     return x if dtype == tl.float64 else x.to(tl.float32).to(dtype)

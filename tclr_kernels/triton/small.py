@@ -22,6 +22,7 @@ from .epilogue import (
     narrowed,
     pair_gradients,
     power_of_two,
+    scaled,
     term_of,
     widened,
 )
@@ -189,7 +190,7 @@ def backward_kernel(
         if NORMALIZE:
             dz -= z * along[:, None]
         d = d0 + tl.arange(0, BD)
-        gradient = narrowed(dz * one[:, None] * other[:, None], dx.dtype.element_ty)
+        gradient = narrowed(scaled(dz, one, other), dx.dtype.element_ty)
         tl.store(dx + to[:, None] + d[None, :], gradient, mask=valid[:, None] & (d < D)[None, :])
 
 
