@@ -259,6 +259,12 @@ def error(found, wanted):
     return differences(found, wanted).max().item()
 
 
+def same_bits(found, wanted):
+    (out, grads), (want, want_grads) = found, wanted
+    assert torch.equal(out, want)
+    assert all(torch.equal(g, w) for g, w in zip(grads, want_grads, strict=True))
+
+
 def rms(found, wanted):
     """The root of the mean squared difference: of random roundings, the largest one is no stable measure."""
     off = differences(found, wanted)

@@ -27,10 +27,10 @@ class Tile(NamedTuple):
 
 ANY = 1 << 30
 FLOAT = {  # no tensor cores without TF32: what fits the registers
-    "sums": [(32, 64, 64, 16, 0, 8, 1), (ANY, 64, 64, 16, 0, 8, 2)],
+    "sums": [(32, 64, 64, 16, 0, 4, 2), (ANY, 64, 64, 16, 0, 8, 2)],
     "gradient": [(64, 64, 32, 16, 0, 8, 2), (ANY, 64, 32, 16, 64, 8, 2)],
 }
-DOUBLE = {"sums": [(ANY, 32, 32, 16, 0, 4, 2)], "gradient": [(ANY, 32, 32, 16, 16, 4, 2)]}
+DOUBLE = {"sums": [(ANY, 32, 32, 16, 0, 4, 2)], "gradient": [(ANY, 32, 32, 16, 16, 4, 1)]}
 INTERPRETED = {
     "sums": [(512, 64, 64, 0, 0, 4, 1), (ANY, 64, 64, 256, 0, 4, 1)],
     "gradient": [(512, 64, 64, 0, 0, 4, 1), (ANY, 64, 64, 256, 256, 4, 1)],
