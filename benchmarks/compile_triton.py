@@ -252,8 +252,9 @@ A prediction counts, for one tile on one of an H200's 132 processors, the clocks
 rate cuBLAS reaches on random data (1,705 multiply-adds a clock), 16 exp2, 128 float32 operations, 128 bytes of shared
 memory. "Floor" is the clocks of the plan's products alone, one forward and two backward; the share of it that a
 kernel reaches lies between "serial", where exponentials wait for products, and "overlapped", where other programs on
-the processor fill the gaps. The tiles of `tclr_kernels/triton/tiles.py` are those of the highest predicted share
-among the tried ones that fit the shared memory and do not spill on sm_90.
+the processor fill the gaps. The tiles of `tclr_kernels/triton/tiles.py` fit the shared memory and do not spill on
+sm_90; of the few tried at 128 and 512 features they have the highest predicted share, but for the sums at 128, where
+a smaller tile leaves room for two programs on a processor, whose products and exponentials overlap.
 """
 
 
@@ -300,12 +301,11 @@ def page(made):
     lines = []
     for target in TARGETS:
         own = [row for row in made if row["target"] == target]
-        spilling = [row for row in own if int(row["spills"])]
-        lines.append(
-            [target, len(own), max(int(row["registers"]) for row in own), len(spilling)]
-            + [max(int(row["shared"]) for row in own) // 1024, SHARED[target]]
-        )
-    titles = ["target", "variants", "registers at most", "that spill", "shared at most, KiB", "there is, KiB"]
+        if own:
+            most = {name: max(int(row[name]) for row in own) for name in ("registers", "spills", "shared")}
+            spilling = sum(row["spills"] != "0" for row in own)
+            lines.append([target, len(own), spilling, *most.values(), SHARED[target] * 1024])
+    titles = ["target", "variants", "that spill", "registers at most", "spills at most", "shared at most", "there is"]
     targets = markdown(titles, lines)
     parts = [
         HEAD,
@@ -322,8 +322,10 @@ def page(made):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", action="append", choices=TARGETS, help="default: all, and the table is written")
-    parser.add_argument("--only", default="", help="cases whose text contains this")
+    parser.add_argument(
+        "--target", action="append", choices=TARGETS, help="default: all; their rows of the table are written anew"
+    )
+    parser.add_argument("--only", default="", help="cases whose text contains this, and no table")
     parser.add_argument("--page", action="store_true", help="only write the page, from the table as it is")
     options = parser.parse_args(arguments)
     if options.page:
@@ -332,15 +334,17 @@ def main(arguments=None):
     if sets.INTERPRETED:
         parser.error("TRITON_INTERPRET=1 is set: nothing would be compiled")
     cases = [case for case in CASES if options.only in str(case)]
+    targets = options.target or list(TARGETS)
     made = []
-    for row in rows(cases, options.target or TARGETS):
+    for row in rows(cases, targets):
         made.append(row)
         print(" ".join(f"{k}={v}" for k, v in row.items()), flush=True)
-    if cases == CASES and not options.target:
+    if cases == CASES:
+        others = [row for row in read(RESULTS) if row["target"] not in targets] if RESULTS.exists() else []
         with open(RESULTS, "w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", restval="")
             writer.writeheader()
-            writer.writerows(made)
+            writer.writerows(sorted(others + made, key=lambda row: list(TARGETS).index(row["target"])))
         PAGE.write_text(page(read(RESULTS)))
     wrong = [row for row in made if too_large(row)]
     for row in wrong:

@@ -535,7 +535,7 @@ def forward(sets, tau, normalize, cross):
     BI = 64
     launch(
         finish_kernel, G * V * triton.cdiv(N, BI), sums, largest, number, limit, term, neg, pos, V, N, NP, supers,
-        supers_a_set, **how, ACC=accumulator(z), BI=BI, SLOTS=32, num_warps=4,
+        supers_a_set, **how, ACC=accumulator(z), BI=BI, SLOTS=8, num_warps=4,
     )  # fmt: skip
     return term, neg, pos
 
