@@ -265,6 +265,7 @@ def markdown(titles, lines):
 
 def in_all(made, D):
     """NT-Xent's predicted shares of its floor, overlapped and serial: D M^2 flop forward, 4 D M^2 backward."""
+    made = [row for row in made if row["target"] == "sm_90"]
     chosen = {row["kernel"]: row for row in made if row["case"] == f"1x2x65536x{D} bfloat16 self tau=0.1"}
     shares = [
         [float(chosen[kernel][f"predicted_floor_share_{how}"]) for kernel in ("sums_kernel", "gradient_kernel")]

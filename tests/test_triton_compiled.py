@@ -16,6 +16,12 @@ assert not [row for row in made if row["spills"]], [row for row in made if row["
 """
 
 
+def test_the_page_follows_the_table():
+    pytest.importorskip("triton")
+    code = "from benchmarks import compile_triton as c; assert c.PAGE.read_text() == c.page(c.read(c.RESULTS))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 def test_importing_does_not_import_triton():
     code = "import sys, torch; n = set(sys.modules); import tclr_kernels; sys.exit('triton' in set(sys.modules) - n)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
