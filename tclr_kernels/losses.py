@@ -156,7 +156,8 @@ def tclr(g, s, x, *, temperature=0.1, form="paper", weights=None, normalize=True
     }
     scales, weights = ([float(values[k]) for k in scales] for values in (scales, weights))
     compose = functools.partial(_compose, name, normalize, scales, weights)
-    if torch.compiler.is_compiling() or not hasattr(backends.BACKENDS[name], "objective"):
+    offered = any(weights) and hasattr(backends.BACKENDS[name], "objective")
+    if torch.compiler.is_compiling() or not offered:
         return TCLRTerms(*compose(tau, g, s, x))
     return TCLRTerms(*objective(name, compose, normalize, scales, weights, tau, g, s, x))
 

@@ -29,6 +29,11 @@ def objective(g, s, x, tau, normalize, scales, weights, gradient):
     return torch.ops.tclr_kernels.objective(g, s, x, *_split(tau), normalize, scales, weights, gradient)
 
 
+def objective_backward(g, s, x, tau, normalize, scales, weights, kept, upstream):
+    call = torch.ops.tclr_kernels.objective_backward
+    return call(g, s, x, *_split(tau), normalize, scales, weights, kept, upstream)
+
+
 def _split(tau):
     """The temperature as the operators take it: a tensor that is never read on the host, or a float."""
     return (tau, 0.0) if isinstance(tau, torch.Tensor) else (None, tau)
@@ -54,3 +59,9 @@ if _C is not None:
         dtype = torch.promote_types(x.dtype, torch.float32)
         gradients = [z.new_empty(z.shape, dtype=dtype) for z in (g, s, x)] + [x.new_empty((), dtype=dtype)]
         return [x.new_empty((), dtype=dtype) for _ in range(5)], gradients if gradient else []
+
+    @torch.library.register_fake("tclr_kernels::objective_backward")
+    def _(g, s, x, tau, tau_value, normalize, scales, weights, kept, upstream):
+        return [torch.empty_like(z, memory_format=torch.contiguous_format) for z in (g, s, x)] + [
+            torch.empty_like(upstream)
+        ]
