@@ -75,7 +75,7 @@ def lines(facts):
     if facts["torch"].split("+")[0] != torch.__version__.split("+")[0]:
         yield "", f"running torch {torch.__version__}: build the package again"
     yield "instruction sets", f"{', '.join(facts['isa_levels'])}; in use: {facts['isa']}"
-    yield "CUDA targets", ", ".join(facts["cuda_archs"]) or "none compiled"
+    yield "CUDA targets", backends.native.cuda_targets() or "none compiled"
 
 
 def main(arguments=None):

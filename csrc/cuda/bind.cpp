@@ -248,4 +248,6 @@ static const Init define_all(
 static const Init implement_all(StableLibrary::Kind::IMPL, implement, library, "CPU", __FILE__, __LINE__);
 #else
 STABLE_TORCH_LIBRARY_IMPL(tclr_kernels, CUDA, m) { implement(m); }
+
+extern "C" __attribute__((visibility("default"))) const char* tclr_kernels_cuda_targets() { return TCLR_CUDA_TARGETS; }
 #endif

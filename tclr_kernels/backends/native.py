@@ -1,4 +1,11 @@
-"""The compiled kernels, by PyTorch's own dispatcher: `torch.ops.tclr_kernels.*`, built from `csrc/`."""
+"""The compiled kernels, by PyTorch's own dispatcher: `torch.ops.tclr_kernels.*`, built from `csrc/`.
+
+`_C` holds the operators and what they are on the CPU; `_cuda.so`, built where nvcc is, what they are on CUDA devices.
+"""
+
+import ctypes
+import functools
+from pathlib import Path
 
 import torch
 
@@ -8,13 +15,51 @@ except ImportError as error:
     _C = None
     _missing = f"the compiled extension is not usable: {error}"
 
+CUDA = Path(__file__).parents[1] / "_cuda.so"
+OLDEST_CUDA = 8, 0  # compute capability
+
 
 def why_not(device):
     if _C is None:
         return _missing
+    if device.type == "cuda":
+        return _why_not_cuda(device)
     if device.type != "cpu":
         return f"it has no kernels for device type {device.type!r}"
     return None
+
+
+@functools.cache
+def _why_not_cuda(device):
+    if not torch.backends.cuda.is_built():
+        return "this PyTorch is built without CUDA"
+    if not torch.cuda.is_available():
+        return "PyTorch finds no CUDA device"
+    found = torch.cuda.get_device_capability(device)
+    if found < OLDEST_CUDA:
+        return "the device has compute capability {}.{}: wanted {}.{} or newer".format(*found, *OLDEST_CUDA)
+    return _load_cuda()
+
+
+@functools.cache
+def _load_cuda():
+    """Registers the CUDA kernels; returns None, or the reason why there are none."""
+    if not CUDA.exists():
+        return "the CUDA kernels are not built: TCLR_KERNELS_CUDA=1 pip install -v --no-build-isolation tclr-kernels"
+    try:
+        torch.ops.load_library(str(CUDA))
+    except OSError as error:
+        return f"the CUDA kernels cannot be loaded by PyTorch {torch.__version__}, wanted 2.11 or newer: {error}"
+    return None
+
+
+def cuda_targets():
+    """What the CUDA kernels were compiled for, as TCLR_KERNELS_CUDA_ARCHS named it; "" where there are none."""
+    if not CUDA.exists() or _load_cuda() is not None:
+        return ""
+    name = ctypes.CDLL(str(CUDA)).tclr_kernels_cuda_targets
+    name.restype = ctypes.c_char_p
+    return name().decode()
 
 
 def forward(sets, tau, normalize, cross):
