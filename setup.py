@@ -118,4 +118,5 @@ def native():
     return dict(ext_modules=[extension], cmdclass=dict(build_ext=Build))
 
 
-setup(**native())
+if __name__ == "__main__":
+    setup(**native())

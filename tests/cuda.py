@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import unittest.mock
 from itertools import product
 from pathlib import Path
 
@@ -32,11 +33,12 @@ SHAPES = {
     "small groups": (3, 4, 4, 33),
     "one tile, parts": (1, 5, 31, 8),
     "two blocks a set, ragged": (1, 2, 41, 70),
-    "two panels of features": (1, 2, 5, 300),
+    "two panels of features, two blocks": (1, 2, 33, 300),
     "more lanes than a warp's": (1, 34, 2, 4),
 }
 # [B, T, D]
 OBJECTIVES = {"one video": (1, 3, 5), "one clip": (4, 1, 5), "ragged": (7, 3, 33), "two tiles": (33, 2, 8)}
+WEIGHTS = None, dict(ic_local=0, ll=0.5, gl=2)
 
 
 def build(folder, flags=("-O2",), replace=(), binding=None):
@@ -69,7 +71,7 @@ def _run(command):
 
 
 class Host:
-    """A backend of one such library. launches: how many kernels it has launched."""
+    """A backend of one such library. executor: `launches()`, `run_downwards(bool)`."""
 
     loaded = 0
 
@@ -77,6 +79,7 @@ class Host:
         Host.loaded += 1
         os.environ["TCLR_HOST_LIBRARY"] = name = f"tclr_kernels_on_host_{Host.loaded}"
         torch.ops.load_library(str(library))
+        native.register_fakes(name)
         self.ops = getattr(torch.ops, name)
         self.executor = ctypes.CDLL(str(library))
 
@@ -94,3 +97,38 @@ class Host:
 
     def objective_backward(self, g, s, x, tau, *rest):
         return self.ops.objective_backward(g, s, x, *native._split(tau), *rest)
+
+
+def deviations(host, dtypes=(torch.float64, torch.float32)):
+    """Yields the cases, as text, in which the kernels differ from the reference by more than the dtype's rounding."""
+    generator = torch.Generator().manual_seed(0)
+    for (name, (G, V, N, D)), dtype, cross, (normalize, tau) in product(
+        SHAPES.items(), dtypes, (False, True), ((True, 0.5), (True, 0.01), (False, 1.0))
+    ):
+        if V > 32 and (cross or tau < 1):
+            continue  # a thousand blocks, for one loop's sake
+        sets = [torch.randn(G, N, D, generator=generator, dtype=torch.float64).to(dtype) for _ in range(V)]
+        tolerance = 1e-11 if dtype == torch.float64 else 5e-5 * max(1, 0.1 / tau)
+        if kernels._deviation(host, sets, tau, normalize, cross, generator) > tolerance:
+            yield f"{name}, {dtype}, cross={cross}, normalize={normalize}, tau={tau}"
+    for (name, (B, T, D)), weights in product(OBJECTIVES.items(), WEIGHTS):
+        inputs = [torch.randn(2, B, *clips, D, generator=generator, dtype=torch.float64) for clips in ((), (T,), (T,))]
+        if _objective_deviation(host, inputs, weights) > 1e-11:
+            yield f"objective, {name}, weights {weights}"
+
+
+def _objective_deviation(host, inputs, weights):
+    """The largest error of the five terms and of the total's four gradients."""
+    results = []
+    for name in "host", "reference":
+        with unittest.mock.patch.dict(backends.BACKENDS, host=host):
+            leaves = [z.clone().requires_grad_() for z in (torch.tensor(0.3, dtype=torch.float64), *inputs)]
+            terms = tk.tclr(*leaves[1:], temperature=leaves[0], form="release", weights=weights, backend=name)
+            results.append([torch.stack(terms).detach(), *torch.autograd.grad(3 * terms.total, leaves)])
+    return max(map(kernels._difference, *results))
+
+
+if __name__ == "__main__":
+    deviating = list(deviations(Host(sys.argv[1])))
+    print("\n".join(deviating) or "all agree")
+    sys.exit(bool(deviating))

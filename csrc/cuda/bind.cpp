@@ -9,7 +9,9 @@
 #include "../schemas.h"
 #include "gram.h"
 
-#ifndef TCLR_HOST_EXECUTOR
+#ifdef TCLR_HOST_EXECUTOR
+#include "executor.h"
+#else
 #include <dlfcn.h>
 #endif
 
@@ -246,6 +248,10 @@ static const Init define_all(
     },
     library, nullptr, __FILE__, __LINE__);
 static const Init implement_all(StableLibrary::Kind::IMPL, implement, library, "CPU", __FILE__, __LINE__);
+
+#define TCLR_PUBLIC extern "C" __attribute__((visibility("default")))
+TCLR_PUBLIC void run_downwards(bool downwards) { tclr::host::downwards = downwards; }
+TCLR_PUBLIC int launches() { return tclr::host::launches; }
 #else
 STABLE_TORCH_LIBRARY_IMPL(tclr_kernels, CUDA, m) { implement(m); }
 

@@ -11,7 +11,8 @@ constexpr int threads = 128;  // of every block
 
 #ifdef __CUDACC__
 
-#define TCLR_KERNEL static __global__ void __launch_bounds__(tclr::threads)
+// one block a multiprocessor is enough: else ptxas spills for the sake of more of them
+#define TCLR_KERNEL static __global__ void __launch_bounds__(tclr::threads, 1)
 #define TCLR_ARGUMENT const __grid_constant__
 #define TCLR_DEVICE static __device__ __forceinline__
 #define TCLR_METHOD __device__ __forceinline__

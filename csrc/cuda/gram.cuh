@@ -400,7 +400,7 @@ TCLR_DEVICE void gradient(const Gram<T>& p, int64_t block) {
 
 // ---- rows again
 
-// What a problem adds to the gradient of a unit row.
+// What a problem adds to the gradient of a unit row; null: nothing.
 template <typename T>
 struct Share {
   const Gram<T>* p;
@@ -409,7 +409,7 @@ struct Share {
 
   TCLR_METHOD double at(int64_t d) const {
     double sum = 0;
-    for (int64_t part = 0; part < p->parts; ++part) sum += p->dz[(part * p->rows() + row) * p->ldz + d];
+    for (int64_t part = 0; p && part < p->parts; ++part) sum += p->dz[(part * p->rows() + row) * p->ldz + d];
     return sum * unit;
   }
 };
@@ -420,20 +420,20 @@ TCLR_DEVICE Share<T> share(const Gram<T>& p, const Place& r) {
 }
 
 // Writes factor times the gradient of one row from its shares, by 32 lanes; returns <z, dz>. Lanes without a row: D 0.
-template <typename T>
-TCLR_DEVICE double write_row(const Source& x, int64_t D, const Share<T>* shares, int count, double factor, void* to,
-                             int64_t first, double* shared) {
+template <typename T, int count>
+TCLR_DEVICE double write_row(const Source& x, int64_t D, bool normalize, const Share<T> (&shares)[count], double factor,
+                             void* to, int64_t first, double* shared) {
   Norm<T> norm{1, 1};
-  bool normalize = count > 0 && shares[0].p->normalize;
-  if (normalize && D > 0) norm = shares[0].p->norms[shares[0].row];
+  for (const Share<T>& s : shares)
+    if (normalize && s.p) norm = s.p->norms[s.row];
   auto dz = [&](int64_t d) {
     double sum = 0;
-    for (int k = 0; k < count; ++k) sum += shares[k].at(d);
+    for (const Share<T>& s : shares) sum += s.at(d);
     return sum;
   };
   auto z = [&](int64_t d) { return double(unit_value(value_at<T>(x, d), norm)); };
   double along = 0;
-  for (int64_t d = threadIdx.x % 32; d < D && count > 0; d += 32) along += z(d) * dz(d);
+  for (int64_t d = threadIdx.x % 32; d < D; d += 32) along += z(d) * dz(d);
   along = sum_over_row(along, 32, shared);
   double scale = factor / norm.rest;
   for (int64_t d = threadIdx.x % 32; d < D; d += 32) {

@@ -112,10 +112,10 @@ TCLR_KERNEL make_gradient(TCLR_ARGUMENT Call<T> c) {
 template <typename T>
 TCLR_KERNEL write_sets(TCLR_ARGUMENT Call<T> c) {
   SetRow<T> row(c);
-  Share<T> from = share(c.p, row.r);
+  Share<T> from[] = {share(c.p, row.r)};
   double factor = 1 / value_of(c.p.tau);
-  double along = write_row(row.x, row.D, &from, 1, factor, row.set->gradient, (row.r.g * c.p.N + row.r.i) * c.p.D,
-                           shared_memory<double>());
+  double along = write_row(row.x, row.D, c.p.normalize, from, factor, row.set->gradient,
+                           (row.r.g * c.p.N + row.r.i) * c.p.D, shared_memory<double>());
   if (row.D != 0 && threadIdx.x % 32 == 0) c.zdz[c.p.row(row.r)] = T(along * factor);
 }
 

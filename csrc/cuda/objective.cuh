@@ -188,15 +188,18 @@ TCLR_KERNEL write_gradients(TCLR_ARGUMENT Objective<T> o) {
   int64_t row = (int64_t(blockIdx.x) * threads + threadIdx.x) / 32;
   bool valid = row < o.rows_of(0) + o.rows_of(1) + o.rows_of(2);
   InputRow r = input_row(o, valid ? row : 0);
-  Share<T> shares[3];
-  int count = 0;
-  for (int k = 0; k < o.count; ++k)
-    if (Place place = o.target(o.kinds[k], r); place.a >= 0) shares[count++] = share(o.problems[k], place);
+  Share<T> shares[3] = {};
+  bool reached = false;
+  for (int k = 0; k < 3; ++k) {
+    if (k >= o.count || !valid) continue;
+    Place place = o.target(o.kinds[k], r);
+    if (place.a >= 0) shares[k] = share(o.problems[k], place), reached = true;
+  }
   int64_t clips = r.input == 0 ? 1 : o.call.T, first = ((r.v * o.call.B + r.i) * clips + r.t) * o.call.D;
   double tau = value_of(o.call.tau), upstream = value_of(o.call.upstream);
-  double along = write_row(o.at(r), valid ? o.call.D : 0, shares, valid ? count : 0, upstream / tau,
+  double along = write_row(o.at(r), valid ? o.call.D : 0, o.call.normalize && reached, shares, upstream / tau,
                            o.input(r.input).gradient, first, shared);
-  along = sum_over_block(valid && threadIdx.x % 32 == 0 ? along : 0, shared);
+  along = sum_over_block(reached && threadIdx.x % 32 == 0 ? along : 0, shared);
   if (threadIdx.x == 0) o.along[blockIdx.x] = along;
   if (!last_block(o.ticket)) return;
   double all = sum_of_all(o.along, gridDim.x);

@@ -84,29 +84,33 @@ def _split(tau):
     return (tau, 0.0) if isinstance(tau, torch.Tensor) else (None, tau)
 
 
-if _C is not None:
+def register_fakes(namespace):
+    """What the operators return, without values, for the compiler to trace."""
 
-    @torch.library.register_fake("tclr_kernels::gram_forward")
+    @torch.library.register_fake(f"{namespace}::gram_forward")
     def _(sets, tau, tau_value, normalize, cross):
         G, N, _ = sets[0].shape
         V = len(sets)
         dtype = torch.promote_types(sets[0].dtype, torch.float32)
         return tuple(sets[0].new_empty(G, V, V, N, dtype=dtype) for _ in range(3))
 
-    @torch.library.register_fake("tclr_kernels::gram_backward")
+    @torch.library.register_fake(f"{namespace}::gram_backward")
     def _(sets, tau, tau_value, normalize, cross, neg, pos, g_term, g_neg, g_pos):
         G, N, _ = sets[0].shape
         dz = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in sets]
         return dz, neg.new_empty(G, len(sets), N)
 
-    @torch.library.register_fake("tclr_kernels::objective")
+    @torch.library.register_fake(f"{namespace}::objective")
     def _(g, s, x, tau, tau_value, normalize, scales, weights, gradient):
         dtype = torch.promote_types(x.dtype, torch.float32)
-        gradients = [z.new_empty(z.shape, dtype=dtype) for z in (g, s, x)] + [x.new_empty((), dtype=dtype)]
-        return [x.new_empty((), dtype=dtype) for _ in range(5)], gradients if gradient else []
+        kept = [z.new_empty(z.shape, dtype=dtype) for z in (g, s, x)] + [x.new_empty((), dtype=dtype)]
+        return [x.new_empty((), dtype=dtype) for _ in range(5)], kept if gradient else []
 
-    @torch.library.register_fake("tclr_kernels::objective_backward")
+    @torch.library.register_fake(f"{namespace}::objective_backward")
     def _(g, s, x, tau, tau_value, normalize, scales, weights, kept, upstream):
-        return [torch.empty_like(z, memory_format=torch.contiguous_format) for z in (g, s, x)] + [
-            torch.empty_like(upstream)
-        ]
+        gradients = [torch.empty_like(z, memory_format=torch.contiguous_format) for z in (g, s, x)]
+        return [*gradients, torch.empty_like(upstream)]
+
+
+if _C is not None:
+    register_fakes("tclr_kernels")
