@@ -1,17 +1,17 @@
 // Sizes, index predicates and the order of the work: plain arithmetic, shared by every kernel.
 //
 // A group has V sets of N rows. Each set is cut into row blocks; a block pair is one tile of the Gram matrix.
-//   self:  all blocks against all: the diagonal pairs first, then a round-robin tournament of the blocks
-//   cross: blocks of the first half of the sets against blocks of the second half
-// In every round each block meets at most one other, so the pairs of a round touch disjoint rows: they may run in any
-// order, or at once, and each row still receives its contributions in the order of the rounds.
+//   self:  each block against itself, then all against all in a round-robin tournament
+//   cross: blocks of the first half of the sets against blocks of the second half, no fewer than those
+// In every round each block meets one other or none, so the pairs of a round touch disjoint rows: they may run at once,
+// and each row still receives its contributions in the order of the rounds.
 #pragma once
 #include <cstdint>
 
 namespace tclr {
 
 struct Pair {
-  int64_t left, right;  // blocks; left < 0: no pair in this place
+  int64_t left, right;  // blocks; right < 0: the left one meets none in this round
 };
 
 struct Problem {
@@ -44,25 +44,17 @@ struct Problem {
   int64_t right_blocks() const { return (V - half()) * blocks; }
   int64_t players() const { return (V * blocks + 1) / 2 * 2; }  // of the tournament, one of them perhaps a bye
 
-  int64_t rounds() const {
-    if (!cross) return players();
-    return left_blocks() > right_blocks() ? left_blocks() : right_blocks();
-  }
-  int64_t places(int64_t round) const {
-    if (cross) return left_blocks();
-    return round == 0 ? V * blocks : players() / 2;
-  }
+  int64_t rounds() const { return cross ? left_blocks() : players() - 1; }
+  int64_t places() const { return cross ? left_blocks() : players() / 2; }
   Pair pair(int64_t round, int64_t place) const {
     if (cross) {
       int64_t right = (place + round) % rounds();
-      return right < right_blocks() ? Pair{place, left_blocks() + right} : Pair{-1, -1};
+      return {place, right < right_blocks() ? left_blocks() + right : -1};
     }
-    if (round == 0) return {place, place};
-    int64_t fixed = players() - 1, r = round - 1;
-    int64_t one = place == 0 ? fixed : (r + place) % fixed;
-    int64_t other = (r - place + fixed) % fixed;
+    int64_t one = place == 0 ? rounds() : (round + place) % rounds();
+    int64_t other = (round - place + rounds()) % rounds();
     int64_t low = one < other ? one : other, high = one < other ? other : one;
-    return high < V * blocks ? Pair{low, high} : Pair{-1, -1};
+    return {low, high < V * blocks ? high : -1};
   }
 };
 

@@ -47,19 +47,19 @@ def build(folder, flags=(), replace=()):
             path.write_text(path.read_text().replace(old, new))
     library = folder / "kernels.so"
     files = [Path(__file__).with_suffix(".cpp"), source / "cpu/portable.cpp"]
-    command = [compiler(), "-std=c++17", "-O1", "-shared", "-fPIC", f"-I{source}", *flags, *map(str, files)]
+    command = [compiler(), "-std=c++17", "-O1", "-shared", "-fPIC", "-pthread", f"-I{source}", *flags, *map(str, files)]
     subprocess.run([*command, "-o", str(library)], check=True, capture_output=True, text=True)
     return library
 
 
 class Kernels:
-    """A kernel backend made of one library. Tasks run forwards or backwards; memory is given filled with 0xA5."""
+    """A kernel backend made of one library, one of its threads slow. Memory is given filled with 0xA5."""
 
-    def __init__(self, library, threads=3, backwards=False):
+    def __init__(self, library, threads=2, slow=-1):
         self.library = ctypes.CDLL(str(library))
         self.gram = self.library.gram
         self.gram.restype = ctypes.c_int64
-        self.threads, self.backwards = threads, backwards
+        self.threads, self.slow = threads, slow
 
     def forward(self, sets, tau, normalize, cross):
         G, N, _ = sets[0].shape
@@ -87,7 +87,7 @@ class Kernels:
 
     def _call(self, sets, tau, normalize, cross, backward, blocks, dz, zdz):
         G, N, D = sets[0].shape
-        sizes = (ctypes.c_int64 * 6)(G, len(sets), N, D, self.threads, self.backwards)
+        sizes = (ctypes.c_int64 * 6)(G, len(sets), N, D, self.threads, self.slow)
         flags = (ctypes.c_int64 * 4)(DTYPES.index(sets[0].dtype), normalize, cross, backward)
         strides = (ctypes.c_int64 * (3 * len(sets)))(*(s for z in sets for s in z.stride()))
         arguments = (

@@ -35,8 +35,12 @@ BUGS = {
         "if (p.set(pair.left) == p.set(pair.right)) s[own] = -INFINITY;",
     ),
     "no projection": ("projected = along", "projected = 0"),
-    "a pair left out": ("if (round == 0) return {place, place};", "if (round < 2) return {place, place};"),
-    "a cross pair left out": ("right < right_blocks() ?", "right + 1 < right_blocks() ?"),
+    "a block not met by itself": ("if (!p.cross) run_pair", "if (!p.cross && task > 0) run_pair"),
+    "a pair left out": ("run_pair<T, backward>(w, pair,", "if (p.cross || round) run_pair<T, backward>(w, pair,"),
+    "a cross pair left out": (
+        "run_pair<T, backward>(w, pair,",
+        "if (!p.cross || round) run_pair<T, backward>(w, pair,",
+    ),
     "gradient unit forgotten": ("scale = unit / in.tau", "scale = 1 / in.tau"),
     "features beyond the first panel forgotten": ("+ d * NR<T>", "+ 0 * NR<T>"),
     "the first chunk of columns twice": ("+ columns.first * w.ldz", "+ 0 * w.ldz"),
@@ -66,37 +70,60 @@ def test_large_blocks_agree_with_the_reference(tmp_path):
     assert not list(kernels.deviations(kernels.Kernels(kernels.build(tmp_path, replace=[LARGE])), kernels.DTYPES))
 
 
-def test_the_order_of_tasks_and_the_number_of_threads_change_no_bit(library):
-    sets = [torch.randn(3, 401, 20) for _ in range(2)]
-    results = []
-    for threads, backwards in (1, False), (2, True), (5, False):  # up to 1 thread group by group, then many at once
-        run = kernels.Kernels(library, threads, backwards)
-        term, neg, pos = run.forward(sets, 0.1, True, False)
-        dz, zdz = run.backward(sets, 0.1, True, False, neg, pos, torch.ones_like(term), None, None)
-        results.append([term, neg, pos, *dz, zdz])
-    for other in results[1:]:
-        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+def results(library, threads, slow):
+    generator = torch.Generator().manual_seed(0)
+    sets = [torch.randn(3, 401, 20, generator=generator) for _ in range(2)]
+    run = kernels.Kernels(library, threads, slow)
+    term, neg, pos = run.forward(sets, 0.1, True, False)
+    dz, zdz = run.backward(sets, 0.1, True, False, neg, pos, torch.ones_like(term), None, None)
+    return [term, neg, pos, *dz, zdz]
+
+
+def same_for_all_threads(library):
+    alone = results(library, 1, -1)
+    others = (results(library, threads, slow) for threads, slow in ((2, -1), (2, 0), (3, 1), (5, 2)))
+    return all(torch.equal(x, y) for other in others for x, y in zip(alone, other, strict=True))
+
+
+def test_neither_the_number_of_threads_nor_a_slow_one_changes_a_bit(library):
+    assert same_for_all_threads(library)
+
+
+def test_threads_that_do_not_wait_for_each_other_are_found(tmp_path):
+    assert not same_for_all_threads(
+        kernels.build(tmp_path, replace=[("while (__atomic_load_n", "if (__atomic_load_n")])
+    )
+
+
+def sanitized(name, flags, arguments, folder, replace=()):
+    """Runs Python with `arguments` and the kernels, built with a sanitizer, after them."""
+    library = f"lib{name}.so"
+    runtime = subprocess.run([kernels.compiler(), f"-print-file-name={library}"], capture_output=True, text=True).stdout
+    if "/" not in runtime:
+        pytest.skip(f"the compiler has no {library}")
+    built = kernels.build(folder, ["-g", *flags], replace)
+    environment = {
+        "LD_PRELOAD": runtime.strip(),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "OMP_NUM_THREADS": "1",  # torch's threads are not instrumented
+        "PYTHONPATH": ".",
+        "PATH": "/usr/bin:/bin",
+    }
+    command = [sys.executable, *arguments, str(built)]
+    return subprocess.run(command, env=environment, cwd=kernels.CSRC.parent, capture_output=True, text=True)
 
 
 def test_address_and_undefined_behaviour_sanitizers_find_nothing(tmp_path):
-    runtime = subprocess.run([kernels.compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True).stdout
-    if "/" not in runtime:
-        pytest.skip("the compiler has no libasan.so")
-    flags = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    library = kernels.build(tmp_path, flags)
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.kernels", str(library)],
-        env={
-            "LD_PRELOAD": runtime.strip(),
-            "ASAN_OPTIONS": "detect_leaks=0",
-            "PYTHONPATH": ".",
-            "PATH": "/usr/bin:/bin",
-        },
-        cwd=kernels.CSRC.parent,
-        capture_output=True,
-        text=True,
-    )
+    flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    run = sanitized("asan", flags, ["-m", "tests.kernels"], tmp_path)
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("replace", [[], [("__ATOMIC_ACQUIRE", "__ATOMIC_RELAXED")]], ids=["", "planted"])
+def test_thread_sanitizer_finds_only_a_planted_race(replace, tmp_path):
+    code = "import sys; from tests.test_kernels import same_for_all_threads as same; assert same(sys.argv[1])"
+    run = sanitized("tsan", ["-fsanitize=thread"], ["-c", code], tmp_path, replace)
+    assert ("data race" in run.stderr) == (run.returncode != 0) == bool(replace), run.stdout + run.stderr
 
 
 @pytest.mark.parametrize("bug", BUGS)

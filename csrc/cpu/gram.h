@@ -4,7 +4,8 @@
 
 namespace tclr {
 
-// Runs task(argument, i, thread) for i in [0, n); calls with the same thread never overlap.
+// Runs task(argument, i, thread) for i in [0, n), begun in this order; a task may wait for one begun before it. Calls
+// with the same thread never overlap.
 using Task = void (*)(void* argument, int64_t i, int64_t thread);
 struct Executor {
   void (*run)(int64_t n, Task task, void* argument);

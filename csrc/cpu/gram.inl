@@ -9,6 +9,8 @@
 //
 // Each tile of S is computed once: its exponentials serve its rows and its columns, forward and backward. The order of
 // the tiles is `Problem`'s tournament, so the result does not depend on the number of threads.
+#include <sched.h>
+
 #include "../problem.h"
 #include "gram.h"
 #include "product.inl"
@@ -39,11 +41,12 @@ struct Group {
   double* sum;            // [V, V, N] of exp(S - largest), forward
   T* largest;             // [V, V, N] 0 where the sum needs no offset
   double *g_neg, *g_pos;  // [V, V, N] backward; in `unit`s, and where S is bounded g_neg times exp(-neg)
+  int64_t* stage;         // [V, blocks] how much of its work each row block has behind it
 
   // Rows first: their vectors stay within cache lines.
   static int64_t size(const GramInput& in, int64_t ldz, bool backward) {
     int64_t rows = in.V * in.N, blocks = in.V * rows, doubles = sizeof(double) / sizeof(T);
-    int64_t n = rows * ldz * (backward ? 2 : 1) + 2 * doubles * rows + (backward ? 2 * doubles : doubles + 1) * blocks;
+    int64_t n = rows * ldz * (backward ? 2 : 1) + 2 * doubles * blocks + 3 * doubles * rows;
     return whole_lines<T>(n);
   }
   Group(const GramInput& in, int64_t ldz, bool backward, T* memory) {
@@ -51,7 +54,8 @@ struct Group {
     z = memory;
     dz = z + rows * ldz;
     norms = (Norm*)(backward ? dz + rows * ldz : dz);
-    sum = g_neg = (double*)(norms + rows);
+    stage = (int64_t*)(norms + rows);
+    sum = g_neg = (double*)(stage + rows);
     g_pos = g_neg + blocks;
     largest = (T*)(sum + blocks);
   }
@@ -413,10 +417,13 @@ void read(const Work<T>& w, int64_t b) {
   read_block(w.in, w.p, w.g, b, w.ldz, w.block(w.group.z, b), w.group.norms + w.row(b));
 }
 
+template <typename T>
+void clear(T* p, int64_t n, T value) {
+  for (int64_t i = 0; i < n; ++i) p[i] = value;
+}
+
 template <typename T, bool backward>
-void run_tile(const Work<T>& w, int64_t round, int64_t place, int64_t thread) {
-  Pair pair = w.p.pair(round, place);
-  if (pair.left < 0) return;
+void run_pair(const Work<T>& w, Pair pair, int64_t thread) {
   Tile<T> tile(w.p, w.in.D, w.tiles + thread * w.tile_size);
   for (int64_t j = 0; j < w.p.rows(pair.right); j += chunk) {
     Columns columns{j, smaller(chunk, w.p.rows(pair.right) - j)};
@@ -427,64 +434,84 @@ void run_tile(const Work<T>& w, int64_t round, int64_t place, int64_t thread) {
   }
 }
 
+// What a block does before it meets the others, and after it.
 template <typename T, bool backward>
-struct Round {
-  const Work<T>& w;
-  int64_t round;
-};
-
-template <typename T, bool backward>
-void run_rounds(const Work<T>& w, const Executor& executor) {
-  for (int64_t round = 0; round < w.p.rounds(); ++round) {
-    Round<T, backward> work{w, round};
-    executor.run(
-        w.p.places(round),
-        [](void* argument, int64_t place, int64_t thread) {
-          auto& r = *(Round<T, backward>*)argument;
-          run_tile<T, backward>(r.w, r.round, place, thread);
-        },
-        &work);
+void open(const Work<T>& w, int64_t b) {
+  if (backward) {
+    absorb(w, b);
+    return clear(w.block(w.group.dz, b), w.p.rows(b) * w.ldz, T(0));
+  }
+  read(w, b);
+  for (int64_t c = 0; c < w.p.V; ++c) {
+    int64_t at = w.p.at(w.p.set(b), c, w.p.begin(b));
+    clear(w.group.sum + at, w.p.rows(b), 0.0);
+    clear(w.group.largest + at, w.p.rows(b), w.bounded ? T(0) : T(-INFINITY));
   }
 }
 
-template <typename T>
-void clear(T* p, int64_t n, T value) {
-  for (int64_t i = 0; i < n; ++i) p[i] = value;
+template <typename T, bool backward>
+void close(const Work<T>& w, int64_t b) {
+  if (backward)
+    write_block(w.in, *w.gradient, w.p, w.g, b, w.ldz, w.unit, w.block(w.group.z, b), w.block(w.group.dz, b),
+                w.group.norms + w.row(b));
+  else
+    finish(w, b);
 }
 
 template <typename T>
-void run_forward(Work<T>& w, const Executor& executor) {
-  int64_t blocks = w.p.V * w.p.blocks, sums = w.p.V * w.p.V * w.p.N;
-  clear(w.group.sum, sums, 0.0);
-  clear(w.group.largest, sums, w.bounded ? T(0) : T(-INFINITY));
-  executor.run(blocks, [](void* work, int64_t b, int64_t) { read(*(Work<T>*)work, b); }, &w);
-  run_rounds<T, false>(w, executor);
-  executor.run(blocks, [](void* work, int64_t b, int64_t) { finish(*(Work<T>*)work, b); }, &w);
+void wait_for(const Work<T>& w, int64_t b, int64_t stage) {
+  while (__atomic_load_n(w.group.stage + b, __ATOMIC_ACQUIRE) != stage) sched_yield();
+}
+
+template <typename T>
+void reach(const Work<T>& w, int64_t b, int64_t stage) {
+  __atomic_store_n(w.group.stage + b, stage, __ATOMIC_RELEASE);
+}
+
+// Every block opens, the blocks meet round by round, every block closes. A task waits until its blocks have done all
+// that is theirs before it, not for the whole round: a thread that was held up holds up few.
+template <typename T, bool backward>
+void run_task(void* work, int64_t task, int64_t thread) {
+  const Work<T>& w = *(const Work<T>*)work;
+  const Problem& p = w.p;
+  int64_t blocks = p.V * p.blocks, met = task - blocks, closing = met - p.rounds() * p.places();
+  if (met < 0) {
+    open<T, backward>(w, task);
+    if (!p.cross) run_pair<T, backward>(w, {task, task}, thread);
+    return reach(w, task, 0);
+  }
+  if (closing >= 0) {
+    wait_for(w, closing, p.rounds());
+    return close<T, backward>(w, closing);
+  }
+  int64_t round = met / p.places();
+  Pair pair = p.pair(round, met % p.places());
+  wait_for(w, pair.left, round);
+  if (pair.right >= 0) {
+    wait_for(w, pair.right, round);
+    run_pair<T, backward>(w, pair, thread);
+    reach(w, pair.right, round + 1);
+  }
+  reach(w, pair.left, round + 1);
+}
+
+template <typename T, bool backward>
+void run_tasks(Work<T>& w, const Executor& executor) {
+  int64_t blocks = w.p.V * w.p.blocks;
+  clear(w.group.stage, blocks, int64_t(-1));
+  executor.run(2 * blocks + w.p.rounds() * w.p.places(), run_task<T, backward>, &w);
 }
 
 template <typename T>
 void run_backward(Work<T>& w, const Executor& executor) {
-  int64_t blocks = w.p.V * w.p.blocks;
   auto before = [](void* argument, int64_t b, int64_t) {
     auto& w = *(Work<T>*)argument;
     read(w, b);
     prepare(w, b);
   };
-  auto between = [](void* argument, int64_t b, int64_t) {
-    auto& w = *(Work<T>*)argument;
-    absorb(w, b);
-    clear(w.block(w.group.dz, b), w.p.rows(b) * w.ldz, T(0));
-  };
-  auto after = [](void* argument, int64_t b, int64_t) {
-    auto& w = *(Work<T>*)argument;
-    write_block(w.in, *w.gradient, w.p, w.g, b, w.ldz, w.unit, w.block(w.group.z, b), w.block(w.group.dz, b),
-                w.group.norms + w.row(b));
-  };
-  executor.run(blocks, before, &w);
+  executor.run(w.p.V * w.p.blocks, before, &w);
   w.unit = unit(w);
-  executor.run(blocks, between, &w);
-  run_rounds<T, true>(w, executor);
-  executor.run(blocks, after, &w);
+  run_tasks<T, true>(w, executor);
 }
 
 INLINE double group_work(const GramInput& in) {
@@ -534,7 +561,7 @@ void run_group(const Call<T>& call, int64_t g, int64_t slot, const Executor& exe
   if (backward)
     run_backward(w, executor);
   else
-    run_forward(w, executor);
+    run_tasks<T, false>(w, executor);
 }
 
 template <typename T>
