@@ -173,4 +173,13 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> objective(const Tensor& g, 
   return run(inputs, tau_of(tau, tau_value), normalize, scales, weights, gradient);
 }
 
+std::vector<Tensor> objective_backward(const Tensor& g, const Tensor&, const Tensor&, const std::optional<Tensor>&,
+                                       double, bool, at::ArrayRef<double>, at::ArrayRef<double>, at::TensorList kept,
+                                       const Tensor& upstream) {
+  std::vector<Tensor> gradients;
+  for (const Tensor& d : kept) gradients.push_back(d.mul(upstream));
+  for (size_t k = 0; k < 3; ++k) gradients.at(k) = gradients[k].to(g.scalar_type());
+  return gradients;
+}
+
 }  // namespace tclr

@@ -12,4 +12,10 @@ std::tuple<std::vector<at::Tensor>, std::vector<at::Tensor>> objective(
     const at::Tensor& g, const at::Tensor& s, const at::Tensor& x, const std::optional<at::Tensor>& tau,
     double tau_value, bool normalize, at::ArrayRef<double> scales, at::ArrayRef<double> weights, bool gradient);
 
+// That gradient times upstream, in the inputs' dtype.
+std::vector<at::Tensor> objective_backward(const at::Tensor& g, const at::Tensor& s, const at::Tensor& x,
+                                           const std::optional<at::Tensor>& tau, double tau_value, bool normalize,
+                                           at::ArrayRef<double> scales, at::ArrayRef<double> weights,
+                                           at::TensorList kept, const at::Tensor& upstream);
+
 }  // namespace tclr

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "objective.h"
+#include "schemas.h"
 #include "tensors.h"
 
 namespace tclr {
@@ -95,19 +96,12 @@ std::tuple<std::vector<Tensor>, Tensor> gram_backward(at::TensorList sets, const
 }  // namespace tclr
 
 TORCH_LIBRARY(tclr_kernels, m) {
-  m.def(
-      "gram_forward(Tensor[] sets, Tensor? tau, float tau_value, bool normalize, bool cross) -> "
-      "(Tensor term, Tensor neg, Tensor pos)");
-  m.def(
-      "gram_backward(Tensor[] sets, Tensor? tau, float tau_value, bool normalize, bool cross, Tensor neg, Tensor pos, "
-      "Tensor? g_term, Tensor? g_neg, Tensor? g_pos) -> (Tensor[] dz, Tensor zdz)");
-  m.def(
-      "objective(Tensor g, Tensor s, Tensor x, Tensor? tau, float tau_value, bool normalize, float[] scales, "
-      "float[] weights, bool gradient) -> (Tensor[] terms, Tensor[] gradients)");
+  for (const char* schema : tclr::schemas) m.def(schema);
 }
 
 TORCH_LIBRARY_IMPL(tclr_kernels, CPU, m) {
   m.impl("gram_forward", tclr::gram_forward);
   m.impl("gram_backward", tclr::gram_backward);
   m.impl("objective", tclr::objective);
+  m.impl("objective_backward", tclr::objective_backward);
 }

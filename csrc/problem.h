@@ -20,20 +20,22 @@ struct Problem {
   int64_t block;   // rows of a block, but for the last of a set
   int64_t blocks;  // blocks of a set
 
-  Problem(int64_t V, int64_t N, bool cross, int64_t largest, int64_t multiple) : V(V), N(N), cross(cross) {
-    int64_t count = (N + largest - 1) / largest;
-    int64_t even = (N + count - 1) / count;  // equal shares rather than one small rest
-    block = (even + multiple - 1) / multiple * multiple;
-    blocks = (N + block - 1) / block;
+  constexpr Problem(int64_t V, int64_t N, bool cross, int64_t largest, int64_t multiple)
+      : V(V), N(N), cross(cross), block(shares(N, largest, multiple)), blocks((N + block - 1) / block) {}
+
+  // Equal ones rather than a small rest.
+  static constexpr int64_t shares(int64_t N, int64_t largest, int64_t multiple) {
+    int64_t count = (N + largest - 1) / largest, even = (N + count - 1) / count;
+    return (even + multiple - 1) / multiple * multiple;
   }
 
-  int64_t half() const { return (V + 1) / 2; }
-  bool exists(int64_t a, int64_t c) const { return !cross || (a < half()) != (c < half()); }
+  constexpr int64_t half() const { return (V + 1) / 2; }
+  constexpr bool exists(int64_t a, int64_t c) const { return !cross || (a < half()) != (c < half()); }
   int64_t at(int64_t a, int64_t c, int64_t i) const { return (a * V + c) * N + i; }  // into [V, V, N]
 
   int64_t set(int64_t b) const { return b / blocks; }
-  int64_t begin(int64_t b) const { return b % blocks * block; }  // first row within its set
-  int64_t rows(int64_t b) const {
+  constexpr int64_t begin(int64_t b) const { return b % blocks * block; }  // first row within its set
+  constexpr int64_t rows(int64_t b) const {
     int64_t rest = N - begin(b);
     return rest < block ? rest : block;
   }

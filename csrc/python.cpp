@@ -25,7 +25,6 @@ pybind11::dict build_facts() {
   facts["compiler"] = compiler();
   facts["isa_levels"] = levels;
   facts["isa"] = tclr::level_in_use().name;
-  facts["cuda_archs"] = std::vector<std::string>();
   facts["torch"] = TORCH_VERSION;
   return facts;
 }

@@ -31,8 +31,8 @@ def gram(sets, tau, *, normalize=True, cross=False, backend=None):
     the plain dot product; cross: only the blocks between the first and the second half of the sets.
     Returns term, neg, pos: [G, V, V, N], float32 (float64 for float64 sets).
     """
-    device = sets[0].device
-    name = backends.choose(backend, device)
+    device, (G, N, D) = sets[0].device, sets[0].shape
+    name = backends.choose(backend, device, G * len(sets) * N, D)
     if name != "reference":
         if not torch.compiler.is_compiling():
             return EagerGram.apply(name, tau, normalize, cross, *sets)

@@ -145,7 +145,7 @@ def tclr(g, s, x, *, temperature=0.1, form="paper", weights=None, normalize=True
         raise ValueError(f"g is on {g.device} and x on {x.device}: wanted one device")
     g, s, x = checks.same_dtype(g=g, s=s, x=x)
     tau = checks.temperature(temperature, x.device)
-    name = backends.choose(backend, x.device)
+    name = backends.choose(backend, x.device, V * B * T, D)
 
     release = form == "release"
     scales = {  # of each term, times the sum over its anchors
@@ -155,8 +155,9 @@ def tclr(g, s, x, *, temperature=0.1, form="paper", weights=None, normalize=True
         "gl": 1 / (V * B if release else V * V * B),
     }
     scales, weights = ([float(values[k]) for k in scales] for values in (scales, weights))
-    compose = functools.partial(_compose, name, normalize, scales, weights)
-    if torch.compiler.is_compiling() or not hasattr(backends.BACKENDS[name], "objective"):
+    compose = functools.partial(_compose, backend, normalize, scales, weights)
+    offered = any(weights) and hasattr(backends.BACKENDS[name], "objective")
+    if torch.compiler.is_compiling() or not offered:
         return TCLRTerms(*compose(tau, g, s, x))
     return TCLRTerms(*objective(name, compose, normalize, scales, weights, tau, g, s, x))
 

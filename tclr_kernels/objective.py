@@ -1,8 +1,13 @@
 """The whole TCLR objective by one call of a backend that offers it, its gradient made along with its values.
 
-Such a backend has a third function, `objective(g, s, x, tau, normalize, scales, weights, gradient) -> (terms,
-gradients)`: the total and its four terms, 0-d; and, if asked for, the gradient of the total for g, s, x (in float32, or
-float64 for float64 inputs) and tau, or nothing where it is not finite: what it is multiplied by may be small.
+Such a backend has two more functions:
+
+    objective(g, s, x, tau, normalize, scales, weights, gradient) -> (terms, kept)
+    objective_backward(g, s, x, tau, normalize, scales, weights, kept, upstream) -> gradients
+
+terms: the total and its four terms, 0-d; kept: if a gradient is asked for, the tensors from which the second makes that
+of upstream times the total, for g, s, x (in their dtype) and tau (in the total's), or none where it is not finite: what
+it is multiplied by may be small.
 scales, weights: term_k = scale_k times the sum over its anchors, total = sum_k weight_k term_k.
 """
 
@@ -24,40 +29,41 @@ def objective(name, compose, normalize, scales, weights, tau, g, s, x):
 class Objective(Eager, torch.autograd.Function):
     @staticmethod
     def forward(name, compose, normalize, scales, weights, gradient, tau, g, s, x):
-        terms, gradients = backends.BACKENDS[name].objective(g, s, x, tau, normalize, scales, weights, gradient)
-        return *terms, *gradients
+        terms, kept = backends.BACKENDS[name].objective(g, s, x, tau, normalize, scales, weights, gradient)
+        return *terms, *kept
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.name, ctx.compose, *_, tau, g, s, x = inputs
-        gradients = output[5:]  # of total for g, s, x, tau
-        ctx.mark_non_differentiable(*gradients)
+        ctx.name, ctx.compose, *ctx.settings, _, tau, g, s, x = inputs
+        kept = output[5:]
+        ctx.mark_non_differentiable(*kept)
         ctx.set_materialize_grads(False)
         ctx.tau = None if isinstance(tau, torch.Tensor) else tau
-        ctx.save_for_backward(tau if ctx.tau is None else None, g, s, x, *gradients)
+        ctx.save_for_backward(tau if ctx.tau is None else None, g, s, x, *kept)
 
     @staticmethod
     def backward(ctx, g_total, *others):
-        tau, g, s, x, *gradients = ctx.saved_tensors
+        tau, g, s, x, *kept = ctx.saved_tensors
         tau = tau if ctx.tau is None else ctx.tau
         call = ObjectiveBackward.apply if torch.is_grad_enabled() else ObjectiveBackward.forward
-        results = call(ctx.name, ctx.compose, tau, g, s, x, g_total, *others[:4], *gradients)
+        results = call(ctx.name, ctx.compose, ctx.settings, tau, g, s, x, g_total, *others[:4], *kept)
         results = [d if needed else None for d, needed in zip(results, ctx.needs_input_grad[6:], strict=True)]
         return *[None] * 6, *results
 
 
 class ObjectiveBackward(Once, torch.autograd.Function):
     @staticmethod
-    def forward(name, compose, tau, g, s, x, *others):
-        upstream, gradients = others[:5], others[5:]
+    def forward(name, compose, settings, tau, g, s, x, *others):
+        upstream, kept = others[:5], others[5:]
         variables = [z for z in (tau, g, s, x) if isinstance(z, torch.Tensor)]  # a float tau is none
         reached = [k for k, u in enumerate(upstream) if u is not None]
         if not reached:
             results = []
-        elif gradients and reached == [0]:
-            *d_inputs, d_tau = gradients
-            scaled = [d * upstream[0] for d in (d_tau, *d_inputs)[-len(variables) :]]
-            results = [d.to(z) for d, z in zip(scaled, variables, strict=True)]
+        elif kept and reached == [0]:
+            backward = backends.BACKENDS[name].objective_backward
+            *results, d_tau = backward(g, s, x, tau, *settings, kept, upstream[0])
+            if isinstance(tau, torch.Tensor):
+                results = [d_tau.to(tau), *results]
         else:
             with torch.enable_grad():
                 variables = [z.detach().requires_grad_() for z in variables]

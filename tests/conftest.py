@@ -1,17 +1,27 @@
 """Every test that takes `backend` runs for each that serves the CPU; `kernels`: for each but the reference.
 
 With TRITON_INTERPRET=1 only what concerns the Triton backend runs, at sizes fit for an interpreter.
+TCLR_KERNELS_TEST_CUDA=1: the CUDA kernels' source, run on the host, is one of them, and the default.
 """
 
 import collections
 import os
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 
 import tclr_kernels as tk
+from tclr_kernels import backends
 
 torch.set_num_threads(1)  # most sizes here are small; more threads have tests of their own
+if os.environ.get("TCLR_KERNELS_TEST_CUDA") == "1":
+    from . import cuda
+
+    with tempfile.TemporaryDirectory() as folder:
+        host = cuda.Host(cuda.build(Path(folder)))
+    backends.BACKENDS = {"cuda-on-host": host, **backends.BACKENDS}
 BACKENDS = tk.available_backends("cpu")
 USABLE = [name for name, reason in BACKENDS.items() if reason is None]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -72,3 +72,17 @@ def test_available_backends_says_why_not(ran):
 def test_the_reference_serves_every_device_and_is_last():
     names = list(backends.BACKENDS)
     assert names[-1] == "reference" and tk.available_backends("meta")["reference"] is None
+
+
+def test_on_a_gpu_few_rows_go_to_native_and_many_to_triton(monkeypatch):
+    def usable(*names):
+        reasons = {name: None if name in names else "not here" for name in ("native", "triton", "reference")}
+        known = {name: types.SimpleNamespace(why_not=lambda device, r=r: r) for name, r in reasons.items()}
+        monkeypatch.setattr(backends, "BACKENDS", known)
+        return [backends.choose(None, torch.device("cuda"), *size) for size in ((320, 128), (10**6, 128), (8, 4096))]
+
+    monkeypatch.delenv("TCLR_KERNELS_BACKEND", raising=False)
+    assert usable("native", "triton", "reference") == ["native", "triton", "triton"]
+    assert usable("native", "reference") == ["native"] * 3
+    assert usable("triton", "reference") == ["triton"] * 3
+    assert usable("reference") == ["reference"] * 3

@@ -1,15 +1,8 @@
 // The CPU kernels' interface: pointers and sizes, no tensors.
 #pragma once
-#include <cstdint>
+#include "../rows.h"
 
 namespace tclr {
-
-enum class Dtype { f64, f32, bf16, f16 };
-
-struct Rows {  // one set: [G, N, D]
-  const void* data;
-  int64_t stride_g, stride_n, stride_d;  // in elements
-};
 
 // Runs task(argument, i, thread) for i in [0, n), begun in this order; a task may wait for one begun before it. Calls
 // with the same thread never overlap.

@@ -7,22 +7,6 @@
 namespace tclr {
 namespace {
 
-INLINE float from_bf16(uint16_t h) {
-  uint32_t bits = uint32_t(h) << 16;
-  float x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
-INLINE float from_f16(uint16_t h) {
-  uint32_t exponent = h >> 10 & 31, mantissa = h & 1023, sign = uint32_t(h & 0x8000) << 16;
-  uint32_t bits = exponent == 31 ? 0x7f800000 | mantissa << 13 : (exponent + 112) << 23 | mantissa << 13;
-  float x;
-  memcpy(&x, &bits, sizeof x);
-  if (exponent == 0) x = mantissa * 0x1p-24f;
-  return sign ? -x : x;
-}
-
 // Row i of a set, converted to T. A NaN becomes the canonical one: exp2 passes no other.
 template <typename T>
 void read_row(const Rows& rows, Dtype dtype, int64_t g, int64_t i, int64_t D, T* out) {

@@ -1,12 +1,31 @@
 """THE dispatch: `backend=` argument, then TCLR_KERNELS_BACKEND, then the first backend that serves the device."""
 
+import math
 import os
+from typing import NamedTuple
 
 import torch
 
 from . import native, reference, triton
 
 BACKENDS = {"native": native, "triton": triton, "reference": reference}  # in the order of preference
+
+
+class Regime(NamedTuple):
+    """Problems on a kind of device, up to so many rows V N of all groups together and so many features D."""
+
+    device: str
+    rows: float
+    features: float
+    order: tuple
+
+
+# By default the first regime that holds the problem decides, and elsewhere the order of BACKENDS, for every dtype. On a
+# GPU both orders are predictions, not measured: few rows are a matter of launches, many of tensor cores.
+REGIMES = (
+    Regime("cuda", 2048, 1024, ("native", "triton", "reference")),
+    Regime("cuda", math.inf, math.inf, ("triton", "native", "reference")),
+)
 
 
 def available_backends(device=None):
@@ -19,14 +38,22 @@ def available_backends(device=None):
     return {name: backend.why_not(device) for name, backend in BACKENDS.items()}
 
 
-def choose(backend, device):
+def choose(backend, device, rows=0, features=0):
     """The backend's name. One named by argument or environment must serve the device; only the default falls back."""
     source = "backend" if backend is not None else "TCLR_KERNELS_BACKEND"
     backend = backend if backend is not None else os.environ.get("TCLR_KERNELS_BACKEND") or None
     if backend is None:
-        return next(name for name, module in BACKENDS.items() if module.why_not(device) is None)
+        names = [name for name in _order(device, rows, features) if name in BACKENDS]
+        return next(name for name in names if BACKENDS[name].why_not(device) is None)
     if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"{source}: found {backend!r}, wanted one of {', '.join(map(repr, BACKENDS))}")
     if (reason := BACKENDS[backend].why_not(device)) is not None:
         raise RuntimeError(f"{source}={backend!r} cannot serve tensors on {device}: {reason}")
     return backend
+
+
+def _order(device, rows, features):
+    for regime in REGIMES:
+        if regime.device == device.type and rows <= regime.rows and features <= regime.features:
+            return regime.order
+    return BACKENDS

@@ -1,0 +1,127 @@
+// The host's executor: see executor.h. Between two barriers the threads of a block run one after the other, upwards or
+// downwards: results that depend on which are a race. Shared memory is given filled with 0xA5.
+#pragma once
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#define TCLR_KERNEL static void
+#define TCLR_ARGUMENT const
+#define TCLR_DEVICE static inline
+#define TCLR_METHOD
+
+namespace tclr {
+
+using Stream = void*;
+
+namespace host {
+
+struct Index {
+  unsigned x;
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[stack_size]};
+  bool done;
+  static constexpr size_t stack_size = 64 << 10;
+};
+
+inline ucontext_t scheduler;
+inline std::vector<Fiber> fibers(threads);
+inline int current;
+inline unsigned char* shared;
+inline void (*body)();
+inline bool downwards;
+inline int launches;
+
+inline void enter() {
+  body();
+  fibers[current].done = true;
+  swapcontext(&fibers[current].context, &scheduler);
+}
+
+inline void start(Fiber& fiber) {
+  fiber.done = false;
+  getcontext(&fiber.context);
+  fiber.context.uc_stack = {fiber.stack.get(), 0, Fiber::stack_size};
+  fiber.context.uc_link = nullptr;
+  makecontext(&fiber.context, enter, 0);
+}
+
+}  // namespace host
+}  // namespace tclr
+
+inline tclr::host::Index threadIdx, blockIdx, gridDim;
+
+inline void __syncthreads() {
+  tclr::host::Fiber& fiber = tclr::host::fibers[tclr::host::current];
+  swapcontext(&fiber.context, &tclr::host::scheduler);
+}
+
+inline void __threadfence() {}
+
+template <typename T>
+T atomicAdd(T* x, T y) {
+  T before = *x;
+  *x += y;
+  return before;
+}
+
+template <typename T>
+T atomicMax(T* x, T y) {
+  T before = *x;
+  *x = before < y ? y : before;
+  return before;
+}
+
+namespace tclr {
+
+template <typename T>
+T* shared_memory() {
+  return reinterpret_cast<T*>(host::shared);
+}
+
+// Every thread up to its next barrier, or to its end; all of them must come to the same.
+inline bool run_to_barrier() {
+  int done = 0;
+  for (int k = 0; k < threads; ++k) {
+    threadIdx.x = host::current = host::downwards ? threads - 1 - k : k;
+    swapcontext(&host::scheduler, &host::fibers[threadIdx.x].context);
+    done += host::fibers[threadIdx.x].done;
+  }
+  if (done != 0 && done != threads) {
+    std::fprintf(stderr, "block %u: %d of %d threads ended before a barrier of the others\n", blockIdx.x, done,
+                 threads);
+    std::abort();
+  }
+  return done == 0;
+}
+
+template <typename A>
+const char* launch(void (*kernel)(A), int64_t blocks, size_t shared, Stream, const A& argument) {
+  static thread_local void (*called)(A);
+  static thread_local const A* with;
+  if (blocks == 0) return nullptr;
+  called = kernel, with = &argument;
+  host::body = [] { called(*with); };
+  ++host::launches;
+  gridDim.x = unsigned(blocks);
+  for (int64_t k = 0; k < blocks; ++k) {
+    blockIdx.x = unsigned(host::downwards ? blocks - 1 - k : k);
+    std::unique_ptr<unsigned char[]> memory(new unsigned char[shared]);
+    std::memset(memory.get(), 0xA5, shared);
+    host::shared = memory.get();
+    for (host::Fiber& fiber : host::fibers) host::start(fiber);
+    while (run_to_barrier()) {
+    }
+  }
+  return nullptr;
+}
+
+}  // namespace tclr

@@ -1,0 +1,120 @@
+// Rows in, converted and normalised; gradients of rows out. Some lanes of a block share a row.
+//
+//   z  = x / |x|                                     |x| = scale * rest, scale a power of two: |x| itself may overflow
+//   dx = (dz - z <z, dz>) / |x|
+#pragma once
+#include "../rows.h"
+#include "executor.h"
+#include "gram.h"
+
+namespace tclr {
+namespace {
+
+// The values of a row's lanes joined in one order, so that all of them have the same bits. lanes divides `threads`.
+template <typename T, typename Join>
+TCLR_DEVICE T over_row(T value, int lanes, T* shared, Join join) {
+  shared[threadIdx.x] = value;
+  __syncthreads();
+  const T* row = shared + threadIdx.x / lanes * lanes;
+  T all = row[0];
+  for (int k = 1; k < lanes; ++k) all = join(all, row[k]);
+  __syncthreads();
+  return all;
+}
+
+TCLR_DEVICE double sum_over_row(double value, int lanes, double* shared) {
+  return over_row(value, lanes, shared, [](double x, double y) { return x + y; });
+}
+
+template <typename T>
+TCLR_DEVICE T largest_over_row(T value, int lanes, T* shared) {
+  return over_row(value, lanes, shared, [](T x, T y) { return y > x || y != y ? y : x; });
+}
+
+TCLR_DEVICE double sum_over_block(double value, double* shared) {
+  constexpr int lanes = 32;
+  shared[threadIdx.x] = sum_over_row(value, lanes, shared);
+  __syncthreads();
+  double all = 0;
+  for (int k = 0; k < threads; k += lanes) all += shared[k];
+  __syncthreads();
+  return all;
+}
+
+template <typename T>
+TCLR_DEVICE T value_at(const void* data, Dtype dtype, int64_t at) {
+  switch (dtype) {
+    case Dtype::f64:
+      return T(static_cast<const double*>(data)[at]);
+    case Dtype::f32:
+      return T(static_cast<const float*>(data)[at]);
+    case Dtype::bf16:
+      return T(from_bf16(static_cast<const uint16_t*>(data)[at]));
+    default:
+      return T(from_f16(static_cast<const uint16_t*>(data)[at]));
+  }
+}
+
+TCLR_DEVICE void put_value(void* data, Dtype dtype, int64_t at, double value) {
+  switch (dtype) {
+    case Dtype::f64:
+      static_cast<double*>(data)[at] = value;
+      break;
+    case Dtype::f32:
+      static_cast<float*>(data)[at] = float(value);
+      break;
+    case Dtype::bf16:
+      static_cast<uint16_t*>(data)[at] = to_bf16(float(value));
+      break;
+    default:
+      static_cast<uint16_t*>(data)[at] = to_f16(float(value));
+  }
+}
+
+using cuda::Scalar;
+
+TCLR_DEVICE double value_of(const Scalar& x) { return x.data ? value_at<double>(x.data, x.dtype, 0) : x.value; }
+
+// A row in memory. rest is 0 for one that is exactly zero.
+struct Source {
+  const void* data;
+  Dtype dtype;
+  int64_t first, step;
+};
+
+template <typename T>
+struct Norm {
+  T scale, rest;
+};
+
+template <typename T>
+TCLR_DEVICE T value_at(const Source& x, int64_t d) {
+  return value_at<T>(x.data, x.dtype, x.first + d * x.step);
+}
+
+// Of a row that is not finite it is NaN, and so are its unit row and its gradient. Zero lanes: `D` 0 for those without
+// a row.
+template <typename T>
+TCLR_DEVICE Norm<T> norm_of(const Source& x, int64_t D, int lanes, T* shared) {
+  T largest = 0, scale = 1, squares = 0;
+  for (int64_t d = threadIdx.x % lanes; d < D; d += lanes) {
+    T size = fabs(value_at<T>(x, d));
+    largest = size > largest || size != size ? size : largest;
+  }
+  largest = largest_over_row(largest, lanes, shared);
+  if (largest > 0 && largest * 0 == 0) scale = ldexp(T(1), ilogb(largest));
+  for (int64_t d = threadIdx.x % lanes; d < D; d += lanes) {
+    T value = value_at<T>(x, d) / scale;
+    squares += value * value;
+  }
+  squares = over_row(squares, lanes, shared, [](T a, T b) { return a + b; });
+  return {scale, largest * 0 == 0 ? T(sqrt(squares)) : T(NAN)};
+}
+
+template <typename T>
+TCLR_DEVICE T unit_value(T x, const Norm<T>& norm) {
+  return norm.rest == 0 ? 0 : x / norm.scale / norm.rest;
+}
+
+}  // namespace
+}  // namespace tclr
