@@ -103,10 +103,10 @@ def pairwise(zi, zj, tau):
     B = len(zi)
     z = torch.cat([zj, zi])
     S = torch.tensordot(z.unsqueeze(1), z.T.unsqueeze(0), dims=2)
-    negative = ~(torch.eye(2 * B) + torch.eye(2 * B).roll(B, 0)).bool()
+    negative = (~(torch.eye(2 * B) + torch.eye(2 * B).roll(B, 0)).bool()).to(z.device)
     positives = torch.cat([torch.diag(S, B), torch.diag(S, -B)]).view(2 * B, 1)
     logits = torch.cat([positives, S[negative].view(2 * B, -1)], dim=1) / tau
-    return F.cross_entropy(logits, torch.zeros(2 * B).long(), reduction="sum") / (2 * B)
+    return F.cross_entropy(logits, torch.zeros(2 * B).long().to(z.device), reduction="sum") / (2 * B)
 
 
 def slices_against_clips(s, x, tau):
@@ -114,7 +114,7 @@ def slices_against_clips(s, x, tau):
     B, T, _ = s.shape
     S = torch.bmm(s, x.permute(0, 2, 1))
     logits = torch.cat([S, S.permute(0, 2, 1)]).reshape(-1, T) / tau
-    return F.cross_entropy(logits, torch.tensor(list(range(T)) * (2 * B)), reduction="sum") / (2 * B)
+    return F.cross_entropy(logits, torch.tensor(list(range(T)) * (2 * B)).to(s.device), reduction="sum") / (2 * B)
 
 
 def release(g, s, x, tau):

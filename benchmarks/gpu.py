@@ -1,21 +1,26 @@
-"""Device times of the Triton backend against the bars of its plan: python -m benchmarks.gpu [--results FOLDER]
+"""Device times of the GPU's backends against the bars of their plans: python -m benchmarks.gpu [--results FOLDER]
 
-Each row is checked first, then timed by events around CUDA-graph replays, the median of several; beside it the three
-dense products that materialising would take (S, and the two of the gradient), by cuBLAS, where they fit.
+Each row is checked first, then timed by events around CUDA-graph replays, the median of several. Beside the operation
+stand the three dense products that materialising would take (S, and the two of the gradient), by cuBLAS, where they
+fit; beside the whole objective its time when called eagerly, its launches, and the structure of TCLR's release.
 """
 
 import argparse
 import csv
 import datetime
+import itertools
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 import tclr_kernels as tk
+
+from . import baselines
 
 
 class Shape(NamedTuple):
@@ -26,6 +31,7 @@ class Shape(NamedTuple):
     D: int
     dtype: torch.dtype
     tf32: bool = False
+    backend: str = "triton"
 
 
 SHAPES = [
@@ -35,6 +41,8 @@ SHAPES = [
     *(Shape("clip_loss", M // 2, 128, torch.bfloat16) for M in (8192, 32768)),
     *(Shape("nt_xent", 4096, 128, torch.float32, tf32) for tf32 in (False, True)),
     Shape("nt_xent", 16384, 128, torch.bfloat16),
+    *(Shape("nt_xent", M // 2, 128, torch.bfloat16, backend="native") for M in (80, 512, 2048, 8192)),
+    Shape("nt_xent", 40, 128, torch.bfloat16),
 ]
 
 
@@ -44,11 +52,11 @@ def inputs(shape):
     return [(common + x).to(shape.dtype).requires_grad_() for x in own]
 
 
-def check(shape, backend="triton"):
+def check(shape):
     """Raises unless loss and gradient of a slice of the rows agree with the reference."""
     few = [x.detach()[:1024].requires_grad_() for x in inputs(shape)]
     function = getattr(tk, shape.loss)
-    found = function(*few, backend=backend)
+    found = function(*few, backend=shape.backend)
     grads = torch.autograd.grad(found, few)
     exact = [x.detach().double().requires_grad_() for x in few]
     wanted = function(*exact, backend="reference")
@@ -104,7 +112,7 @@ def row(shape):
     function = getattr(tk, shape.loss)
 
     def both():
-        torch.autograd.grad(function(*sets, backend="triton"), sets)
+        torch.autograd.grad(function(*sets, backend=shape.backend), sets)
 
     both()
     torch.cuda.synchronize()
@@ -113,10 +121,11 @@ def row(shape):
     both()
     extra = torch.cuda.max_memory_allocated() - before
     with torch.no_grad():
-        forward = microseconds(lambda: function(*sets, backend="triton"))
+        forward = microseconds(lambda: function(*sets, backend=shape.backend))
     dense = products(shape)
     return dict(
         loss=shape.loss,
+        backend=shape.backend,
         M=2 * shape.N,
         D=shape.D,
         dtype=str(shape.dtype)[6:] + (" tf32" if shape.tf32 else ""),
@@ -124,6 +133,57 @@ def row(shape):
         both_us=round(microseconds(both), 1),
         three_products_us="" if dense is None else round(dense, 1),
         extra_MiB=round(extra / 2**20, 1),
+    )
+
+
+def wall_microseconds(step, repeats=50):
+    """The median time of a step as its caller sees it, its work on the device included."""
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        times.append(1e6 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+def launches(step):
+    """Kernels that one step starts."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+
+
+def objective_row(B, T=4, D=128):
+    """TCLR's own sizes, in the release's form."""
+    shapes = (2, B, D), (2, B, T, D), (2, B, T, D)
+    generator = torch.Generator("cuda").manual_seed(0)
+    sets = [torch.randn(shape, device="cuda", generator=generator, requires_grad=True) for shape in shapes]
+    exact = [x.detach().double().requires_grad_() for x in sets]
+
+    def total(inputs, **settings):
+        return tk.tclr(*inputs, temperature=0.1, form="release", **settings).total
+
+    def ours():
+        return torch.autograd.grad(total(sets), sets)
+
+    def release():
+        torch.autograd.grad(baselines.release(*sets, 0.1), sets)
+
+    if B <= 256:
+        wanted = torch.autograd.grad(total(exact, backend="reference"), exact)
+        torch.testing.assert_close(ours(), tuple(w.float() for w in wanted), rtol=1e-3, atol=1e-5)
+    ours()
+    return dict(
+        B=B,
+        T=T,
+        D=D,
+        eager_us=round(wall_microseconds(ours), 1),
+        graph_us=round(microseconds(ours), 1),
+        launches=launches(ours),
+        release_us="" if B > 256 else round(wall_microseconds(release, 5), 1),
     )
 
 
@@ -143,11 +203,28 @@ def facts():
 
 def sanitize():
     """A few small problems of every kernel, for a sanitizer to watch."""
+    served = [name for name in ("triton", "native") if tk.available_backends("cuda")[name] is None]
     for N, tau, dtype in ((4, 0.1, torch.float32), (77, 0.1, torch.bfloat16), (77, 0.005, torch.float32)):
-        for function in (tk.nt_xent, tk.clip_loss):
+        for function, backend in itertools.product((tk.nt_xent, tk.clip_loss), served):
             sets = [torch.randn(N, 24, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2)]
-            function(*sets, temperature=tau, backend="triton").backward()
+            function(*sets, temperature=tau, backend=backend).backward()
+    sets = [
+        torch.randn(*shape, device="cuda", requires_grad=True) for shape in ((2, 9, 24), (2, 9, 4, 24), (2, 9, 4, 24))
+    ]
+    tk.tclr(*sets, temperature=0.1).total.backward()
     torch.cuda.synchronize()
+
+
+def write(path, rows):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def show(row):
+    print(" ".join(f"{value!s:>12}" for value in list(row.values())[5:]), flush=True)
+    return row
 
 
 def main(arguments=None):
@@ -161,16 +238,11 @@ def main(arguments=None):
     if options.sanitize:
         sanitize()
         return 0
-    made = []
-    for shape in SHAPES:
-        made.append(facts() | row(shape))
-        print(" ".join(f"{value!s:>12}" for value in list(made[-1].values())[5:]), flush=True)
     options.results.mkdir(parents=True, exist_ok=True)
-    name = made[0]["device"].lower().replace(" ", "-")
-    with open(options.results / f"triton-{name}.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, made[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(made)
+    name = torch.cuda.get_device_name().lower().replace(" ", "-")
+    shapes = [shape for shape in SHAPES if tk.available_backends("cuda")[shape.backend] is None]
+    write(options.results / f"objective-{name}.csv", [show(facts() | objective_row(B)) for B in (8, 40, 256, 4096)])
+    write(options.results / f"operation-{name}.csv", [show(facts() | row(shape)) for shape in shapes])
     return 0
 
 

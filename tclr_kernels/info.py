@@ -1,6 +1,7 @@
 """What is installed and what would run: python -m tclr_kernels.info [--shape G V N D] [--device D] [--dtype T]"""
 
 import argparse
+import math
 import importlib.metadata
 import platform
 
@@ -76,7 +77,8 @@ def lines(facts):
         yield "", f"running torch {torch.__version__}: build the package again"
     yield "instruction sets", f"{', '.join(facts['isa_levels'])}; in use: {facts['isa']}"
     for device, rows, features, order in backends.REGIMES:
-        yield f"on {device}", f"up to {rows} rows of {features} features: {', '.join(order)}, the first that is usable"
+        limit = f"up to {rows} rows of {features} features" if rows < math.inf else "beyond"
+        yield f"on {device}", f"{limit}: {', '.join(order)}, the first that is usable"
     yield "CUDA targets", backends.native.cuda_targets() or "none compiled"
 
 
