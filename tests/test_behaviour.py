@@ -11,8 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import tclr_kernels as tk
 
 from . import oracle
-from .oracle import DTYPES, LOSSES, run
-from .test_parity import same_bits
+from .oracle import DTYPES, LOSSES, run, same_bits
 
 PAIRS = "nt_xent", "clip_loss"
 KINDS = (

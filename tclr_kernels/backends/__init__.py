@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import torch
 
-from . import native, reference
+from . import native, reference, triton
 
-BACKENDS = {"native": native, "reference": reference}  # in the order of preference
+BACKENDS = {"native": native, "triton": triton, "reference": reference}  # in the order of preference
 
 
 class Regime(NamedTuple):

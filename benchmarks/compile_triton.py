@@ -1,0 +1,357 @@
+"""Every Triton kernel the tables of tiles select, compiled without a GPU: python -m benchmarks.compile_triton
+
+The launchers run on meta tensors, and what they would launch is compiled for sm_80, sm_90, sm_100 and gfx942:
+registers, spills, shared memory, instructions by class. Beside it, for the kernels that make tiles, a PREDICTION of a
+tile's time on an H200 by each pipe. Writes benchmarks/results/triton-compiled.csv and, from it alone with --page,
+docs/triton.md. TRITON_INTERPRET must not be set.
+"""
+
+import argparse
+import csv
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tclr_kernels.triton import large, sets, small
+
+RESULTS = Path(__file__).parent / "results" / "triton-compiled.csv"
+PAGE = Path(__file__).parents[1] / "docs" / "triton.md"
+NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB a program may have
+TABLE = {"sm_80": "ampere", "sm_89": "compact", "sm_90": "hopper", "sm_100": "hopper", "gfx942": "amd"}
+POINTERS = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.int32: "*i32",
+}
+CLASSES = {  # instruction class -> of SASS, of the CDNA assembly
+    "tensor": (r"\b(?:[HQ]G?MMA|UTC\w*MMA|DMMA)\b", r"v_mfma"),
+    "ex2": (r"MUFU\.EX2", r"v_exp_f32"),
+    "fma": (r"\bF(?:FMA|MUL|ADD)2?\b", r"v_(?:pk_)?(?:fma|mul|add|fmac)_f32"),
+    "shared": (r"\b(?:LDSM?|STSM?)\b", r"ds_(?:read|write|load|store)"),
+    "global": (r"\b(?:LDG|STG|LDGSTS)\b", r"(?:global|buffer)_(?:load|store)"),
+}
+
+
+class Launch(NamedTuple):
+    """A kernel with its arguments by name."""
+
+    kernel: object
+    arguments: dict
+    options: dict
+
+
+class Case(NamedTuple):
+    """A problem whose launches are compiled."""
+
+    G: int
+    V: int
+    N: int
+    D: int
+    dtype: torch.dtype
+    tau: float = 0.1
+    normalize: bool = True
+    cross: bool = False
+
+    def __str__(self):
+        kind = "cross" if self.cross else "self"
+        return f"{self.G}x{self.V}x{self.N}x{self.D} {str(self.dtype)[6:]} {kind} tau={self.tau}" + (
+            "" if self.normalize else " raw"
+        )
+
+
+CASES = [
+    *(Case(1, 2, 65536, D, torch.bfloat16) for D in (16, 32, 64, 128, 256, 512, 1024)),
+    *(Case(1, 2, 65536, D, torch.float32) for D in (16, 32, 64, 128, 512, 1024)),
+    Case(1, 2, 65536, 128, torch.float64),
+    *(Case(1, 2, 65536, D, torch.bfloat16, tau=0.005) for D in (64, 128, 256, 512, 1024)),
+    Case(1, 2, 65536, 128, torch.bfloat16, normalize=False),
+    Case(1, 2, 65536, 128, torch.float32, tau=0.005),
+    Case(1, 2, 65536, 128, torch.float64, tau=0.002),
+    Case(1, 2, 65536, 128, torch.bfloat16, cross=True),
+    *(Case(40, 2, 4, 128, dtype) for dtype in (torch.bfloat16, torch.float32, torch.float64)),
+    Case(40, 4, 4, 128, torch.float32, cross=True),
+]
+SELECTED = [case for case in CASES if case.dtype == torch.bfloat16 and case.D in (128, 512)]
+
+
+def recorded(case, table):
+    """The launches of a forward and a backward with an upstream gradient of term."""
+    made = []
+
+    def record(kernel, programs, *arguments, **settings):
+        names = kernel.arg_names
+        constants = {name: value for name, value in settings.items() if name in names}
+        options = {name: value for name, value in settings.items() if name not in names}
+        positional = dict(zip([n for n in names if n not in constants], arguments, strict=True))
+        made.append(Launch(kernel, positional | constants, options))
+
+    module = small if small.serves(case.V, case.N) else large
+    before = small.launch, large.launch, large.table_of
+    small.launch = large.launch = record
+    large.table_of = lambda x: (table, 8 * 132)
+    try:
+        x = [torch.empty(case.G, case.N, case.D, dtype=case.dtype, device="meta") for _ in range(case.V)]
+        settings = case.tau, case.normalize, case.cross
+        term, neg, pos = module.forward(x, *settings)
+        module.backward(x, *settings, neg, pos, term, None, None)
+    finally:
+        small.launch, large.launch, large.table_of = before
+    return made
+
+
+def source(launch):
+    """What the just-in-time compiler makes of a call: types, constants, and what is divisible by 16."""
+    signature, constants, attributes = {}, {}, {}
+    parameters = {p.name: p.is_constexpr for p in launch.kernel.params}
+    for k, name in enumerate(launch.kernel.arg_names):
+        value = launch.arguments[name]
+        if parameters[name] or (type(value) is int and value == 1):
+            signature[name], constants[(k,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name], attributes[(k,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(k,)] = [["tt.divisibility", 16]]
+    return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def compiled(launch, target):
+    """The compiled kernel's facts, by column."""
+    kernel = triton.compile(source(launch), target=target, options=launch.options)
+    facts = cuda_facts(kernel) if target.backend == "cuda" else hip_facts(kernel)
+    return dict(shared=kernel.metadata.shared, **facts)
+
+
+def cuda_facts(kernel):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = _run(NVIDIA / "cuobjdump", "-res-usage", file.name)
+        sass = _run(NVIDIA / "cuobjdump", "-sass", file.name)
+    facts = dict(registers=int(re.search(r"REG:(\d+)", usage)[1]), spills=len(re.findall(r"\b(?:STL|LDL)\b", sass)))
+    return facts | {f"{name}_instructions": len(re.findall(pattern, sass)) for name, (pattern, _) in CLASSES.items()}
+
+
+def hip_facts(kernel):
+    text = kernel.asm["amdgcn"]
+    registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
+    spills = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1])
+    counts = {f"{name}_instructions": len(re.findall(pattern, text)) for name, (_, pattern) in CLASSES.items()}
+    return dict(registers=registers, spills=spills) | counts
+
+
+def _run(*command):
+    return subprocess.run([str(x) for x in command], check=True, capture_output=True, text=True).stdout
+
+
+# of one H200 processor, a clock: products by dtype (dense, at the rate measured on random data), exp2, float32, bytes
+FLOPS = 790e12  # of the whole device
+RATES = dict(half=1705.0, tf32=850.0, float=128.0, double=64.0, ex2=16.0, fma=128.0, shared=128.0)
+
+
+def predicted(launch):
+    """PREDICTION of a tile: clocks by pipe, the pipe that limits, its share of the plan's floor (products alone)."""
+    a = launch.arguments
+    if "BM" not in a:
+        return {}
+    size, area, gradient = a["z"].element_size(), a["BM"] * a["BN"], "DC" in a
+    kind = {2: "half", 4: "tf32" if a["PRECISION"] == "tf32" else "float", 8: "double"}[size]
+    chunks = a["DP"] // a["DC"] if gradient else 1
+    exponentials = (1 if a["BOUNDED"] else 2) * chunks
+    operations = {(False, True): 3, (False, False): 8, (True, True): 3, (True, False): 7}[gradient, a["BOUNDED"]]
+    # of both operands of the first product, then of the second's one that is not in registers: what is written as
+    # copies arrive, and what is read back, the columns by each group of 64 rows
+    rows, columns, groups = a["BM"] * a["DP"] * size, a["BN"] * a["DP"] * size, a["BM"] // 64 or 1
+    shared = chunks * (rows + columns * (1 + groups) + (rows if a["BK"] < a["DP"] else 0))
+    if gradient:
+        shared += columns * (groups + (chunks > 1 or a["BK"] < a["DP"]))
+    clocks = {
+        "tensor": area * a["DP"] * (chunks + gradient) / RATES[kind],
+        "ex2": area * exponentials / RATES["ex2"],
+        "fma": area * operations * chunks / RATES["fma"],
+        "shared": shared / RATES["shared"],
+    }
+    limit = max(clocks, key=clocks.get)
+    fed = max(clocks["tensor"], clocks["shared"])  # the products read shared memory as they go
+    useful = area * a["DP"] * (1 + gradient) / RATES[kind]
+    return {f"predicted_{name}": round(value) for name, value in clocks.items()} | dict(
+        predicted_limit=limit,
+        predicted_floor_share_overlapped=round(useful / clocks[limit], 2),
+        predicted_floor_share_serial=round(useful / (fed + clocks["ex2"] + clocks["fma"]), 2),
+    )
+
+
+def rows(cases, targets):
+    """One row a case, kernel and target; a variant that was compiled for an earlier case is left out."""
+    seen = set()
+    for target in targets:
+        for case in cases:
+            for launch in recorded(case, TABLE[target]):
+                key = target, source(launch).hash(), tuple(launch.options.items())
+                if key in seen:
+                    continue
+                seen.add(key)
+                tile = {k: launch.arguments[k] for k in ("BM", "BN", "DP", "BK", "DC") if k in launch.arguments}
+                tile |= dict(warps=launch.options["num_warps"], stages=launch.options.get("num_stages", ""))
+                yield (
+                    dict(target=target, case=str(case), kernel=launch.kernel.__name__, **tile)
+                    | compiled(launch, TARGETS[target])
+                    | (predicted(launch) if target == "sm_90" else {})
+                )
+
+
+def too_large(row):
+    """What of a row would not start, or would spill where none may; None if nothing."""
+    target = row["target"]
+    if row["shared"] > SHARED[target] * 1024:
+        return f"{row['shared']} bytes of shared memory on {target}, which has {SHARED[target]} KiB"
+    return f"spills on {target}" if row["spills"] and target == "sm_90" else None
+
+
+COLUMNS = [
+    *("target", "case", "kernel", "BM", "BN", "DP", "BK", "DC", "warps", "stages", "registers", "spills", "shared"),
+    *(f"{name}_instructions" for name in CLASSES),
+    *(f"predicted_{name}" for name in ("tensor", "ex2", "fma", "shared", "limit")),
+    *("predicted_floor_share_overlapped", "predicted_floor_share_serial"),
+]
+
+
+def read(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+HEAD = """\
+# The Triton kernels, compiled ahead of time
+
+Written by `python -m benchmarks.compile_triton` from `benchmarks/results/triton-compiled.csv`. **Nothing here was
+measured on a GPU**: registers, spills, shared memory and instructions are the compiler's, clocks are predictions.
+
+A prediction counts, for one tile on one of an H200's 132 processors, the clocks of each pipe alone: products at the
+rate cuBLAS reaches on random data (1,705 multiply-adds a clock), 16 exp2, 128 float32 operations, 128 bytes of shared
+memory. "Floor" is the clocks of the plan's products alone, one forward and two backward; the share of it that a
+kernel reaches lies between "serial", where exponentials wait for products, and "overlapped", where other programs on
+the processor fill the gaps. The tiles of `tclr_kernels/triton/tiles.py` fit the shared memory and do not spill on
+sm_90; of the few tried at 128 and 512 features they have the highest predicted share, but for the sums at 128, where
+a smaller tile leaves room for two programs on a processor, whose products and exponentials overlap.
+"""
+
+
+def markdown(titles, lines):
+    ruled = [titles, [":---" if k == 0 else "---:" for k in range(len(titles))], *lines]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in ruled)
+
+
+def in_all(made, D):
+    """NT-Xent's predicted shares of its floor, overlapped and serial: D M^2 flop forward, 4 D M^2 backward."""
+    made = [row for row in made if row["target"] == "sm_90"]
+    chosen = {row["kernel"]: row for row in made if row["case"] == f"1x2x65536x{D} bfloat16 self tau=0.1"}
+    shares = [
+        [float(chosen[kernel][f"predicted_floor_share_{how}"]) for kernel in ("sums_kernel", "gradient_kernel")]
+        for how in ("overlapped", "serial")
+    ]
+    return [5 / (1 / forward + 4 / backward) for forward, backward in shares]
+
+
+def page(made):
+    """docs/triton.md, of the rows of the table."""
+    lines = []
+    for row in made:
+        if row["target"] == "sm_90" and row["predicted_limit"] and "bfloat16" in row["case"]:
+            tile = f"{row['BM']}x{row['BN']}, {row['BK']} of {row['DP']} features" + (
+                f", {row['DC']} of the gradient" if row["DC"] else ""
+            )
+            clocks = [row[f"predicted_{name}"] for name in ("tensor", "ex2", "fma", "shared")]
+            shares = [row[f"predicted_floor_share_{how}"] for how in ("overlapped", "serial")]
+            facts = row["registers"], row["spills"], int(row["shared"]) // 1024
+            lines.append([row["case"], row["kernel"], tile, *facts, *clocks, row["predicted_limit"], *shares])
+    titles = ["G x V x N x D", "kernel", "tile", "registers", "spills", "shared, KiB"]
+    titles += [*(f"{name}, clocks" for name in ("tensor", "ex2", "fma", "shared")), "limit", "overlapped", "serial"]
+    kernels = markdown(titles, lines)
+
+    lines = []
+    for D in (128, 512):
+        shares = in_all(made, D)
+        for M in (8192, 32768, 131072):
+            floor = 5 * D * M * M / FLOPS * 1000
+            lines.append([f"{M:,}", D, *(f"{ms:.3g}" for ms in (floor, *(floor / share for share in shares)))])
+    titles = ["rows M", "D", "floor, 5 D M^2, ms", "predicted, overlapped, ms", "predicted, serial, ms"]
+    totals = markdown(titles, lines)
+
+    lines = []
+    for target in TARGETS:
+        own = [row for row in made if row["target"] == target]
+        if own:
+            most = {name: max(int(row[name]) for row in own) for name in ("registers", "spills", "shared")}
+            spilling = sum(row["spills"] != "0" for row in own)
+            lines.append([target, len(own), spilling, *most.values(), SHARED[target] * 1024])
+    titles = ["target", "variants", "that spill", "registers at most", "spills at most", "shared at most", "there is"]
+    targets = markdown(titles, lines)
+    parts = [
+        HEAD,
+        "## NT-Xent, forward and backward, bfloat16, on an H200: predictions, not measured\n",
+        totals,
+        "\nWithout the packing of rows, the finish, the coefficients, and the tiles that a last wave leaves idle.\n",
+        "## The kernels that make tiles, on sm_90\n",
+        kernels,
+        "\n## Every kernel of every case\n",
+        targets,
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--target", action="append", choices=TARGETS, help="default: all; their rows of the table are written anew"
+    )
+    parser.add_argument("--only", default="", help="cases whose text contains this, and no table")
+    parser.add_argument("--page", action="store_true", help="only write the page, from the table as it is")
+    options = parser.parse_args(arguments)
+    if options.page:
+        PAGE.write_text(page(read(RESULTS)))
+        return 0
+    if sets.INTERPRETED:
+        parser.error("TRITON_INTERPRET=1 is set: nothing would be compiled")
+    cases = [case for case in CASES if options.only in str(case)]
+    targets = options.target or list(TARGETS)
+    made = []
+    for row in rows(cases, targets):
+        made.append(row)
+        print(" ".join(f"{k}={v}" for k, v in row.items()), flush=True)
+    if cases == CASES:
+        others = [row for row in read(RESULTS) if row["target"] not in targets] if RESULTS.exists() else []
+        with open(RESULTS, "w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", restval="")
+            writer.writeheader()
+            writer.writerows(sorted(others + made, key=lambda row: list(TARGETS).index(row["target"])))
+        PAGE.write_text(page(read(RESULTS)))
+    wrong = [row for row in made if too_large(row)]
+    for row in wrong:
+        print(f"{too_large(row)}: {row['kernel']}, {row['case']}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""The Triton kernels of `tclr_kernels/triton/`, as operators `torch.ops.tclr_kernels_triton.*`.
+
+Launches: small groups one forward and one backward; else three forward (rows, tiles' sums, finish) and three backward
+(rows, coefficients, tiles). A temperature that is a tensor is never read on the host: the tiles' kernel is launched for
+the range where exponentials are safe and for that where they need a maximum, and one of the two returns at once. Sets
+whose addresses are in no arithmetic progression, strided gradients, and float64 with a number for its temperature take
+a launch more.
+"""
+
+import importlib.metadata
+import os
+
+import torch
+
+OLDEST = 3, 6
+NAMESPACE = "tclr_kernels_triton"
+
+
+def _unusable():
+    """Why there is no Triton to use, without importing it."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "Triton is not installed"
+    found = tuple(map(int, version.split(".")[:2]))
+    return None if found >= OLDEST else f"Triton {version} is too old: wanted {OLDEST[0]}.{OLDEST[1]}"
+
+
+_missing = _unusable()
+_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def why_not(device):
+    if _missing is not None:
+        return _missing
+    if device.type == "cpu":
+        return None if _interpreted else "on the CPU it only runs interpreted, with TRITON_INTERPRET=1 from the start"
+    if device.type != "cuda":
+        return f"it has no kernels for device type {device.type!r}"
+    return "it is interpreted, TRITON_INTERPRET=1, which is for the CPU" if _interpreted else None
+
+
+def forward(sets, tau, normalize, cross):
+    return torch.ops.tclr_kernels_triton.gram_forward(sets, *_split(tau), normalize, cross)
+
+
+def backward(sets, tau, normalize, cross, neg, pos, g_term, g_neg, g_pos):
+    gradients = g_term, g_neg, g_pos
+    dx, zdz = torch.ops.tclr_kernels_triton.gram_backward(sets, *_split(tau), normalize, cross, neg, pos, *gradients)
+    return list(dx.unbind(0)), zdz
+
+
+def _split(tau):
+    """The temperature as the operators take it: a tensor that is never read on the host, or a float."""
+    return (tau, 0.0) if isinstance(tau, torch.Tensor) else (None, tau)
+
+
+def _path(sets):
+    """The module whose kernels serve such sets; the first call imports Triton."""
+    from tclr_kernels.triton import large, small
+
+    return small if small.serves(len(sets), sets[0].shape[1]) else large
+
+
+def _forward(sets, tau, tau_value, normalize, cross):
+    if sets[0].numel() == 0:
+        return _empty_forward(sets, tau, tau_value, normalize, cross)
+    return _path(sets).forward(sets, tau_value if tau is None else tau, normalize, cross)
+
+
+def _backward(sets, tau, tau_value, normalize, cross, neg, pos, *gradients):
+    if sets[0].numel() == 0:
+        return _empty_backward(sets, tau, tau_value, normalize, cross, neg, pos, *gradients)
+    tau = tau_value if tau is None else tau
+    return _path(sets).backward(sets, tau, normalize, cross, neg.contiguous(), pos.contiguous(), *gradients)
+
+
+def _empty_forward(sets, tau, tau_value, normalize, cross):
+    G, N, _ = sets[0].shape
+    V = len(sets)
+    dtype = torch.promote_types(sets[0].dtype, torch.float32)
+    return tuple(sets[0].new_empty(G, V, V, N, dtype=dtype) for _ in range(3))
+
+
+def _empty_backward(sets, tau, tau_value, normalize, cross, neg, pos, *gradients):
+    G, N, D = sets[0].shape
+    V = len(sets)
+    return sets[0].new_empty(V, G, N, D), neg.new_empty(G, V, N)
+
+
+_settings = "Tensor[] sets, Tensor? tau, float tau_value, bool normalize, bool cross"
+_gradients = "Tensor neg, Tensor pos, Tensor? g_term, Tensor? g_neg, Tensor? g_pos"
+torch.library.define(f"{NAMESPACE}::gram_forward", f"({_settings}) -> (Tensor, Tensor, Tensor)")
+torch.library.define(f"{NAMESPACE}::gram_backward", f"({_settings}, {_gradients}) -> (Tensor, Tensor)")
+torch.library.impl(f"{NAMESPACE}::gram_forward", ("CPU", "CUDA"), _forward)
+torch.library.impl(f"{NAMESPACE}::gram_backward", ("CPU", "CUDA"), _backward)
+torch.library.register_fake(f"{NAMESPACE}::gram_forward", _empty_forward)
+torch.library.register_fake(f"{NAMESPACE}::gram_backward", _empty_backward)

@@ -1,0 +1,7 @@
+"""The kernels of `backends/triton.py`. They are imported with the first call, and Triton with them.
+
+epilogue.py   what both paths do elementwise: unit rows, terms, the gradients of neg and pos
+small.py      many small groups: several of them in one tile, one launch each way
+large.py      few large groups: the Gram matrix by tiles
+tiles.py      the tiles of each kind of device, chosen by `python -m benchmarks.compile_triton`
+"""

@@ -1,0 +1,168 @@
+"""What the kernels do elementwise; in float64, as the CPU's do, since it is O(M V) beside O(M^2).
+
+unit rows       z = x / |x|, 0 for a zero row, NaN for one that is not finite
+term            log(1 + (exp own + exp neg) / exp pos)
+its gradient    g = g_term sigmoid(log(exp own + exp neg) - pos):  -g for pos, and g for own and neg by their shares
+dx              (dz - z <z, dz>) / |x|
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def inverse_of(tau, TENSOR: tl.constexpr, ACC: tl.constexpr):
+    """1 / tau. tau: a pointer to a number of any dtype, or a number"""
+    if TENSOR:
+        value = tl.load(tau).to(tl.float32) if tau.dtype.element_ty != tl.float64 else tl.load(tau)
+        inverse = 1.0 / value.to(ACC)
+    else:
+        inverse = 1.0 / tau
+    return inverse
+
+
+@triton.jit
+def widened(x, scale):
+    """x / scale in float64; scale, of the rows, is 1 but for float64: squares of floats always fit a double."""
+    return x / scale[:, None] if x.dtype == tl.float64 else x.to(tl.float32).to(tl.float64)
+
+
+@triton.jit
+def largest_entry(x):
+    """Of each row; 1 for a row of zeros."""
+    largest = tl.max(tl.abs(x), 1)
+    return tl.where(largest == 0, 1.0, largest)
+
+
+@triton.jit
+def inverse_length(squares):
+    """1 / length, 0 for a zero row, NaN for one that is not finite. squares: the sum of a row's squares"""
+    length = tl.sqrt(squares)
+    inverse = tl.where(length == 0, 0.0, 1.0 / tl.where(length == 0, 1.0, length))
+    return tl.where(length * 0 == 0, inverse, float("nan"))
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x), exact for small x. x: float64"""
+    one_more = 1.0 + x
+    rounded = one_more - 1.0
+    return tl.where(rounded == 0, x, tl.log(one_more) * (x / tl.where(rounded == 0, 1.0, rounded)))
+
+
+@triton.jit
+def softplus(t):
+    return tl.where(t > 0, t, 0.0) + log1p(tl.exp(-tl.abs(t)))
+
+
+@triton.jit
+def sigmoid(t):
+    e = tl.exp(-tl.abs(t))
+    return tl.where(t > 0, 1.0, e) / (1.0 + e)
+
+
+@triton.jit
+def log_add(x, y):
+    """log(exp x + exp y), -inf where both are, NaN where one is."""
+    high = tl.where(x > y, x, y)
+    low = tl.where(x > y, y, x)
+    return tl.where(low == float("-inf"), high, high + log1p(tl.exp(low - high)))
+
+
+@triton.jit
+def term_of(own, neg, pos, CROSS: tl.constexpr):
+    """The term of rows that have negatives."""
+    negatives = neg
+    if not CROSS:
+        negatives = log_add(own, neg)
+    return softplus(negatives - pos)
+
+
+@triton.jit
+def exists(a, c, V, CROSS: tl.constexpr):
+    """Whether the block of sets a and c does. a or c may be vectors."""
+    half = (V + 1) // 2
+    return (a < half) != (c < half) if CROSS else (a >= 0) | (c >= 0)
+
+
+@triton.jit
+def given(pointer, at, mask, GIVEN: tl.constexpr):
+    """A gradient in float64, 0 where there is none."""
+    return tl.load(pointer + at, mask=mask, other=0.0).to(tl.float64) if GIVEN else tl.zeros(at.shape, tl.float64)
+
+
+@triton.jit
+def pair_gradients(
+    neg, pos, g_term, g_neg, g_pos, own, at, mask, TERM: tl.constexpr, NEG: tl.constexpr, POS: tl.constexpr,
+    CROSS: tl.constexpr,
+):  # fmt: skip
+    """The gradients of neg and pos of a set's rows with another one, and what they add to that of own.
+
+    own: of the rows; at: the offsets of (row, other set); mask: rows that exist, in a block that exists, N > 1.
+    """
+    for_neg = given(g_neg, at, mask, NEG)
+    for_pos = given(g_pos, at, mask, POS)
+    for_own = tl.zeros(at.shape, tl.float64)
+    if TERM:
+        value = tl.load(neg + at, mask=mask, other=0.0).to(tl.float64)
+        negatives = value
+        if not CROSS:
+            negatives = log_add(own, value)
+        upstream = given(g_term, at, mask, True)
+        positive = tl.load(pos + at, mask=mask, other=0.0).to(tl.float64)
+        g = tl.where(upstream == 0, 0.0, upstream * sigmoid(negatives - positive))
+        for_neg += tl.where(g == 0, 0.0, g * tl.exp(value - negatives))
+        if not CROSS:
+            for_own += tl.where(g == 0, 0.0, g * tl.exp(own - negatives))
+        for_pos -= g
+    return for_neg, for_pos, for_own
+
+
+@triton.jit
+def finite_size(g):
+    """|g|, 0 where it is not finite: no measure for the others."""
+    size = tl.abs(g)
+    return tl.where(size < float("inf"), size, 0.0)
+
+
+@triton.jit
+def exponent_of(x):
+    """floor(log2 x), at least -1000. x: float64 >= 0, finite"""
+    bits = x.to(tl.int64, bitcast=True)
+    return tl.maximum(((bits >> 52) & 2047) - 1023, -1000).to(tl.int32)
+
+
+@triton.jit
+def power_of_two(exponent):
+    """2^exponent in float64. exponent: int32 between -1000 and 1000"""
+    return ((exponent.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def gradient_scale(norm, unit, inverse_tau, NORMALIZE: tl.constexpr):
+    """What turns dz, projected if normalised, into the gradient of x; in float64, 0 for a zero row. norm: [rows]"""
+    scale = (unit * inverse_tau).to(tl.float64) + tl.zeros_like(norm)
+    if NORMALIZE:
+        scale = tl.where(norm == 0, 0.0, scale / tl.where(norm == 0, 1.0, norm))
+    return scale
+
+
+@triton.jit
+def factors(scale, ACC: tl.constexpr):
+    """Two factors of scale, for a product in ACC whose own range is no narrower than that of its result."""
+    if tl.float64 != ACC:
+        scale = tl.where(scale > 1e75, 1e75, scale)  # what is 0 stays so
+    half = power_of_two(exponent_of(scale) // 2)
+    return half.to(ACC), (scale / half).to(ACC)
+
+
+@triton.jit
+def scaled(dz, one, other):
+    """dz by the two factors of each row; 0 where they are, of a zero row, though another row is not finite."""
+    return tl.where(other[:, None] == 0, 0.0, dz * one[:, None] * other[:, None])
+
+
+@triton.jit
+def narrowed(x, dtype: tl.constexpr):
+    """float64 to any dtype; by way of float32, which the interpreter's bfloat16 needs."""
+    return x if dtype == tl.float64 else x.to(tl.float32).to(dtype)

@@ -1,0 +1,571 @@
+"""Few large groups: the Gram matrix by tiles, never held, and by its upper triangle where it is symmetric.
+
+    rows          z = x / |x|, packed and padded to whole tiles
+    sums          sum_j exp S[(a,i),(c,j)] over j != i, and pos[a,c,i] = S[(a,i),(c,i)]
+    finish        neg = log of the sums, term
+    coefficients  g_neg, g_pos; alpha = g_neg exp(-neg) where the exponentials are safe
+    gradient      dz_(a,i) = 1/tau sum_(c,j) exp S (alpha_i + alpha_j) z_j + 1/tau sum_c (g_pos_ac + g_pos_ca) z_(c,i)
+
+Where |S| <= 1/tau <= LIMIT, as of unit rows it is, exp S itself is kept ("bounded"); elsewhere (largest, sum), and
+the gradient takes two exponentials. The symmetric sums go by super-blocks of a set: one program has a pair of them
+and adds its tiles' row sums and column sums, in a fixed order, to slots that no other program writes.
+
+Unit rows of half precision are carried as float16, with eleven bits more exact than bfloat16 and as fast.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from . import tiles
+from .epilogue import (
+    exists,
+    exponent_of,
+    factors,
+    finite_size,
+    gradient_scale,
+    inverse_length,
+    inverse_of,
+    largest_entry,
+    narrowed,
+    pair_gradients,
+    power_of_two,
+    scaled,
+    term_of,
+    widened,
+)
+from .sets import INTERPRETED, accumulator, launch, one_array, pointer, temperature
+
+LIMITS = {torch.float32: 60.0, torch.float64: 300.0}  # of 1 / tau, for exp S and its sums to stay within the range
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def rows_kernel(
+    x, z, norms, V, N, NP, D, stride_g, stride_v, stride_n, stride_d,
+    NORMALIZE: tl.constexpr, BR: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """z: [G, V, NP, DP], padded with zeros, and norms: [G, V, NP], of x: V sets [G, N, D], stride_v apart."""
+    block = tl.program_id(0).to(tl.int64) * BR
+    i = (block % NP).to(tl.int32) + tl.arange(0, BR)
+    a = (block // NP) % V
+    g = block // NP // V
+    d = tl.arange(0, BD)
+    offsets = i.to(tl.int64)[:, None] * stride_n + d.to(tl.int64)[None, :] * stride_d
+    values = tl.load(
+        x + g * stride_g + a * stride_v + offsets, mask=(i < N)[:, None] & (d < D)[None, :], other=0.0
+    )  # fmt: skip
+    to = z + (block + tl.arange(0, BR))[:, None] * DP + d[None, :]
+    if NORMALIZE:
+        scale = tl.full([BR], 1.0, tl.float64)
+        if x.dtype.element_ty == tl.float64:
+            scale = largest_entry(values)
+        wide = widened(values, scale)
+        squares = tl.sum(wide * wide, 1)
+        unit = narrowed(wide * inverse_length(squares)[:, None], z.dtype.element_ty)
+        tl.store(to, unit, mask=(d < DP)[None, :])
+        tl.store(norms + block + tl.arange(0, BR), scale * tl.sqrt(squares))
+    else:
+        tl.store(to, values, mask=(d < DP)[None, :])
+
+
+@triton.jit
+def features(z, d0, ROWS: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr, UPCAST: tl.constexpr):
+    """Features d0 .. d0 + BD of ROWS rows. z: the first of them; UPCAST: bfloat16 is wrong in the interpreter"""
+    x = tl.load(z + tl.arange(0, ROWS)[:, None] * DP + (d0 + tl.arange(0, BD))[None, :])
+    return x.to(tl.float32) if UPCAST else x
+
+
+@triton.jit
+def cosines(
+    z_i, z_j, rows, columns, BM: tl.constexpr, BN: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """<z_i, z_j>: [BM, BN], of rows z_i and columns z_j; given as well where one read takes all their features."""
+    if BK == DP:
+        s = tl.dot(rows, tl.trans(columns), input_precision=PRECISION, out_dtype=ACC)
+    else:
+        s = tl.zeros([BM, BN], ACC)
+        for d0 in range(0, DP, BK):
+            left = features(z_i, d0, BM, DP, BK, UPCAST)
+            right = features(z_j, d0, BN, DP, BK, UPCAST)
+            s = tl.dot(left, tl.trans(right), s, input_precision=PRECISION, out_dtype=ACC)
+    return s
+
+
+@triton.jit
+def exponential(t):
+    """exp t; of a difference, taken before the scaling by log2 e would round what is large in either."""
+    return tl.exp2(t * LOG2E)
+
+
+@triton.jit
+def finite(largest):
+    """Of nothing but -inf: any finite offset serves."""
+    return tl.where(largest == float("-inf"), 0.0, largest)
+
+
+@triton.jit
+def merged(largest, total, m, s):
+    """(largest, total) and (m, s), both meaning total * exp(largest), as one."""
+    top = tl.maximum(largest, m)
+    offset = finite(top)
+    return top, total * exponential(largest - offset) + s * exponential(m - offset)
+
+
+@triton.jit
+def pair_of_supers(program, supers, left, CROSS: tl.constexpr):
+    """The super-blocks p <= q of a program; q < 0: none. left: those of the first half of the sets"""
+    if CROSS:
+        p = program % left
+        q = left + program // left
+    else:  # each meets itself and the next half of the others, all taken as a ring
+        one = program % supers
+        step = program // supers
+        other = (one + step) % supers
+        p = tl.minimum(one, other)
+        q = tl.maximum(one, other)
+        q = tl.where((step * 2 == supers) & (one >= step), -1, q)
+    return p, q
+
+
+@triton.jit
+def sums_kernel(
+    z, tau, limit, sums, largest, pos, V, N, NP, supers, left, supers_a_set, blocks_a_super, programs,
+    BOUNDED: tl.constexpr, TENSOR: tl.constexpr, CROSS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """sums, largest: [G, supers, V, NP], slot x of a row for its candidates in super-block x.
+
+    A super-block is blocks_a_super blocks of BM rows, or what is left of its set.
+    """
+    inverse_tau = inverse_of(tau, TENSOR, ACC)
+    if (inverse_tau <= limit) != BOUNDED:
+        return
+    g = tl.program_id(0).to(tl.int64) // programs
+    p, q = pair_of_supers(tl.program_id(0) % programs, supers, left, CROSS)
+    if q < 0:
+        return
+    a = p // supers_a_set
+    c = q // supers_a_set
+    size = blocks_a_super * BM
+    first_i = (p % supers_a_set) * size
+    first_j = (q % supers_a_set) * size
+    M = V * NP
+    first_row = g * M + a * NP
+    first_column = g * M + c * NP
+    to_rows = (g * supers + q) * M + a * NP
+    to_columns = (g * supers + p) * M + c * NP
+    end = tl.where(p != q, NP, 0)
+    scale = inverse_tau * LOG2E if BOUNDED else inverse_tau
+
+    for begin in range(first_i, tl.minimum(first_i + size, N), BM):
+        i = begin + tl.arange(0, BM)
+        z_i = z + (first_row + begin) * DP
+        rows = features(z_i, 0, BM, DP, BK, UPCAST)
+        row_sum = tl.zeros([BM], ACC)
+        row_largest = tl.full([BM], float("-inf"), ACC)
+        for start in range(first_j, tl.minimum(first_j + size, N), BN):
+            j = start + tl.arange(0, BN)
+            z_j = z + (first_column + start) * DP
+            columns = features(z_j, 0, BN, DP, BK, UPCAST)
+            s = cosines(z_i, z_j, rows, columns, BM, BN, DP, BK, ACC, PRECISION, UPCAST)
+            diagonal = (start < begin + BM) & (begin < start + BN)
+            if diagonal & (a != c):
+                positive = tl.sum(tl.where(i[:, None] == j[None, :], s, 0.0), 0) * inverse_tau
+                here = (j >= begin) & (j < begin + BM) & (j < N)
+                tl.store(pos + ((g * V + a) * V + c) * N + j, positive, mask=here)
+                tl.store(pos + ((g * V + c) * V + a) * N + j, positive, mask=here)
+            s *= scale
+            if diagonal | (begin + BM > N) | (start + BN > N):
+                candidate = (i[:, None] != j[None, :]) & (i < N)[:, None] & (j < N)[None, :]
+                s = tl.where(candidate, s, float("-inf"))
+            slot = to_columns + j
+            kept = j < end  # in one super-block, the columns are the rows
+            again = j < tl.where(begin > first_i, end, 0)
+            column_sum = tl.load(sums + slot, mask=again, other=0.0)
+            if BOUNDED:
+                e = tl.exp2(s)
+                row_sum += tl.sum(e, 1)
+                column_sum += tl.sum(e, 0)
+            else:
+                m = tl.max(s, 1)
+                row_largest, row_sum = merged(
+                    row_largest, row_sum, m, tl.sum(exponential(s - finite(m)[:, None]), 1)
+                )  # fmt: skip
+                column_largest = tl.load(largest + slot, mask=again, other=float("-inf"))
+                m = tl.max(s, 0)
+                column_largest, column_sum = merged(
+                    column_largest, column_sum, m, tl.sum(exponential(s - finite(m)[None, :]), 0)
+                )  # fmt: skip
+                tl.store(largest + slot, column_largest, mask=kept)
+            tl.store(sums + slot, column_sum, mask=kept)
+        tl.store(sums + to_rows + i, row_sum)
+        if not BOUNDED:
+            tl.store(largest + to_rows + i, row_largest)
+        tl.debug_barrier()  # the next block of rows reads the columns' sums, by other threads perhaps
+
+
+@triton.jit
+def log_of_slots(sums, largest, first, M, supers, bounded, BI: tl.constexpr, SLOTS: tl.constexpr):
+    """neg in float64 of BI rows from slots first, first + M, ..."""
+    total = tl.zeros([BI], tl.float64)
+    top = tl.full([BI], float("-inf"), tl.float64)
+    for x0 in range(0, supers, SLOTS):
+        x = x0 + tl.arange(0, SLOTS)
+        at = first[None, :] + x.to(tl.int64)[:, None] * M
+        there = (x < supers)[:, None] & (first >= 0)[None, :]
+        s = tl.load(sums + at, mask=there, other=0.0).to(tl.float64)
+        with_largest = (x < tl.where(bounded, 0, supers))[:, None] & (first >= 0)[None, :]
+        m = tl.load(largest + at, mask=with_largest, other=0.0)
+        m = tl.where(there, m, float("-inf")).to(tl.float64)
+        highest = tl.max(m, 0)
+        top, total = merged(top, total, highest, tl.sum(s * exponential(m - finite(highest)[None, :]), 0))
+    return tl.log(total) + finite(top)
+
+
+@triton.jit
+def finish_kernel(
+    sums, largest, tau, limit, term, neg, pos, V, N, NP, supers, supers_a_set,
+    TENSOR: tl.constexpr, CROSS: tl.constexpr, ACC: tl.constexpr, BI: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """neg and term: [G, V, V, N] from the slots and pos, which is 0 where there is no pair."""
+    bounded = inverse_of(tau, TENSOR, ACC) <= limit
+    blocks = tl.cdiv(N, BI)
+    block = tl.program_id(0)
+    i = (block % blocks) * BI + tl.arange(0, BI)
+    a = (block // blocks) % V
+    g = (block // blocks // V).to(tl.int64)
+    M = V * NP
+    first = tl.where(i < N, g * supers * M + a * NP + i, -1)
+    step = supers_a_set.to(tl.int64) * M
+    own = tl.zeros([BI], tl.float64)
+    if not CROSS:
+        own = log_of_slots(sums, largest, tl.where(i < N, first + a * step, -1), M, supers_a_set, bounded, BI, SLOTS)
+    for c in range(V):
+        at = ((g * V + a) * V + c) * N + i
+        there = exists(a, c, V, CROSS)
+        paired = there & (a != c)
+        from_slots = tl.where(i < tl.where(there, N, 0), first + c * step, -1)
+        value = log_of_slots(sums, largest, from_slots, M, supers_a_set, bounded, BI, SLOTS)
+        positive = tl.load(pos + at, mask=i < tl.where(paired, N, 0), other=0.0).to(tl.float64)
+        loss = tl.where(N > 1, term_of(own, value, positive, CROSS), positive - positive)
+        tl.store(neg + at, value, mask=i < N)
+        tl.store(pos + at, positive, mask=i < N)
+        tl.store(term + at, tl.where(paired, loss, 0.0), mask=i < N)
+
+
+@triton.jit
+def store_scaled(for_neg, for_pos, alpha, beta, to_exponent, at, damping, mask):
+    """Both as multiples of a power of two of the block's own: float32 may be too narrow for them."""
+    exponent = exponent_of(tl.maximum(tl.max(finite_size(for_neg), 0), tl.max(finite_size(for_pos), 0)))
+    shrink = power_of_two(-exponent)
+    tl.store(alpha + at, tl.where(for_neg == 0, 0.0, for_neg * shrink * damping), mask=mask)
+    tl.store(beta + at, for_pos * shrink, mask=mask)
+    tl.store(to_exponent, exponent)
+
+
+@triton.jit
+def coefficients_kernel(
+    neg, tau, limit, pos, g_term, g_neg, g_pos, alpha, beta, exponents, V, N, blocks,
+    TENSOR: tl.constexpr, CROSS: tl.constexpr, ACC: tl.constexpr, TERM: tl.constexpr, NEG: tl.constexpr,
+    POS: tl.constexpr, BI: tl.constexpr,
+):  # fmt: skip
+    """alpha, of neg, and beta, of pos: [G, V, V, N], in units of 2^exponents: [G, V, V, blocks of BI rows]"""
+    inverse_tau = inverse_of(tau, TENSOR, ACC)
+    bounded = (inverse_tau <= limit).to(tl.float64)
+    block = tl.program_id(0) % blocks
+    i = block * BI + tl.arange(0, BI)
+    a = (tl.program_id(0) // blocks) % V
+    g = (tl.program_id(0) // blocks // V).to(tl.int64)
+    first = (g * V + a) * V
+    to_own = (first + a) * N + i
+    own = tl.load(neg + to_own, mask=i < N, other=0.0).to(tl.float64)
+    for_own = tl.zeros([BI], tl.float64)
+    if NEG:
+        for_own += tl.load(g_neg + to_own, mask=i < (0 if CROSS else N), other=0.0).to(tl.float64)
+    for c in range(V):
+        if c != a:
+            at = (first + c) * N + i
+            there = i < tl.where(exists(a, c, V, CROSS), N, 0)
+            for_neg, for_pos, more = pair_gradients(
+                neg, pos, g_term, g_neg, g_pos, own, at, there, TERM, NEG, POS, CROSS
+            )  # fmt: skip
+            for_own += more
+            value = tl.load(neg + at, mask=there, other=0.0).to(tl.float64)
+            to_exponent = exponents + (first + c) * blocks + block
+            store_scaled(for_neg, for_pos, alpha, beta, to_exponent, at, tl.exp(-value * bounded), i < N)
+    none = tl.zeros([BI], tl.float64)
+    to_exponent = exponents + (first + a) * blocks + block
+    store_scaled(for_own, none, alpha, beta, to_exponent, to_own, tl.exp(-own * bounded), i < N)
+
+
+@triton.jit
+def largest_exponent(exponents, count, BE: tl.constexpr):
+    top = tl.full([BE], -1000, tl.int32)
+    for start in range(0, count, BE):
+        k = start + tl.arange(0, BE)
+        top = tl.maximum(top, tl.load(exponents + k, mask=k < count, other=-1000))
+    return tl.max(top, 0)
+
+
+@triton.jit
+def factor_at(exponents, top, ACC: tl.constexpr):
+    """2^(exponent - top), 0 below the range of ACC. exponents: pointers, to int32 <= top"""
+    exponent = tl.load(exponents) - top
+    lowest: tl.constexpr = -1000 if tl.float64 == ACC else -126
+    return tl.where(exponent < lowest, 0.0, power_of_two(tl.maximum(exponent, lowest)).to(ACC))
+
+
+@triton.jit
+def weights_of(alpha, neg, at, mask, factor, BOUNDED: tl.constexpr):
+    """Of some anchors: scale and shift of W = scale * exp(S - shift). exp(S - inf) is 0, and neg may be -inf there"""
+    scale = tl.load(alpha + at, mask=mask, other=0.0) * factor
+    if BOUNDED:
+        shift = scale
+    else:
+        value = tl.load(neg + at, mask=mask, other=float("inf"))
+        shift = tl.where(scale == 0, float("inf"), value)
+    return scale, shift
+
+
+@triton.jit
+def partners_of(a, V, CROSS: tl.constexpr):
+    """The range of sets that a set meets."""
+    first = a * 0
+    last = V
+    if CROSS:
+        half = (V + 1) // 2
+        first = tl.where(a < half, half, 0)
+        last = tl.where(a < half, V, half)
+    return first, last
+
+
+@triton.jit
+def gradient_kernel(
+    z, tau, limit, norms, neg, pos, alpha, beta, exponents, dx, zdz, G, V, N, NP, D, blocks,
+    BOUNDED: tl.constexpr, TENSOR: tl.constexpr, NORMALIZE: tl.constexpr, CROSS: tl.constexpr, ACC: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr,
+    DC: tl.constexpr, UPCAST: tl.constexpr, BOOST: tl.constexpr, BE: tl.constexpr,
+):  # fmt: skip
+    """dx: [V, G, N, D] and zdz: [G, V, N]; a program has BM rows and DC of their features.
+
+    blocks: of BN rows a set, those of `exponents`; BOOST: lifts the weights into the middle of float16's range.
+    """
+    inverse_tau = inverse_of(tau, TENSOR, ACC)
+    if (inverse_tau <= limit) != BOUNDED:
+        return
+    chunk = (tl.program_id(0) % (DP // DC)) * DC
+    block = tl.program_id(0) // (DP // DC)
+    begin = (block % (NP // BM)) * BM
+    a = (block // (NP // BM)) % V
+    g = (block // (NP // BM) // V).to(tl.int64)
+    i = begin + tl.arange(0, BM)
+    top = largest_exponent(exponents + g * V * V * blocks, V * V * blocks, BE)
+    to_exponent = inverse_tau * LOG2E if BOUNDED else inverse_tau
+    z_i = z + ((g * V + a) * NP + begin) * DP
+    rows = features(z_i, 0, BM, DP, BK, UPCAST)
+    dz = tl.zeros([BM, DC], ACC)
+    along = tl.zeros([BM], ACC)  # <z, dz>, needed where a program has not all of dz
+
+    first, last = partners_of(a, V, CROSS)
+    for c in range(first, last):
+        row_block = (g * V + a) * V + c
+        column_block = (g * V + c) * V + a
+        row_factor = factor_at(exponents + row_block * blocks + i // BN, top, ACC) * BOOST
+        row_scale, row_shift = weights_of(alpha, neg, row_block * N + i, i < N, row_factor, BOUNDED)
+        for start in range(0, N, BN):
+            j = start + tl.arange(0, BN)
+            z_j = z + ((g * V + c) * NP + start) * DP
+            columns = features(z_j, 0, BN, DP, BK, UPCAST)
+            cosine = cosines(z_i, z_j, rows, columns, BM, BN, DP, BK, ACC, PRECISION, UPCAST)
+            factor = factor_at(exponents + column_block * blocks + start // BN, top, ACC) * BOOST
+            scale, shift = weights_of(alpha, neg, column_block * N + j, j < N, factor, BOUNDED)
+            s = cosine * to_exponent
+            if BOUNDED:
+                w = tl.exp2(s) * (row_scale[:, None] + scale[None, :])
+            else:
+                w = exponential(s - row_shift[:, None]) * row_scale[:, None]
+                w += exponential(s - shift[None, :]) * scale[None, :]
+            if ((start < begin + BM) & (begin < start + BN)) | (start + BN > N):
+                w = tl.where((i[:, None] != j[None, :]) & (j < N)[None, :], w, 0.0)
+            if DC != DP:
+                along += tl.sum(w * cosine, 1)
+            if DC != DP or BK != DP:
+                columns = features(z_j, chunk, BN, DP, DC, UPCAST)
+            dz = tl.dot(w.to(columns.dtype), columns, dz, input_precision=PRECISION, out_dtype=ACC)
+
+    dz *= 1.0 / BOOST
+    along *= 1.0 / BOOST
+    for c in range(first, last):  # the positives, exactly
+        if c != a:
+            row_block = (g * V + a) * V + c
+            column_block = (g * V + c) * V + a
+            to_row = factor_at(exponents + row_block * blocks + i // BN, top, ACC)
+            to_column = factor_at(exponents + column_block * blocks + i // BN, top, ACC)
+            weight = tl.load(beta + row_block * N + i, mask=i < N, other=0.0) * to_row
+            weight += tl.load(beta + column_block * N + i, mask=i < N, other=0.0) * to_column
+            partners = features(z + ((g * V + c) * NP + begin) * DP, chunk, BM, DP, DC, UPCAST)
+            dz += weight[:, None] * partners.to(ACC)
+            if DC != DP:
+                along += weight * (tl.load(pos + row_block * N + i, mask=i < N, other=0.0) / inverse_tau)
+
+    own = features(z_i, chunk, BM, DP, DC, UPCAST).to(ACC)
+    if DC == DP:
+        along = tl.sum(own * dz, 1)
+    unit = power_of_two(top)
+    tl.store(
+        zdz + (g * V + a) * N + i,
+        along.to(tl.float64) * (unit * inverse_tau.to(tl.float64)),
+        mask=i < tl.where(chunk == 0, N, 0),
+    )
+    if NORMALIZE:
+        norm = tl.load(norms + (g * V + a) * NP + i)
+        dz -= own * along[:, None]
+    else:
+        norm = tl.full([BM], 1.0, tl.float64)
+    one, other = factors(gradient_scale(norm, unit, inverse_tau, NORMALIZE), ACC)
+    gradient = scaled(dz, one, other)
+    d = chunk + tl.arange(0, DC)
+    to = dx + ((a.to(tl.int64) * G + g) * N + i)[:, None] * D + d[None, :]
+    tl.store(to, narrowed(gradient, dx.dtype.element_ty), mask=(i < N)[:, None] & (d < D)[None, :])
+
+
+def table_of(x):
+    """The name of the table of tiles, and how many programs keep the device busy."""
+    if INTERPRETED:
+        return "interpreter", 1
+    name, processors = tiles.device_class(x.device.index)
+    return name, 8 * processors
+
+
+def carrier(x, normalize):
+    """The dtype of the packed rows: of half precision, unit rows are more exact in float16.
+
+    With fewer features, fewer roundings average out: a loss would be off by 1e-3 and more.
+    """
+    if normalize and x.element_size() == 2:
+        return torch.float16 if x.shape[-1] >= 64 else torch.float32
+    return x.dtype
+
+
+def precision(dtype):
+    """Of products of float32: TF32 only where the user allows it."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def ranges(tau, dtype, normalize):
+    """(BOUNDED, limit) of the launches. Each serves 1 / tau <= limit or the rest, and returns at once elsewhere."""
+    limit = LIMITS[torch.promote_types(dtype, torch.float32)]
+    if normalize and isinstance(tau, torch.Tensor):
+        return [(True, limit), (False, limit)]
+    bounded = normalize and 1 / tau <= limit
+    return [(bounded, math.inf if bounded else -math.inf)]
+
+
+def packed(sets, normalize, tile):
+    """z: [G, V, NP, DP] in the dtype of the products, NP whole tiles; and norms: [G, V, NP]; by one launch."""
+    x, strides = one_array(sets)
+    G, N, D = sets[0].shape
+    V, NP = len(sets), triton.cdiv(N, tile.BM) * tile.BM
+    z = x.new_empty((G, V, NP, tile.DP), dtype=carrier(x, normalize))
+    norms = x.new_empty((G, V, NP), dtype=torch.float64)
+    BD = triton.next_power_of_2(tile.DP)
+    BR = tile.BM if INTERPRETED else min(tile.BM, max(1, 4096 // BD))
+    launch(
+        rows_kernel, G * V * NP // BR, x, z, norms, V, N, NP, D, *strides,
+        NORMALIZE=normalize, BR=BR, DP=tile.DP, BD=BD, num_warps=4,
+    )  # fmt: skip
+    return z, norms
+
+
+def of_tiles(z, tile):
+    """What the kernels that make tiles have in common."""
+    return dict(
+        ACC=accumulator(z),
+        PRECISION=precision(z.dtype),
+        BM=tile.BM,
+        BN=tile.BN,
+        DP=tile.DP,
+        BK=tile.BK,
+        UPCAST=INTERPRETED and z.dtype == torch.bfloat16,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
+def super_blocks(V, blocks, groups, enough):
+    """Blocks a super-block, and super-blocks a set: as few as keep the device busy, since each is a slot of every row.
+
+    blocks: of a set; enough: programs, of which a pair of super-blocks is one
+    """
+    wanted = math.isqrt(2 * enough // groups) + 1
+    size = max(1, V * blocks // wanted)
+    return size, triton.cdiv(blocks, size)
+
+
+def forward(sets, tau, normalize, cross):
+    """term, neg, pos by three launches, four if tau is a tensor."""
+    first = sets[0]
+    G, N, D = first.shape
+    V = len(sets)
+    table, enough = table_of(first)
+    tile = tiles.choose(table, "sums", carrier(first, normalize), D)
+    z, _ = packed(sets, normalize, tile)
+    NP = z.shape[2]
+    blocks_a_super, supers_a_set = super_blocks(V, NP // tile.BM, G, enough)
+    supers, left = V * supers_a_set, (V + 1) // 2 * supers_a_set
+    programs = left * (supers - left) if cross else supers * (supers // 2 + 1)
+    dtype = torch.promote_types(first.dtype, torch.float32)
+    term, neg, pos = (first.new_empty((G, V, V, N), dtype=dtype) for _ in range(3))
+    launches = ranges(tau, first.dtype, normalize)
+    sums = first.new_empty((G, supers, V, NP), dtype=dtype)
+    largest = sums if launches == [(True, math.inf)] else torch.empty_like(sums)
+    number, limit = temperature(tau, first), launches[0][1]
+    how = dict(TENSOR=isinstance(number, torch.Tensor), CROSS=cross)
+    for bounded, _ in launches:
+        kind = "sums" if bounded else "sums unbounded"
+        tile = tiles.choose(table, kind, z.dtype, D)
+        launch(
+            sums_kernel, G * programs, z, number, limit, sums, largest, pos, V, N, NP, supers, left, supers_a_set,
+            blocks_a_super, programs, BOUNDED=bounded, **how, **of_tiles(z, tile),
+        )  # fmt: skip
+    BI = 64
+    launch(
+        finish_kernel, G * V * triton.cdiv(N, BI), sums, largest, number, limit, term, neg, pos, V, N, NP, supers,
+        supers_a_set, **how, ACC=accumulator(z), BI=BI, SLOTS=8, num_warps=4,
+    )  # fmt: skip
+    return term, neg, pos
+
+
+def backward(sets, tau, normalize, cross, neg, pos, g_term, g_neg, g_pos):
+    """dx [V, G, N, D] and <z, dz> [G, V, N] by three launches, four if tau is a tensor."""
+    first = sets[0]
+    G, N, D = first.shape
+    V = len(sets)
+    tile = tiles.choose(table_of(first)[0], "gradient", carrier(first, normalize), D)
+    z, norms = packed(sets, normalize, tile)
+    NP = z.shape[2]
+    blocks = NP // tile.BN
+    dx, zdz = first.new_empty((V, G, N, D)), neg.new_empty((G, V, N))
+    alpha, beta = torch.empty_like(neg), torch.empty_like(neg)
+    exponents = neg.new_empty((G, V, V, blocks), dtype=torch.int32)
+    launches = ranges(tau, first.dtype, normalize)
+    number, limit = temperature(tau, first), launches[0][1]
+    how = dict(TENSOR=isinstance(number, torch.Tensor), CROSS=cross)
+    gradients = (g_term if N > 1 else None, g_neg, g_pos)
+    given = {name: g is not None for name, g in zip(("TERM", "NEG", "POS"), gradients, strict=True)}
+    launch(
+        coefficients_kernel, G * V * blocks, neg, number, limit, pos, *(pointer(g, neg) for g in gradients), alpha,
+        beta, exponents, V, N, blocks, **given, **how, ACC=accumulator(z), BI=tile.BN, num_warps=2,
+    )  # fmt: skip
+    boost = 8192.0 if z.dtype == torch.float16 else 1.0
+    for bounded, _ in launches:
+        launch(
+            gradient_kernel, G * V * (NP // tile.BM) * (tile.DP // tile.DC), z, number, limit, norms, neg, pos, alpha,
+            beta, exponents, dx, zdz, G, V, N, NP, D, blocks, BOUNDED=bounded, NORMALIZE=normalize, DC=tile.DC,
+            BOOST=boost, BE=1024, **how, **of_tiles(z, tile),
+        )  # fmt: skip
+    return dx, zdz

@@ -1,0 +1,48 @@
+"""What every launch needs: the sets as one array, the temperature as the kernels take it, the device they run on."""
+
+import contextlib
+import os
+
+import torch
+import triton.language as tl
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton itself decides, once
+
+
+def one_array(sets):
+    """A tensor and the strides (g, v, n, d) by which it reaches all sets: [G, N, D] each, of one dtype.
+
+    Sets of equal strides whose addresses are in arithmetic progression, as two always are, are taken as they lie;
+    others are stacked by one more launch.
+    """
+    first, *others = sets
+    steps = [y.data_ptr() - x.data_ptr() for x, y in zip(sets[:-1], others, strict=True)]
+    step = steps[0] if steps else 0
+    alike = all(x.stride() == first.stride() for x in others)
+    if not alike or any(s != step for s in steps) or step % first.element_size():
+        first = torch.stack(sets)
+        return first, (first.stride(1), first.stride(0), *first.stride()[2:])
+    g, n, d = first.stride()
+    return first, (g, step // first.element_size(), n, d)
+
+
+def accumulator(x):
+    return tl.float64 if x.dtype == torch.float64 else tl.float32
+
+
+def temperature(tau, x):
+    """As a number, or a tensor on the device of x. A kernel's numbers are float32, so those of float64 are tensors."""
+    if isinstance(tau, torch.Tensor):
+        return tau.to(x.device, non_blocking=True)
+    return tau if x.dtype != torch.float64 else torch.full((), tau, dtype=torch.float64, device=x.device)
+
+
+def pointer(x, stand_in):
+    """A tensor without gaps; a kernel that was told there is none does not touch the one in its place."""
+    return stand_in if x is None else x.contiguous()
+
+
+def launch(kernel, programs, first, *arguments, **settings):
+    on_device = torch.cuda.device(first.device) if first.device.type == "cuda" else contextlib.nullcontext()
+    with on_device:
+        kernel[(programs,)](first, *arguments, **settings)

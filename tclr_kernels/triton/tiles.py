@@ -1,0 +1,107 @@
+"""The tiles of each kind of device: chosen ahead of time, so that a first call compiles and does not search.
+
+No entry spills registers on sm_90: `python -m benchmarks.compile_triton` compiles all of them and predicts their time.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+
+
+class Tile(NamedTuple):
+    """A tile of BM rows by BN columns, for rows of DP features, of which BK are read at a time.
+
+    DC: the features of the gradient that one program makes (BN divides BM; BK and DC divide DP).
+    """
+
+    BM: int
+    BN: int
+    DP: int
+    BK: int
+    DC: int
+    warps: int
+    stages: int
+
+
+ANY = 1 << 30
+FLOAT = {  # no tensor cores without TF32: what fits the registers
+    "sums": [(32, 64, 64, 16, 0, 4, 2), (ANY, 64, 64, 16, 0, 8, 2)],
+    "gradient": [(64, 64, 32, 16, 0, 8, 2), (ANY, 64, 32, 16, 64, 8, 2)],
+}
+DOUBLE = {"sums": [(ANY, 32, 32, 16, 0, 4, 2)], "gradient": [(ANY, 32, 32, 16, 16, 4, 1)]}
+INTERPRETED = {
+    "sums": [(512, 64, 64, 0, 0, 4, 1), (ANY, 64, 64, 256, 0, 4, 1)],
+    "gradient": [(512, 64, 64, 0, 0, 4, 1), (ANY, 64, 64, 256, 256, 4, 1)],
+}
+# (largest DP, BM, BN, BK, DC, warps, stages); BK or DC of 0: all of DP. "sums unbounded" has the BM of "sums".
+TABLES = {
+    "hopper": {  # 227 KiB of shared memory, wgmma; sm_100 as well
+        "half": {
+            "sums": [(128, 128, 64, 0, 0, 4, 3), (256, 128, 64, 0, 0, 8, 2), (ANY, 128, 128, 64, 0, 8, 4)],
+            "sums unbounded": [(256, 128, 64, 0, 0, 8, 2), (ANY, 128, 64, 64, 0, 8, 4)],
+            "gradient": [
+                (128, 128, 64, 0, 0, 8, 2),
+                (256, 64, 64, 0, 0, 8, 3),
+                (512, 64, 64, 0, 256, 8, 1),
+                (ANY, 64, 64, 64, 256, 8, 3),
+            ],
+        },
+        "float": FLOAT,
+        "double": DOUBLE,
+    },
+    "ampere": {  # sm_80: 163 KiB
+        "half": {
+            "sums": [(128, 128, 64, 0, 0, 8, 2), (ANY, 128, 64, 64, 0, 8, 3)],
+            "gradient": [(128, 64, 64, 0, 0, 8, 2), (256, 64, 64, 0, 0, 8, 2), (ANY, 64, 64, 64, 256, 8, 2)],
+        },
+        "float": FLOAT,
+        "double": DOUBLE,
+    },
+    "compact": {  # sm_86, sm_89, sm_120: 99 KiB
+        "half": {
+            "sums": [(128, 64, 64, 0, 0, 4, 2), (ANY, 64, 64, 64, 0, 4, 3)],
+            "gradient": [(128, 64, 32, 0, 0, 4, 2), (ANY, 64, 32, 64, 128, 4, 2)],
+        },
+        "float": FLOAT,
+        "double": DOUBLE,
+    },
+    "amd": {  # gfx942: 64 KiB, and no copies that bypass the registers
+        "half": {
+            "sums": [(128, 128, 64, 0, 0, 8, 2), (ANY, 128, 64, 64, 0, 8, 2)],
+            "gradient": [(128, 64, 64, 0, 0, 8, 2), (ANY, 64, 64, 64, 128, 8, 2)],
+        },
+        "float": FLOAT,
+        "double": DOUBLE,
+    },
+    "interpreter": dict.fromkeys(("half", "float", "double"), INTERPRETED),
+}
+
+
+@functools.lru_cache
+def device_class(index):
+    """Which table serves a CUDA or HIP device; and its number of processors."""
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip is not None:
+        name = "amd"
+    elif (properties.major, properties.minor) == (8, 0):
+        name = "ampere"
+    else:
+        name = "hopper" if properties.major in (9, 10) else "compact"
+    return name, properties.multi_processor_count
+
+
+def padded(D):
+    """Features of a packed row: a power of two, or several times 256."""
+    return max(16, triton.next_power_of_2(D)) if D <= 512 else -(-D // 256) * 256
+
+
+def choose(table, kernel, dtype, D):
+    """The tile of a kernel, "sums", "sums unbounded" or "gradient". table: of TABLES; dtype: of the packed rows"""
+    kind = {2: "half", 4: "float", 8: "double"}[dtype.itemsize]
+    DP = padded(D)
+    entries = TABLES[table][kind]
+    entry = next(entry for entry in entries.get(kernel, entries["sums"]) if entry[0] >= DP)
+    _, BM, BN, BK, DC, warps, stages = entry
+    return Tile(BM, BN, DP, BK or DP, DC or DP, warps, stages)

@@ -1,0 +1,152 @@
+"""What only a GPU can show of the Triton backend: python -m pytest tests/gpu, or benchmarks/gpu.sh for all of it."""
+
+import pytest
+import torch
+
+import tclr_kernels as tk
+
+from ..oracle import DTYPES, LOSSES, judge, run, same_bits
+
+
+def missing():
+    """Why there is nothing to test here, or None."""
+    if not torch.cuda.is_available():
+        return "no CUDA or HIP device"
+    reason = tk.available_backends("cuda")["triton"]
+    return None if reason is None else f"triton on cuda: {reason}"
+
+
+if (reason := missing()) is not None:
+    pytest.skip(reason, allow_module_level=True)
+
+SIZES = [(1, 2, 8), (7, 3, 33), (16, 4, 64), (33, 3, 128), (129, 3, 256), (205, 2, 17), (300, 2, 512), (70, 2, 1024)]
+HALF = torch.bfloat16, torch.float16
+
+
+def on_gpu(name, sizes, dtype, **settings):
+    return [x.cuda() for x in LOSSES[name].inputs(sizes, dtype, **settings)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("name", ["nt_xent", "clip_loss", "instance_contrastive"])
+def test_sizes(name, sizes, dtype):
+    judge(LOSSES[name], on_gpu(name, sizes, dtype), 0.1, "triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [(3, 4, 16), (40, 4, 128), (5, 17, 48), (3, 65, 64)], ids=str)
+@pytest.mark.parametrize("name", ["local_local", "global_local", "tclr", "tclr release"])
+def test_videos(name, sizes, dtype):
+    judge(LOSSES[name], on_gpu(name, sizes, dtype), 0.1, "triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rho", [0.9, 0.99, 0.999, 1])
+@pytest.mark.parametrize("tau", [0.5, 0.1, 0.05, 0.01])
+def test_confident_pairs(tau, rho, dtype):
+    judge(LOSSES["nt_xent"], on_gpu("nt_xent", (133, 2, 48), dtype, rho=rho), tau, "triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("tau", [10.0, 0.005, 0.001])
+def test_extreme_temperatures(tau, normalize, dtype):
+    inputs = on_gpu("clip_loss", (77, 2, 24), dtype, normalize=normalize)
+    judge(LOSSES["clip_loss"], inputs, tau, "triton", normalize)
+
+
+def test_triton_is_the_default_here():
+    a, b = on_gpu("nt_xent", (9, 2, 8), torch.float32)
+    assert torch.equal(tk.nt_xent(a, b), tk.nt_xent(a, b, backend="triton"))
+
+
+@pytest.mark.parametrize("tau", [0.1, 0.005])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_runs_repeat_bit_by_bit(dtype, tau):
+    inputs = on_gpu("nt_xent", (1500, 2, 64), dtype)
+    first = run(tk.nt_xent, inputs, temperature=tau, backend="triton")
+    for _ in range(5):
+        same_bits(run(tk.nt_xent, inputs, temperature=tau, backend="triton"), first)
+
+
+def step(a, b, tau):
+    loss = tk.nt_xent(a, b, temperature=tau, backend="triton")
+    return loss, *torch.autograd.grad(loss, (a, b, tau))
+
+
+@pytest.mark.parametrize("B", [8, 700])
+def test_no_synchronisation(B):
+    a, b = (x.requires_grad_() for x in on_gpu("nt_xent", (B, 2, 64), torch.bfloat16))
+    tau = torch.tensor(0.1, device="cuda", requires_grad=True)
+    step(a, b, tau)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(a, b, tau)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("B", [8, 700])
+def test_captured_in_a_graph_and_replayed(B):
+    a, b = (x.requires_grad_() for x in on_gpu("nt_xent", (B, 2, 64), torch.bfloat16))
+    tau = torch.tensor(0.1, device="cuda", requires_grad=True)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step(a, b, tau)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(a, b, tau)
+    for k in range(100):
+        with torch.no_grad():
+            tau.fill_(0.1 if k % 2 else 0.005)  # on either side of where the exponentials are safe
+        graph.replay()
+        if k < 4 or k > 97:
+            same_bits((captured[0], captured[1:]), ((wanted := step(a, b, tau))[0], wanted[1:]))
+
+
+@pytest.mark.parametrize("B", [8, 300])
+def test_compiled_without_a_break(B):
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda a, b: tk.nt_xent(a, b, backend="triton"), fullgraph=True)
+    inputs = on_gpu("nt_xent", (B, 2, 32), torch.float32)
+    torch.testing.assert_close(run(compiled, inputs), run(tk.nt_xent, inputs, backend="triton"))
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_gram_of_more_than_two_to_the_31_entries(dtype):
+    """65,536 rows, some of whose losses are taken from their row of similarities in float64."""
+    a, b = on_gpu("nt_xent", (32768, 2, 64), dtype)
+    found = tk.nt_xent(a, b, reduction="none", backend="triton")
+    z = torch.cat([a, b]).double()
+    z = z / z.norm(dim=1, keepdim=True)
+    for i in (0, 1, 12345, 32767, 32768, 65535):
+        s = z @ z[i] / 0.1
+        positive = s[(i + 32768) % 65536].clone()
+        s[i] = -torch.inf
+        assert abs(found[i] - (s.logsumexp(0) - positive)) < 1e-3
+
+
+def test_offsets_of_more_than_two_to_the_31():
+    """Rows whose entries, and whose groups' entries, lie beyond."""
+    if torch.cuda.get_device_properties(0).total_memory < 60 * 2**30:
+        pytest.skip("takes 40 GiB of memory")
+    G, N, D = 2**15 + 3, 33, 1024
+    x = torch.randn(2, G, N, D, device="cuda", dtype=torch.float16)
+    last = tk.nt_xent(x[0, -2:], x[1, -2:], reduction="none", backend="triton")
+    all_groups = tk.nt_xent(x[0], x[1], reduction="none", backend="triton")
+    assert torch.equal(all_groups[-2:], last)
+
+
+def test_memory_is_linear():
+    a, b = (x.requires_grad_() for x in on_gpu("nt_xent", (32768, 2, 128), torch.bfloat16))
+    tk.nt_xent(a, b, backend="triton").backward()
+    a.grad = b.grad = None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    tk.nt_xent(a, b, backend="triton").backward()
+    assert torch.cuda.max_memory_allocated() - before < 0.3 * 2**30

@@ -1,0 +1,313 @@
+"""What is special about the Triton kernels, under Triton's interpreter: TRITON_INTERPRET=1, a process of its own."""
+
+import importlib
+import itertools
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import tclr_kernels as tk
+from tclr_kernels.backends import reference
+
+from . import fuzz, oracle
+from .conftest import BACKENDS
+from .oracle import LOSSES, judge, run
+
+if BACKENDS["triton"] is not None:
+    pytest.skip(f"triton: {BACKENDS['triton']}", allow_module_level=True)
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    """The package of the kernels."""
+    for name in ("large", "small", "sets", "tiles", "epilogue"):
+        importlib.import_module(f"tclr_kernels.triton.{name}")
+    return tk.triton
+
+
+@pytest.fixture
+def only_large(kernels, monkeypatch):
+    """Small groups by the large path too."""
+    monkeypatch.setattr(kernels.small, "LARGEST", 0)
+    return kernels
+
+
+def tiny(kernels, monkeypatch, BM=32, BN=16, BK=16, DC=16):
+    """Tiles that make many blocks of few rows."""
+    entry = [(1 << 30, BM, BN, BK, DC, 4, 1)]
+    table = {kind: dict(sums=entry, gradient=entry) for kind in ("half", "float", "double")}
+    monkeypatch.setitem(kernels.tiles.TABLES, "interpreter", table)
+
+
+def deviation(module, sets, tau, normalize=True, cross=False, seed=0):
+    """The largest error of values and gradients, relative to the largest entry of each."""
+    generator = torch.Generator().manual_seed(seed)
+    exact = [z.double().requires_grad_() for z in sets]
+    wanted = reference.gram(exact, tau, normalize, cross)
+    found = module.forward(sets, tau, normalize, cross)
+    upstream = [torch.randn(x.shape, generator=generator, dtype=torch.float64).where(x.isfinite(), 0) for x in wanted]
+    sum((x.where(x.isfinite(), 0) * g).sum() for x, g in zip(wanted, upstream, strict=True)).backward()
+    dx, zdz = module.backward(sets, tau, normalize, cross, *found[1:], *(g.to(found[1]) for g in upstream))
+    pairs = [*zip(found, (w.detach() for w in wanted), strict=True), *zip(dx, (z.grad for z in exact), strict=True)]
+    along = [(z * z.grad).sum(-1) for z in exact]
+    pairs += [] if normalize else [(zdz, torch.stack(along, 1).detach())]
+    return max(oracle.error(f, w) / max(1, w[w.isfinite()].abs().max().item()) for f, w in pairs if w.numel())
+
+
+def some_sets(G, V, N, D, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(G, N, D, generator=generator, dtype=torch.float64).to(dtype) for _ in range(V)]
+
+
+# ---- the two paths
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["nt_xent", "clip_loss", "instance_contrastive", "local_local", "global_local"])
+def test_small_problems_by_the_large_path(name, dtype, only_large):
+    judge(LOSSES[name], LOSSES[name].inputs((5, 3, 33), dtype), 0.1, "triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["nt_xent", "local_local", "global_local"])
+def test_small_groups_carry_half_precision_exactly(name, dtype, kernels, monkeypatch):
+    monkeypatch.setattr(oracle, "FLOAT16_UNIT_ROWS", ())
+    judge(LOSSES[name], LOSSES[name].inputs((4, 4, 21), dtype), 0.1, "triton")
+
+
+@pytest.mark.parametrize("cross", [False, True])
+@pytest.mark.parametrize("M", [32, 34])
+def test_boundary_of_small_and_large(M, cross, kernels):
+    assert kernels.small.serves(2, M // 2) == (M <= 32)
+    assert deviation(tk.backends.triton, some_sets(3, 2, M // 2, 7), 0.2, cross=cross) < 1e-5
+
+
+@pytest.mark.parametrize("cross", [False, True])
+@pytest.mark.parametrize("tau", [0.1, 0.005])
+@pytest.mark.parametrize("enough", [1, 6, 30, 10**6])
+def test_super_blocks_of_every_size(enough, tau, cross, kernels, monkeypatch):
+    tiny(kernels, monkeypatch)
+    monkeypatch.setattr(kernels.large, "table_of", lambda x: ("interpreter", enough))
+    assert deviation(tk.backends.triton, some_sets(1, 3, 71, 5), tau, cross=cross) < 1e-4 * max(1, 0.01 / tau)
+
+
+def test_super_blocks_are_as_few_as_keep_the_device_busy(kernels):
+    """The slots of 131,072 rows, on 132 processors."""
+    size, count = kernels.large.super_blocks(2, 512, 1, 8 * 132)
+    programs = 2 * count * (count + 1)
+    assert size * count >= 512 and 8 * 132 <= programs <= 3 * 8 * 132
+
+
+@pytest.mark.parametrize("D", [17, 40, 600])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_gradients_in_several_chunks_of_features(D, normalize, kernels, monkeypatch):
+    if D < 512:
+        tiny(kernels, monkeypatch)
+    sets = [x / math.sqrt(D) for x in some_sets(1, 2, 37, D)]
+    assert deviation(tk.backends.triton, sets, 0.2, normalize) < 1e-5
+
+
+@pytest.mark.parametrize("tau", [10.0, 0.1, 1 / 59, 1 / 61, 0.002])
+def test_temperature_as_a_tensor_or_a_number(tau, kernels):
+    """On either side of where the exponentials are safe."""
+    a, b = LOSSES["nt_xent"].inputs((40, 2, 8), torch.float32)
+    number = run(lambda *z: tk.nt_xent(*z, temperature=tau, backend="triton"), [a, b])
+    tensor = run(lambda *z: tk.nt_xent(*z, temperature=torch.tensor(tau), backend="triton"), [a, b])
+    tolerance = max(1e-5, 2e-7 / tau)  # two roundings of the largest similarity; the interpreter divides in float64
+    torch.testing.assert_close(tensor, number, rtol=tolerance, atol=tolerance)
+
+
+def test_sets_anywhere_in_memory_change_no_bit(kernels):
+    together = torch.stack(some_sets(2, 3, 20, 6), 1)
+    apart = [together[:, k].clone() for k in (2, 0, 1)]
+    apart = [apart[1], apart[2], apart[0]]
+    for sets in (list(together.unbind(1)), apart, [apart[0], apart[1].mT.contiguous().mT, apart[2]]):
+        x, strides = kernels.sets.one_array(sets)
+        G, N, D = sets[0].shape
+        found = torch.as_strided(x, (G, 3, N, D), strides, x.storage_offset()) if strides[1] >= 0 else None
+        assert found is None or sets is apart or torch.equal(found, together)
+        results = tk.backends.triton.forward(sets, 0.1, True, False)
+        wanted = tk.backends.triton.forward([s.contiguous() for s in together.unbind(1)], 0.1, True, False)
+        assert all(torch.equal(f, w) for f, w in zip(results, wanted, strict=True))
+
+
+# ---- the same bits, nothing left over, nothing held
+
+
+@pytest.mark.parametrize("tau", [0.1, 0.005])
+@pytest.mark.parametrize("cross", [False, True])
+def test_uninitialised_memory_changes_no_bit(cross, tau, kernels, monkeypatch):
+    """What is allocated holds NaN first."""
+    tiny(kernels, monkeypatch)
+    monkeypatch.setattr(kernels.large, "table_of", lambda x: ("interpreter", 6))
+    sets = some_sets(2, 3, 45, 5)
+    upstream = torch.rand(2, 3, 3, 45)
+    results = []
+    for fill in (False, True):
+        torch.use_deterministic_algorithms(fill)
+        try:
+            term, neg, pos = tk.backends.triton.forward(sets, tau, True, cross)
+            dx, zdz = tk.backends.triton.backward(sets, tau, True, cross, neg, pos, upstream, None, None)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        results.append([term, neg, pos, *dx, zdz])
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
+def launches(case, table="hopper"):
+    from benchmarks.compile_triton import recorded
+
+    return recorded(case, table)
+
+
+def test_launches_and_memory_are_what_is_promised(kernels):
+    from benchmarks.compile_triton import Case
+
+    large = launches(Case(1, 2, 65536, 128, torch.bfloat16))
+    assert [launch.kernel.__name__ for launch in large] == [
+        *("rows_kernel", "sums_kernel", "finish_kernel", "rows_kernel", "coefficients_kernel", "gradient_kernel"),
+    ]
+    held = {id(x): x for launch in large for x in launch.arguments.values() if isinstance(x, torch.Tensor)}
+    assert sum(x.nbytes for x in held.values()) < 0.45 * 2**30  # with the inputs and the gradient
+    assert len(launches(Case(40, 2, 4, 128, torch.float32))) == 2
+
+
+def test_fuzz_by_the_large_path(only_large):
+    assert fuzz.lost(range(10000, 10060), "triton") == []
+
+
+# ---- PyTorch's tools
+
+
+@pytest.mark.parametrize("tau", [0.1, torch.tensor(0.1)])
+@pytest.mark.parametrize("cross", [False, True])
+@pytest.mark.parametrize("N", [5, 20])
+def test_opcheck(N, cross, tau, kernels):
+    ops = torch.ops.tclr_kernels_triton
+    sets = some_sets(2, 2, N, 3)
+    tau = (tau, 0.0) if isinstance(tau, torch.Tensor) else (None, tau)
+    torch.library.opcheck(ops.gram_forward.default, (sets, *tau, True, cross))
+    term, neg, pos = ops.gram_forward(sets, *tau, True, cross)
+    torch.library.opcheck(ops.gram_backward.default, (sets, *tau, True, cross, neg, pos, term, None, None))
+
+
+# ---- planted bugs
+
+
+def check_small(planted):
+    for (G, V, N, D), cross in itertools.product([(5, 2, 4, 9), (2, 3, 5, 3)], [False, True]):
+        assert deviation(planted.small, some_sets(G, V, N, D), 0.2, cross=cross) < 1e-5
+
+
+def check_large(planted):
+    for V, cross in itertools.product([2, 3], [False, True]):
+        assert deviation(planted.large, some_sets(1, V, 75, 5), 0.2, cross=cross) < 1e-5
+
+
+def check_large_unbounded(planted):
+    for cross in (False, True):
+        assert deviation(planted.large, some_sets(1, 2, 41, 5), 0.005, cross=cross) < 1e-4
+
+
+def check_groups_stay_apart(planted):
+    sets = some_sets(4, 2, 4, 6)
+    sets[0][1, 2, 3] = math.nan
+    term, neg, pos = planted.small.forward(sets, 0.1, True, False)
+    dx, _ = planted.small.backward(sets, 0.1, True, False, neg, pos, torch.ones_like(term), None, None)
+    assert dx[:, [0, 2, 3]].isfinite().all() and term[[0, 2, 3]].isfinite().all() and dx[0, 1].isnan().any()
+
+
+def check_confident_small_rows(planted):
+    """Weights below float32's range, of rows so short that their gradients are not."""
+    tau = 1 / 150
+    for module in (planted.small, planted.large):
+        rows = 1e-36 * torch.eye(10)[None]
+        exact = [rows.double().requires_grad_() for _ in range(2)]
+        reference.gram(exact, tau, True, False)[0].sum().backward()
+        assert exact[0].grad.abs().max() > 1e-30
+        _, neg, pos = module.forward([rows, rows], tau, True, False)
+        dx, _ = module.backward([rows, rows], tau, True, False, neg, pos, torch.ones_like(neg), None, None)
+        assert oracle.error(dx[0], exact[0].grad) < 1e-2 * exact[0].grad.abs().max()
+
+
+CHECKS = dict(
+    small=check_small,
+    large=check_large,
+    unbounded=check_large_unbounded,
+    groups=check_groups_stay_apart,
+    confident=check_confident_small_rows,
+)
+BUGS = {  # what is wrong -> (file, old, new, the check that finds it)
+    "small: dropped mask": ("small", "other = group & (i[:, None] != i[None, :])", "other = group", "small"),
+    "small: groups mixed": ("small", "group = (g[:, None] == g[None, :]) &", "group =", "small"),
+    "small: missing factor 2": ("small", "W += tl.trans(W)", "W += W", "small"),
+    "small: not finite beside zeros": ("small", 'tl.where(tl.abs(z) < float("inf"), z, 0.0)', "z", "groups"),
+    "small: no projection": ("small", "dz -= z * along[:, None]", "dz -= 0", "small"),
+    "own negatives forgotten": ("epilogue", "for_own += tl.where", "for_own = 0 * tl.where", "small"),
+    "wrong power of tau": ("epilogue", "(unit * inverse_tau)", "(unit * inverse_tau * inverse_tau)", "large"),
+    "unit forgotten": ("epilogue", "scale = (unit * inverse_tau)", "scale = (inverse_tau)", "large"),
+    "no unit": ("epilogue", "tl.maximum(((bits >> 52) & 2047) - 1023, -1000)", "((bits >> 52) & 0)", "confident"),
+    "large: dropped mask": ("large", "candidate = (i[:, None] != j[None, :]) &", "candidate =", "large"),
+    "large: ragged rows counted": ("large", "& (i < N)[:, None] & (j < N)[None, :]", "& (j < N)[None, :]", "large"),
+    "large: ragged columns counted": ("large", "& (i < N)[:, None] & (j < N)[None, :]", "& (i < N)[:, None]", "large"),
+    "large: columns' sums begun anew": ("large", "tl.where(begin > first_i, end, 0)", "0", "large"),
+    "large: a pair left out": ("large", "(one >= step), -1, q)", "(one >= 0), -1, q)", "large"),
+    "large: slots of rows and columns swapped": ("large", "(g * supers + q) * M", "(g * supers + p) * M", "large"),
+    "large: maximum not merged": ("large", "total * exponential(largest - offset) +", "total +", "unbounded"),
+    "large: missing factor 2": ("large", "(row_scale[:, None] + scale[None, :])", "row_scale[:, None]", "large"),
+    "large: missing factor 2, unbounded": ("large", "w += exponential", "w = exponential", "unbounded"),
+    "large: one sided positive": ("large", "weight += tl.load", "weight += 0 * tl.load", "large"),
+    "large: damping forgotten": ("large", "tl.exp(-value * bounded)", "1.0", "large"),
+    "large: exponents of another block": (
+        "large",
+        "factor_at(exponents + column_block * blocks + start // BN, top, ACC) * BOOST",
+        "BOOST",
+        "large",
+    ),
+    "large: own block in cross": (
+        "large",
+        "half = (V + 1) // 2\n        first = tl",
+        "half = 0\n        first = tl",
+        "large",
+    ),
+}
+
+
+@pytest.fixture
+def plant(kernels, tmp_path, monkeypatch):
+    """The kernels with some text replaced, as a package of its own, with tiny tiles."""
+
+    def planted(file=None, old="", new=""):
+        name = f"planted_{tmp_path.name}_{len(list(tmp_path.iterdir()))}".replace("-", "_")
+        shutil.copytree(ROOT / "tclr_kernels" / "triton", tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+        if file is not None:
+            path = tmp_path / name / f"{file}.py"
+            assert old in path.read_text(), f"nothing to replace: {old!r}"
+            path.write_text(path.read_text().replace(old, new))
+        monkeypatch.syspath_prepend(tmp_path)
+        package = importlib.import_module(name)
+        for module in ("small", "large", "tiles"):
+            importlib.import_module(f"{name}.{module}")
+        tiny(package, monkeypatch)
+        monkeypatch.setattr(package.large, "table_of", lambda x: ("interpreter", 2))
+        return package
+
+    return planted
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_the_kernels_pass(check, plant):
+    CHECKS[check](plant())
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bug_is_found(bug, plant):
+    *change, check = BUGS[bug]
+    planted = plant(*change)
+    with pytest.raises(AssertionError):
+        CHECKS[check](planted)

@@ -1,0 +1,35 @@
+"""The Triton kernels compiled ahead of time, for a GPU that need not be here; in a process that does not interpret."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+COMPILE = """
+from benchmarks.compile_triton import SELECTED, rows
+made = list(rows(SELECTED, ["sm_90"]))
+assert len({row["kernel"] for row in made}) == 7, made
+assert not [row for row in made if row["spills"]], [row for row in made if row["spills"]]
+"""
+
+
+def test_the_page_follows_the_table():
+    pytest.importorskip("triton")
+    code = "from benchmarks import compile_triton as c; assert c.PAGE.read_text() == c.page(c.read(c.RESULTS))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_importing_does_not_import_triton():
+    code = "import sys, torch; n = set(sys.modules); import tclr_kernels; sys.exit('triton' in set(sys.modules) - n)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_what_the_tiles_of_sm_90_select_compiles_without_spills():
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", COMPILE]
+    status = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert status.returncode == 0, status.stderr[-2000:]
