@@ -1,4 +1,6 @@
-"""Device times of the Triton backend against the bars of its plan: python -m benchmarks.gpu [--results FOLDER]
+"""Device times, of the objective by every backend and of Triton against its plan.
+
+    python -m benchmarks.gpu [--results FOLDER]
 
 Each row is checked first, then timed by events around CUDA-graph replays, the median of several; beside it the three
 dense products that materialising would take (S, and the two of the gradient), by cuBLAS, where they fit.
@@ -10,6 +12,7 @@ import datetime
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -141,12 +144,44 @@ def facts():
     )
 
 
+def backends():
+    return [name for name, reason in tk.available_backends("cuda").items() if name != "reference" and reason is None]
+
+
+def objective():
+    """Prints the objective at its own size, and where it is no longer bound by launches, by every backend."""
+    for B in (40, 512, 4096):
+        generator = torch.Generator("cuda").manual_seed(0)
+        inputs = [
+            torch.randn(2, B, *clips, 128, device="cuda", generator=generator, requires_grad=True)
+            for clips in ((), (4,), (4,))
+        ]
+        for backend in backends():
+
+            def step(backend=backend, inputs=inputs):
+                total = tk.tclr(*inputs, form="release", backend=backend).total
+                torch.autograd.grad(total, inputs)
+
+            step()
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(20):
+                step()
+            torch.cuda.synchronize()
+            eager = 1e6 * (time.perf_counter() - start) / 20
+            print(f"objective, B = {B}, {backend}: {eager:.1f} us eager, {microseconds(step):.1f} us in a graph")
+
+
 def sanitize():
     """A few small problems of every kernel, for a sanitizer to watch."""
     for N, tau, dtype in ((4, 0.1, torch.float32), (77, 0.1, torch.bfloat16), (77, 0.005, torch.float32)):
         for function in (tk.nt_xent, tk.clip_loss):
             sets = [torch.randn(N, 24, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2)]
-            function(*sets, temperature=tau, backend="triton").backward()
+            for backend in backends():
+                function(*sets, temperature=tau, backend=backend).backward()
+    inputs = [torch.randn(2, 7, *clips, 24, device="cuda", requires_grad=True) for clips in ((), (3,), (3,))]
+    for backend in backends():
+        tk.tclr(*inputs, form="release", backend=backend).total.backward()
     torch.cuda.synchronize()
 
 
@@ -161,6 +196,7 @@ def main(arguments=None):
     if options.sanitize:
         sanitize()
         return 0
+    objective()
     made = []
     for shape in SHAPES:
         made.append(facts() | row(shape))
