@@ -91,4 +91,4 @@ wheel-check: $(VENV)/.torch
 	cd / && PYTHONPATH="$(CURDIR)/build/site" "$(CURDIR)/$(BIN)/python" -m tclr_kernels.selftest
 
 clean:
-	rm -rf build dist *.egg-info tclr_kernels/_C*.so $(VENV)/.installed $(VENV)/.native-1
+	rm -rf build dist *.egg-info tclr_kernels/_C*.so tclr_kernels/_cuda.so $(VENV)/.installed $(VENV)/.native-1

@@ -1,8 +1,8 @@
 """What is installed and what would run: python -m tclr_kernels.info [--shape G V N D] [--device D] [--dtype T]"""
 
 import argparse
-import math
 import importlib.metadata
+import math
 import platform
 
 import torch

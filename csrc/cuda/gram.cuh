@@ -39,7 +39,10 @@ struct Gram {
   unsigned long long* largest;  // [G] of g_neg and g_pos, as bits
   int64_t parts;                // of the sets that contribute to a row, so that few rows fill the device
 
-  constexpr Problem problem() const { return {V, N, cross, tile, 1}; }
+  // A group whose rows fit a tile is one tile; else each set is cut into blocks of rows.
+  constexpr bool whole() const { return V * N <= tile; }
+  constexpr Problem sets() const { return {V, N, cross, tile, 1}; }
+  constexpr Problem tiles() const { return whole() ? Problem(1, V * N, false, tile, 1) : sets(); }
   constexpr int64_t rows() const { return G * V * N; }
   constexpr int64_t row(const Place& r) const { return (r.g * V + r.a) * N + r.i; }
   constexpr int64_t at(int64_t g, int64_t a, int64_t c, int64_t i) const { return ((g * V + a) * V + c) * N + i; }
@@ -52,28 +55,24 @@ struct Gram {
   constexpr int64_t panels() const { return (ldz + panel<T> - 1) / panel<T>; }
 
   constexpr int64_t row_blocks() const { return (rows() * 32 + threads - 1) / threads; }
-  constexpr int64_t sum_blocks() const { return G * V * V * problem().blocks; }
+  constexpr int64_t sum_blocks() const { return whole() ? G : G * V * V * sets().blocks; }
   constexpr int64_t finish_blocks() const { return (rows() * lanes() + threads - 1) / threads; }
-  constexpr int64_t gradient_blocks() const { return G * V * problem().blocks * parts * panels(); }
+  constexpr int64_t gradient_blocks() const { return G * tiles().V * tiles().blocks * parts * panels(); }
 };
 
-// Memory of a tile: two panels of rows, S, and for rows and columns what weighs them.
+// Memory of a tile: two panels of rows, and S.
 template <typename T>
 struct Tile {
   int ldp;  // of the panels
-  T *rows, *columns, *S, *scale, *shift;
+  T *rows, *columns, *S;
 
   static constexpr int width(int64_t ldz) { return int(ldz < panel<T> ? ldz : panel<T>); }
-  static constexpr size_t size(int64_t ldz) {
-    return sizeof(T) * (2 * tile * (width(ldz) + 4) + tile * lds + 4 * tile);
-  }
+  static constexpr size_t size(int64_t ldz) { return sizeof(T) * tile * (2 * (width(ldz) + 4) + lds); }
   TCLR_METHOD explicit Tile(int64_t ldz) {
     ldp = width(ldz) + 4;
     rows = shared_memory<T>();
     columns = rows + tile * ldp;
     S = columns + tile * ldp;
-    scale = S + tile * lds;  // [2, tile]
-    shift = scale + 2 * tile;
   }
 };
 
@@ -164,10 +163,30 @@ TCLR_DEVICE void add_exponential(T& largest, T& sum, T s) {
   }
 }
 
+// neg and pos of one group, all of it in one tile. A thread makes them for a row and a set.
+template <typename T>
+TCLR_DEVICE void sums_of_group(const Gram<T>& p, int64_t g) {
+  Block all{g, 0, 0};
+  Tile<T> t(p.ldz);
+  scores(p, p.tiles(), all, all, t, false, T(1 / value_of(p.tau)), [](int, int, T s) { return s; });
+  int N = int(p.N), V = int(p.V);
+  for (int k = threadIdx.x; k < V * N * V; k += threads) {
+    int row = k / V, c = k % V, a = row / N, i = row % N;
+    const T* S = t.S + row * lds + c * N;
+    bool exists = p.sets().exists(a, c);
+    T largest = lowest<T>, sum = 0;
+    for (int j = 0; j < N && exists; ++j)
+      if (j != i) add_exponential(largest, sum, S[j]);
+    int64_t at = p.at(g, a, c, i);
+    p.neg[at] = largest + log(sum), p.pos[at] = exists && c != a ? S[i] : 0;
+  }
+}
+
 // neg and pos of one block of rows with one set. Four threads share a row.
 template <typename T>
 TCLR_DEVICE void sums(const Gram<T>& p, int64_t block) {
-  Problem problem = p.problem();
+  if (p.whole()) return sums_of_group(p, block);
+  Problem problem = p.sets();
   int64_t c = block % p.V, index = block / p.V % problem.blocks, set = block / (p.V * problem.blocks);
   Block I{set / p.V, set % p.V, index};
   Tile<T> t(p.ldz);
@@ -228,7 +247,7 @@ struct Finisher {
   TCLR_METHOD void each(F f) const {
     for (int64_t c = lane; c < p.V && valid; c += lanes) f(c);
   }
-  TCLR_METHOD bool paired(int64_t c) const { return c != r.a && p.problem().exists(r.a, c); }
+  TCLR_METHOD bool paired(int64_t c) const { return c != r.a && p.sets().exists(r.a, c); }
   TCLR_METHOD double negatives(int64_t c) const {
     return p.cross ? p.neg[at(c)] : log_add(p.neg[at(r.a)], p.neg[at(c)]);
   }
@@ -262,7 +281,7 @@ TCLR_DEVICE void coefficients(const Finisher<T>& f, const Upstream<T>& up, doubl
   double g_own = 0;
   f.each([&](int64_t c) {
     int64_t at = f.at(c);
-    double g_neg = given(up.neg, at), g_pos = c == f.r.a ? 0 : given(up.pos, at);
+    double g_neg = p.sets().exists(f.r.a, c) ? given(up.neg, at) : 0, g_pos = f.paired(c) ? given(up.pos, at) : 0;
     double g_term = up.term ? up.term[at] : up.all;
     if (g_term != 0 && p.N > 1 && f.paired(c)) {
       double negatives = f.negatives(c), g = g_term * sigmoid(negatives - p.pos[at]);
@@ -324,32 +343,27 @@ TCLR_DEVICE double unit(const Gram<T>& p, int64_t g) {
 
 // ---- gradient
 
-// Per row and column of a tile, in units: W = scale * exp(S - shift).
+// W of one entry.
 template <typename T>
-TCLR_DEVICE void load_weights(const Gram<T>& p, const Problem& problem, const Block& I, const Block& J, double inverse,
-                              const Tile<T>& t) {
-  int k = threadIdx.x % tile, side = threadIdx.x / tile;
-  if (side > 1) return;
-  const Block &own = side ? J : I, &other = side ? I : J;
-  bool there = k < problem.rows(own.index);
-  int64_t at = p.at(own.g, own.a, other.a, problem.begin(own.index) + k);
-  T scale = there ? T(p.g_neg[at] * inverse) : 0;
-  t.scale[threadIdx.x] = scale;
-  t.shift[threadIdx.x] = scale == 0 ? T(INFINITY) : p.neg[at];  // exp(S - inf) is 0, and neg may be -inf here
+TCLR_DEVICE T weight(const Gram<T>& p, int64_t at, T s, double inverse_unit) {
+  T g = T(p.g_neg[at] * inverse_unit);
+  return g == 0 ? 0 : g * exp(s - p.neg[at]);  // neg may be -inf here
 }
 
 // W + W^T of two blocks.
 template <typename T>
 TCLR_DEVICE void weights(const Gram<T>& p, const Problem& problem, const Block& I, const Block& J, const Tile<T>& t,
                          bool again, T inverse_tau, double inverse_unit) {
-  int64_t begin_i = problem.begin(I.index), begin_j = problem.begin(J.index);
-  load_weights(p, problem, I, J, inverse_unit, t);  // `scores` has a barrier before the first use
+  auto place = [&](const Block& b, int r) -> Place {
+    auto row = uint32_t(b.a * p.N + problem.begin(b.index) + r), N = uint32_t(p.N);
+    return {b.g, row / N, row % N};
+  };
   scores(p, problem, I, J, t, again, inverse_tau, [&](int r, int j, T s) -> T {
     if (r >= problem.rows(I.index) || j >= problem.rows(J.index)) return 0;
-    int64_t i = begin_i + r;
-    if (i != begin_j + j) return exp(s - t.shift[r]) * t.scale[r] + exp(s - t.shift[tile + j]) * t.scale[tile + j];
-    if (I.a == J.a) return 0;
-    return T((p.g_pos[p.at(I.g, I.a, J.a, i)] + p.g_pos[p.at(I.g, J.a, I.a, i)]) * inverse_unit);
+    Place row = place(I, r), column = place(J, j);
+    int64_t at = p.at(row.g, row.a, column.a, row.i), back = p.at(row.g, column.a, row.a, column.i);
+    if (row.i != column.i) return weight(p, at, s, inverse_unit) + weight(p, back, s, inverse_unit);
+    return row.a == column.a ? 0 : T((p.g_pos[at] + p.g_pos[back]) * inverse_unit);
   });
 }
 
@@ -358,17 +372,17 @@ TCLR_DEVICE void weights(const Gram<T>& p, const Problem& problem, const Block& 
 template <typename T>
 TCLR_DEVICE void gradient(const Gram<T>& p, int64_t block) {
   constexpr int groups = panel<T> / 64;
-  Problem problem = p.problem();
+  Problem problem = p.tiles();
   int64_t first = block % p.panels() * panel<T>, rest = block / p.panels();
   int64_t part = rest % p.parts, index = rest / p.parts % problem.blocks, set = rest / p.parts / problem.blocks;
-  Block I{set / p.V, set % p.V, index};
+  Block I{set / problem.V, set % problem.V, index};
   Tile<T> t(p.ldz);
   T inverse_tau = T(1 / value_of(p.tau));
   double inverse_unit = 1 / unit(p, I.g);
   int width = Tile<T>::width(p.ldz - first), dx = threadIdx.x % 16 * 4, ry = threadIdx.x / 16 * 4;
   T sum[groups][4][4] = {};
   bool again = false;
-  for (int64_t c = part * p.V / p.parts; c < (part + 1) * p.V / p.parts; ++c) {
+  for (int64_t c = part * problem.V / p.parts; c < (part + 1) * problem.V / p.parts; ++c) {
     for (int64_t b = 0; b < problem.blocks && problem.exists(I.a, c); ++b, again = true) {
       Block J{I.g, c, b};
       weights(p, problem, I, J, t, again, inverse_tau, inverse_unit);

@@ -26,7 +26,7 @@ Gram<T> describe(int64_t G, int64_t V, int64_t N, int64_t D, bool normalize, boo
   constexpr int64_t enough = 256;  // blocks to fill a device
   p.parts = 1;
   int64_t blocks = G > 0 ? p.gradient_blocks() : enough;
-  while (p.parts < V && 2 * p.parts * blocks <= enough) p.parts *= 2;
+  while (p.parts < p.tiles().V && 2 * p.parts * blocks <= enough) p.parts *= 2;
   return p;
 }
 
