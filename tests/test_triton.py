@@ -235,11 +235,22 @@ def check_confident_small_rows(planted):
         assert oracle.error(dx[0], exact[0].grad) < 1e-2 * exact[0].grad.abs().max()
 
 
+def check_not_finite_rows(planted):
+    """A zero row's gradient is 0, that of all others of its group NaN."""
+    a, b = (x[0] for x in some_sets(1, 2, 5, 6))
+    a[0], a[1, 2] = 0, math.nan
+    for module in (planted.small, planted.large):
+        term, neg, pos = module.forward([a[None], b[None]], 0.1, True, False)
+        dx, _ = module.backward([a[None], b[None]], 0.1, True, False, neg, pos, torch.ones_like(term), None, None)
+        assert not dx[0, 0, 0].any() and dx[0, 0, 1:].isnan().all() and dx[1].isnan().all()
+
+
 CHECKS = dict(
     small=check_small,
     large=check_large,
     unbounded=check_large_unbounded,
     groups=check_groups_stay_apart,
+    not_finite=check_not_finite_rows,
     confident=check_confident_small_rows,
 )
 BUGS = {  # what is wrong -> (file, old, new, the check that finds it)
@@ -247,6 +258,8 @@ BUGS = {  # what is wrong -> (file, old, new, the check that finds it)
     "small: groups mixed": ("small", "group = (g[:, None] == g[None, :]) &", "group =", "small"),
     "small: missing factor 2": ("small", "W += tl.trans(W)", "W += W", "small"),
     "small: not finite beside zeros": ("small", 'tl.where(tl.abs(z) < float("inf"), z, 0.0)', "z", "groups"),
+    "zero row beside one that is not finite": ("epilogue", "tl.where(norm[:, None] == 0, 0.0, ", "(", "not_finite"),
+    "zero by a factor too small for float32": ("epilogue", "norm[:, None] == 0", "other[:, None] == 0", "not_finite"),
     "small: no projection": ("small", "dz -= z * along[:, None]", "dz -= 0", "small"),
     "own negatives forgotten": ("epilogue", "for_own += tl.where", "for_own = 0 * tl.where", "small"),
     "wrong power of tau": ("epilogue", "(unit * inverse_tau)", "(unit * inverse_tau * inverse_tau)", "large"),

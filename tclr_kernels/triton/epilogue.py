@@ -157,9 +157,9 @@ def factors(scale, ACC: tl.constexpr):
 
 
 @triton.jit
-def scaled(dz, one, other):
-    """dz by the two factors of each row; 0 where they are, of a zero row, though another row is not finite."""
-    return tl.where(other[:, None] == 0, 0.0, dz * one[:, None] * other[:, None])
+def scaled(dz, norm, one, other):
+    """dz by the two factors of each row; 0 for a zero row, though another row is not finite."""
+    return tl.where(norm[:, None] == 0, 0.0, dz * one[:, None] * other[:, None])
 
 
 @triton.jit

@@ -427,7 +427,7 @@ def gradient_kernel(
     else:
         norm = tl.full([BM], 1.0, tl.float64)
     one, other = factors(gradient_scale(norm, unit, inverse_tau, NORMALIZE), ACC)
-    gradient = scaled(dz, one, other)
+    gradient = scaled(dz, norm, one, other)
     d = chunk + tl.arange(0, DC)
     to = dx + ((a.to(tl.int64) * G + g) * N + i)[:, None] * D + d[None, :]
     tl.store(to, narrowed(gradient, dx.dtype.element_ty), mask=(i < N)[:, None] & (d < D)[None, :])

@@ -190,7 +190,7 @@ def backward_kernel(
         if NORMALIZE:
             dz -= z * along[:, None]
         d = d0 + tl.arange(0, BD)
-        gradient = narrowed(scaled(dz, one, other), dx.dtype.element_ty)
+        gradient = narrowed(scaled(dz, norm, one, other), dx.dtype.element_ty)
         tl.store(dx + to[:, None] + d[None, :], gradient, mask=valid[:, None] & (d < D)[None, :])
 
 
