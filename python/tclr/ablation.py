@@ -1,0 +1,176 @@
+"""The ablation: every subset of {IC, LL, GL} and random init, several seeds, on a procedural set where order matters.
+
+A row = one subset and seed: pretrain, extract the features of both splits once, then retrieval and linear accuracy with
+1 .. all clips a video. "IC" is the paper's: ic_global of form="paper". A row is a file of its own, written when it is
+finished, so that the table can be made in any number of sittings:
+
+    python -m tclr.ablation --out runs/ablation            # the rows that are missing, then the table and the pictures
+    python -m tclr.ablation --out runs/ablation --row 5    # one of them
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+from jsonargparse import ArgumentParser
+
+from . import evaluate, linear, motions, train
+from .clips import ClipPlan
+from .models import TinyResNet3d
+
+TERMS = dict(IC="ic_global", LL="ll", GL="gl")
+SUBSETS = ("random init", "LL", "GL", "LL + GL", "IC", "IC + LL", "IC + GL", "IC + LL + GL")
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What a row depends on beside its subset and seed; its hash names the row's file."""
+
+    groups: int = 42  # 12 classes x 4 takes x 42 groups = 2,016 videos to train on
+    test_groups: int = 21
+    takes: int = 4
+    video_frames: int = 64
+    video_side: int = 40
+    data_seed: int = 0
+    frames: int = 8
+    stride: int = 4
+    side: int = 32
+    width: int = 8
+    steps: int = 120
+    batch: int = 32
+    lr: float = 2e-3
+    temperature: float = 0.1
+    form: str = "paper"
+    eval_clips: int = 8
+    eval_stride: int = 3
+
+    @property
+    def hash(self):
+        return digest(dataclasses.asdict(self))
+
+    @property
+    def data_hash(self):
+        a = self
+        return digest([a.groups, a.test_groups, a.takes, a.video_frames, a.video_side, a.data_seed])
+
+
+def digest(values):
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def rows(seeds):
+    """Every (subset, seed), seed by seed: the first seed's table is whole before the next begins."""
+    return [(subset, seed) for seed, subset in product(range(seeds), SUBSETS)]
+
+
+def row_file(out, ablation, subset, seed):
+    return out / f"{subset.replace(' ', '')}-seed{seed}-{ablation.hash}.json"
+
+
+def weights(subset):
+    """Of the objective's terms, or None for no training: "IC + LL" -> ic_global 1, ll 1, gl 0"""
+    chosen = subset.split(" + ")
+    return None if subset == "random init" else {term: float(name in chosen) for name, term in TERMS.items()}
+
+
+def data(out, ablation):
+    """(train, test), each (frames [videos, F, 3, H, W], labels), of different groups: no test video's looks are trained
+    on. Rendered once, for all rows."""
+    a, path = ablation, out / f"videos-{ablation.data_hash}.npz"
+    if not path.exists():
+        size = dict(classes=motions.CHANGES, takes=a.takes, frames=a.video_frames, side=a.video_side, seed=a.data_seed)
+        groups = dict(test=(1, a.test_groups), train=(1 + a.test_groups, a.groups))
+        arrays = {}
+        for part, (first, count) in groups.items():
+            _, frames, labels = motions.generate(first_group=first, groups=count, **size)
+            arrays |= {part: torch.stack(frames).numpy(), f"{part}_labels": labels.numpy()}
+        with whole(path) as file:
+            np.savez(file, **arrays)
+    with np.load(path) as saved:
+        return [
+            (torch.from_numpy(saved[part]), torch.from_numpy(saved[f"{part}_labels"])) for part in ("train", "test")
+        ]
+
+
+@contextmanager
+def whole(path):
+    """A binary file that appears under its name when it is complete, or not at all."""
+    unfinished = path.with_name(path.name + ".part")
+    with unfinished.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+
+
+def measure(ablation, subset, seed, splits, progress=iter):
+    """One row's figures: a dict of the last step's terms, and of R@1, R@5 and linear accuracy by clips a video."""
+    a, (train_set, test_set) = ablation, splits
+    torch.manual_seed(seed)
+    embedder = train.Embedder(TinyResNet3d(a.width)).to(memory_format=torch.channels_last_3d).eval()
+    steps = []
+    if weights(subset):
+        recipe = train.Recipe(
+            steps=a.steps, batch=a.batch, lr=a.lr, temperature=a.temperature, form=a.form, side=a.side, seed=seed,
+            weights=weights(subset),
+        )  # fmt: skip
+        record = lambda **terms: steps.append(terms)  # noqa: E731
+        train.pretrain(embedder, train_set[0], ClipPlan(a.frames, a.stride), recipe, record, progress)
+    describe = evaluate.backbone_features(embedder.backbone)
+    plan = dict(clips=a.eval_clips, frames=a.frames, stride=a.eval_stride, side=a.side)
+    gallery, queries = (evaluate.clip_features(describe, frames, **plan) for frames, _ in splits)
+    layer = linear.fit(gallery, train_set[1], len(motions.CHANGES))
+    curve = {}
+    for clips in range(1, a.eval_clips + 1):
+        ranks = evaluate.ranking(gallery, queries, clips)
+        recall = partial(evaluate.recall, ranks, train_set[1], test_set[1])
+        curve[clips] = dict(r1=recall(1), r5=recall(5), linear=linear.accuracy(layer, queries, test_set[1], clips))
+    return dict(last_step=steps[-1] if steps else None, by_clips=curve)
+
+
+def run_row(out, ablation, subset, seed, splits):
+    """Measures a row and writes its file, whole or not at all."""
+    started = time.perf_counter()
+    figures = measure(ablation, subset, seed, splits)
+    seconds = round(time.perf_counter() - started, 1)
+    facts = dict(subset=subset, seed=seed, ablation=dataclasses.asdict(ablation), hash=ablation.hash)
+    path = row_file(out, ablation, subset, seed)
+    facts |= figures | dict(torch=torch.__version__, seconds=seconds)
+    with whole(path) as file:
+        file.write(json.dumps(facts, indent=1).encode() + b"\n")
+    print(f"{subset}, seed {seed}: {seconds} s, {figures['by_clips'][ablation.eval_clips]}", flush=True)
+
+
+def finished(out, ablation, seeds):
+    """The rows there are: a dict (subset, seed) -> figures."""
+    files = {row: row_file(out, ablation, *row) for row in rows(seeds)}
+    return {row: json.loads(file.read_text()) for row, file in files.items() if file.exists()}
+
+
+def main(argv=None):
+    parser = ArgumentParser(prog="python -m tclr.ablation", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--row", type=int, help="0 .. 8 seeds - 1: only this row, skipped if it is there")
+    parser.add_class_arguments(Ablation, "config")
+    given = parser.parse_args(argv)
+    ablation, wanted = Ablation(**vars(given.config)), rows(given.seeds)
+    given.out.mkdir(parents=True, exist_ok=True)
+    splits = None
+    for row in wanted if given.row is None else [wanted[given.row]]:
+        if not row_file(given.out, ablation, *row).exists():
+            splits = splits or data(given.out, ablation)
+            run_row(given.out, ablation, *row, splits)
+
+
+if __name__ == "__main__":
+    main()
