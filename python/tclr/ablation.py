@@ -11,9 +11,7 @@ finished, so that the table can be made in any number of sittings:
 import dataclasses
 import hashlib
 import json
-import os
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -24,8 +22,10 @@ import torch
 from jsonargparse import ArgumentParser
 
 from . import evaluate, linear, motions, train
+from .checkpoint import whole
 from .clips import ClipPlan
 from .models import TinyResNet3d
+from .videos import VideoSet
 
 TERMS = dict(IC="ic_global", LL="ll", GL="gl")
 SUBSETS = ("random init", "LL", "GL", "LL + GL", "IC", "IC + LL", "IC + GL", "IC + LL + GL")
@@ -83,33 +83,21 @@ def weights(subset):
 
 
 def data(out, ablation):
-    """(train, test), each (frames [videos, F, 3, H, W], labels), of different groups: no test video's looks are trained
-    on. Rendered once, for all rows."""
+    """(train, test), of different groups: no test video's looks are trained on. Rendered once, for all rows."""
     a, path = ablation, out / f"videos-{ablation.data_hash}.npz"
     if not path.exists():
         size = dict(classes=motions.CHANGES, takes=a.takes, frames=a.video_frames, side=a.video_side, seed=a.data_seed)
         groups = dict(test=(1, a.test_groups), train=(1 + a.test_groups, a.groups))
         arrays = {}
         for part, (first, count) in groups.items():
-            _, frames, labels = motions.generate(first_group=first, groups=count, **size)
-            arrays |= {part: torch.stack(frames).numpy(), f"{part}_labels": labels.numpy()}
+            videos = motions.generate(first_group=first, groups=count, **size)
+            arrays[part] = torch.stack(videos.frames).numpy()
+            arrays |= {f"{part}_labels": videos.labels.numpy(), f"{part}_names": np.array(videos.names)}
         with whole(path) as file:
             np.savez(file, **arrays)
     with np.load(path) as saved:
-        return [
-            (torch.from_numpy(saved[part]), torch.from_numpy(saved[f"{part}_labels"])) for part in ("train", "test")
-        ]
-
-
-@contextmanager
-def whole(path):
-    """A binary file that appears under its name when it is complete, or not at all."""
-    unfinished = path.with_name(path.name + ".part")
-    with unfinished.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+        return [VideoSet(saved[f"{part}_names"].tolist(), *(torch.from_numpy(saved[name]) for name in
+                (part, f"{part}_labels"))) for part in ("train", "test")]  # fmt: skip
 
 
 def measure(ablation, subset, seed, splits, progress=iter):
@@ -124,16 +112,16 @@ def measure(ablation, subset, seed, splits, progress=iter):
             weights=weights(subset),
         )  # fmt: skip
         record = lambda **terms: steps.append(terms)  # noqa: E731
-        train.pretrain(embedder, train_set[0], ClipPlan(a.frames, a.stride), recipe, record, progress)
+        train.pretrain(embedder, train_set, ClipPlan(a.frames, a.stride), recipe, record, progress)
     describe = evaluate.backbone_features(embedder.backbone)
     plan = dict(clips=a.eval_clips, frames=a.frames, stride=a.eval_stride, side=a.side)
-    gallery, queries = (evaluate.clip_features(describe, frames, **plan) for frames, _ in splits)
-    layer = linear.fit(gallery, train_set[1], len(motions.CHANGES))
+    gallery, queries = (evaluate.clip_features(describe, videos, **plan) for videos in splits)
+    layer = linear.fit(gallery, train_set.labels, len(motions.CHANGES))
     curve = {}
     for clips in range(1, a.eval_clips + 1):
         ranks = evaluate.ranking(gallery, queries, clips)
-        recall = partial(evaluate.recall, ranks, train_set[1], test_set[1])
-        curve[clips] = dict(r1=recall(1), r5=recall(5), linear=linear.accuracy(layer, queries, test_set[1], clips))
+        recall = partial(evaluate.recall, ranks, train_set.labels, test_set.labels)
+        curve[clips] = dict(r1=recall(1), r5=recall(5), linear=linear.accuracy(layer, queries, test_set.labels, clips))
     return dict(last_step=steps[-1] if steps else None, by_clips=curve)
 
 

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from av.video.reformatter import VideoReformatter
 
+from .videos import VideoSet
+
 MOVEMENTS = {  # name -> the coordinate that changes, and which way
     "SlideLeft": ("x", -1),
     "SlideRight": ("x", 1),
@@ -57,7 +59,7 @@ def write_dataset(root, *, groups, test_groups, takes, frames, side, seed, progr
 
 
 def generate(*, classes, groups, first_group, takes, frames, side, seed):
-    """The same videos, not written but in memory: frames, a list of uint8 [F, 3, side, side]; names; labels [videos]"""
+    """The same videos, not written but in memory."""
     names, videos, labels = [], [], []
     for group in range(first_group, first_group + groups):
         actor = draw_actor(np.random.default_rng([seed, group]))
@@ -67,7 +69,7 @@ def generate(*, classes, groups, first_group, takes, frames, side, seed):
                 videos.append(torch.from_numpy(render(actor, track, side)).permute(0, 3, 1, 2).contiguous())
                 names.append(f"{name}/v_{name}_g{group:02}_c{take:02}")
                 labels.append(label)
-    return names, videos, torch.tensor(labels)
+    return VideoSet(names, videos, torch.tensor(labels))
 
 
 def write_lists(folder, train, test):

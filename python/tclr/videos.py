@@ -22,6 +22,12 @@ class VideoSet:
     def __len__(self):
         return len(self.names)
 
+    def length(self, i):
+        return len(self.frames[i])
+
+    def read(self, i, positions):
+        return self.frames[i][positions]
+
 
 def ucf101_list(root, split):
     """[(file below UCF-101/, label from 0), ...] of a list such as "trainlist01"; the class is the folder's name."""
