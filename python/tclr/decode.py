@@ -1,9 +1,11 @@
 """Frames of a video file, by torchcodec where it loads and by PyAV otherwise; both decode from the nearest key frame.
 
+AVI goes to PyAV in any case: it stores no times of showing, and with B frames torchcodec 0.13 then returns a neighbour.
 The container's own count of frames is never asked: frames are numbered by the time stamps of the packets there are.
 """
 
 from bisect import bisect_right
+from pathlib import Path
 
 import av
 import numpy as np
@@ -31,7 +33,7 @@ def read(path, positions, decoder=DECODER):
     Unreadable, with the reason, where a frame wanted is damaged or there is none to hold.
     """
     positions = torch.as_tensor(positions)
-    if decoder != PYAV:
+    if decoder != PYAV and Path(path).suffix.lower() != ".avi":
         try:
             return VideoDecoder(str(path)).get_frames_at(positions.tolist()).data, 0
         except (RuntimeError, ValueError, IndexError):

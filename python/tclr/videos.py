@@ -57,10 +57,9 @@ class Files:
         self.shortest, self.size, self.decoder = shortest, size, decoder
         self.counts = Counter(missing=len(listing.missing))
         self.bad_videos = Path(bad_videos) if bad_videos else None
-        self.bad = _listed(self.bad_videos)
         self._order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
         self._place = {i: place for place, i in enumerate(self._order)}
-        self._frames, self._padded, self._lock = {}, set(), threading.Lock()
+        self.bad, self._frames, self._padded, self._lock = {}, {}, set(), threading.Lock()
 
     def __len__(self):
         return len(self.entries)
@@ -119,13 +118,13 @@ class Files:
             self.counts[what] += 1
 
     def _report(self, j, reason):
-        """Counts a bad video and lists it, the first time it is met; a resumed run goes on with the same list."""
+        """Counts a bad video when it is first met, and lists it unless an earlier run or another set has."""
         with self._lock:
             if self.names[j] in self.bad:
                 return
             self.bad[self.names[j]] = reason
             self.counts["unreadable"] += 1
-            if self.bad_videos:
+            if self.bad_videos and self.names[j] not in _listed(self.bad_videos):
                 fresh = not self.bad_videos.exists()
                 with open(self.bad_videos, "a", newline="", errors="surrogateescape") as file:
                     csv.writer(file).writerows([["video", "reason"]] * fresh + [[self.names[j], reason]])
