@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "python"))
 
 from tclr import checkpoint, models, train  # noqa: E402
 from tclr.clips import ClipPlan  # noqa: E402
-from tclr.videos import VideoSet  # noqa: E402
+from tclr.videos import Loaded  # noqa: E402
 
 PLAN = ClipPlan(4, 2)
 RECIPE = dict(batch=4, side=8, checkpoint_every=1, schedule="plateau", learn_temperature=True, form="release")
@@ -25,7 +25,7 @@ RECIPE = dict(batch=4, side=8, checkpoint_every=1, schedule="plateau", learn_tem
 @pytest.fixture(scope="module")
 def videos():
     frames = torch.randint(256, (10, 10, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    return VideoSet([f"v{i}" for i in range(10)], list(frames), torch.arange(10) % 2)
+    return Loaded([f"v{i}" for i in range(10)], list(frames), torch.arange(10) % 2)
 
 
 def embedder():

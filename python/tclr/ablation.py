@@ -8,24 +8,27 @@ finished, so that the table can be made in any number of sittings:
     python -m tclr.ablation --out runs/ablation --row 5    # one of them
 """
 
+import csv
 import dataclasses
 import hashlib
 import json
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
+from statistics import mean, stdev
 
 import numpy as np
 import torch
-from jsonargparse import ArgumentParser
+from jsonargparse import auto_cli
 
 from . import evaluate, linear, motions, train
 from .checkpoint import whole
 from .clips import ClipPlan
 from .models import TinyResNet3d
-from .videos import VideoSet
+from .videos import Loaded
 
 TERMS = dict(IC="ic_global", LL="ll", GL="gl")
 SUBSETS = ("random init", "LL", "GL", "LL + GL", "IC", "IC + LL", "IC + GL", "IC + LL + GL")
@@ -96,7 +99,7 @@ def data(out, ablation):
         with whole(path) as file:
             np.savez(file, **arrays)
     with np.load(path) as saved:
-        return [VideoSet(saved[f"{part}_names"].tolist(), *(torch.from_numpy(saved[name]) for name in
+        return [Loaded(saved[f"{part}_names"].tolist(), *(torch.from_numpy(saved[name]) for name in
                 (part, f"{part}_labels"))) for part in ("train", "test")]  # fmt: skip
 
 
@@ -144,21 +147,72 @@ def finished(out, ablation, seeds):
     return {row: json.loads(file.read_text()) for row, file in files.items() if file.exists()}
 
 
-def main(argv=None):
-    parser = ArgumentParser(prog="python -m tclr.ablation", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--row", type=int, help="0 .. 8 seeds - 1: only this row, skipped if it is there")
-    parser.add_class_arguments(Ablation, "config")
-    given = parser.parse_args(argv)
-    ablation, wanted = Ablation(**vars(given.config)), rows(given.seeds)
-    given.out.mkdir(parents=True, exist_ok=True)
-    splits = None
-    for row in wanted if given.row is None else [wanted[given.row]]:
-        if not row_file(given.out, ablation, *row).exists():
-            splits = splits or data(given.out, ablation)
-            run_row(given.out, ablation, *row, splits)
+def summary(found):
+    """{(subset, clips, figure): (mean, spread, seeds)} in %, the spread the standard deviation over seeds."""
+    values = defaultdict(list)
+    for (subset, _), row in found.items():
+        for clips, figures in row["by_clips"].items():
+            for name, value in figures.items():
+                values[subset, int(clips), name].append(100 * value)
+    spread = {key: stdev(each) if len(each) > 1 else 0.0 for key, each in values.items()}
+    return {key: (mean(each), spread[key], len(each)) for key, each in values.items()}
+
+
+def write_table(found, ablation, folder):
+    """ablation.csv, every figure of every row, and ablation.md: R@1, R@5 and linear accuracy, mean +- spread."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "ablation.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["subset", "seed", "clips", "r1", "r5", "linear", "seconds", "hash", "torch"])
+        for (subset, seed), row in found.items():
+            for clips, figures in row["by_clips"].items():
+                facts = row["seconds"], row["hash"], row["torch"]
+                writer.writerow([subset, seed, clips, *(f"{value:.4f}" for value in figures.values()), *facts])
+    figures, counts = summary(found), (1, ablation.eval_clips)
+    columns = [(clips, name) for clips in counts for name in ("r1", "r5", "linear")]
+    label = dict(r1="R@1", r5="R@5", linear="linear")
+    head = ["", "seeds", *(f"{label[name]}, {clips} clip{'s' * (clips > 1)}" for clips, name in columns)]
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    for subset in SUBSETS:
+        cells = [figures.get((subset, *column)) for column in columns]
+        if cells[0]:
+            lines.append([subset, str(cells[0][2]), *(f"{value:.1f} ± {spread:.1f}" for value, spread, _ in cells)])
+    (folder / "ablation.md").write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
+
+
+def plot(found, folder):
+    """ablation.png: R@1 and linear accuracy against the number of clips a video, a line a subset."""
+    import matplotlib.pyplot as plt
+
+    figures = summary(found)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for axis, (name, label) in zip(axes, dict(r1="R@1 (%)", linear="linear accuracy (%)").items(), strict=True):
+        for colour, subset in enumerate(SUBSETS):
+            points = sorted((key[1], *value) for key, value in figures.items() if key[::2] == (subset, name))
+            if points:
+                clips, means, spreads, _ = zip(*points, strict=True)
+                axis.errorbar(
+                    clips, means, spreads, color=f"C{colour}", marker="o", markersize=3, capsize=2, label=subset
+                )
+        axis.axhline(100 / len(motions.CHANGES), color="gray", linestyle=":", label="chance")
+        axis.set(xlabel="clips a video", ylabel=label, ylim=(0, None))
+    axes[1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.savefig(folder / "ablation.png", dpi=130)
+    plt.close(figure)
+
+
+def run(out: Path = Path("runs/ablation"), seeds: int = 3, row: int | None = None, config: Ablation = Ablation()):  # noqa: B008
+    """Measures the rows that are missing, or one of 0 .. 8 seeds - 1; then the table and the curve of what there is."""
+    wanted, splits = rows(seeds), None
+    out.mkdir(parents=True, exist_ok=True)
+    for subset, seed in wanted if row is None else [wanted[row]]:
+        if not row_file(out, config, subset, seed).exists():
+            splits = splits or data(out, config)
+            run_row(out, config, subset, seed, splits)
+    found = finished(out, config, seeds)
+    write_table(found, config, out)
+    plot(found, out)
 
 
 if __name__ == "__main__":
-    main()
+    auto_cli(run, as_positional=False)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from .augment import centre_crop
-from .clips import even_clips, spread
+from .clips import read_even_clips, spread
 
 
 @torch.no_grad()
@@ -13,15 +13,9 @@ def clip_features(describe, videos, *, clips, frames, stride, side, device="cpu"
     features = []
     for start in range(0, len(videos), 16):
         some = range(start, min(start + 16, len(videos)))
-        some = torch.cat([read_clips(videos, i, clips, frames, stride) for i in some])
+        some = torch.cat([read_even_clips(videos, i, clips, frames, stride) for i in some])
         features.append(describe(centre_crop(some.to(device), side)).float().cpu())
     return torch.cat(features).unflatten(0, (len(videos), clips))
-
-
-def read_clips(videos, i, count, frames, stride):
-    """`count` evenly spaced clips of every stride-th frame of video i, read in one go: [count, frames, 3, H, W]"""
-    positions = even_clips(torch.arange(videos.length(i)), count, frames, stride)
-    return videos.read(i, positions.flatten()).unflatten(0, positions.shape)
 
 
 def backbone_features(backbone, pooled=False):

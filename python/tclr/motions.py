@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from av.video.reformatter import VideoReformatter
 
-from .videos import VideoSet
+from .videos import Loaded
 
 MOVEMENTS = {  # name -> the coordinate that changes, and which way
     "SlideLeft": ("x", -1),
@@ -69,7 +69,7 @@ def generate(*, classes, groups, first_group, takes, frames, side, seed):
                 videos.append(torch.from_numpy(render(actor, track, side)).permute(0, 3, 1, 2).contiguous())
                 names.append(f"{name}/v_{name}_g{group:02}_c{take:02}")
                 labels.append(label)
-    return VideoSet(names, videos, torch.tensor(labels))
+    return Loaded(names, videos, torch.tensor(labels))
 
 
 def write_lists(folder, train, test):

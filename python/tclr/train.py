@@ -19,7 +19,7 @@ import tclr_kernels as tk
 
 from . import checkpoint
 from .augment import Augment
-from .clips import ClipPlan
+from .clips import ClipPlan, random_windows
 from .models import Projector
 
 IC_ONLY = dict(ic_global=1.0, ll=0.0, gl=0.0)
@@ -139,7 +139,7 @@ class Run:
         recipe = self.recipe
         generator = drawn(recipe.seed, "step", self.done, part, rank())
         chosen = self.batch(part)
-        windows = read_windows(self.videos, chosen, plan.window, generator).to(self.device)
+        windows = random_windows(self.videos, chosen, plan.window, generator).to(self.device)
         augment = Augment(recipe.side, generator)
         with torch.autocast(torch.device(self.device).type, AMP.get(recipe.amp), enabled=recipe.amp != "off"):
             g, s, x = self.embed(self.embedder, windows, plan, augment, local=recipe.weights != IC_ONLY)
@@ -204,15 +204,6 @@ def drawn(seed, *what):
     """A generator of random numbers that depends on nothing but its arguments."""
     digest = hashlib.sha256(repr((seed, *what)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-def read_windows(videos, chosen, length, generator):
-    """A window of each chosen video, its start uniform: uint8 [B, length, 3, H, W]"""
-    windows = []
-    for i in chosen:
-        start = int(torch.randint(videos.length(i) - length + 1, (), generator=generator))
-        windows.append(videos.read(i, torch.arange(start, start + length)))
-    return torch.stack(windows)
 
 
 def embed(embedder, windows, plan, augment, *, local=True):
