@@ -54,10 +54,10 @@ def test_twenty_kills_resume_bitwise(videos, tmp_path):
     """SIGKILL at random moments: each child goes on from the last checkpoint, the weights are those of one run."""
     file, moments, seen = tmp_path / "last.pt", random.Random(0), []
     for _ in range(20):
-        before = file.stat().st_ino if file.exists() else None
+        before = file.stat().st_mtime_ns if file.exists() else None
         child = in_child(lambda: trained(videos, file=file, steps=300, checkpoint_every=2))
-        wait_for(lambda before=before: file.exists() and file.stat().st_ino != before)
-        time.sleep(moments.uniform(0, 0.05))
+        wait_for(lambda before=before: file.exists() and file.stat().st_mtime_ns != before)
+        time.sleep(moments.uniform(0, 0.03))
         os.kill(child.pid, signal.SIGKILL)
         child.join()
         seen.append(checkpoint.load(file)["done"])

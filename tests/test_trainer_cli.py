@@ -133,7 +133,7 @@ def test_linear_layer_is_the_convex_minimum():
 def test_ablation_row_by_row(tmp_path):
     """A row is measured once; the table holds the rows there are."""
     small = ["groups=2", "test_groups=1", "takes=1", "steps=2", "batch=4", "width=2", "eval_clips=2", "video_frames=34"]
-    given = ["ablation", "--out", str(tmp_path), "--seeds=1", *(f"--config.{each}" for each in small)]
+    given = ["ablation", "--out", str(tmp_path), "--seeds=1", *(f"--scale.{each}" for each in small)]
     cli.main([*given, "--row=0"])
     cli.main([*given, "--row=7"])
     rows = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}

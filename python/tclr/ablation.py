@@ -201,16 +201,16 @@ def plot(found, folder):
     plt.close(figure)
 
 
-def run(out: Path = Path("runs/ablation"), seeds: int = 3, row: int | None = None, config: Ablation = Ablation()):  # noqa: B008
+def run(out: Path = Path("runs/ablation"), seeds: int = 3, row: int | None = None, scale: Ablation = Ablation()):  # noqa: B008
     """Measures the rows that are missing, or one of 0 .. 8 seeds - 1; then the table and the curve of what there is."""
     wanted, splits = rows(seeds), None
     out.mkdir(parents=True, exist_ok=True)
     for subset, seed in wanted if row is None else [wanted[row]]:
-        if not row_file(out, config, subset, seed).exists():
-            splits = splits or data(out, config)
-            run_row(out, config, subset, seed, splits)
-    found = finished(out, config, seeds)
-    write_table(found, config, out)
+        if not row_file(out, scale, subset, seed).exists():
+            splits = splits or data(out, scale)
+            run_row(out, scale, subset, seed, splits)
+    found = finished(out, scale, seeds)
+    write_table(found, scale, out)
     plot(found, out)
 
 
