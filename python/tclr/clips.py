@@ -34,6 +34,10 @@ class ClipPlan:
         """Positions in the window: [T, frames]"""
         return torch.arange(self.window).reshape(self.local_clips, self.frames)
 
+    def cut(self, windows):
+        """Global clips [B, frames, ...] and local clips [B T, frames, ...], both without a copy of the windows."""
+        return windows[:, :: self.stride], windows.unflatten(1, (self.local_clips, self.frames)).flatten(0, 1)
+
 
 def random_windows(videos, chosen, length, generator, threads=None):
     """A window of each chosen video, its start uniform: [B, length, 3, H, W]
@@ -46,7 +50,8 @@ def random_windows(videos, chosen, length, generator, threads=None):
         videos = Loaded(None, videos, None)
     starts = [int(torch.randint(videos.length(i) - length + 1, (), generator=generator)) for i in chosen]
     positions = [torch.arange(start, start + length) for start in starts]
-    return torch.stack(list((threads.map if threads else map)(videos.read, chosen, positions)))
+    windows = list((threads.map if threads else map)(videos.read, chosen, positions))
+    return torch.cat(windows).unflatten(0, (len(windows), length))  # unlike stack, cat leaves pixels' channels adjacent
 
 
 def even_positions(total, count, frames, stride):
