@@ -171,6 +171,12 @@ def test_any_term_alone_with_accumulation_and_amp(videos, amp):
             assert all(row[other] == 0 for other in {"ic_global", "ll", "gl"} - {name})
 
 
+def test_the_release_s_augmentation_trains_too(videos):
+    rows = []
+    trained(videos, lambda **terms: rows.append(terms), steps=1, augment="release")
+    assert math.isfinite(rows[0]["total"])
+
+
 def test_a_batch_larger_than_the_data_is_refused(videos):
     with pytest.raises(ValueError, match="batch: found 6 x 2 a step, wanted at most the 10 videos"):
         train.Run(embedder(), videos, train.Recipe(batch=6, accumulate=2), "cpu")

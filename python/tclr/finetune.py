@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from . import train
-from .augment import Augment, centre_crop
+from .augment import ReleaseAugment, centre_crop
 from .clips import read_even_clips
 
 DROPS, FACTOR = (6, 10, 14), 0.3  # of the learning rate, at these epochs of 16
@@ -46,7 +46,7 @@ def finetune(model, videos, chosen, evaluation, *, epochs=16, batch=16, lr=1e-4,
                 continue
             some = [chosen[i] for i in some]
             clips = torch.stack([random_clip(videos, i, e, generator) for i in some]).to(device)
-            loss = F.cross_entropy(model(Augment(e.side, generator)(clips)), videos.labels[some].to(device))
+            loss = F.cross_entropy(model(ReleaseAugment(e.side, generator)(clips)), videos.labels[some].to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

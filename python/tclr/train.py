@@ -18,11 +18,12 @@ from torch import distributed, nn
 import tclr_kernels as tk
 
 from . import checkpoint
-from .augment import Augment
+from .augment import Augment, ReleaseAugment
 from .clips import ClipPlan, random_windows
 from .models import Projector
 
 IC_ONLY = dict(ic_global=1.0, ll=0.0, gl=0.0)
+AUGMENTS = {"demo": Augment, "release": ReleaseAugment}
 AMP = {"fp16": torch.float16, "bf16": torch.bfloat16}
 WARM = 0.01, 0.05, 0.1, 0.5, 1.0  # the release's factors of the learning rate, an epoch each
 
@@ -50,6 +51,7 @@ class Recipe:
     weights: dict[str, float] | None = None
     form: Literal["paper", "release"] = "paper"
     backend: str | None = None
+    augment: Literal["demo", "release"] = "demo"
     side: int = 32
     amp: Literal["off", "fp16", "bf16"] = "off"
     compile: bool = False
@@ -140,7 +142,7 @@ class Run:
         generator = drawn(recipe.seed, "step", self.done, part, rank())
         chosen = self.batch(part)
         windows = random_windows(self.videos, chosen, plan.window, generator).to(self.device)
-        augment = Augment(recipe.side, generator)
+        augment = AUGMENTS[recipe.augment](recipe.side, generator)
         with torch.autocast(torch.device(self.device).type, AMP.get(recipe.amp), enabled=recipe.amp != "off"):
             g, s, x = self.embed(self.embedder, windows, plan, augment, local=recipe.weights != IC_ONLY)
         terms = self.loss(g.float(), s.float(), x.float())
