@@ -11,7 +11,7 @@ for needed in "av", "rich", "matplotlib":
     pytest.importorskip(needed, reason=f"the demo needs {needed}: pip install .[train]")
 sys.path.insert(0, str(Path(__file__).parents[1] / "python"))
 
-from tclr import augment, clips, demo, motions, train, videos  # noqa: E402
+from tclr import annotations, augment, clips, decode, demo, motions, train, videos  # noqa: E402
 
 SMALL = "--groups 3 --test-groups 1 --takes 1 --video-frames 40 --steps 3 --batch 8 --width 4 --eval-clips 3 --seed 7"
 RUNS = {demo.PIXELS, demo.RANDOM, demo.IC, demo.TCLR}
@@ -42,7 +42,7 @@ def test_files_are_videos_in_ucf101_layout(runs):
     for name in [name for name, _ in train_lines] + test_lines:
         folder, file = name.split("/")
         assert file.startswith(f"v_{folder}_g") and file.endswith(".avi")
-        assert videos.decode(root / "UCF-101" / name).shape == (40, 3, 40, 40)
+        assert decode.decode(root / "UCF-101" / name).shape == (40, 3, 40, 40)
 
 
 def test_what_a_run_leaves(runs):
@@ -124,13 +124,13 @@ def test_views_share_frames_and_locals_follow_their_slices():
 
 def test_bad_videos_are_counted(tmp_path, capsys):
     motions.write_dataset(tmp_path, groups=2, test_groups=1, takes=1, frames=20, side=16, seed=0)
-    names = [name for name, _ in videos.ucf101_list(tmp_path, "testlist01")]
-    (tmp_path / "UCF-101" / names[0]).write_bytes(b"not a video")
-    (tmp_path / "UCF-101" / names[1]).unlink()
+    names = [entry.path for entry in annotations.read("ucf101", tmp_path, "test").entries]
+    (tmp_path / names[0]).write_bytes(b"not a video")
+    (tmp_path / names[1]).unlink()
     found = videos.load(tmp_path, "testlist01", 32)
-    assert found.counts == dict(unreadable=2, padded=8, decoded=8) and len(found) == len(found.labels) == 8
+    assert found.counts == dict(unreadable=1, missing=1, padded=8, decoded=8) and len(found) == len(found.labels) == 8
     assert all(len(video) == 32 for video in found.frames)
-    assert names[0] in capsys.readouterr().out
+    assert Path(names[0]).name in capsys.readouterr().out
 
 
 def test_mirror_pad():

@@ -91,7 +91,7 @@ class Demo:
         describe = evaluate.single_frame if run == PIXELS else self.trained(run)
         features = [
             evaluate.clip_features(
-                describe, split.frames, clips=o.eval_clips, frames=o.frames, stride=o.eval_stride, side=o.side
+                describe, split, clips=o.eval_clips, frames=o.frames, stride=o.eval_stride, side=o.side
             )
             for split in (self.gallery, self.queries)
         ]
@@ -111,9 +111,7 @@ class Demo:
                 steps=o.steps, batch=o.batch, lr=o.lr, side=o.side, seed=o.seed, backend=o.backend, weights=WEIGHTS[run]
             )
             record = partial(self.metrics.add, "step", run=run)
-            train.pretrain(
-                embedder, self.gallery.frames, self.plan, recipe, record, self.progress(f"pretraining {run}")
-            )
+            train.pretrain(embedder, self.gallery, self.plan, recipe, record, self.progress(f"pretraining {run}"))
         return evaluate.backbone_features(embedder.backbone)
 
     def pictures(self, ranks):

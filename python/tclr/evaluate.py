@@ -4,16 +4,17 @@ import torch
 import torch.nn.functional as F
 
 from .augment import centre_crop
-from .clips import even_clips, spread
+from .clips import read_even_clips, spread
 
 
 @torch.no_grad()
-def clip_features(describe, videos, *, clips, frames, stride, side):
+def clip_features(describe, videos, *, clips, frames, stride, side, device="cpu"):
     """Features of evenly spaced clips. describe: [N, F, 3, side, side] -> [N, C]; returns [videos, clips, C]"""
     features = []
     for start in range(0, len(videos), 16):
-        some = torch.cat([even_clips(video, clips, frames, stride) for video in videos[start : start + 16]])
-        features.append(describe(centre_crop(some, side)))
+        some = range(start, min(start + 16, len(videos)))
+        some = torch.cat([read_even_clips(videos, i, clips, frames, stride) for i in some])
+        features.append(describe(centre_crop(some.to(device), side)).float().cpu())
     return torch.cat(features).unflatten(0, (len(videos), clips))
 
 

@@ -1,7 +1,15 @@
-"""A small 3D ResNet that keeps time in its last stage, and the projection head."""
+"""Backbones that keep time in their last stage, clips [N, F, 3, H, W] -> time slices [N, C, T], and the shared head.
+
+R3D-18 and R(2+1)D-18 have torchvision's parameter names, so that its checkpoints and the official release's load; the
+last stage strides over space alone and dilates time instead: 16 frames leave 4 slices. `width` is the first stage's.
+"""
+
+from collections import defaultdict
 
 import torch
 from torch import nn
+
+TORCHVISION_MEAN, TORCHVISION_STD = (0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)
 
 
 class Block(nn.Module):
@@ -45,6 +53,124 @@ class TinyResNet3d(nn.Module):
         return self.stages(self.stem(moves)).mean((3, 4))
 
 
+class Inputs(nn.Module):
+    """What a checkpoint was trained on: RGB in [0, 1] unless a loader says otherwise. -> [N, 3, F, H, W]
+
+    The buffers travel with the weights, so a checkpoint of ours records the order of its colours.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("channels", torch.arange(3))
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("std", torch.ones(3))
+
+    def forward(self, clips):
+        clips = clips.transpose(1, 2)[:, self.channels]
+        return (clips - self.mean[:, None, None, None]) / self.std[:, None, None, None]
+
+
+def conv3x3x3(wide_in, wide, middle, stride=(1, 1, 1), dilation=1):
+    """R3D's convolution; a dilated one keeps the frames that its stride of time would have dropped."""
+    pad = (dilation, 1, 1)
+    return nn.Conv3d(wide_in, wide, 3, stride, pad, (dilation, 1, 1), bias=False)
+
+
+def conv2plus1d(wide_in, wide, middle, stride=(1, 1, 1), dilation=1):
+    """R(2+1)D's convolution: space, then time. The release's weights have the dilated one whole, as R3D's."""
+    if dilation > 1:
+        return conv3x3x3(wide_in, wide, middle, stride, dilation)
+    return nn.Sequential(
+        nn.Conv3d(wide_in, middle, (1, 3, 3), (1, *stride[1:]), (0, 1, 1), bias=False),
+        nn.BatchNorm3d(middle),
+        nn.ReLU(inplace=True),
+        nn.Conv3d(middle, wide, (3, 1, 1), (stride[0], 1, 1), (1, 0, 0), bias=False),
+    )
+
+
+class BasicBlock(nn.Module):
+    """torchvision's: conv1, conv2, downsample."""
+
+    def __init__(self, conv, wide_in, wide, stride, dilation):
+        super().__init__()
+        middle = wide_in * wide * 27 // (wide_in * 9 + 3 * wide)
+        relu = nn.ReLU(inplace=True)
+        self.conv1 = nn.Sequential(conv(wide_in, wide, middle, stride, dilation), nn.BatchNorm3d(wide), relu)
+        self.conv2 = nn.Sequential(conv(wide, wide, middle), nn.BatchNorm3d(wide))
+        self.downsample = None
+        if wide_in != wide:
+            shortcut = nn.Conv3d(wide_in, wide, 1, stride, bias=False)
+            self.downsample = nn.Sequential(shortcut, nn.BatchNorm3d(wide))
+
+    def forward(self, x):
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return torch.relu(self.conv2(self.conv1(x)) + shortcut)
+
+
+class VideoResNet(nn.Module):
+    """Two blocks in each of four stages. [N, 16, 3, 112, 112] -> [N, 8 width, 4]"""
+
+    def __init__(self, stem, conv, width):
+        super().__init__()
+        self.features, self.inputs, self.stem = 8 * width, Inputs(), stem
+        for stage in range(4):
+            wide = width << stage
+            wide_in = wide if stage == 0 else wide // 2
+            stride = [(1, 1, 1), (2, 2, 2), (2, 2, 2), (1, 2, 2)][stage]
+            first = BasicBlock(conv, wide_in, wide, stride, 2 if stage == 3 else 1)
+            self.add_module(f"layer{stage + 1}", nn.Sequential(first, BasicBlock(conv, wide, wide, (1, 1, 1), 1)))
+        for module in self.modules():
+            if isinstance(module, nn.Conv3d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, clips):
+        x = self.stem(self.inputs(clips))
+        return self.layer4(self.layer3(self.layer2(self.layer1(x)))).mean((3, 4))
+
+
+def r3d18(width=64):
+    conv = nn.Conv3d(3, width, (3, 7, 7), (1, 2, 2), (1, 3, 3), bias=False)
+    return VideoResNet(nn.Sequential(conv, nn.BatchNorm3d(width), nn.ReLU(inplace=True)), conv3x3x3, width)
+
+
+def r2plus1d18(width=64):
+    middle = 45 * width // 64
+    stem = nn.Sequential(
+        nn.Conv3d(3, middle, (1, 7, 7), (1, 2, 2), (0, 3, 3), bias=False),
+        nn.BatchNorm3d(middle),
+        nn.ReLU(inplace=True),
+        nn.Conv3d(middle, width, (3, 1, 1), 1, (1, 0, 0), bias=False),
+        nn.BatchNorm3d(width),
+        nn.ReLU(inplace=True),
+    )
+    return VideoResNet(stem, conv2plus1d, width)
+
+
+class C3D(nn.Module):
+    """Eight 3x3x3 convolutions; the last two poolings leave time alone. [N, 16, 3, 112, 112] -> [N, 8 width, 4]
+
+    Normalised after each convolution, which the original of 2015 is not: without, it hardly trains from scratch.
+    """
+
+    def __init__(self, width=64):
+        super().__init__()
+        self.features, self.inputs = 8 * width, Inputs()
+        names = "1", "2", "3a", "3b", "4a", "4b", "5a", "5b"
+        widths = [width * factor for factor in (1, 2, 4, 4, 8, 8, 8, 8)]
+        pools = {"1": (1, 2, 2), "2": (2, 2, 2), "3b": (2, 2, 2), "4b": (1, 2, 2), "5b": (1, 2, 2)}
+        self.layers, wide_in = nn.Sequential(), 3
+        for name, wide in zip(names, widths, strict=True):
+            self.layers.add_module(f"conv{name}", nn.Conv3d(wide_in, wide, 3, 1, 1, bias=False))
+            self.layers.add_module(f"bn{name}", nn.BatchNorm3d(wide))
+            self.layers.add_module(f"relu{name}", nn.ReLU(inplace=True))
+            if name in pools:
+                self.layers.add_module(f"pool{name}", nn.MaxPool3d(pools[name], ceil_mode=True))
+            wide_in = wide
+
+    def forward(self, clips):
+        return self.layers(self.inputs(clips)).mean((3, 4))
+
+
 class Projector(nn.Sequential):
     """The head all embeddings share. [..., features] -> [..., dim]; the losses normalise."""
 
@@ -59,3 +185,66 @@ class Projector(nn.Sequential):
 
     def forward(self, x):
         return super().forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+
+
+BACKBONES = {"tiny": TinyResNet3d, "r3d18": r3d18, "r2plus1d18": r2plus1d18, "c3d": C3D}
+
+
+def backbone(name, width):
+    """A backbone by its name in BACKBONES."""
+    if name not in BACKBONES:
+        raise ValueError(f"backbone: found {name!r}, wanted one of {', '.join(BACKBONES)}")
+    return BACKBONES[name](width)
+
+
+def load_torchvision(model, path):
+    """Loads a checkpoint of torchvision's video ResNets, whose inputs were normalised; its classifier is left out.
+
+    Returns the names of our parameters that it does not have: R(2+1)D-18's `layer4.0.conv1.0`, which is no (2+1)D here.
+    """
+    weights = torch.load(path, map_location="cpu", weights_only=True)
+    weights = {name: value for name, value in weights.items() if not name.startswith("fc.")}
+    weights["inputs.mean"], weights["inputs.std"] = torch.tensor(TORCHVISION_MEAN), torch.tensor(TORCHVISION_STD)
+    return _load(model, weights, path, may_lack=("inputs.channels", "layer4.0.conv1.0."))
+
+
+def load_release(embedder, path):
+    """Loads a checkpoint of the official release into backbone and head: `0.*` and `1.*`, perhaps after `module.`.
+
+    It was trained on blue-green-red frames; the bias of its first linear layer stands before a batch normalisation,
+    where it cancels: the normalisation's running mean takes it.
+    """
+    with torch.serialization.safe_globals(_grad_scaler()):
+        weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    trunk = {name[2:]: value for name, value in weights.items() if name.startswith("0.") and name[2:5] != "fc."}
+    missing = _load(embedder.backbone, trunk, path, may_lack=("inputs.",))
+    embedder.backbone.inputs.channels.copy_(torch.tensor([2, 1, 0]))
+    order = {"fc1": "0", "bn1": "1", "fc2": "3", "bn2": "4"}
+    head = {}
+    for name, value in weights.items():
+        if name.startswith("1."):
+            layer, _, what = name[2:].partition(".")
+            head[f"{order[layer]}.{what}"] = value
+    head["1.running_mean"] = head["1.running_mean"] - head.pop("0.bias", 0)
+    return missing + _load(embedder.head, head, path)
+
+
+def _grad_scaler():
+    """What the pickled GradScaler beside the release's weights consists of, under its names of then and of now."""
+    old, new = "torch.cuda.amp.grad_scaler", torch.amp.grad_scaler
+    parts = new.GradScaler, new.OptState, new._refresh_per_optimizer_state
+    return [defaultdict, *parts, *((part, f"{old}.{part.__name__}") for part in parts)]
+
+
+def _load(module, weights, path, may_lack=()):
+    """Copies weights by name; anything unknown, or missing and not in `may_lack`, is an error that names it."""
+    try:
+        missing, unknown = module.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"{path}: {error}") from None
+    lacking = [name for name in missing if not name.startswith(may_lack or ("\0",))]
+    unknown = [name for name in unknown if not name.startswith(may_lack or ("\0",))]
+    if lacking or unknown:
+        raise ValueError(f"{path}: found no {lacking[:3]}, and unknown {unknown[:3]}: wanted a {type(module).__name__}")
+    return [name for name in missing if not name.startswith("inputs.")]

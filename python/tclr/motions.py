@@ -2,13 +2,20 @@
 
 A class is a movement. The looks (a shape, its texture, its colours, what is behind it) are a group's, and every group
 performs every class, from places and sizes drawn alike: no single frame tells anything about the class.
+
+CLASSES are single movements, lasting the whole video. CHANGES are two of them in a row: each order is a class of its
+own, so that a clip before or after the change cannot tell a class, and an average over time cannot tell the order.
 """
 
+from itertools import permutations
 from pathlib import Path
 
 import av
 import numpy as np
+import torch
 from av.video.reformatter import VideoReformatter
+
+from .videos import Loaded
 
 MOVEMENTS = {  # name -> the coordinate that changes, and which way
     "SlideLeft": ("x", -1),
@@ -23,6 +30,7 @@ MOVEMENTS = {  # name -> the coordinate that changes, and which way
     "SwingUpright": ("y", 0),
 }
 CLASSES = tuple(MOVEMENTS)
+CHANGES = tuple(f"{a}Then{b}" for a, b in permutations(("SlideRight", "SlideUp", "SpinLeft", "ZoomIn"), 2))
 FRAME_RATE = 25
 
 
@@ -48,6 +56,20 @@ def write_dataset(root, *, groups, test_groups, takes, frames, side, seed, progr
                 train.append(f"{video} {label + 1}")
     write_lists(root / "ucfTrainTestlist", train, test)
     return len(train) + len(test)
+
+
+def generate(*, classes, groups, first_group, takes, frames, side, seed):
+    """The same videos, not written but in memory."""
+    names, videos, labels = [], [], []
+    for group in range(first_group, first_group + groups):
+        actor = draw_actor(np.random.default_rng([seed, group]))
+        for take in range(1, takes + 1):
+            for label, name in enumerate(classes):
+                track = draw_track(name, frames, np.random.default_rng([seed, group, take, label]))
+                videos.append(torch.from_numpy(render(actor, track, side)).permute(0, 3, 1, 2).contiguous())
+                names.append(f"{name}/v_{name}_g{group:02}_c{take:02}")
+                labels.append(label)
+    return Loaded(names, videos, torch.tensor(labels))
 
 
 def write_lists(folder, train, test):
@@ -96,12 +118,15 @@ def draw_track(movement, frames, rng):
     time = np.arange(frames)
     pose = dict(x=rng.uniform(-1, 1) + 0 * time, y=rng.uniform(-1, 1) + 0 * time)
     pose.update(angle=rng.uniform(0, 2 * np.pi) + 0 * time, zoom=rng.uniform(0, 1) + 0 * time)
-    what, way = MOVEMENTS[movement]
     speed = rng.uniform(0.8, 1.25)
-    if movement.startswith("Swing"):
-        pose[what] += 0.4 * np.sin(rng.uniform(0, 2 * np.pi) + 0.3 * speed * time)
-    else:
-        pose[what] += way * dict(x=0.06, y=0.06, angle=0.12, zoom=0.03)[what] * speed * time
+    parts = movement.split("Then")
+    change = frames if len(parts) == 1 else rng.uniform(0.35, 0.65) * frames
+    for part, elapsed in zip(parts, (np.minimum(time, change), np.maximum(time - change, 0)), strict=False):
+        what, way = MOVEMENTS[part]
+        if part.startswith("Swing"):
+            pose[what] += 0.4 * np.sin(rng.uniform(0, 2 * np.pi) + 0.3 * speed * elapsed)
+        else:
+            pose[what] += way * dict(x=0.06, y=0.06, angle=0.12, zoom=0.03)[what] * speed * elapsed
     pose["x"], pose["y"] = (wrap(pose[axis], 1.2) for axis in "xy")
     pose["scale"] = 0.65 * 2.4 ** (pose.pop("zoom") % 1)
     return pose

@@ -1,6 +1,10 @@
 """What a run leaves behind: metrics.jsonl, the table, the plots and the gallery picture."""
 
+import base64
+import csv
+import html
 import json
+from pathlib import Path
 
 import matplotlib
 import torch
@@ -10,6 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 TERMS = dict(total="total", ic_global="IC", ll="LL", gl="GL")
+STYLE = "body{font:15px sans-serif;max-width:60em;margin:2em auto}img{max-width:100%}td,th{padding:.2em 1em}"
 RIGHT, WRONG = "#2a7f3f", "#b3261e"
 
 
@@ -85,13 +90,57 @@ def plot_gallery(queries, gallery, ranks, chosen, path, *, nearest=3, strip=6):
     _save(figure, path)
 
 
+def plot_curves(curve, path):
+    """R@1 and linear accuracy against the number of clips a video. curve: {clips: {r1, linear}}"""
+    figure, axis = plt.subplots(figsize=(5, 3.6), layout="constrained")
+    for name, label in dict(r1="R@1", linear="linear accuracy").items():
+        axis.plot(list(curve), [100 * row[name] for row in curve.values()], marker="o", markersize=4, label=label)
+    axis.set(xlabel="clips a video", ylabel="%", ylim=(0, None), xticks=list(curve))
+    axis.legend(frameon=False)
+    _save(figure, path)
+
+
+def plot_confusion(counts, names, path):
+    """Rows: the true class; columns: the predicted one; each row's shares in %. counts: [classes, classes]"""
+    shares = 100 * counts / counts.sum(1, keepdim=True).clamp_min(1)
+    side = 2 + 0.35 * len(names)
+    figure, axis = plt.subplots(figsize=(side + 1, side), layout="constrained")
+    figure.colorbar(
+        axis.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=100), label="% of the true class", shrink=0.8
+    )
+    axis.set(xlabel="predicted", ylabel="true")
+    axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+    axis.set_yticks(range(len(names)), names, fontsize=7)
+    _save(figure, path)
+
+
+def page(run):
+    """Writes report.html: the results table, the figures, the pictures, the configuration, in one file."""
+    run, parts = Path(run), []
+    if (run / "results.csv").exists():
+        rows = list(csv.reader((run / "results.csv").open(newline="")))
+        cells = [["th" if n == 0 else "td", row] for n, row in enumerate(rows)]
+        lines = ("".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) for tag, row in cells)
+        parts.append("<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>")
+    for picture in sorted(run.glob("*.png")):
+        data = base64.b64encode(picture.read_bytes()).decode()
+        parts.append(f'<h2>{html.escape(picture.stem)}</h2><img alt="" src="data:image/png;base64,{data}">')
+    if (run / "config.yaml").exists():
+        parts.append(f"<h2>configuration</h2><pre>{html.escape((run / 'config.yaml').read_text())}</pre>")
+    if not parts:
+        raise SystemExit(f"{run}: found no results, pictures or configuration, wanted a run's folder")
+    title = html.escape(run.name)
+    head = f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{STYLE}</style><h1>{title}</h1>"
+    (run / "report.html").write_text(head + "\n".join(parts) + "\n")
+    return run / "report.html"
+
+
 def _strip(axis, videos, index, count, prefix, colour):
     """Evenly spaced frames side by side, a thin gap between them."""
-    frames = videos.frames[index]
-    frames = frames[torch.linspace(0, len(frames) - 1, count).long()]
+    frames = videos.read(index, torch.linspace(0, videos.length(index) - 1, count).long())
     frames = torch.nn.functional.pad(frames, (0, 2), value=255).permute(2, 0, 3, 1).flatten(1, 2)
     axis.imshow(frames[:, :-2].numpy())
-    axis.set_title(prefix + videos.names[index].split("/")[0], fontsize=9, color=colour, pad=3)
+    axis.set_title(prefix + Path(videos.names[index]).parent.name, fontsize=9, color=colour, pad=3)
     axis.axis("off")
 
 

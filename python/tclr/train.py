@@ -1,34 +1,61 @@
-"""Pretraining without labels: the paper's algorithm."""
+"""Pretraining without labels: the paper's algorithm.
 
+What a step draws (its videos, windows and augmentations) is a function of the seed and of the step's number alone: a
+run that goes on from a checkpoint, in the middle of an epoch too, draws what the uninterrupted one would have.
+"""
+
+import hashlib
 import math
-from dataclasses import dataclass
+import os
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
 import tclr_kernels as tk
 
-from .augment import Augment
+from . import checkpoint
+from .augment import Augment, ReleaseAugment
 from .clips import ClipPlan, random_windows
 from .models import Projector
 
 IC_ONLY = dict(ic_global=1.0, ll=0.0, gl=0.0)
+AUGMENTS = {"demo": Augment, "release": ReleaseAugment}
+AMP = {"fp16": torch.float16, "bf16": torch.bfloat16}
+WARM = 0.01, 0.05, 0.1, 0.5, 1.0  # the release's factors of the learning rate, an epoch each
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to pretrain; `weights` are those of `tclr_kernels.tclr`."""
+    """How to pretrain; `weights` are those of `tclr_kernels.tclr`, `form` too.
+
+    steps: how many, or 0 for `epochs` times the steps of an epoch. schedule: "cosine" warms up over `warmup` steps;
+    "plateau" is the release's, five epochs of warm-up, then a tenth after 9 epochs without a new best mean loss.
+    accumulate: batches a step, each contrasted within itself. learn_temperature: `temperature` is where it starts.
+    """
 
     steps: int = 150
+    epochs: int = 0
     batch: int = 64
+    accumulate: int = 1
+    optimizer: Literal["adamw", "adam"] = "adamw"
     lr: float = 2e-3
+    schedule: Literal["cosine", "plateau"] = "cosine"
     warmup: int = 10
     weight_decay: float = 1e-4
     temperature: float = 0.1
-    weights: dict = None
-    form: str = "paper"
-    backend: str = None
+    learn_temperature: bool = False
+    weights: dict[str, float] | None = None
+    form: Literal["paper", "release"] = "paper"
+    backend: str | None = None
+    augment: Literal["demo", "release"] = "demo"
     side: int = 32
+    amp: Literal["off", "fp16", "bf16"] = "off"
+    compile: bool = False
+    checkpoint_every: int = 100
     seed: int = 0
 
 
@@ -45,24 +72,140 @@ class Embedder(nn.Module):
         return self.head(slices.mean(1)), slices
 
 
-def pretrain(embedder, videos, plan: ClipPlan, recipe: Recipe, record, progress=iter):
-    """Trains `embedder` in place. videos: list of uint8 [F, 3, H, W]; record(step=, total=, ...) follows each step."""
-    generator = torch.Generator().manual_seed(recipe.seed)
-    augment = Augment(recipe.side, generator)
-    loss = tk.TCLRLoss(temperature=recipe.temperature, form=recipe.form, weights=recipe.weights, backend=recipe.backend)
-    optimizer = torch.optim.AdamW(embedder.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warm_cosine(step, recipe))
+def pretrain(embedder, videos, plan: ClipPlan, recipe: Recipe, record, progress=iter, *, file=None, device="cpu"):
+    """Trains `embedder` in place. videos: the protocol of videos.py; record(step=, total=, ...) follows each step.
+
+    file: the checkpoint, read if it is there and written every `checkpoint_every` steps, at the end and on SIGTERM,
+    after which the process exits with 143. A loss that is not finite raises FloatingPointError with the videos' names.
+    """
+    run = Run(embedder, videos, recipe, device)
+    if file and file.exists():
+        run.restore(checkpoint.load(file))
     embedder.train()
-    for step, chosen in zip(progress(range(recipe.steps)), batches(len(videos), recipe.batch, generator), strict=False):
-        windows = random_windows(videos, chosen, plan.window, generator)
-        g, s, x = embed(embedder, windows, plan, augment, local=recipe.weights != IC_ONLY)
-        terms = loss(g.float(), s.float(), x.float())
-        optimizer.zero_grad()
-        terms.total.backward()
-        optimizer.step()
-        schedule.step()
-        record(step=step, **{name: term.item() for name, term in terms._asdict().items()})
+    with checkpoint.StopRequest() if file else nullcontext(False) as stop:
+        for step in progress(range(run.done, run.steps)):
+            record(step=step, **run.step(plan))
+            finished = run.done == run.steps
+            if file and (stop or finished or run.done % recipe.checkpoint_every == 0):
+                checkpoint.save(file, **run.state())
+            if stop:
+                raise SystemExit(checkpoint.STOPPED)
     embedder.eval()
+
+
+class Run:
+    """A pretraining at some step: everything that a checkpoint holds."""
+
+    def __init__(self, embedder, videos, recipe, device):
+        self.embedder, self.videos, self.recipe, self.device = embedder.to(device), videos, recipe, device
+        self.epoch_steps = len(videos) // (recipe.batch * recipe.accumulate)
+        if self.epoch_steps == 0:
+            wanted = f"wanted at most the {len(videos)} videos there are"
+            raise ValueError(f"batch: found {recipe.batch} x {recipe.accumulate} a step, {wanted}")
+        self.steps = recipe.steps or recipe.epochs * self.epoch_steps
+        self.done = 0
+        temperature = nn.Parameter(torch.tensor(recipe.temperature)) if recipe.learn_temperature else recipe.temperature
+        settings = dict(form=recipe.form, weights=recipe.weights, backend=recipe.backend)
+        self.loss = tk.TCLRLoss(temperature=temperature, **settings).to(device)
+        self.parameters = [*embedder.parameters(), *self.loss.parameters()]
+        kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[recipe.optimizer]
+        self.optimizer = kind(self.parameters, recipe.lr, weight_decay=recipe.weight_decay)
+        self.plateau = Plateau()
+        self.scaler = torch.amp.GradScaler(device, enabled=recipe.amp == "fp16")
+        self.embed = torch.compile(embed) if recipe.compile else embed
+
+    def step(self, plan):
+        """One step of the optimizer; returns the terms, averaged over its batches."""
+        self.optimizer.param_groups[0]["lr"] = self.recipe.lr * self.factor()
+        self.optimizer.zero_grad()
+        sums = Counter()
+        for part in range(self.recipe.accumulate):
+            terms = self.backward(plan, part)
+            for name, term in terms._asdict().items():
+                sums[name] += term.item() / self.recipe.accumulate
+        self.scaler.unscale_(self.optimizer)
+        average_gradients(self.parameters)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.recipe.learn_temperature:
+            self.loss.temperature.data.clamp_(min=0.01)
+            sums["temperature"] = self.loss.temperature.item()
+        self.plateau.add(sums["total"])
+        self.done += 1
+        if self.done % self.epoch_steps == 0:
+            self.plateau.end_epoch(counts=self.done // self.epoch_steps > len(WARM))
+        return dict(sums)
+
+    def backward(self, plan, part):
+        """The terms of one batch, their gradients added to what is there."""
+        recipe = self.recipe
+        generator = drawn(recipe.seed, "step", self.done, part, rank())
+        chosen = self.batch(part)
+        windows = random_windows(self.videos, chosen, plan.window, generator).to(self.device)
+        augment = AUGMENTS[recipe.augment](recipe.side, generator)
+        with torch.autocast(torch.device(self.device).type, AMP.get(recipe.amp), enabled=recipe.amp != "off"):
+            g, s, x = self.embed(self.embedder, windows, plan, augment, local=recipe.weights != IC_ONLY)
+        terms = self.loss(g.float(), s.float(), x.float())
+        if not math.isfinite(terms.total.item()):
+            names = ", ".join(self.videos.names[i] for i in chosen)
+            raise FloatingPointError(f"step {self.done}: the loss is {terms.total.item()}; its batch: {names}")
+        self.scaler.scale(terms.total / recipe.accumulate).backward()
+        return terms
+
+    def batch(self, part):
+        """The videos of a batch: an epoch's random order, cut; its remainder is left out, and each rank has a share."""
+        recipe = self.recipe
+        epoch, within = divmod(self.done, self.epoch_steps)
+        order = torch.randperm(len(self.videos), generator=drawn(recipe.seed, "epoch", epoch))
+        start = (within * recipe.accumulate + part) * recipe.batch
+        return order[start : start + recipe.batch].tolist()[rank() :: ranks()]
+
+    def factor(self):
+        """Of the learning rate, at this step."""
+        if self.recipe.schedule == "cosine":
+            return warm_cosine(self.done, self.recipe.warmup, self.steps)
+        epoch = self.done // self.epoch_steps
+        return WARM[epoch] if epoch < len(WARM) else self.plateau.factor
+
+    def state(self):
+        parts = self.embedder, self.loss, self.optimizer, self.scaler
+        names = "embedder", "loss", "optimizer", "scaler"
+        states = {name: part.state_dict() for name, part in zip(names, parts, strict=True)}
+        return dict(done=self.done, plateau=vars(self.plateau).copy(), **states)
+
+    def restore(self, state):
+        self.done = state["done"]
+        vars(self.plateau).update(state["plateau"])
+        for name in "embedder", "loss", "optimizer", "scaler":
+            getattr(self, name).load_state_dict(state[name])
+
+
+@dataclass
+class Plateau:
+    """A tenth of the learning rate after `patience` epochs without a new best mean loss."""
+
+    patience: int = 9
+    factor: float = 1.0
+    best: float = math.inf
+    stale: int = 0
+    losses: list = field(default_factory=list)
+
+    def add(self, loss):
+        self.losses.append(loss)
+
+    def end_epoch(self, counts):
+        """`counts` is False during the warm-up, whose epochs are remembered but not held against the rate."""
+        mean, self.losses = sum(self.losses) / len(self.losses), []
+        self.stale = 0 if mean < self.best or not counts else self.stale + 1
+        self.best = min(self.best, mean)
+        if self.stale == self.patience:
+            self.factor, self.stale = self.factor / 10, 0
+
+
+def drawn(seed, *what):
+    """A generator of random numbers that depends on nothing but its arguments."""
+    digest = hashlib.sha256(repr((seed, *what)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def embed(embedder, windows, plan, augment, *, local=True):
@@ -83,18 +226,28 @@ def embed(embedder, windows, plan, augment, *, local=True):
     return g, s, x.unflatten(0, (2, B, T))
 
 
-def batches(videos, size, generator):
-    """Endless batches of `size` different videos, every video once an epoch; an epoch's remainder is left out."""
-    if size > videos:
-        raise ValueError(f"batch: found {size}, wanted at most the {videos} videos there are")
-    while True:
-        order = torch.randperm(videos, generator=generator).tolist()
-        for start in range(0, videos - size + 1, size):
-            yield order[start : start + size]
-
-
-def warm_cosine(step, recipe):
+def warm_cosine(step, warmup, steps):
     """The learning rate's factor: a linear rise over `warmup` steps, then half a cosine down to 0."""
-    if step < recipe.warmup:
-        return (step + 1) / (recipe.warmup + 1)
-    return 0.5 + 0.5 * math.cos(math.pi * (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup))
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
+
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def ranks():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def average_gradients(parameters):
+    """The mean over all processes of `torchrun`, in one transfer; each process contrasts its own share of the batch."""
+    if ranks() == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    distributed.all_reduce(flat)
+    flat /= ranks()
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))

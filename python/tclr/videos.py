@@ -1,63 +1,176 @@
-"""UCF101's lists and the decoding of their files into memory."""
+"""Sets of videos: `Loaded` holds every frame in memory, `Files` decodes what is asked for.
 
+Both offer what the trainer is written on: names, labels [videos] or None, classes or None, counts, len(),
+length(i) -> frames of video i, and read(i, positions) -> uint8 [P, 3, H, W].
+"""
+
+import csv
+import threading
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import av
-import numpy as np
 import torch
-from av.video.reformatter import VideoReformatter
+import torch.nn.functional as F
+
+from . import annotations, decode
 
 
 @dataclass
-class VideoSet:
+class Loaded:
     """Decoded videos. frames: a list of uint8 [F, 3, H, W]; labels: [videos]; counts: how the decoding went."""
 
     names: list
     frames: list
-    labels: torch.Tensor
+    labels: torch.Tensor | None
     counts: Counter = field(default_factory=Counter)
+    classes: list | None = None
 
     def __len__(self):
         return len(self.names)
 
+    def length(self, i):
+        return len(self.frames[i])
 
-def ucf101_list(root, split):
-    """[(file below UCF-101/, label from 0), ...] of a list such as "trainlist01"; the class is the folder's name."""
-    lists = Path(root) / "ucfTrainTestlist"
-    lines = (lists / "classInd.txt").read_text().split("\n")
-    labels = {name: int(number) - 1 for number, name in (line.split() for line in lines if line.strip())}
-    files = [line.split()[0] for line in (lists / f"{split}.txt").read_text().split("\n") if line.strip()]
-    return [(file, labels[file.split("/")[0]]) for file in files]
+    def read(self, i, positions):
+        return self.frames[i][torch.as_tensor(positions)]
 
 
-def decode(path):
-    """Every frame of a file, whatever its container claims: uint8 [F, 3, H, W]
+class Files:
+    """Videos decoded on demand; safe to read from several threads.
 
-    One thread: on small frames, handing rows out to threads takes 20 times as long as converting them.
+    A video under `shortest` frames is played forwards and backwards up to it. One that cannot be read is replaced by
+    the next readable one in an order drawn from `seed`, of the same class where there are labels, and listed in
+    `bad_videos` with the reason. What read(i, positions) returns depends on nothing but the files and the seed, never
+    on what was read before: a resumed run sees what the uninterrupted one would have seen. `size` = (H, W) brings
+    videos of different sizes to one, covered and cut around the centre; without it they stay as they are.
+
+    counts: decoded, replaced, held (reads; "held" where the decoder delivered too few frames and the last one was
+    repeated); padded, unreadable (videos).
     """
-    convert = VideoReformatter()
-    with av.open(str(path)) as container:
-        frames = [convert.reformat(f, format="rgb24", threads=1).to_ndarray() for f in container.decode(video=0)]
-    if not frames:
-        raise ValueError(f"{path}: no frame could be decoded")
-    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous()
+
+    def __init__(self, listing, *, shortest=64, size=None, seed=0, bad_videos=None, decoder=decode.DECODER):
+        self.root, self.entries, self.classes = listing.root, listing.entries, listing.classes
+        self.names = [entry.path for entry in self.entries]
+        labels = [entry.label for entry in self.entries]
+        self.labels = None if self.classes is None else torch.tensor(labels)
+        self.shortest, self.size, self.decoder = shortest, size, decoder
+        self.counts = Counter(missing=len(listing.missing))
+        self.bad_videos = Path(bad_videos) if bad_videos else None
+        self._order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
+        self._place = {i: place for place, i in enumerate(self._order)}
+        self.bad, self._frames, self._padded, self._lock = {}, {}, set(), threading.Lock()
+
+    def __len__(self):
+        return len(self.entries)
+
+    def length(self, i):
+        """Frames of video i, or of the one that stands in for it."""
+        return max(self.shortest, self._first_readable(i, self._own_length))
+
+    def read(self, i, positions):
+        """The frames at these positions, in any order, repeats allowed: uint8 [P, 3, H, W]"""
+        return self._first_readable(i, lambda j: self._own_frames(j, torch.as_tensor(positions)))
+
+    def _first_readable(self, i, function):
+        """function(j) of video i, or of the first that takes its place."""
+        for j in self._candidates(i):
+            try:
+                result = function(j)
+            except decode.Unreadable as error:
+                self._report(j, str(error))
+                continue
+            if j != i:
+                self._count("replaced")
+            return result
+        raise ValueError(f"{self.names[i]} cannot be read, nor can any video that could take its place")
+
+    def _candidates(self, i):
+        start = self._place[i]
+        for j in self._order[start:] + self._order[:start]:
+            if self.labels is None or self.labels[j] == self.labels[i]:
+                yield j
+
+    def _own_length(self, j):
+        """Frames of video j itself; its packets are counted once."""
+        if j not in self._frames:
+            entry = self.entries[j]
+            frames = decode.length(self.root / entry.path)
+            self._frames[j] = (frames if entry.end is None else min(frames, entry.end)) - entry.start
+        if self._frames[j] < 2:
+            raise decode.Unreadable(f"found {self._frames[j]} frames from frame {self.entries[j].start} on, wanted 2")
+        return self._frames[j]
+
+    def _own_frames(self, j, positions):
+        own = self._own_length(j)
+        entry = self.entries[j]
+        frames, held = decode.read(self.root / entry.path, entry.start + mirrored(positions, own), self.decoder)
+        with self._lock:
+            self.counts["decoded"] += 1
+            self.counts["held"] += held > 0
+            if own < self.shortest and j not in self._padded:
+                self._padded.add(j)
+                self.counts["padded"] += 1
+        return frames if self.size is None else covered(frames, self.size)
+
+    def _count(self, what):
+        with self._lock:
+            self.counts[what] += 1
+
+    def _report(self, j, reason):
+        """Counts a bad video when it is first met, and lists it unless an earlier run or another set has."""
+        with self._lock:
+            if self.names[j] in self.bad:
+                return
+            self.bad[self.names[j]] = reason
+            self.counts["unreadable"] += 1
+            if self.bad_videos and self.names[j] not in _listed(self.bad_videos):
+                fresh = not self.bad_videos.exists()
+                with open(self.bad_videos, "a", newline="", errors="surrogateescape") as file:
+                    csv.writer(file).writerows([["video", "reason"]] * fresh + [[self.names[j], reason]])
+
+
+def _listed(path):
+    """{video: reason} of a list of bad videos; none where there is no list."""
+    if path is None or not path.exists():
+        return {}
+    with open(path, newline="", errors="surrogateescape") as file:
+        return {row["video"]: row["reason"] for row in csv.DictReader(file)}
+
+
+def covered(frames, size):
+    """Frames scaled until they cover `size` = (H, W), cut around the centre. uint8 [P, 3, h, w] -> [P, 3, H, W]"""
+    have, scale = frames.shape[2:], max(want / side for want, side in zip(size, frames.shape[2:], strict=True))
+    if scale != 1:
+        scaled = [max(want, round(scale * side)) for want, side in zip(size, have, strict=True)]
+        frames = F.interpolate(frames, scaled, mode="bilinear", antialias=True)
+    top, left = ((side - want) // 2 for want, side in zip(size, frames.shape[2:], strict=True))
+    return frames[..., top : top + size[0], left : left + size[1]]
+
+
+def mirrored(positions, frames):
+    """Positions of a video played forwards, backwards, forwards, ... as positions in its `frames` frames."""
+    there_and_back = torch.tensor([*range(frames), *range(frames - 2, 0, -1)])
+    return there_and_back[positions % len(there_and_back)]
 
 
 def mirror_pad(video, length):
     """Plays a short video forwards, backwards, forwards, ... up to `length` frames. video: [F, 3, H, W]"""
-    there_and_back = torch.tensor([*range(len(video)), *range(len(video) - 2, 0, -1)])
-    return video[there_and_back[torch.arange(length) % len(there_and_back)]]
+    return video[mirrored(torch.arange(length), len(video))]
 
 
 def load(root, split, shortest, progress=iter):
-    """Decodes a split. Videos under `shortest` frames are mirror-padded, unreadable ones left out; both are counted."""
-    videos, names, labels, counts = [], [], [], Counter()
-    for name, label in progress(ucf101_list(root, split)):
+    """Decodes a split of UCF101, such as "trainlist01", into memory.
+
+    Videos under `shortest` frames are mirror-padded, unreadable ones left out; both are counted.
+    """
+    listing = annotations.read("ucf101", root, split[:-6], int(split[-2:]))
+    videos, names, labels, counts = [], [], [], Counter(missing=len(listing.missing))
+    for entry in progress(listing.entries):
+        name = entry.path.removeprefix("UCF-101/")
         try:
-            video = decode(Path(root) / "UCF-101" / name)
-        except (OSError, av.FFmpegError, ValueError) as error:
+            video = decode.decode(listing.root / entry.path)
+        except decode.Unreadable as error:
             counts["unreadable"] += 1
             print(f"left out {name}: {error}")
             continue
@@ -67,7 +180,7 @@ def load(root, split, shortest, progress=iter):
         counts["decoded"] += 1
         names.append(name)
         videos.append(video)
-        labels.append(label)
+        labels.append(entry.label)
     if not videos:
         raise ValueError(f"{root}: no video of {split} could be decoded")
-    return VideoSet(names, videos, torch.tensor(labels), counts)
+    return Loaded(names, videos, torch.tensor(labels), +counts, listing.classes)

@@ -1,0 +1,178 @@
+"""python -m benchmarks.decoding: videos a second from file to clips, the trainer's way and the official release's.
+
+The release decodes every file by OpenCV from its first frame to its last, and augments frame by frame on the host with
+torchvision's functions on PIL images, in the worker processes of a data loader; those functions are written out here,
+as torchvision does them. The trainer reads the 64-frame window alone, in threads, and augments all clips at once.
+Rounds of the two alternate; what is written is the median. Each has both cores.
+"""
+
+import argparse
+import csv
+import random
+import statistics
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import av
+import cv2
+import numpy as np
+import PIL
+import torch
+from PIL import Image, ImageEnhance
+
+from . import rows
+
+sys.path.insert(0, str(rows.ROOT / "python"))
+from tclr import annotations, augment, clips, decode, motions, videos  # noqa: E402
+
+FRAMES, HEIGHT, WIDTH, SIDE = 180, 240, 320, 112
+PLAN = clips.ClipPlan()
+CASES = {"window": "frames of the 64-frame window", "clips": "window + 2 global and 8 local augmented clips"}
+COLUMNS = [
+    *("case", "key_frames_every", "release_per_s", "trainer_per_s", "ratio", "ratio_lowest", "rounds", "videos"),
+    *("decoder", "opencv", "pillow", "cpu", "threads", "torch", "python", "commit", "date"),
+]
+
+
+def write_files(folder, count, key_frames_every):
+    """320x240 MPEG-4 in AVI, as UCF101 is."""
+    for i in range(count):
+        rng = np.random.default_rng(i)
+        track = motions.draw_track(motions.CLASSES[i % len(motions.CLASSES)], FRAMES, rng)
+        pictures = motions.render(motions.draw_actor(rng), track, WIDTH)[:, :HEIGHT]
+        grain = rng.integers(-6, 7, (HEIGHT, WIDTH, 1))
+        with av.open(str(folder / f"{i}.avi"), "w") as container:
+            options = {"g": str(key_frames_every), "sc_threshold": "1000000000", "qmin": "4"}
+            stream = container.add_stream("mpeg4", rate=25, options=options)
+            stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuv420p"
+            for picture in pictures:
+                picture = (picture + grain).clip(0, 255).astype(np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            container.mux(stream.encode())
+
+
+def release_window(path):
+    """Every frame of the file, of which a window is kept."""
+    capture, frames = cv2.VideoCapture(path), []
+    while True:
+        found, frame = capture.read()
+        if not found:
+            break
+        frames.append(frame)
+    start = random.randint(0, len(frames) - PLAN.window)
+    return frames[start : start + PLAN.window]
+
+
+def release_clips(path):
+    window = release_window(path)
+    chosen = [range(0, PLAN.window, PLAN.stride), *PLAN.local_frames().tolist()]
+    return [torch.stack([augmented(window[p], drawn) for p in clip]) for clip in chosen for drawn in (draw(), draw())]
+
+
+def draw():
+    """The parameters of a clip, in the release's ranges."""
+    side = int(random.uniform(0.6, 1) * HEIGHT)
+    names = dict(contrast=0.125, hue=0.3, saturation=0.3, brightness=0.3, gray=0.175, flip=0.5, erase=0.5)
+    drawn = {name: random.random() < p for name, p in names.items()}
+    factors = {name: random.uniform(0.75, 1.25) for name in ("contrast", "saturation", "brightness", "gamma")}
+    box = random.randint(0, WIDTH - side), random.randint(0, HEIGHT - side), side
+    return drawn, factors, box, random.randint(-25, 25)
+
+
+def augmented(frame, parameters):
+    """One frame, BGR as OpenCV has it: float [3, 112, 112]"""
+    drawn, factors, (left, top, side), turn = parameters
+    image = Image.fromarray(frame).crop((left, top, left + side, top + side)).resize((SIDE, SIDE), Image.BILINEAR)
+    if drawn["contrast"]:
+        image = ImageEnhance.Contrast(image).enhance(factors["contrast"])
+    if drawn["hue"]:
+        hue, saturation, value = image.convert("HSV").split()
+        hue = Image.fromarray(np.array(hue) + np.uint8(turn % 256))
+        image = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+    if drawn["saturation"]:
+        image = ImageEnhance.Color(image).enhance(factors["saturation"])
+    if drawn["brightness"]:
+        image = ImageEnhance.Brightness(image).enhance(factors["brightness"])
+    if drawn["gray"]:
+        image = (
+            image.convert("L").convert("RGB").point([int(255 * (i / 255) ** factors["gamma"]) for i in range(256)] * 3)
+        )
+    if drawn["flip"]:
+        image = image.transpose(Image.FLIP_LEFT_RIGHT)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div(255)
+    if drawn["erase"]:
+        pixels[:, 30:44, 30:44] = 0
+    return pixels
+
+
+def release_work(case, path):
+    """In a worker process; what it made stays there, so that carrying it over is not counted against the release."""
+    return len({"window": release_window, "clips": release_clips}[case](path))
+
+
+def release_round(case, pool, paths):
+    assert all(pool.map(partial(release_work, case), paths))
+
+
+def trainer_round(case, pool, found, generator, batch=4):
+    augmentation = augment.ReleaseAugment(SIDE, generator)
+    for start in range(0, len(found), batch):
+        chosen = range(start, min(start + batch, len(found)))
+        windows = clips.random_windows(found, chosen, PLAN.window, generator, pool)
+        assert windows.shape[1:] == (PLAN.window, 3, HEIGHT, WIDTH)
+        if case == "clips":
+            for some in PLAN.cut(windows):
+                assert augmentation(some, views=2).shape[1:] == (PLAN.frames, 3, SIDE, SIDE)
+
+
+def timed(function, count):
+    started = time.perf_counter()
+    function()
+    return count / (time.perf_counter() - started)
+
+
+def measure(folder, key_frames_every, rounds, processes, threads):
+    found = videos.Files(annotations.read("folder", folder, "all"))
+    paths = [str(folder / name) for name in found.names]
+    generator = torch.Generator().manual_seed(0)
+    for case in CASES:
+        release = partial(release_round, case, processes, paths)
+        trainer = partial(trainer_round, case, threads, found, generator)
+        release(), trainer()
+        rates = [(timed(release, len(paths)), timed(trainer, len(paths))) for _ in range(rounds)]
+        theirs, ours = (statistics.median(rate) for rate in zip(*rates, strict=True))
+        values = dict(case=CASES[case], key_frames_every=key_frames_every, rounds=rounds, videos=len(paths))
+        values.update(release_per_s=f"{theirs:.1f}", trainer_per_s=f"{ours:.1f}", ratio=f"{ours / theirs:.2f}")
+        yield dict(values, ratio_lowest=f"{min(b / a for a, b in rates):.2f}")
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.decoding", description=__doc__.split("\n")[0])
+    parser.add_argument("--videos", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--key-frames-every", type=int, nargs="*", default=[12, 250])
+    parser.add_argument(
+        "--out", type=Path, default=rows.RESULTS / rows.default_path().name.replace("cpu-", "decoding-")
+    )
+    arguments = parser.parse_args()
+    here = dict(rows.here(), decoder=decode.DECODER, opencv=cv2.__version__, pillow=PIL.__version__)
+    done = []
+    with ProcessPoolExecutor(2) as processes, ThreadPoolExecutor(2) as threads:
+        for every in arguments.key_frames_every:
+            with tempfile.TemporaryDirectory() as folder:
+                write_files(Path(folder), arguments.videos, every)
+                for values in measure(Path(folder), every, arguments.rounds, processes, threads):
+                    done.append({name: value for name, value in (here | values).items() if name in COLUMNS})
+                    print({name: done[-1][name] for name in COLUMNS[:8]}, flush=True)
+    with open(arguments.out, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(done)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""What a data set's own annotation files say: which videos, in which part, of which class.
+
+A line that cannot be meant seriously (a path that leaves the root, an unknown class, a bad label) is refused with its
+file and number. What annotation files met in practice do hold is handled: CRLF, a byte order mark, blank lines,
+duplicates, odd names, videos that are not there.
+"""
+
+import csv
+import json
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+SUFFIXES = {".avi", ".mp4", ".mkv", ".webm", ".mov", ".mpg", ".mpeg", ".m4v"}
+KINETICS_PARTS = {"train": "train", "val": "val", "validate": "val", "test": "test"}
+DIVING48_CLASSES = 48  # label 30 occurs in neither part, and keeps its output
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A video: its path below the root, its label from 0, and its frames start..end - 1 (to the last: None)."""
+
+    path: str
+    label: int | None
+    start: int = 0
+    end: int | None = None
+
+
+@dataclass
+class Listing:
+    """Videos that are there; `missing` holds the paths of those that are not, `counts` how the reading went."""
+
+    root: Path
+    entries: list
+    classes: list | None
+    missing: list
+    counts: Counter
+
+
+def read(dataset, root, part="train", split=1):
+    """The videos of one part of a data set.
+
+    dataset: "ucf101", "hmdb51", "kinetics400", "diving48" or "folder"; part: "train", "val" or "test" as the data set
+    has it, and for a folder of videos also "all"; split: 1 to 3, of UCF101 and HMDB51. Raises ValueError naming file
+    and line where an annotation is refused, and where no video is left.
+    """
+    if dataset not in READERS:
+        raise ValueError(f"dataset: found {dataset!r}, wanted one of {', '.join(READERS)}")
+    reader, parts = READERS[dataset]
+    if part not in parts:
+        raise ValueError(f"part: found {part!r}, wanted one of {', '.join(parts)} for {dataset}")
+    if split not in (1, 2, 3):
+        raise ValueError(f"split: found {split!r}, wanted 1, 2 or 3")
+    root = Path(root)
+    if not root.is_dir():
+        raise ValueError(f"root: found {str(root)!r}, wanted a folder that is there")
+    draft = Draft(root.resolve())
+    classes = reader(draft, part, split)
+    counts = Counter(listed=len(draft.entries), missing=len(draft.missing), duplicates=draft.duplicates)
+    if not draft.entries:
+        raise ValueError(f"root: found none of the {counts['missing']} videos of {dataset} {part} below {root}")
+    return Listing(draft.root, list(draft.entries.values()), classes, draft.missing, +counts)
+
+
+class Draft:
+    """A listing being read: every path passes here, so that none leads out of the root."""
+
+    def __init__(self, root):
+        self.root, self.entries, self.missing, self.duplicates = root, {}, [], 0
+        self._labels = {}
+
+    def add(self, where, candidates, label, start=0, end=None):
+        """Takes the first of the candidate paths that is a file; without one, the first counts as missing."""
+        if self._labels.setdefault((candidates[0], start, end), label) != label:
+            raise ValueError(f"{where}: found {candidates[0]} a second time, under another class")
+        found = next((path for path in candidates if self.inside(where, path).is_file()), None)
+        if found is None:
+            self.missing.append(candidates[0])
+        elif (found, start, end) in self.entries:
+            self.duplicates += 1
+        else:
+            self.entries[found, start, end] = Entry(found, label, start, end)
+
+    def inside(self, where, path):
+        """The file a path below the root leads to, symbolic links followed."""
+        pure = PurePosixPath(path)
+        if pure.is_absolute() or ".." in pure.parts or "\0" in path:
+            raise ValueError(f"{where}: found {path!r}, wanted a path below the root, without '..'")
+        whole = (self.root / pure).resolve()
+        if not whole.is_relative_to(self.root):
+            raise ValueError(f"{where}: found {path!r}, a link that leads out of the root to {whole}")
+        return whole
+
+    def folder(self, *names):
+        """The first of the folders that is there, as a prefix of paths; the root itself where none is."""
+        return next((f"{name}/" for name in names if self.inside("root", name).is_dir()), "")
+
+    def text(self, path):
+        """An annotation file's text. Names keep bytes that are no UTF-8, as the file system does."""
+        file = self.inside("root", path)
+        if not file.is_file():
+            raise ValueError(f"root: found no {path} below {self.root}")
+        return file.read_bytes().removeprefix(b"\xef\xbb\xbf").decode(errors="surrogateescape")
+
+    def lines(self, path):
+        """(where, line) of the lines that are not blank. Not splitlines: it cuts names at characters they may hold."""
+        for number, line in enumerate(self.text(path).split("\n"), 1):
+            if line.strip():
+                yield f"{path}:{number}", line.strip(" \t\r")
+
+
+def ucf101(draft, part, split):
+    """ucfTrainTestlist/ and UCF-101/<Class>/<file>.avi; the class is the folder's, not the file's name."""
+    lists, videos = draft.folder("ucfTrainTestlist"), draft.folder("UCF-101")
+    numbers = {}
+    for where, line in draft.lines(f"{lists}classInd.txt"):
+        number, _, name = line.partition(" ")
+        if not name or name in numbers or number != str(len(numbers) + 1):
+            raise ValueError(f"{where}: found {line!r}, wanted '{len(numbers) + 1} <Class>', each class once")
+        numbers[name] = number
+    for where, line in draft.lines(f"{lists}{part}list0{split}.txt"):
+        path, _, number = line.rpartition(" ") if part == "train" else (line, "", None)
+        name = path.partition("/")[0]
+        draft.inside(where, path)
+        if name not in numbers:
+            raise ValueError(f"{where}: found the unknown class {name!r}, wanted one of classInd.txt")
+        if number not in (None, numbers[name]):
+            raise ValueError(f"{where}: found the label {number!r}, wanted {numbers[name]} for {name}")
+        draft.add(where, [videos + path], int(numbers[name]) - 1)
+    return list(numbers)
+
+
+def hmdb51(draft, part, split):
+    """<class>_test_split<n>.txt of lines '<file>.avi <flag>' (1 train, 2 test, 0 neither), and <class>/<file>."""
+    lists, videos = draft.folder("testTrainMulti_7030_splits", "splits"), draft.folder("hmdb51_org", "videos")
+    ending = f"_test_split{split}.txt"
+    classes = sorted(name.removesuffix(ending) for name in os.listdir(draft.root / lists) if name.endswith(ending))
+    if not classes:
+        raise ValueError(f"root: found no <class>{ending} below {draft.root / lists}")
+    for label, name in enumerate(classes):
+        for where, line in draft.lines(f"{lists}{name}{ending}"):
+            file, _, flag = line.rpartition(" ")
+            if flag not in ("0", "1", "2") or not file:
+                raise ValueError(f"{where}: found {line!r}, wanted '<file> <flag>' with the flag 0, 1 or 2")
+            draft.inside(where, file)
+            if flag == dict(train="1", test="2")[part]:
+                draft.add(where, [f"{videos}{name}/{file.rstrip()}"], label)
+    return classes
+
+
+def kinetics400(draft, part, split):
+    """<part>.csv: label,youtube_id,time_start,time_end,split[,is_cc]; <id>_<start>_<end>.mp4, often below <label>/."""
+    folder = draft.folder("annotations")
+    rows = {name: list(_kinetics_rows(draft, f"{folder}{name}.csv")) for name in {"train", part}}
+    classes = sorted({row["label"] for _, row in rows["train"]})
+    labels = {name: label for label, name in enumerate(classes)}
+    for where, row in rows[part]:
+        if row["label"] not in labels:
+            raise ValueError(f"{where}: found the unknown class {row['label']!r}, wanted one of train.csv")
+        if KINETICS_PARTS.get(row["split"]) != part:
+            raise ValueError(f"{where}: found the split {row['split']!r}, wanted that of {part}")
+        try:
+            file = f"{row['youtube_id']}_{int(row['time_start']):06}_{int(row['time_end']):06}.mp4"
+        except ValueError:
+            times = f"{row['time_start']!r} and {row['time_end']!r}"
+            raise ValueError(f"{where}: found the times {times}, wanted whole seconds") from None
+        folders = f"{part}/{row['label']}/", f"{row['label']}/", f"{part}/", ""
+        draft.add(where, [path + file for path in folders], labels[row["label"]])
+    return classes
+
+
+def _kinetics_rows(draft, path):
+    lines = csv.reader(line for line in draft.text(path).split("\n"))
+    header = next(lines, [])
+    header = [name.strip() for name in header]
+    wanted = ["label", "youtube_id", "time_start", "time_end", "split"]
+    if header[:5] != wanted:
+        raise ValueError(f"{path}:1: found the columns {','.join(header)!r}, wanted {','.join(wanted)}")
+    for row in lines:
+        if any(cell.strip() for cell in row):
+            if len(row) < 5:
+                raise ValueError(f"{path}:{lines.line_num}: found {len(row)} columns, wanted {','.join(wanted)}")
+            yield f"{path}:{lines.line_num}", dict(zip(header, (cell.strip() for cell in row), strict=False))
+
+
+def diving48(draft, part, split):
+    """Diving48_V2_<part>.json: [{vid_name, label, start_frame, end_frame}, ...], and rgb/<vid_name>.mp4."""
+    path = f"{draft.folder('annotations')}Diving48_V2_{part}.json"
+    try:
+        items = json.loads(draft.text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: found no JSON: {error.msg}") from None
+    for number, item in enumerate(items, 1):
+        where = f"{path}: item {number}"
+        if not isinstance(item, dict) or not {"vid_name", "label", "start_frame", "end_frame"} <= item.keys():
+            raise ValueError(f"{where}: found {item!r}, wanted vid_name, label, start_frame and end_frame")
+        label, start, end = (item[name] for name in ("label", "start_frame", "end_frame"))
+        if type(label) is not int or not 0 <= label < DIVING48_CLASSES:
+            raise ValueError(f"{where}: found the label {label!r}, wanted 0 to {DIVING48_CLASSES - 1}")
+        if type(start) is not int or type(end) is not int or not 0 <= start < end:
+            raise ValueError(f"{where}: found the frames {start!r} to {end!r}, wanted 0 <= start < end")
+        draft.add(where, [f"{draft.folder('rgb')}{item['vid_name']}.mp4"], label, start, end)
+    return [str(label) for label in range(DIVING48_CLASSES)]
+
+
+def folder(draft, part, split):
+    """Any folder of videos, <class>/<file> or flat, or such a folder for each part. Flat: no labels, no classes."""
+    top = draft.root if part == "all" else draft.inside("root", part)
+    if not top.is_dir():
+        raise ValueError(f"part: found no folder {part!r} below {draft.root}; 'all' takes the videos of the root")
+    prefix = "" if part == "all" else f"{part}/"
+    below = sorted(name for name in os.listdir(top) if draft.inside(f"{prefix}{name}", prefix + name).is_dir())
+    classes = [name for name in below if _videos(draft, f"{prefix}{name}/")] or None
+    for label, name in enumerate(classes or [""]):
+        subfolder = f"{prefix}{name}/" if classes else prefix
+        for file in _videos(draft, subfolder):
+            draft.add(subfolder + file, [subfolder + file], label if classes else None)
+    return classes
+
+
+def _videos(draft, subfolder):
+    return sorted(name for name in os.listdir(draft.root / subfolder) if Path(name).suffix.lower() in SUFFIXES)
+
+
+READERS = {
+    "ucf101": (ucf101, ("train", "test")),
+    "hmdb51": (hmdb51, ("train", "test")),
+    "kinetics400": (kinetics400, ("train", "val", "test")),
+    "diving48": (diving48, ("train", "test")),
+    "folder": (folder, ("all", "train", "val", "test")),
+}

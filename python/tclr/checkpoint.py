@@ -1,0 +1,58 @@
+"""Files that are whole or not there, the checkpoint of a run, and the signal that asks for one."""
+
+import os
+import signal
+from contextlib import contextmanager
+
+import torch
+
+STOPPED = 128 + signal.SIGTERM  # the shell's exit status of a process that ended at SIGTERM
+
+
+@contextmanager
+def whole(path):
+    """A binary file that appears under its name when it is complete and on the disk, or not at all."""
+    unfinished = path.with_name(path.name + ".part")
+    try:
+        with unfinished.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def save(path, **state):
+    """Writes what a run needs to go on; a full disk leaves the last good file in place."""
+    with whole(path) as file:
+        torch.save(state, file)
+
+
+def load(path):
+    """What `save` wrote; a file that holds anything but tensors and plain values is refused, not run."""
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def claim(out, *, resume, overwrite):
+    """Makes sure that a run's folder is new, or that the user said what is to happen with what lies there."""
+    if out.exists() and any(out.iterdir()) and not (resume or overwrite):
+        raise SystemExit(f"{out} is not empty: choose another --out, or pass --resume true or --overwrite true")
+    out.mkdir(parents=True, exist_ok=True)
+
+
+class StopRequest:
+    """True once SIGTERM has come; within `with`, the signal itself ends nothing."""
+
+    def __init__(self):
+        self.came = False
+
+    def __bool__(self):
+        return self.came
+
+    def __enter__(self):
+        self.before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "came", True))
+        return self
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGTERM, self.before)

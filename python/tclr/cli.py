@@ -1,0 +1,225 @@
+"""tclr <command>: pretraining and every evaluation; each command is a function here with the same arguments."""
+
+import csv
+import json
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jsonargparse import auto_cli
+
+from . import ablation, checkpoint, config, evaluate, report, train
+from . import finetune as tuning
+from . import linear as probe
+from .clips import ClipPlan
+from .config import Data, Evaluation, Net
+from .features import embedder_of, features
+
+KS = 1, 5, 10, 20
+
+
+def pretrain(
+    out: Path,
+    data: Data,
+    net: Net = Net(),  # noqa: B008
+    clips: ClipPlan = ClipPlan(),  # noqa: B008
+    recipe: train.Recipe = train.Recipe(),  # noqa: B008
+    device: str = "auto",
+    resume: bool = False,
+    overwrite: bool = False,
+):
+    """Pretrains without labels; leaves config.yaml, last.pt, metrics.jsonl and TensorBoard's events in `out`.
+
+    Under torchrun, every process takes its share of each batch and contrasts it within itself.
+    """
+    first = train.rank() == 0
+    if train.ranks() > 1:
+        torch.distributed.init_process_group()
+    device = config.device(device)
+    if first:
+        checkpoint.claim(out, resume=resume, overwrite=overwrite)
+        if overwrite:
+            (out / "last.pt").unlink(missing_ok=True)
+        config.write(out / "config.yaml", dict(data=data, net=net, clips=clips, recipe=recipe, device=device))
+    videos = config.open_videos(data, data.train, clips.window, out, recipe.seed)
+    embedder = config.build(net, recipe.seed)
+    with Log(out if first else None, recipe) as log:
+        train.pretrain(embedder, videos, clips, recipe, log, file=out / "last.pt" if first else None, device=device)
+    if first:
+        print("reading: " + ", ".join(f"{count} {what}" for what, count in videos.counts.items()))
+
+
+class Log:
+    """metrics.jsonl, TensorBoard and a line now and then with videos a second and the time left."""
+
+    def __init__(self, out, recipe):
+        self.out, self.recipe, self.told, self.steps = out, recipe, None, []
+
+    def __enter__(self):
+        if self.out:
+            from torch.utils.tensorboard import SummaryWriter
+
+            path, last = self.out / "metrics.jsonl", self.out / "last.pt"
+            done = checkpoint.load(last)["done"] if last.exists() else 0
+            kept = path.read_text().splitlines()[:done] if path.exists() else []  # the steps after it come again
+            path.write_text("".join(line + "\n" for line in kept))
+            self.file, self.board = path.open("a"), SummaryWriter(self.out / "tensorboard", purge_step=done)
+        return self
+
+    def __exit__(self, *_):
+        if self.out:
+            self.file.close()
+            self.board.close()
+
+    def __call__(self, step, **terms):
+        if not self.out:
+            return
+        self.file.write(json.dumps(dict(step=step, **terms)) + "\n")
+        self.file.flush()
+        for name, value in terms.items():
+            self.board.add_scalar(name, value, step)
+        now = time.monotonic()
+        self.steps.append(now)
+        if self.told is None or now - self.told > 10:
+            self.told = now
+            print(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in terms.items()) + self.pace())
+
+    def pace(self):
+        recent = self.steps[-50:]
+        if len(recent) < 2:
+            return ""
+        seconds = (recent[-1] - recent[0]) / (len(recent) - 1)
+        rate = self.recipe.batch * self.recipe.accumulate / seconds
+        left = f", {timedelta(seconds=round(seconds * (self.recipe.steps - len(self.steps))))} left"
+        return f", {rate:.1f} videos/s" + left * bool(self.recipe.steps)
+
+
+def retrieval(run: Path, evaluation: Evaluation = Evaluation(), data: Data | None = None, device: str = "auto"):  # noqa: B008
+    """Nearest neighbours by the backbone's features, gallery = train, query = test: R@1, 5, 10, 20, and a picture."""
+    gallery, queries = both(run, data, evaluation, device)
+    ranks = evaluate.ranking(gallery.clips, queries.clips, evaluation.clips)
+    figures = {f"r{k}": evaluate.recall(ranks, gallery.labels, queries.labels, k) for k in KS}
+    chosen = torch.linspace(0, len(queries.labels) - 1, min(8, len(queries.labels))).long().tolist()
+    report.plot_gallery(queries.videos, gallery.videos, ranks, chosen, run / "gallery.png")
+    return result(run, "retrieval", gallery.hash, figures)
+
+
+def linear(run: Path, evaluation: Evaluation = Evaluation(), data: Data | None = None, device: str = "auto",  # noqa: B008
+           share: float = 1.0, seed: int = 0):  # fmt: skip
+    """Accuracy of one linear layer on the frozen backbone's features; share: of the labels, balanced over classes."""
+    gallery, queries = both(run, data, evaluation, device)
+    layer = fitted(gallery, share, seed)
+    figures = dict(accuracy=probe.accuracy(layer, queries.clips, queries.labels, evaluation.clips), share=share)
+    return result(run, "linear" if share == 1 else f"linear-{share:g}", gallery.hash, figures)
+
+
+def multiclip(run: Path, evaluation: Evaluation = Evaluation(), data: Data | None = None, device: str = "auto"):  # noqa: B008
+    """Retrieval and linear accuracy against 1 .. all clips a video."""
+    gallery, queries = both(run, data, evaluation, device)
+    layer, curve = fitted(gallery), {}
+    for clips in range(1, evaluation.clips + 1):
+        ranks = evaluate.ranking(gallery.clips, queries.clips, clips)
+        curve[clips] = dict(
+            r1=evaluate.recall(ranks, gallery.labels, queries.labels, 1),
+            linear=probe.accuracy(layer, queries.clips, queries.labels, clips),
+        )
+    report.plot_curves(curve, run / "multiclip.png")
+    return result(run, "multiclip", gallery.hash, dict(by_clips=curve))
+
+
+def confusion(run: Path, evaluation: Evaluation = Evaluation(), data: Data | None = None, device: str = "auto",  # noqa: B008
+              classes: list[str] | None = None):  # fmt: skip
+    """The confusion matrix of the linear layer, of all or of the chosen classes."""
+    gallery, queries = both(run, data, evaluation, device)
+    names = queries.videos.classes
+    unknown = sorted(set(classes or []) - set(names))
+    if unknown:
+        raise SystemExit(f"classes: found {', '.join(unknown)}, wanted some of {', '.join(names)}")
+    found = probe.predictions(fitted(gallery), queries.clips, evaluation.clips)
+    counts = torch.zeros(len(names), len(names), dtype=torch.long)
+    counts.index_put_((queries.labels, found), torch.tensor(1), accumulate=True)
+    chosen = [names.index(name) for name in classes or names]
+    report.plot_confusion(counts[chosen][:, chosen], [names[i] for i in chosen], run / "confusion.png")
+    return result(run, "confusion", gallery.hash, dict(classes=names, counts=counts.tolist()))
+
+
+def finetune(run: Path, evaluation: Evaluation = Evaluation(), data: Data | None = None, device: str = "auto",  # noqa: B008
+             share: float = 1.0, epochs: int = 16, batch: int = 16, lr: float = 1e-4, seed: int = 0):  # fmt: skip
+    """Trains backbone and classifier on the labels, or a share of them; accuracy with all clips a video."""
+    data, device = data or config.read_run(run)[1], config.device(device)
+    span = (evaluation.frames - 1) * evaluation.stride + 1
+    trained, test = (config.open_videos(data, part, span, run) for part in (data.train, data.test))
+    torch.manual_seed(seed)
+    model = tuning.Classifier(embedder_of(run).backbone, len(trained.classes))
+    losses = []
+    settings = dict(epochs=epochs, batch=batch, lr=lr, seed=seed)
+    chosen = tuning.subset(trained.labels, share, seed)
+    record = lambda **row: (losses.append(row["loss"]), print(row, flush=True))  # noqa: E731
+    tuning.finetune(model, trained, chosen, evaluation, **settings, device=device, record=record)
+    figures = dict(accuracy=tuning.accuracy(model, test, evaluation, device), share=share, losses=losses, **settings)
+    name = "finetune" if share == 1 else f"finetune-{share:g}"
+    return result(run, name, config.digest(data, evaluation, share, settings), figures)
+
+
+def export(run: Path, file: Path, format: Literal["torch", "safetensors"] = "safetensors"):
+    """The backbone's weights alone, under torchvision's names."""
+    weights = {name: value.contiguous() for name, value in embedder_of(run).backbone.state_dict().items()}
+    with checkpoint.whole(file) as opened:
+        if format == "torch":
+            torch.save(weights, opened)
+        else:
+            from safetensors.torch import save
+
+            opened.write(save(weights))
+    print(f"{len(weights)} tensors to {file}")
+
+
+def page(run: Path):
+    """One self-contained HTML page of a run's figures and pictures: report.html."""
+    print(report.page(run))
+
+
+def check(dataset: str, root: Path, part: str = "train", split: int = 1, out: Path = Path("data_check.csv"),  # noqa: B008
+          window: int = 64):  # fmt: skip
+    """Walks a data set and lists its missing, unreadable and short videos."""
+    from . import check
+
+    counts = check.check(dataset, root, part, split, out=out, window=window)
+    print(", ".join(f"{count} {what}" for what, count in sorted(counts.items())) + f"; listed in {out}")
+
+
+def both(run, data, evaluation, device):
+    """Features of both parts, of the pretraining's data or of other."""
+    data, embedder = data or config.read_run(run)[1], embedder_of(run)
+    return [features(run, embedder, data, part, evaluation, config.device(device)) for part in (data.train, data.test)]
+
+
+def fitted(gallery, share=1.0, seed=0):
+    chosen = tuning.subset(gallery.labels, share, seed)
+    return probe.fit(gallery.clips[chosen], gallery.labels[chosen], len(gallery.videos.classes))
+
+
+def result(run, name, digest, figures):
+    """Writes `name`.json and adds the figures that are numbers to the run's table."""
+    with checkpoint.whole(run / f"{name}.json") as file:
+        file.write(json.dumps(dict(hash=digest, **figures), indent=1).encode() + b"\n")
+    table = run / "results.csv"
+    fresh = not table.exists()
+    with table.open("a", newline="") as file:
+        rows = [(name, digest, what, value) for what, value in figures.items() if isinstance(value, (int, float))]
+        csv.writer(file).writerows([("evaluation", "hash", "figure", "value")] * fresh + rows)
+    shown = {what: value for what, value in figures.items() if isinstance(value, (int, float))}
+    print(f"{name}: " + ", ".join(f"{what} {value:.4g}" for what, value in shown.items()))
+    return figures
+
+
+def main(arguments=None):
+    commands = dict(pretrain=pretrain, retrieval=retrieval, linear=linear, finetune=finetune, multiclip=multiclip)
+    commands |= dict(confusion=confusion, ablation=ablation.run, export=export, report=page, data=dict(check=check))
+    auto_cli(commands, args=arguments, prog="tclr", as_positional=False)
+
+
+if __name__ == "__main__":
+    main()

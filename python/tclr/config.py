@@ -1,0 +1,91 @@
+"""What a run is made of, as dataclasses: the keys of the YAML files and of the command line."""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import yaml
+
+from . import annotations, checkpoint, models, train, videos
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where videos are. `train` and `test` name the data set's parts; size = [H, W] brings all videos to one size."""
+
+    dataset: Literal["ucf101", "hmdb51", "kinetics400", "diving48", "folder"] = "ucf101"
+    root: str = "."
+    split: int = 1
+    train: str = "train"
+    test: str = "test"
+    size: list[int] | None = None
+
+
+@dataclass(frozen=True)
+class Net:
+    """The backbone, the width of its first stage, and the embedding's."""
+
+    backbone: Literal["tiny", "r3d18", "r2plus1d18", "c3d"] = "r3d18"
+    width: int = 64
+    dim: int = 128
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How a video is read for an evaluation: evenly spaced clips; pooled: features averaged over time."""
+
+    clips: int = 10
+    frames: int = 16
+    stride: int = 2
+    side: int = 112
+    pooled: bool = False
+
+
+def digest(*values):
+    """Eight hexadecimal digits that stand for a configuration."""
+    plain = [dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value for value in values]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def write(path, values):
+    """The resolved configuration, to the screen and to a file. values: {name: dataclass or plain value}"""
+    plain = {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in values.items()}
+    text = yaml.safe_dump(plain, sort_keys=False)
+    print(text, end="", flush=True)
+    with checkpoint.whole(path) as file:
+        file.write(text.encode())
+
+
+def read_run(run):
+    """(net, data) of a pretraining's folder, as its config.yaml has them."""
+    path = Path(run) / "config.yaml"
+    if not path.exists():
+        raise SystemExit(f"{path} is not there: wanted the folder of a pretraining")
+    plain = yaml.safe_load(path.read_text())
+    return Net(**plain["net"]), Data(**plain["data"])
+
+
+def open_videos(data, part, shortest, out=None, seed=0):
+    """The videos of one part; those that cannot be read are replaced and listed in `out`/bad_videos.csv."""
+    listing = annotations.read(data.dataset, data.root, part, data.split)
+    print(f"{data.dataset}, {part}: " + ", ".join(f"{count} {what}" for what, count in listing.counts.items()))
+    size = tuple(data.size) if data.size else None
+    bad = out / "bad_videos.csv" if out else None
+    return videos.Files(listing, shortest=shortest, size=size, seed=seed, bad_videos=bad)
+
+
+def build(net, seed):
+    """A new embedder, the same for the same seed."""
+    torch.manual_seed(seed)
+    return train.Embedder(models.backbone(net.backbone, net.width), net.dim).to(memory_format=torch.channels_last_3d)
+
+
+def device(name):
+    """The device by its name; "auto": a GPU where there is one."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,182 @@
+"""Pretraining: what a checkpoint keeps, what ends a run, and what a step is made of."""
+
+import math
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "python"))
+
+from tclr import checkpoint, models, train  # noqa: E402
+from tclr.clips import ClipPlan  # noqa: E402
+from tclr.videos import Loaded  # noqa: E402
+
+PLAN = ClipPlan(4, 2)
+RECIPE = dict(batch=4, side=8, checkpoint_every=1, schedule="plateau", learn_temperature=True, form="release")
+
+
+@pytest.fixture(scope="module")
+def videos():
+    frames = torch.randint(256, (10, 10, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return Loaded([f"v{i}" for i in range(10)], list(frames), torch.arange(10) % 2)
+
+
+def embedder():
+    torch.manual_seed(0)
+    return train.Embedder(models.TinyResNet3d(2), 8)
+
+
+def trained(videos, record=lambda **terms: None, file=None, **recipe):
+    result = embedder()
+    train.pretrain(result, videos, PLAN, train.Recipe(**RECIPE | recipe), record, file=file)
+    return result
+
+
+def same(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def in_child(target, *arguments):
+    child = multiprocessing.get_context("fork").Process(target=target, args=arguments, daemon=True)
+    child.start()
+    return child
+
+
+def test_twenty_kills_resume_bitwise(videos, tmp_path):
+    """SIGKILL at random moments: each child goes on from the last checkpoint, the weights are those of one run."""
+    file, moments, seen = tmp_path / "last.pt", random.Random(0), []
+    trained(videos, steps=1)  # imports what each child would import again at its first step
+    for _ in range(20):
+        before = file.stat().st_mtime_ns if file.exists() else None
+        child = in_child(lambda: trained(videos, file=file, steps=300, checkpoint_every=2))
+        wait_for(lambda before=before: file.exists() and file.stat().st_mtime_ns != before)
+        time.sleep(moments.uniform(0, 0.03))
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        seen.append(checkpoint.load(file)["done"])
+    assert child.exitcode == -signal.SIGKILL and seen == sorted(set(seen)) and seen[-1] < 300
+    steps = seen[-1] + 5
+    assert same(trained(videos, file=file, steps=steps), trained(videos, steps=steps))
+
+
+def steps_of(file):
+    return checkpoint.load(file)["done"] if file.exists() else 0
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_sigterm_saves_and_exits_143(videos, tmp_path):
+    file = tmp_path / "last.pt"
+    sleepy = lambda **terms: time.sleep(0.1)  # noqa: E731
+    child = in_child(lambda: trained(videos, sleepy, file, steps=40, checkpoint_every=3))
+    wait_for(lambda: steps_of(file) >= 3)
+    os.kill(child.pid, signal.SIGTERM)
+    child.join(10)
+    assert child.exitcode == 143 and 3 < steps_of(file) < 40
+    assert same(trained(videos, file=file, steps=40), trained(videos, steps=40))
+
+
+def test_the_interrupted_run_draws_what_the_whole_one_does(videos, tmp_path):
+    whole, parts = [], []
+    wanted = trained(videos, lambda **terms: whole.append(terms), steps=7)
+    for steps in 3, 7:  # an epoch has two steps: both stop within one
+        result = trained(videos, lambda **terms: parts.append(terms), tmp_path / "last.pt", steps=steps)
+    assert parts == whole and same(result, wanted)
+    assert whole[-1]["temperature"] != pytest.approx(0.1, abs=1e-9)
+
+
+def test_a_loss_that_is_no_number_names_its_videos(videos):
+    result = embedder()
+    with torch.no_grad():
+        result.head[0].weight[0, 0] = math.nan
+    with pytest.raises(FloatingPointError, match=r"step 0: the loss is nan; its batch: v\d, v\d, v\d, v\d$"):
+        train.pretrain(result, videos, PLAN, train.Recipe(**RECIPE), lambda **terms: None)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    file = tmp_path / "last.pt"
+    checkpoint.save(file, done=1)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.save(file, done=2)
+    assert checkpoint.load(file) == dict(done=1) and list(tmp_path.iterdir()) == [file]
+
+
+def test_code_in_a_checkpoint_is_refused(tmp_path):
+    torch.save(dict(done=Path("x")), tmp_path / "last.pt")
+    with pytest.raises(Exception, match="[Ww]eights"):
+        checkpoint.load(tmp_path / "last.pt")
+
+
+def test_a_full_folder_needs_a_word(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(SystemExit, match="--resume"):
+        checkpoint.claim(tmp_path, resume=False, overwrite=False)
+    checkpoint.claim(tmp_path, resume=True, overwrite=False)
+    assert (tmp_path / "thesis.txt").exists()
+
+
+def test_plateau_is_the_release_s():
+    """Warm-up, then a tenth after 9 epochs without a new best."""
+    plateau, factors = train.Plateau(), []
+    for loss in [5.0, 4.0] + [4.5] * 9 + [4.2] * 9 + [3.0]:
+        plateau.add(loss)
+        plateau.end_epoch(counts=True)
+        factors.append(plateau.factor)
+    assert factors == [1.0] * 10 + [0.1] * 9 + [0.01] * 2
+
+
+def test_every_video_once_an_epoch_and_a_share_a_rank(videos, monkeypatch):
+    recipe = train.Recipe(**RECIPE | dict(batch=4, accumulate=1))
+    run = train.Run(embedder(), videos, recipe, "cpu")
+    whole = []
+    for step in range(run.epoch_steps):
+        run.done = step
+        whole.append(run.batch(0))
+        monkeypatch.setattr(train, "ranks", lambda: 2)
+        shares = []
+        for r in range(2):
+            monkeypatch.setattr(train, "rank", lambda r=r: r)
+            shares += run.batch(0)
+        assert sorted(shares) == sorted(whole[-1]) and len(shares) == 4
+        monkeypatch.undo()
+    assert len(set(sum(whole, []))) == 8
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_any_term_alone_with_accumulation_and_amp(videos, amp):
+    for name in "ic_global", "ll", "gl":
+        rows, weights = [], {"ic_global": 0.0, "ll": 0.0, "gl": 0.0, name: 2.0}
+        recipe = dict(form="paper", weights=weights, accumulate=2, amp=amp, steps=2, learn_temperature=False)
+        trained(videos, lambda rows=rows, **terms: rows.append(terms), **recipe)
+        for row in rows:
+            assert row["total"] == pytest.approx(2 * row[name], rel=1e-6) and row[name] > 0
+            assert all(row[other] == 0 for other in {"ic_global", "ll", "gl"} - {name})
+
+
+def test_the_release_s_augmentation_trains_too(videos):
+    rows = []
+    trained(videos, lambda **terms: rows.append(terms), steps=1, augment="release")
+    assert math.isfinite(rows[0]["total"])
+
+
+def test_a_batch_larger_than_the_data_is_refused(videos):
+    with pytest.raises(ValueError, match="batch: found 6 x 2 a step, wanted at most the 10 videos"):
+        train.Run(embedder(), videos, train.Recipe(batch=6, accumulate=2), "cpu")

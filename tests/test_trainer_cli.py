@@ -1,0 +1,156 @@
+"""Every command of `tclr` from end to end on a small data set in UCF101's layout."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+for needed in "av", "jsonargparse", "safetensors", "tensorboard":
+    pytest.importorskip(needed, reason=f"the trainer needs {needed}: pip install .[train]")
+sys.path.insert(0, str(Path(__file__).parents[1] / "python"))
+
+from tclr import cli, config, features, finetune, linear, motions  # noqa: E402
+
+CONFIGS = Path(cli.__file__).parent / "configs"
+EVALUATION = [f"--evaluation.{what}" for what in ("clips=2", "frames=8", "stride=3", "side=32")]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data") / "ucf101"
+    motions.write_dataset(root, groups=3, test_groups=1, takes=1, frames=34, side=40, seed=0)
+    bad = next((root / "UCF-101" / "ZoomIn").iterdir())
+    bad.write_bytes(b"<html>Not found</html>")
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(dataset, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "out"
+    pretrain(dataset, out, "--recipe.steps", "3")
+    return out
+
+
+def pretrain(dataset, out, *more):
+    given = ["--out", str(out), "--data.root", str(dataset), "--recipe.batch", "8", "--net.width", "2"]
+    cli.main(["pretrain", "--config", str(CONFIGS / "demo.yaml"), *given, *more])
+
+
+def evaluated(command, run, *more):
+    cli.main([command, "--run", str(run), *EVALUATION, *more])
+    return json.loads((run / f"{command}.json").read_text())
+
+
+def test_what_a_pretraining_leaves(run):
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").open()] == [0, 1, 2]
+    assert "width: 2" in (run / "config.yaml").read_text() and any((run / "tensorboard").iterdir())
+    assert (run / "last.pt").exists() and not list(run.glob("*.part"))
+
+
+def test_a_folder_in_use_and_its_resumption(dataset, run, tmp_path):
+    with pytest.raises(SystemExit, match="--resume"):
+        pretrain(dataset, run)
+    whole = tmp_path / "whole"
+    pretrain(dataset, whole, "--recipe.steps", "2")
+    pretrain(dataset, whole, "--recipe.steps", "3", "--resume", "true", "--recipe.schedule", "plateau")
+    assert [json.loads(line)["step"] for line in (whole / "metrics.jsonl").open()] == [0, 1, 2]
+
+
+def test_unknown_keys_are_refused(dataset, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        pretrain(dataset, tmp_path / "x", "--recipe.learning_rate", "1")
+    assert ended.value.code != 0 and "learning_rate" in capsys.readouterr().err
+    (tmp_path / "c.yaml").write_text("recipe: {learning_rate: 1}\n")
+    with pytest.raises(SystemExit):
+        cli.main(["pretrain", "--config", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "x")])
+    assert "learning_rate" in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+def test_evaluations(run):
+    before = features.weights_hash(features.embedder_of(run))
+    recall = evaluated("retrieval", run)
+    assert 0 <= recall["r1"] <= recall["r5"] <= recall["r10"] <= recall["r20"] <= 1
+    cached = {path: path.stat().st_mtime_ns for path in (run / "features").iterdir()}
+    accuracy = evaluated("linear", run)["accuracy"]
+    curve = evaluated("multiclip", run)["by_clips"]
+    assert curve["2"] == dict(r1=recall["r1"], linear=accuracy) and list(curve) == ["1", "2"]
+    counts = torch.tensor(evaluated("confusion", run)["counts"])
+    assert counts.sum() == 10 and counts.diagonal().sum() / 10 == pytest.approx(accuracy)
+    assert {path: path.stat().st_mtime_ns for path in (run / "features").iterdir()} == cached and len(cached) == 2
+    assert features.weights_hash(features.embedder_of(run)) == before
+    for picture in "gallery", "multiclip", "confusion":
+        assert (run / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+    cli.main(["report", "--run", str(run)])
+    page = (run / "report.html").read_text()
+    assert page.count("data:image/png") == 3 and "retrieval" in page and "http" not in page
+
+
+def test_finetune_and_export(run, tmp_path):
+    tuned = evaluated("finetune", run, "--epochs", "2")
+    assert 0 <= tuned["accuracy"] <= 1 and len(tuned["losses"]) == 2
+    cli.main(["export", "--run", str(run), "--file", str(tmp_path / "b.safetensors")])
+    from safetensors.torch import load_file
+
+    wanted = features.embedder_of(run).backbone.state_dict()
+    assert all(torch.equal(value, wanted[name]) for name, value in load_file(tmp_path / "b.safetensors").items())
+
+
+def test_data_check(dataset, tmp_path, capsys):
+    out = tmp_path / "check.csv"
+    cli.main(["data", "check", "--dataset", "ucf101", "--root", str(dataset), "--part", "test", "--out", str(out)])
+    assert "10 videos" in capsys.readouterr().out
+    problems = {line.split(",")[1] for line in out.read_text().splitlines()[1:]}
+    assert problems <= {"short", "unreadable"} and "short" in problems
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configurations_parse(path, capsys):
+    command = "finetune" if "finetune" in path.stem else "pretrain"
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, "--config", str(path), "--print_config"])
+    assert ended.value.code == 0 and "data:" in capsys.readouterr().out
+
+
+def test_subsets_are_balanced_seeded_and_nested():
+    labels = torch.arange(5).repeat(20)
+    small, large = (finetune.subset(labels, share, 0) for share in (0.1, 0.5))
+    assert labels[small].bincount().tolist() == [2] * 5 and set(small) < set(large)
+    assert small == finetune.subset(labels, 0.1, 0) != finetune.subset(labels, 0.1, 1)
+
+
+def test_linear_layer_is_the_convex_minimum():
+    """Two features that tell three classes apart, at scales the layer must undo."""
+    torch.manual_seed(0)
+    labels = torch.arange(3).repeat(40)
+    centres = torch.tensor([[0.0, 0], [1, 0], [0, 1]])
+    points = (centres[labels] + 0.05 * torch.randn(120, 2)) * torch.tensor([1e3, 1e-3])
+    layer = linear.fit(points[:, None], labels, 3)
+    assert linear.accuracy(layer, points[:, None], labels, 1) == 1.0
+
+
+def test_ablation_row_by_row(tmp_path):
+    """A row is measured once; the table holds the rows there are."""
+    small = ["groups=2", "test_groups=1", "takes=1", "steps=2", "batch=4", "width=2", "eval_clips=2", "video_frames=34"]
+    given = ["ablation", "--out", str(tmp_path), "--seeds=1", *(f"--scale.{each}" for each in small)]
+    cli.main([*given, "--row=0"])
+    cli.main([*given, "--row=7"])
+    rows = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
+    assert len(rows) == 2 and len((tmp_path / "ablation.md").read_text().splitlines()) == 4
+    cli.main([*given, "--row=7"])
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")} == rows
+    row = json.loads(next(tmp_path.glob("IC+LL+GL*.json")).read_text())
+    assert row["last_step"]["step"] == 1 and list(row["by_clips"]) == ["1", "2"]
+    assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_each_change_has_its_order():
+    assert len(motions.CHANGES) == 12 and {tuple(reversed(c.split("Then"))) for c in motions.CHANGES} == {
+        tuple(c.split("Then")) for c in motions.CHANGES
+    }
+
+
+def test_not_a_run(tmp_path):
+    with pytest.raises(SystemExit, match="wanted the folder of a pretraining"):
+        config.read_run(tmp_path)

@@ -1,0 +1,374 @@
+"""Data sets written here in each format's own layout, with the faults that real ones have."""
+
+import csv
+import json
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+av = pytest.importorskip("av", reason="decoding needs av: pip install .[train]")
+np = pytest.importorskip("numpy")
+sys.path.insert(0, str(Path(__file__).parents[1] / "python"))
+
+from tclr import annotations, check, clips, decode, videos  # noqa: E402
+
+DECODERS = list(dict.fromkeys([decode.PYAV, decode.DECODER]))
+CODECS = {  # file -> codec and its options; B frames are stored in another order than they are shown
+    "mpeg4.avi": ("mpeg4", {}),
+    "mpeg4_b_frames.avi": ("mpeg4", {"bf": "2"}),
+    "mpeg4_long.mp4": ("mpeg4", {"g": "300"}),
+    "h264.mp4": ("libx264", {}),
+    "h264.mkv": ("libx264", {"bf": "3"}),
+    "vp9.webm": ("libvpx-vp9", {"deadline": "realtime", "cpu-used": "8"}),
+}
+ODD = "!odd #1 & (two) +;@[3]~ \u00e4\u2028.avi"  # U+2028 is a line end to str.splitlines
+
+
+def write(path, frames=20, codec="mpeg4", options=None, side=32):
+    """A video whose frame i tells i: a grid of light and dark cells, the number's binary digits."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25, options=options or {})
+        stream.height = stream.width = side
+        stream.pix_fmt = "yuv420p"
+        for i in range(frames):
+            digits = (i >> np.arange(16)) & 1
+            cells = np.where(digits, 220, 30).astype(np.uint8).reshape(4, 4).repeat(side // 4, 0).repeat(side // 4, 1)
+            frame = av.VideoFrame.from_ndarray(np.stack([cells] * 3, 2), format="rgb24")
+            container.mux(stream.encode(frame.reformat(format="yuv420p")))
+        container.mux(stream.encode())
+    return path
+
+
+def numbers(frames):
+    """The numbers written into frames. [P, 3, H, W] -> list of P"""
+    side = frames.shape[-1]
+    cells = frames.float().mean(1).unflatten(1, (4, -1)).unflatten(3, (4, -1)).mean((2, 4))
+    assert frames.shape[1:] == (3, side, side) and frames.dtype == torch.uint8
+    return ((cells.flatten(1) > 125).int() << torch.arange(16)).sum(1).tolist()
+
+
+def write_text(path, lines, end="\r\n", bom=True):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"\xef\xbb\xbf" * bom + "".join(line + end for line in lines).encode(errors="surrogateescape"))
+
+
+def table(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def ucf101(root, train=(), test=()):
+    write_text(root / "ucfTrainTestlist/classInd.txt", ["1 Archery", "2 HandstandPushups"])
+    write_text(root / "ucfTrainTestlist/trainlist01.txt", train)
+    write_text(root / "ucfTrainTestlist/testlist01.txt", test)
+    return root
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("name", CODECS)
+def test_any_positions_of_any_codec(tmp_path, name, decoder):
+    codec, options = CODECS[name]
+    path = write(tmp_path / name, 70, codec, options)
+    assert decode.length(path) == 70
+    assert numbers(decode.decode(path, decoder)) == list(range(70))
+    for wanted in [[0], [69], [41, 40, 69, 41, 3], list(range(30, 62)), [12, 13, 11]]:
+        frames, held = decode.read(path, wanted, decoder)
+        assert numbers(frames) == wanted and held == 0
+
+
+def test_decoding_starts_at_the_nearest_key_frame(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.avi", 60, options={"g": "10"})
+    decoded = []
+    decoded_from = decode._Video.decoded_from
+
+    def counted(self, position):
+        for frame in decoded_from(self, position):
+            decoded.append(frame.pts)
+            yield frame
+
+    monkeypatch.setattr(decode._Video, "decoded_from", counted)
+    decode.read(path, [37, 35], decode.PYAV)
+    assert len(decoded) <= 10 and max(decoded) == 37
+
+
+def damaged(folder):
+    """{file: what its reason says}, each with a fault of its own."""
+    whole = write(folder / "whole.avi", 60).read_bytes()
+    flipped = np.frombuffer(write(folder / "h264.mp4", 60, "libx264").read_bytes(), np.uint8).copy()
+    at = np.random.default_rng(0).integers(100, len(flipped) // 2, 40)
+    flipped[at] ^= 1
+    contents = {
+        "empty.avi": (b"", "no video file"),
+        "page.mp4": (b"<!DOCTYPE html><html><body>404 Not Found</body></html>" * 40, "no video file"),
+        "truncated.mp4": (write(folder / "whole.mp4", 60).read_bytes()[:-800], "no video (file|stream)"),
+        "truncated.avi": (b"00dc".join(whole.split(b"00dc")[:40]) + b"00dc\xff\0\0\0picture", "truncated"),
+        "flipped.mp4": (flipped.tobytes(), "damaged"),
+        "flipped.avi": (flip_payload(whole), "damaged"),
+    }
+    for name, (content, _) in contents.items():
+        (folder / name).write_bytes(content)
+    write(folder / "one.avi", 1)
+    with av.open(str(folder / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=8000)
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), format="fltp", layout="mono")
+        sound.sample_rate = 8000
+        container.mux(stream.encode(sound))
+        container.mux(stream.encode())
+    reasons = {name: reason for name, (_, reason) in contents.items()}
+    return {**reasons, "one.avi": "found 1 frames", "sound.mp4": "audio alone"}
+
+
+def flip_payload(content, packets=12):
+    """Bits flipped within the pictures alone, so that the file still opens and has all its packets."""
+    content, at = bytearray(content), -1
+    for _ in range(packets):
+        at = content.index(b"00dc", at + 1)
+        size = int.from_bytes(content[at + 4 : at + 8], "little")
+        for i in range(at + 8 + size // 3, at + 8 + size):
+            content[i] ^= 0x55
+    return bytes(content)
+
+
+def test_what_is_wrong_with_a_file_is_said(tmp_path):
+    for name, reason in damaged(tmp_path).items():
+        with pytest.raises(decode.Unreadable, match=reason) as caught:
+            decode.read(tmp_path / name, list(range(decode.length(tmp_path / name))), decode.PYAV)
+        assert "\n" not in str(caught.value)
+
+
+def test_frames_the_decoder_leaves_out_are_held_and_counted(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.avi", 40)
+    decoded_from = decode._Video.decoded_from
+    monkeypatch.setattr(
+        decode._Video,
+        "decoded_from",
+        lambda self, at: (frame for frame in decoded_from(self, at) if frame.pts < 30 and frame.pts not in (20, 21)),
+    )
+    frames, held = decode.read(path, range(18, 34), decode.PYAV)
+    assert numbers(frames) == [18, 19, 19, 19, *range(22, 30), 29, 29, 29, 29] and held == 6
+    with pytest.raises(decode.Unreadable, match="from frame 35 on"):
+        decode.read(path, [35, 36], decode.PYAV)
+    listing = annotations.read("folder", tmp_path, "all")
+    found = videos.Files(listing, shortest=16, decoder=decode.PYAV)
+    found.read(0, [28, 33])
+    assert found.counts["held"] == found.counts["decoded"] == 1
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_bad_videos_are_replaced_the_same_way_whatever_was_read_before(tmp_path, decoder):
+    for label, name in enumerate("ab"):
+        for i in range(4):
+            write(tmp_path / f"data/{name}/{i}.avi", 30 + 10 * label + i)
+    for bad in "a/1", "b/0", "b/2":
+        (tmp_path / f"data/{bad}.avi").write_bytes(b"<html>")
+    listing = annotations.read("folder", tmp_path / "data", "all")
+    assert listing.classes == ["a", "b"] and [entry.label for entry in listing.entries] == [0] * 4 + [1] * 4
+    options = dict(shortest=24, seed=3, bad_videos=tmp_path / "bad_videos.csv", decoder=decoder)
+    first, second = videos.Files(listing, **options), videos.Files(listing, **options)
+    forward = [(first.length(i), first.read(i, range(20, 24))) for i in range(8)]
+    backward = [(second.length(i), second.read(i, range(20, 24))) for i in reversed(range(8))][::-1]
+    for label, ((n, frames), (m, same)) in enumerate(zip(forward, backward, strict=True)):
+        assert n == m and torch.equal(frames, same) and frames.shape == (4, 3, 32, 32)
+        assert n in (range(30, 34) if label < 4 else range(40, 44)), "the replacement is of the same class"
+    assert first.counts == dict(missing=0, decoded=8, replaced=6, unreadable=3, held=0)
+    listed = table(tmp_path / "bad_videos.csv")
+    assert sorted(row["video"] for row in listed) == ["a/1.avi", "b/0.avi", "b/2.avi"], "once, although met by two"
+    assert all(row["reason"].startswith("no video file") for row in listed)
+
+
+def test_a_class_without_a_readable_video_stops(tmp_path):
+    write(tmp_path / "a/0.avi")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/0.avi").write_bytes(b"")
+    with pytest.raises(ValueError, match="b/0.avi cannot be read"):
+        videos.Files(annotations.read("folder", tmp_path, "all")).read(1, [0])
+
+
+def test_short_videos_play_back_and_forth(tmp_path):
+    write(tmp_path / "a.avi", 5)
+    found = videos.Files(annotations.read("folder", tmp_path, "all"), shortest=12)
+    assert found.labels is found.classes is None and found.names == ["a.avi"] and found.length(0) == 12
+    assert numbers(found.read(0, range(12))) == [0, 1, 2, 3, 4, 3, 2, 1, 0, 1, 2, 3]
+    found.read(0, [0])
+    assert found.counts["padded"] == 1 and found.counts["decoded"] == 2
+
+
+def test_videos_of_different_sizes_come_to_one(tmp_path):
+    write(tmp_path / "a.avi", 4, side=64)
+    write(tmp_path / "b.avi", 4, side=32)
+    found = videos.Files(annotations.read("folder", tmp_path, "all"), shortest=2, size=(32, 48))
+    assert [found.read(i, [1, 2]).shape for i in (0, 1)] == [(2, 3, 32, 48)] * 2
+
+
+def test_windows_are_read_once_and_threads_change_nothing(tmp_path):
+    for i in range(4):
+        write(tmp_path / f"{i}.avi", 40)
+    found = videos.Files(annotations.read("folder", tmp_path, "all"), shortest=32)
+    one = clips.random_windows(found, [0, 3, 1], 32, torch.Generator().manual_seed(5))
+    assert found.counts["decoded"] == 3
+    for window in one:
+        start = numbers(window)[0]
+        assert numbers(window) == list(range(start, start + 32))
+    with ThreadPoolExecutor(2) as pool:
+        two = clips.random_windows(found, [0, 3, 1], 32, torch.Generator().manual_seed(5), pool)
+    assert torch.equal(one, two)
+    even = clips.read_even_clips(found, 2, 3, 8, 2)
+    assert even.shape == (3, 8, 3, 32, 32) and numbers(even[1]) == list(range(13, 29, 2))
+
+
+def test_ucf101(tmp_path):
+    train = ["Archery/v_Archery_g01_c01.avi 1", "", "HandstandPushups/v_HandStandPushups_g01_c01.avi 2", "  "]
+    train += [train[0], f"Archery/{ODD} 1", "Archery/gone.avi 1"]
+    ucf101(tmp_path, train, ["HandstandPushups/v_HandStandPushups_g01_c01.avi"])
+    for line in train[0], train[2], train[5]:
+        write(tmp_path / "UCF-101" / line.rpartition(" ")[0], 2)
+    found = annotations.read("ucf101", tmp_path)
+    assert [Path(entry.path).name for entry in found.entries] == [
+        "v_Archery_g01_c01.avi",
+        "v_HandStandPushups_g01_c01.avi",
+        ODD,
+    ]
+    assert [entry.label for entry in found.entries] == [0, 1, 0] and found.classes == ["Archery", "HandstandPushups"]
+    assert found.counts == dict(listed=3, missing=1, duplicates=1) and found.missing == ["UCF-101/Archery/gone.avi"]
+    assert [entry.label for entry in annotations.read("ucf101", tmp_path, "test").entries] == [1]
+    assert videos.Files(found).length(2) == 64
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("../outside.avi 1", "'..'"),
+        ("Archery/../../outside.avi 1", "'..'"),
+        ("/etc/passwd 1", "below the root"),
+        ("Archery/link.avi 1", "out of the root"),
+        ("Archery/nul\0.avi 1", "below the root"),
+        ("Surfing/v_Surfing_g01_c01.avi 1", "unknown class 'Surfing'"),
+        ("Archery/fine.avi 3", "label '3', wanted 1"),
+        ("Archery/fine.avi 2", "label '2', wanted 1"),
+        ("Archery/fine.avi one", "label 'one'"),
+        ("Archery/fine.avi", "unknown class|label"),
+    ],
+)
+def test_lines_that_are_refused(tmp_path, line, message):
+    root = ucf101(tmp_path / "root", ["Archery/fine.avi 1", "", line])
+    write(root / "UCF-101/Archery/fine.avi", 2)
+    outside = write(tmp_path / "outside.avi", 2)
+    os.symlink(outside, root / "UCF-101/Archery/link.avi")
+    with pytest.raises(ValueError, match=f"trainlist01.txt:3: .*({message})"):
+        annotations.read("ucf101", root)
+
+
+def test_links_are_followed_within_the_root_alone(tmp_path):
+    root = ucf101(tmp_path / "root", ["Archery/a.avi 1"])
+    write(root / "store/a.avi", 2)
+    (root / "UCF-101/Archery").mkdir(parents=True)
+    os.symlink("../../store/a.avi", root / "UCF-101/Archery/a.avi")
+    assert len(annotations.read("ucf101", root).entries) == 1
+    (root / "ucfTrainTestlist/classInd.txt").rename(tmp_path / "classInd.txt")
+    os.symlink(tmp_path / "classInd.txt", root / "ucfTrainTestlist/classInd.txt")
+    with pytest.raises(ValueError, match="out of the root"):
+        annotations.read("ucf101", root)
+
+
+def test_hmdb51(tmp_path):
+    lists, clip = tmp_path / "testTrainMulti_7030_splits", "#20_Rhythm_(clap)_u_nm_np1_fr_med_0.avi"
+    write_text(lists / "clap_test_split1.txt", [f"{clip} 1 ", "b.avi 2 ", "c.avi 0 ", "d.avi 1 "], bom=False)
+    write_text(lists / "brush_hair_test_split1.txt", [f"{ODD} 1 "], "\n")
+    write_text(lists / "brush_hair_test_split2.txt", ["never read"])
+    for name in f"clap/{clip}", "clap/b.avi", "clap/c.avi", f"brush_hair/{ODD}":
+        write(tmp_path / "hmdb51_org" / name, 2)
+    found = annotations.read("hmdb51", tmp_path)
+    assert found.classes == ["brush_hair", "clap"]
+    named = [(entry.path, entry.label) for entry in found.entries]
+    assert named == [(f"hmdb51_org/brush_hair/{ODD}", 0), (f"hmdb51_org/clap/{clip}", 1)]
+    assert found.missing == ["hmdb51_org/clap/d.avi"]
+    assert [entry.path for entry in annotations.read("hmdb51", tmp_path, "test").entries] == ["hmdb51_org/clap/b.avi"]
+    write_text(lists / "clap_test_split1.txt", ["b.avi 1 ", "b.avi 3 "])
+    with pytest.raises(ValueError, match="clap_test_split1.txt:2: .*flag"):
+        annotations.read("hmdb51", tmp_path)
+
+
+def test_kinetics400(tmp_path):
+    head = "label,youtube_id,time_start,time_end,split,is_cc"
+    rows = [
+        '"abseiling",-3B32lodo2M,59,69,train,0',
+        '"news, anchoring",0-_a,1,11,train,0',
+        "abseiling,gone,0,10,train,0",
+    ]
+    write_text(tmp_path / "train.csv", [head, *rows, ""])
+    write_text(tmp_path / "val.csv", [head.removesuffix(",is_cc"), '"news, anchoring",v1,3,13,validate'])
+    write(tmp_path / "train/abseiling/-3B32lodo2M_000059_000069.mp4", 2)
+    write(tmp_path / "train/0-_a_000001_000011.mp4", 2)
+    write(tmp_path / "val/news, anchoring/v1_000003_000013.mp4", 2)
+    found = annotations.read("kinetics400", tmp_path)
+    assert found.classes == ["abseiling", "news, anchoring"] and [entry.label for entry in found.entries] == [0, 1]
+    assert found.counts == dict(listed=2, missing=1)
+    assert [entry.label for entry in annotations.read("kinetics400", tmp_path, "val").entries] == [1]
+    for bad, message in [
+        ("surfing,v1,3,13,validate", "unknown class"),
+        ("abseiling,v1,3.5,13,validate", "whole seconds"),
+        ("abseiling,v1,3,13,train", "split"),
+        ("abseiling,../../v1,3,13,validate", "'..'"),
+        ("abseiling,v1,3", "3 columns"),
+    ]:
+        write_text(tmp_path / "val.csv", [head, '"news, anchoring",v1,3,13,validate,0', bad])
+        with pytest.raises(ValueError, match=f"val.csv:3: .*{message}"):
+            annotations.read("kinetics400", tmp_path, "val")
+
+
+def test_diving48(tmp_path):
+    items = [dict(vid_name="_8Vy3dlHg2w_00000", label=47, start_frame=4, end_frame=10)]
+    items += [dict(vid_name="-gone", label=0, start_frame=0, end_frame=10)]
+    (tmp_path / "Diving48_V2_train.json").write_text(json.dumps(items))
+    write(tmp_path / "rgb/_8Vy3dlHg2w_00000.mp4", 20)
+    found = annotations.read("diving48", tmp_path)
+    assert len(found.classes) == 48 and found.missing == ["rgb/-gone.mp4"]
+    assert found.entries == [annotations.Entry("rgb/_8Vy3dlHg2w_00000.mp4", 47, 4, 10)]
+    assert numbers(videos.Files(found, shortest=8).read(0, range(8))) == [4, 5, 6, 7, 8, 9, 8, 7]
+    for bad, message in [
+        (dict(label=48), "label 48"),
+        (dict(label="1"), "label '1'"),
+        (dict(vid_name="../x"), "'..'"),
+        (dict(end_frame=0), "frames"),
+    ]:
+        (tmp_path / "Diving48_V2_train.json").write_text(json.dumps([items[0], {**items[1], **bad}]))
+        with pytest.raises(ValueError, match=f"item 2: .*{message}"):
+            annotations.read("diving48", tmp_path)
+    (tmp_path / "Diving48_V2_train.json").write_text("[{},\n{]")
+    with pytest.raises(ValueError, match="json:2: found no JSON"):
+        annotations.read("diving48", tmp_path)
+
+
+def test_arguments_that_are_refused(tmp_path):
+    for arguments, message in [
+        (("ucf11", tmp_path), "dataset: found 'ucf11'"),
+        (("hmdb51", tmp_path, "val"), "part: found 'val'"),
+        (("ucf101", tmp_path, "train", 4), "split: found 4"),
+        (("ucf101", tmp_path / "gone"), "root: found"),
+        (("ucf101", tmp_path), "found no classInd.txt"),
+        (("folder", tmp_path, "all"), "none of the 0 videos"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            annotations.read(*arguments)
+
+
+def test_the_walk_lists_what_is_wrong(tmp_path, capsys):
+    root = tmp_path / "root"
+    reasons = damaged(root / "UCF-101/Archery")
+    write(root / "UCF-101/Archery" / ODD, 80)
+    write(root / "UCF-101/Archery/brief.avi", 12)
+    names = [*reasons, ODD, "brief.avi", "gone.avi"]
+    ucf101(root, [f"Archery/{name} 1" for name in names])
+    with pytest.raises(SystemExit):
+        check.main("ucf101", root, out=tmp_path / "bad.csv")
+    printed = capsys.readouterr().out
+    assert f"{len(names)} videos, 1 fine, 1 missing, {len(reasons)} unreadable, 1 short" in printed
+    rows = {Path(row["video"]).name: row for row in table(tmp_path / "bad.csv")}
+    assert rows["gone.avi"]["problem"] == "missing" and rows["brief.avi"]["problem"] == "short"
+    assert {name for name, row in rows.items() if row["problem"] == "unreadable"} == set(reasons)
+    assert check.check("ucf101", root, out=tmp_path / "quick.csv", quick=True)["unreadable"] < len(reasons)
