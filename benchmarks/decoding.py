@@ -44,13 +44,12 @@ def write_files(folder, count, key_frames_every):
         rng = np.random.default_rng(i)
         track = motions.draw_track(motions.CLASSES[i % len(motions.CLASSES)], FRAMES, rng)
         pictures = motions.render(motions.draw_actor(rng), track, WIDTH)[:, :HEIGHT]
-        grain = rng.integers(-6, 7, (HEIGHT, WIDTH, 1))
         with av.open(str(folder / f"{i}.avi"), "w") as container:
             options = {"g": str(key_frames_every), "sc_threshold": "1000000000", "qmin": "4"}
             stream = container.add_stream("mpeg4", rate=25, options=options)
             stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuv420p"
             for picture in pictures:
-                picture = (picture + grain).clip(0, 255).astype(np.uint8)
+                picture = (picture + rng.integers(-6, 7, (HEIGHT, WIDTH, 1))).clip(0, 255).astype(np.uint8)
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
             container.mux(stream.encode())
 
@@ -119,13 +118,16 @@ def release_round(case, pool, paths):
 
 
 def trainer_round(case, pool, found, generator, batch=4):
-    augmentation = augment.ReleaseAugment(SIDE, generator)
     for start in range(0, len(found), batch):
         chosen = range(start, min(start + batch, len(found)))
-        windows = clips.random_windows(found, chosen, PLAN.window, generator, pool)
-        assert windows.shape[1:] == (PLAN.window, 3, HEIGHT, WIDTH)
-        if case == "clips":
+        if case == "window":
+            first = [int(torch.randint(FRAMES - PLAN.window + 1, (), generator=generator)) for _ in chosen]
+            positions = [torch.arange(start, start + PLAN.window) for start in first]
+            assert all(len(frames) == PLAN.window for frames in pool.map(found.read, chosen, positions))
+        else:
+            windows = clips.random_windows(found, chosen, PLAN.window, generator, pool)
             for some in PLAN.cut(windows):
+                augmentation = augment.ReleaseAugment(SIDE, generator)
                 assert augmentation(some, views=2).shape[1:] == (PLAN.frames, 3, SIDE, SIDE)
 
 
@@ -161,7 +163,8 @@ def main():
     arguments = parser.parse_args()
     here = dict(rows.here(), decoder=decode.DECODER, opencv=cv2.__version__, pillow=PIL.__version__)
     done = []
-    with ProcessPoolExecutor(2) as processes, ThreadPoolExecutor(2) as threads:
+    alone = partial(ProcessPoolExecutor, initializer=torch.set_num_threads, initargs=(1,))  # as a data loader does
+    with alone(2) as processes, ThreadPoolExecutor(2) as threads:
         for every in arguments.key_frames_every:
             with tempfile.TemporaryDirectory() as folder:
                 write_files(Path(folder), arguments.videos, every)
