@@ -171,6 +171,26 @@ def test_any_term_alone_with_accumulation_and_amp(videos, amp):
             assert all(row[other] == 0 for other in {"ic_global", "ll", "gl"} - {name})
 
 
+def test_two_processes_keep_the_same_weights(videos, tmp_path):
+    """Each contrasts its half of the batch; their gradients are averaged, so their parameters stay bitwise equal."""
+
+    def worker(rank):
+        os.environ.update(RANK=str(rank), WORLD_SIZE="2")
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=rank, world_size=2)
+        result = trained(videos, steps=3)
+        torch.save(dict(result.named_parameters()), tmp_path / f"{rank}.pt")
+
+    children = [in_child(worker, rank) for rank in range(2)]
+    for child in children:
+        child.join(60)
+        assert child.exitcode == 0
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    start, alone = (dict(net.named_parameters()) for net in (embedder(), trained(videos, steps=3)))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not all(torch.equal(first[name], start[name]) for name in first)
+    assert not all(torch.equal(first[name], alone[name]) for name in first)
+
+
 def test_the_release_s_augmentation_trains_too(videos):
     rows = []
     trained(videos, lambda **terms: rows.append(terms), steps=1, augment="release")

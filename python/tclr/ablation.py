@@ -176,7 +176,13 @@ def write_table(found, ablation, folder):
     for subset in SUBSETS:
         cells = [figures.get((subset, *column)) for column in columns]
         if cells[0]:
-            lines.append([subset, str(cells[0][2]), *(f"{value:.1f} ± {spread:.1f}" for value, spread, _ in cells)])
+            lines.append(
+                [
+                    subset,
+                    str(cells[0][2]),
+                    *(f"{value:.1f}" + f" ± {spread:.1f}" * (n > 1) for value, spread, n in cells),
+                ]
+            )
     (folder / "ablation.md").write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
 
 

@@ -43,10 +43,12 @@ def pretrain(
         if overwrite:
             (out / "last.pt").unlink(missing_ok=True)
         config.write(out / "config.yaml", dict(data=data, net=net, clips=clips, recipe=recipe, device=device))
+    if train.ranks() > 1:
+        torch.distributed.barrier()  # nobody reads the folder before it is claimed
     videos = config.open_videos(data, data.train, clips.window, out, recipe.seed)
     embedder = config.build(net, recipe.seed)
     with Log(out if first else None, recipe) as log:
-        train.pretrain(embedder, videos, clips, recipe, log, file=out / "last.pt" if first else None, device=device)
+        train.pretrain(embedder, videos, clips, recipe, log, file=out / "last.pt", device=device)
     if first:
         print("reading: " + ", ".join(f"{count} {what}" for what, count in videos.counts.items()))
 

@@ -76,7 +76,8 @@ def pretrain(embedder, videos, plan: ClipPlan, recipe: Recipe, record, progress=
     """Trains `embedder` in place. videos: the protocol of videos.py; record(step=, total=, ...) follows each step.
 
     file: the checkpoint, read if it is there and written every `checkpoint_every` steps, at the end and on SIGTERM,
-    after which the process exits with 143. A loss that is not finite raises FloatingPointError with the videos' names.
+    after which the process exits with 143; of several processes, the first writes and all read. A loss that is not
+    finite raises FloatingPointError with the videos' names.
     """
     run = Run(embedder, videos, recipe, device)
     if file and file.exists():
@@ -86,7 +87,7 @@ def pretrain(embedder, videos, plan: ClipPlan, recipe: Recipe, record, progress=
         for step in progress(range(run.done, run.steps)):
             record(step=step, **run.step(plan))
             finished = run.done == run.steps
-            if file and (stop or finished or run.done % recipe.checkpoint_every == 0):
+            if file and rank() == 0 and (stop or finished or run.done % recipe.checkpoint_every == 0):
                 checkpoint.save(file, **run.state())
             if stop:
                 raise SystemExit(checkpoint.STOPPED)
