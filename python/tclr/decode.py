@@ -10,7 +10,6 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
-from av.video.reformatter import VideoReformatter
 
 try:
     import torchcodec
@@ -41,7 +40,7 @@ def read(path, positions, decoder=DECODER):
     wanted, order = positions.unique(return_inverse=True)
     with _Video(path) as video:
         frames, held = video.frames(wanted.tolist())
-    return frames[order], held
+    return frames if torch.equal(wanted, positions) else frames[order], held
 
 
 def length(path):
@@ -103,22 +102,23 @@ class _Video:
 
     def frames(self, wanted):
         """wanted: positions, ascending, each once; returns (uint8 [P, 3, H, W], how many of them are held frames)."""
-        convert, pictures, held, position, last = VideoReformatter(), [], 0, -1, None
+        result, done, held, position, last = None, 0, 0, -1, None
         for frame in self.decoded_from(wanted[0]):
+            if last is None:
+                result = np.empty((len(wanted), frame.height, frame.width, 3), np.uint8)
             time = frame.pts if frame.pts is not None else frame.dts
             position = position + 1 if time is None else bisect_right(self.times, time) - 1
-            while len(pictures) < len(wanted) and wanted[len(pictures)] <= position:
-                exact = wanted[len(pictures)] == position
-                pictures.append(_rgb(convert, frame if exact or last is None else last))
-                held += not exact
+            while done < len(wanted) and wanted[done] <= position:
+                exact = wanted[done] == position
+                result[done] = _rgb(frame if exact or last is None else last)
+                done, held = done + 1, held + (not exact)
             last = frame
-            if len(pictures) == len(wanted):
+            if done == len(wanted):
                 break
-        if held == len(pictures):
+        if held == done:
             raise Unreadable(f"nothing could be decoded from frame {wanted[0]} on")
-        missing = len(wanted) - len(pictures)
-        pictures += [_rgb(convert, last)] * missing
-        return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2), held + missing
+        result[done:] = result[done - 1]
+        return torch.from_numpy(result).permute(0, 3, 1, 2), held + len(wanted) - done
 
     def decoded_from(self, position):
         """Decoded frames from the last key frame that is not after `position`."""
@@ -134,9 +134,9 @@ def _time(packet):
     return packet.pts if packet.pts is not None else packet.dts if packet.dts is not None else 0
 
 
-def _rgb(convert, frame):
+def _rgb(frame):
     """uint8 [H, W, 3]. One thread: handing the rows of small frames out takes 20 times as long as converting them."""
-    return convert.reformat(_checked(frame), format="rgb24", threads=1).to_ndarray()
+    return _checked(frame).to_ndarray(format="rgb24", threads=1)
 
 
 def _checked(frame):
