@@ -2,12 +2,13 @@
 
 The release decodes every file by OpenCV from its first frame to its last, and augments frame by frame on the host with
 torchvision's functions on PIL images, in the worker processes of a data loader; those functions are written out here,
-as torchvision does them. The trainer reads the 64-frame window alone, in threads, and augments all clips at once.
-Rounds of the two alternate; what is written is the median. Each has both cores.
+as torchvision does them. The trainer reads the 64-frame window alone, and augments clip by clip, in threads. Both work
+on two videos at a time, each with one PyTorch thread. Rounds of the two alternate; what is written is the median.
 """
 
 import argparse
 import csv
+import itertools
 import random
 import statistics
 import sys
@@ -117,18 +118,19 @@ def release_round(case, pool, paths):
     assert all(pool.map(partial(release_work, case), paths))
 
 
-def trainer_round(case, pool, found, generator, batch=4):
-    for start in range(0, len(found), batch):
-        chosen = range(start, min(start + batch, len(found)))
-        if case == "window":
-            first = [int(torch.randint(FRAMES - PLAN.window + 1, (), generator=generator)) for _ in chosen]
-            positions = [torch.arange(start, start + PLAN.window) for start in first]
-            assert all(len(frames) == PLAN.window for frames in pool.map(found.read, chosen, positions))
-        else:
-            windows = clips.random_windows(found, chosen, PLAN.window, generator, pool)
-            for some in PLAN.cut(windows):
-                augmentation = augment.ReleaseAugment(SIDE, generator)
-                assert augmentation(some, views=2).shape[1:] == (PLAN.frames, 3, SIDE, SIDE)
+def trainer_work(case, found, i, seed):
+    """In a thread of its own: the window, read once, and all ten clips from it."""
+    generator = torch.Generator().manual_seed(seed)
+    windows = clips.random_windows(found, [i], PLAN.window, generator)
+    if case == "clips":
+        augmentation = augment.ReleaseAugment(SIDE, generator)
+        made = [augmentation(some, views=2) for some in PLAN.cut(windows)]
+        return sum(map(len, made)) == 10
+    return len(windows[0]) == PLAN.window
+
+
+def trainer_round(case, pool, found, seeds):
+    assert all(pool.map(partial(trainer_work, case, found), range(len(found)), seeds))
 
 
 def timed(function, count):
@@ -140,10 +142,10 @@ def timed(function, count):
 def measure(folder, key_frames_every, rounds, processes, threads):
     found = videos.Files(annotations.read("folder", folder, "all"))
     paths = [str(folder / name) for name in found.names]
-    generator = torch.Generator().manual_seed(0)
+    seeds = itertools.count()
     for case in CASES:
         release = partial(release_round, case, processes, paths)
-        trainer = partial(trainer_round, case, threads, found, generator)
+        trainer = partial(trainer_round, case, threads, found, seeds)
         release(), trainer()
         rates = [(timed(release, len(paths)), timed(trainer, len(paths))) for _ in range(rounds)]
         theirs, ours = (statistics.median(rate) for rate in zip(*rates, strict=True))
@@ -163,6 +165,7 @@ def main():
     arguments = parser.parse_args()
     here = dict(rows.here(), decoder=decode.DECODER, opencv=cv2.__version__, pillow=PIL.__version__)
     done = []
+    torch.set_num_threads(1)
     alone = partial(ProcessPoolExecutor, initializer=torch.set_num_threads, initargs=(1,))  # as a data loader does
     with alone(2) as processes, ThreadPoolExecutor(2) as threads:
         for every in arguments.key_frames_every:

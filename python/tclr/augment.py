@@ -113,8 +113,12 @@ class ReleaseAugment:
         boxes, flips = self._crops(N, H, W)
         matrix, shift, gamma = self._colours(N)
         holes = self._holes(N)
-        small = self._resized(clips, boxes, flips)
-        coloured = self._recoloured(small, matrix, shift)
+        coloured = torch.empty(N, 3, clips.shape[1], self.side, self.side, device=clips.device)
+        at_once = 1 if clips.device.type == "cpu" else N  # one clip stays in the cache, and in memory that is reused
+        for first in range(0, N, at_once):
+            some = slice(first, first + at_once)
+            small = self._resized(clips, first, boxes[some], flips[some])
+            coloured[some] = self._recoloured(small, matrix[some], shift[some])
         for n in (gamma != 1).nonzero().flatten().tolist():
             coloured[n].pow_(gamma[n].item())
         return coloured.masked_fill_(holes.to(clips.device, non_blocking=True), 0.5).transpose(1, 2)
@@ -157,11 +161,11 @@ class ReleaseAugment:
         within = (pixel >= start[..., None]) & (pixel < (start + extent)[..., None])
         return (within[:, 0, :, None] & within[:, 1, None, :])[:, None, None]
 
-    def _resized(self, clips, boxes, flips):
+    def _resized(self, clips, first, boxes, flips):
         """Clip by clip, since the squares differ in size: uint8 [., F, 3, H, W] -> uint8 [N, 3, F, side, side]"""
         small = clips.new_empty(len(boxes), 3, clips.shape[1], self.side, self.side)
         for n, (top, left, side) in enumerate(boxes):
-            square = clips[n % len(clips), ..., top : top + side, left : left + side]
+            square = clips[(first + n) % len(clips), ..., top : top + side, left : left + side]
             square = square if clips.device.type == "cpu" else square.float()  # uint8 is resized on the CPU alone
             square = F.interpolate(square, (self.side, self.side), mode="bilinear", antialias=True)
             square = square if square.dtype == torch.uint8 else square.round_()
