@@ -16,6 +16,8 @@ constexpr int NR = 2 * lanes<T>;  // columns of C held in registers
 template <typename T, int R, bool add>
 void product(int64_t K, const T* A, int64_t rs, int64_t cs, const T* B, int64_t ldb, T* C, int64_t ldc) {
   constexpr int L = lanes<T>;
+  if (add)
+    for (int r = 0; r < R; ++r) __builtin_prefetch(C + r * ldc, 1);  // at D = 512 they come from afar: 5 %
   Vec<T> c[R][2] = {};
   for (int64_t k = 0; k < K; ++k, A += cs, B += ldb) {
     Vec<T> b0 = load(B), b1 = load(B + L);
