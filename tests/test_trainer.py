@@ -67,6 +67,11 @@ def test_twenty_kills_resume_bitwise(videos, tmp_path):
     assert same(trained(videos, file=file, steps=steps), trained(videos, steps=steps))
 
 
+def test_reading_ahead_changes_no_bit(videos):
+    recipe = dict(steps=7, accumulate=2, batch=4)
+    assert same(trained(videos, readers=3, **recipe), trained(videos, **recipe))
+
+
 def steps_of(file):
     return checkpoint.load(file)["done"] if file.exists() else 0
 
@@ -148,13 +153,12 @@ def test_every_video_once_an_epoch_and_a_share_a_rank(videos, monkeypatch):
     run = train.Run(embedder(), videos, recipe, "cpu")
     whole = []
     for step in range(run.epoch_steps):
-        run.done = step
-        whole.append(run.batch(0))
+        whole.append(run.batch(step, 0))
         monkeypatch.setattr(train, "ranks", lambda: 2)
         shares = []
         for r in range(2):
             monkeypatch.setattr(train, "rank", lambda r=r: r)
-            shares += run.batch(0)
+            shares += run.batch(step, 0)
         assert sorted(shares) == sorted(whole[-1]) and len(shares) == 4
         monkeypatch.undo()
     assert len(set(sum(whole, []))) == 8

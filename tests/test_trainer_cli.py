@@ -97,6 +97,24 @@ def test_finetune_and_export(run, tmp_path):
     assert all(torch.equal(value, wanted[name]) for name, value in load_file(tmp_path / "b.safetensors").items())
 
 
+def test_checkpoints_of_others_are_evaluated(run, dataset, tmp_path):
+    """The release's names and its `module.` in front: retrieval then reads its blue-green-red order."""
+    net = config.Net("r3d18", width=4)
+    given = config.build(net, seed=1)
+    head = {"0": "fc1", "1": "bn1", "3": "fc2", "4": "bn2"}
+    weights = {f"module.0.{k}": v for k, v in given.backbone.state_dict().items() if not k.startswith("inputs.")}
+    for name, value in given.head.state_dict().items():
+        layer, _, what = name.partition(".")
+        weights[f"module.1.{head[layer]}.{what}"] = value
+    torch.save(dict(state_dict=weights), tmp_path / "theirs.pth")
+    out, data = tmp_path / "run", ["--data.root", str(dataset), "--net.backbone", "r3d18", "--net.width", "4"]
+    cli.main(["load", "--out", str(out), "--file", str(tmp_path / "theirs.pth"), "--format", "release", *data])
+    found = features.embedder_of(out)
+    given.backbone.inputs.channels.copy_(torch.tensor([2, 1, 0]))
+    assert features.weights_hash(found) == features.weights_hash(given)
+    assert 0 <= evaluated("retrieval", out)["r1"] <= 1
+
+
 def test_data_check(dataset, tmp_path, capsys):
     out = tmp_path / "check.csv"
     cli.main(["data", "check", "--dataset", "ucf101", "--root", str(dataset), "--part", "test", "--out", str(out)])

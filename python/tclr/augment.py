@@ -23,8 +23,8 @@ class Augment:
         self.side, self.generator = side, generator
         self.smallest_crop, self.grayscale, self.erase = smallest_crop, grayscale, erase
 
-    def __call__(self, clips):
-        return self._erased(self._recoloured(self._cropped(clips.float() / 255)))
+    def __call__(self, clips, views=1):
+        return self._erased(self._recoloured(self._cropped(torch.cat([clips] * views).float() / 255)))
 
     def _uniform(self, low, high, *shape):
         return low + (high - low) * torch.rand(shape, generator=self.generator)

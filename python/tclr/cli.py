@@ -9,8 +9,9 @@ from typing import Literal
 
 import torch
 from jsonargparse import auto_cli
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from . import ablation, checkpoint, config, evaluate, report, train
+from . import ablation, checkpoint, config, evaluate, models, report, train
 from . import finetune as tuning
 from . import linear as probe
 from .clips import ClipPlan
@@ -47,17 +48,17 @@ def pretrain(
         torch.distributed.barrier()  # nobody reads the folder before it is claimed
     videos = config.open_videos(data, data.train, clips.window, out, recipe.seed)
     embedder = config.build(net, recipe.seed)
-    with Log(out if first else None, recipe) as log:
+    with Log(out if first else None, recipe, train.length(recipe, videos)[1]) as log:
         train.pretrain(embedder, videos, clips, recipe, log, file=out / "last.pt", device=device)
     if first:
         print("reading: " + ", ".join(f"{count} {what}" for what, count in videos.counts.items()))
 
 
 class Log:
-    """metrics.jsonl, TensorBoard and a line now and then with videos a second and the time left."""
+    """metrics.jsonl, TensorBoard, a progress bar with videos a second and the time left, and a line now and then."""
 
-    def __init__(self, out, recipe):
-        self.out, self.recipe, self.told, self.steps = out, recipe, None, []
+    def __init__(self, out, recipe, steps):
+        self.out, self.each, self.steps, self.told = out, recipe.batch * recipe.accumulate, steps, None
 
     def __enter__(self):
         if self.out:
@@ -68,10 +69,15 @@ class Log:
             kept = path.read_text().splitlines()[:done] if path.exists() else []  # the steps after it come again
             path.write_text("".join(line + "\n" for line in kept))
             self.file, self.board = path.open("a"), SummaryWriter(self.out / "tensorboard", purge_step=done)
+            columns = MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[pace]}"), TimeRemainingColumn()
+            self.bar = Progress(*columns, speed_estimate_period=300)
+            self.bar.add_task("", total=self.steps, completed=done, pace="")
+            self.bar.start()
         return self
 
     def __exit__(self, *_):
         if self.out:
+            self.bar.stop()
             self.file.close()
             self.board.close()
 
@@ -82,20 +88,15 @@ class Log:
         self.file.flush()
         for name, value in terms.items():
             self.board.add_scalar(name, value, step)
+        task = self.bar.tasks[0]
+        pace = f"{self.each * task.speed:.1f} videos/s" if task.speed else ""
+        self.bar.update(task.id, completed=step + 1, pace=pace)
         now = time.monotonic()
-        self.steps.append(now)
         if self.told is None or now - self.told > 10:
             self.told = now
-            print(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in terms.items()) + self.pace())
-
-    def pace(self):
-        recent = self.steps[-50:]
-        if len(recent) < 2:
-            return ""
-        seconds = (recent[-1] - recent[0]) / (len(recent) - 1)
-        rate = self.recipe.batch * self.recipe.accumulate / seconds
-        left = f", {timedelta(seconds=round(seconds * (self.recipe.steps - len(self.steps))))} left"
-        return f", {rate:.1f} videos/s" + left * bool(self.recipe.steps)
+            left = f"{timedelta(seconds=round(task.time_remaining))} left" if task.time_remaining else ""
+            shown = *(f"{name} {value:.4f}" for name, value in terms.items()), pace, left
+            self.bar.console.print(f"step {step}: " + ", ".join(filter(None, shown)), highlight=False, soft_wrap=True)
 
 
 def retrieval(run: Path, evaluation: Evaluation = Evaluation(), data: Data | None = None, device: str = "auto"):  # noqa: B008
@@ -178,6 +179,26 @@ def export(run: Path, file: Path, format: Literal["torch", "safetensors"] = "saf
     print(f"{len(weights)} tensors to {file}")
 
 
+def load(
+    out: Path,
+    file: Path,
+    format: Literal["release", "torchvision"],
+    data: Data,
+    net: Net = Net(),  # noqa: B008
+    overwrite: bool = False,
+):
+    """A run's folder with the weights of the official release's or torchvision's checkpoint, for every evaluation."""
+    embedder = config.build(net, seed=0)
+    if format == "release":
+        missing = models.load_release(embedder, file)
+    else:
+        missing = models.load_torchvision(embedder.backbone, file)
+    checkpoint.claim(out, resume=False, overwrite=overwrite)
+    config.write(out / "config.yaml", dict(data=data, net=net, weights=str(file)))
+    checkpoint.save(out / "last.pt", embedder=embedder.state_dict())
+    print(f"{file} to {out}" + f"; not in it, so as drawn: {', '.join(missing)}" * bool(missing))
+
+
 def page(run: Path):
     """One self-contained HTML page of a run's figures and pictures: report.html."""
     print(report.page(run))
@@ -219,7 +240,8 @@ def result(run, name, digest, figures):
 
 def main(arguments=None):
     commands = dict(pretrain=pretrain, retrieval=retrieval, linear=linear, finetune=finetune, multiclip=multiclip)
-    commands |= dict(confusion=confusion, ablation=ablation.run, export=export, report=page, data=dict(check=check))
+    commands |= dict(confusion=confusion, ablation=ablation.run, export=export, load=load, report=page)
+    commands |= dict(data=dict(check=check))
     auto_cli(commands, args=arguments, prog="tclr", as_positional=False)
 
 

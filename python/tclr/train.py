@@ -8,8 +8,10 @@ import hashlib
 import math
 import os
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -35,6 +37,7 @@ class Recipe:
     steps: how many, or 0 for `epochs` times the steps of an epoch. schedule: "cosine" warms up over `warmup` steps;
     "plateau" is the release's, five epochs of warm-up, then a tenth after 9 epochs without a new best mean loss.
     accumulate: batches a step, each contrasted within itself. learn_temperature: `temperature` is where it starts.
+    readers: threads that decode the next batch while one is trained on; 0 for videos in memory.
     """
 
     steps: int = 150
@@ -55,6 +58,7 @@ class Recipe:
     side: int = 32
     amp: Literal["off", "fp16", "bf16"] = "off"
     compile: bool = False
+    readers: int = 0
     checkpoint_every: int = 100
     seed: int = 0
 
@@ -99,12 +103,9 @@ class Run:
 
     def __init__(self, embedder, videos, recipe, device):
         self.embedder, self.videos, self.recipe, self.device = embedder.to(device), videos, recipe, device
-        self.epoch_steps = len(videos) // (recipe.batch * recipe.accumulate)
-        if self.epoch_steps == 0:
-            wanted = f"wanted at most the {len(videos)} videos there are"
-            raise ValueError(f"batch: found {recipe.batch} x {recipe.accumulate} a step, {wanted}")
-        self.steps = recipe.steps or recipe.epochs * self.epoch_steps
+        self.epoch_steps, self.steps = length(recipe, videos)
         self.done = 0
+        self.ahead = Ahead(recipe.readers) if recipe.readers else None
         temperature = nn.Parameter(torch.tensor(recipe.temperature)) if recipe.learn_temperature else recipe.temperature
         settings = dict(form=recipe.form, weights=recipe.weights, backend=recipe.backend)
         self.loss = tk.TCLRLoss(temperature=temperature, **settings).to(device)
@@ -140,9 +141,13 @@ class Run:
     def backward(self, plan, part):
         """The terms of one batch, their gradients added to what is there."""
         recipe = self.recipe
-        generator = drawn(recipe.seed, "step", self.done, part, rank())
-        chosen = self.batch(part)
-        windows = random_windows(self.videos, chosen, plan.window, generator).to(self.device)
+        if self.ahead:
+            following = divmod(self.done * recipe.accumulate + part + 1, recipe.accumulate)
+            following = following if following[0] < self.steps else None
+            chosen, windows, generator = self.ahead.take(partial(self.read, plan), (self.done, part), following)
+        else:
+            chosen, windows, generator = self.read(plan, self.done, part)
+        windows = windows.to(self.device)
         augment = AUGMENTS[recipe.augment](recipe.side, generator)
         with torch.autocast(torch.device(self.device).type, AMP.get(recipe.amp), enabled=recipe.amp != "off"):
             g, s, x = self.embed(self.embedder, windows, plan, augment, local=recipe.weights != IC_ONLY)
@@ -153,10 +158,16 @@ class Run:
         self.scaler.scale(terms.total / recipe.accumulate).backward()
         return terms
 
-    def batch(self, part):
+    def read(self, plan, step, part, threads=None):
+        """A batch's videos, its windows, and the generator that draws its augmentations."""
+        generator = drawn(self.recipe.seed, "step", step, part, rank())
+        chosen = self.batch(step, part)
+        return chosen, random_windows(self.videos, chosen, plan.window, generator, threads), generator
+
+    def batch(self, step, part):
         """The videos of a batch: an epoch's random order, cut; its remainder is left out, and each rank has a share."""
         recipe = self.recipe
-        epoch, within = divmod(self.done, self.epoch_steps)
+        epoch, within = divmod(step, self.epoch_steps)
         order = torch.randperm(len(self.videos), generator=drawn(recipe.seed, "epoch", epoch))
         start = (within * recipe.accumulate + part) * recipe.batch
         return order[start : start + recipe.batch].tolist()[rank() :: ranks()]
@@ -203,6 +214,29 @@ class Plateau:
             self.factor, self.stale = self.factor / 10, 0
 
 
+class Ahead:
+    """Reads the batch that follows while one is trained on."""
+
+    def __init__(self, readers):
+        self.one, self.readers, self.coming = ThreadPoolExecutor(1), ThreadPoolExecutor(readers), {}
+
+    def take(self, read, this, following):
+        """read(*this, threads), begun at the call before; begins read(*following, threads)."""
+        found = self.coming.pop(this, None) or self.one.submit(read, *this, self.readers)
+        if following:
+            self.coming[following] = self.one.submit(read, *following, self.readers)
+        return found.result()
+
+
+def length(recipe, videos):
+    """Steps of an epoch, and of the whole pretraining."""
+    epoch = len(videos) // (recipe.batch * recipe.accumulate)
+    if epoch == 0:
+        wanted = f"wanted at most the {len(videos)} videos there are"
+        raise ValueError(f"batch: found {recipe.batch} x {recipe.accumulate} a step, {wanted}")
+    return epoch, recipe.steps or recipe.epochs * epoch
+
+
 def drawn(seed, *what):
     """A generator of random numbers that depends on nothing but its arguments."""
     digest = hashlib.sha256(repr((seed, *what)).encode()).digest()
@@ -215,15 +249,14 @@ def embed(embedder, windows, plan, augment, *, local=True):
     windows: uint8 [B, window, 3, H, W]. Without `local`, s and x are stand-ins for losses that do not read them.
     """
     B, T = len(windows), plan.local_clips
-    clips = windows[:, plan.global_frames()]
-    g, slices = embedder(augment(torch.cat([clips, clips])))
+    whole, chunks = plan.cut(windows)
+    g, slices = embedder(augment(whole, views=2))
     g = g.unflatten(0, (2, B))
     if not local:
         unread = g.detach()[:, :, None].expand(-1, -1, T, -1)
         return g, unread, unread
     s = embedder.head(slices).unflatten(0, (2, B))
-    clips = windows[:, plan.local_frames()].flatten(0, 1)
-    x, _ = embedder(augment(torch.cat([clips, clips])))
+    x, _ = embedder(augment(chunks, views=2))
     return g, s, x.unflatten(0, (2, B, T))
 
 
