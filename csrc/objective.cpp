@@ -6,7 +6,7 @@
 #include <ATen/ops/scalar_tensor.h>
 #include <ATen/ops/zeros.h>
 
-#include <cstring>
+#include <algorithm>
 
 #include "tensors.h"
 
@@ -14,6 +14,8 @@ namespace tclr {
 namespace {
 
 using at::Tensor;
+
+constexpr double kept = 1 << 20;  // elements: of smaller problems, rows and similarities stay for the backward
 
 // An input [V, B, T, D] and its gradient, to which several terms add.
 struct Input {
@@ -62,7 +64,8 @@ struct Objective {
   std::pair<double, double> contrast(const Sets<T>& sets, int64_t G, int64_t N, int64_t D, bool cross, double of_term,
                                      bool with_ll, double of_ll) {
     auto V = static_cast<int64_t>(sets.rows.size());
-    GramInput in{G, V, N, D, sets.rows.data(), dtype, tau, normalize, cross};
+    bool keep = gradient && V * N <= 512 && double(G * V * N) * double(D + V * N) < kept;
+    GramInput in{G, V, N, D, sets.rows.data(), dtype, tau, normalize, cross, keep};
     Tensor term = block({G, V, V, N}), neg = block({G, V, V, N}), pos = block({G, V, V, N}), g_pos, ll;
     Tensor memory = workspace<T>(in, executor, gradient, options);
     const Kernels<T>& k = kernels<T>();
@@ -85,18 +88,17 @@ struct Objective {
   }
 };
 
+// Each value times zero, several sums side by side: a NaN or an infinity makes its sum NaN.
 template <typename T>
 bool finite(const Tensor& x) {
-  using Bits = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
-  constexpr Bits infinity = Bits(sizeof(T) == 8 ? 0x7ff : 0xff) << (sizeof(T) == 8 ? 52 : 23);
-  const char* data = static_cast<const char*>(x.const_data_ptr());
-  Bits all = 0;
-  for (int64_t i = 0; i < x.numel(); ++i) {
-    Bits bits;
-    std::memcpy(&bits, data + i * sizeof bits, sizeof bits);
-    all |= Bits((bits & infinity) == infinity);
-  }
-  return all == 0;
+  constexpr int64_t lanes = 64 / sizeof(T);
+  const T* data = x.const_data_ptr<T>();
+  T sums[lanes] = {};
+  int64_t n = x.numel(), i = 0;
+  for (; i + lanes <= n; i += lanes)
+    for (int64_t k = 0; k < lanes; ++k) sums[k] += data[i + k] * 0;
+  for (; i < n; ++i) sums[0] += data[i] * 0;
+  return std::all_of(sums, sums + lanes, [](T sum) { return sum == 0; });
 }
 
 enum Term { ic_global, ic_local, ll, gl, terms };

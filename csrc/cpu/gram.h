@@ -18,6 +18,7 @@ struct GramInput {
   Dtype dtype;
   double tau;
   bool normalize, cross;
+  bool keep = false;  // forward leaves in a workspace of backward's size what backward, given the same, need not redo
 };
 
 // T is double for f64 inputs and float for the others; term, neg, pos, g_*: [G, V, V, N], contiguous.

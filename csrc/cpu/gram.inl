@@ -33,31 +33,43 @@ Problem problem(const GramInput& in) {
   return Problem(in.V, in.N, in.cross, large ? 2 * chunk : chunk, NR<T>);
 }
 
+// Of a tile in memory.
+INLINE int64_t tile_rows(const Problem& p) { return smaller(p.block, p.N); }
+template <typename T>
+INLINE int64_t tile_stride(const Problem& p) {
+  return leading<T>(smaller(chunk, p.block));
+}
+
 // One group's memory. Sums are double: thousands of tiles are added to them.
 template <typename T>
 struct Group {
-  T *z, *dz;              // [V, N, ldz]
+  T *z, *dz;              // [V, N, ldz], dz backward
   Norm* norms;            // [V, N]
   double* sum;            // [V, V, N] of exp(S - largest), forward
   T* largest;             // [V, V, N] 0 where the sum needs no offset
   double *g_neg, *g_pos;  // [V, V, N] backward; in `unit`s, and where S is bounded g_neg times exp(-neg)
   int64_t* stage;         // [V, blocks] how much of its work each row block has behind it
+  T* S;                   // a tile for each two blocks, where they are kept
 
-  // Rows first: their vectors stay within cache lines.
-  static int64_t size(const GramInput& in, int64_t ldz, bool backward) {
+  // dz and S last, where a forward that keeps its rows leaves room for them. Whole lines: vectors stay within them.
+  static int64_t before_dz(const GramInput& in, int64_t ldz) {
     int64_t rows = in.V * in.N, blocks = in.V * rows, doubles = sizeof(double) / sizeof(T);
-    int64_t n = rows * ldz * (backward ? 2 : 1) + 2 * doubles * blocks + 3 * doubles * rows;
-    return whole_lines<T>(n);
+    return whole_lines<T>(rows * ldz + 2 * doubles * blocks + 3 * doubles * rows);
   }
-  Group(const GramInput& in, int64_t ldz, bool backward, T* memory) {
+  static int64_t size(const GramInput& in, const Problem& p, int64_t ldz, bool backward) {
+    int64_t blocks = p.V * p.blocks, kept = in.keep ? blocks * blocks * tile_rows(p) * tile_stride<T>(p) : 0;
+    return before_dz(in, ldz) + (backward ? in.V * in.N * ldz : 0) + kept;
+  }
+  Group(const GramInput& in, int64_t ldz, T* memory) {
     int64_t rows = in.V * in.N, blocks = in.V * rows;
     z = memory;
-    dz = z + rows * ldz;
-    norms = (Norm*)(backward ? dz + rows * ldz : dz);
+    norms = (Norm*)(z + rows * ldz);
     stage = (int64_t*)(norms + rows);
     sum = g_neg = (double*)(stage + rows);
     g_pos = g_neg + blocks;
     largest = (T*)(sum + blocks);
+    dz = z + before_dz(in, ldz);
+    S = dz + rows * ldz;
   }
 };
 
@@ -67,9 +79,9 @@ struct Tile {
   int64_t lds;
   T *columns, *S, *column_sum, *column_max, *scale, *shift;
 
-  static int64_t size(const Problem& p, int64_t D) { return (D + 4) * chunk + p.block * leading<T>(chunk); }
+  static int64_t size(const Problem& p, int64_t D) { return (D + 4) * chunk + p.block * tile_stride<T>(p); }
   Tile(const Problem& p, int64_t D, T* memory) {
-    lds = leading<T>(chunk);
+    lds = tile_stride<T>(p);
     columns = memory;
     S = columns + D * chunk;
     column_sum = S + p.block * lds;
@@ -198,16 +210,17 @@ void forward_tile(const Work<T>& w, Pair pair, Columns columns, const Tile<T>& t
   for (int64_t j = 0; j < width; ++j) tile.column_sum[j] = 0, tile.column_max[j] = -INFINITY;
   for (int64_t r = 0; r < rows; r += strip) {
     int64_t scored = smaller(strip, rows - r);
-    scores(w, pair, columns, tile, r, tile.S, pos, mirrored);
+    T* S = tile.S + (w.in.keep ? r * tile.lds : 0);
+    scores(w, pair, columns, tile, r, S, pos, mirrored);
     for (int64_t q = 0; q < scored; ++q) {
-      const T* s = tile.S + q * tile.lds;
+      const T* s = S + q * tile.lds;
       double& total = group.sum[to_rows + r + q];
       if (w.bounded)
         total += exponentials_bounded(s, width, T(w.inverse_tau * log2e), tile.column_sum);
       else
         row_exponentials(s, width, group.largest[to_rows + r + q], total);
     }
-    if (!w.bounded && I != J) column_exponentials(tile.S, tile.lds, scored, width, tile.column_max, tile.column_sum);
+    if (!w.bounded && I != J) column_exponentials(S, tile.lds, scored, width, tile.column_max, tile.column_sum);
   }
   if (I == J) return;  // its columns are its rows
   for (int64_t j = 0; j < columns.count; ++j)
@@ -253,13 +266,13 @@ void backward_tile(const Work<T>& w, Pair pair, Columns columns, const Tile<T>& 
   bool pairs = a != c && p.begin(I) == p.begin(J);
   T *zi = w.block(group.z, I), *zj = w.block(group.z, J) + columns.first * w.ldz;
 
-  pack_transposed(zj, w.ldz, columns.count, w.in.D, tile.columns);
+  if (!w.in.keep) pack_transposed(zj, w.ldz, columns.count, w.in.D, tile.columns);
   for (int64_t j = 0; j < width; ++j) {
     Weight<T> column = j < columns.count ? weight(w, of_columns + j) : Weight<T>{0, INFINITY};
     tile.scale[j] = column.scale, tile.shift[j] = column.shift;
   }
   for (int64_t r = 0; r < rows; r += strip) {
-    scores(w, pair, columns, tile, r, tile.S + r * tile.lds, (T*)nullptr, (T*)nullptr);
+    if (!w.in.keep) scores(w, pair, columns, tile, r, tile.S + r * tile.lds, (T*)nullptr, (T*)nullptr);
     for (int64_t q = r; q < smaller(rows, r + strip); ++q) {
       T* s = tile.S + q * tile.lds;
       weights(s, width, w.bounded, T(w.inverse_tau * log2e), weight(w, of_rows + q), tile.scale, tile.shift);
@@ -425,6 +438,7 @@ void clear(T* p, int64_t n, T value) {
 template <typename T, bool backward>
 void run_pair(const Work<T>& w, Pair pair, int64_t thread) {
   Tile<T> tile(w.p, w.in.D, w.tiles + thread * w.tile_size);
+  if (w.in.keep) tile.S = w.group.S + (pair.left * w.p.V * w.p.blocks + pair.right) * tile_rows(w.p) * tile.lds;
   for (int64_t j = 0; j < w.p.rows(pair.right); j += chunk) {
     Columns columns{j, smaller(chunk, w.p.rows(pair.right) - j)};
     if (backward)
@@ -506,7 +520,7 @@ template <typename T>
 void run_backward(Work<T>& w, const Executor& executor) {
   auto before = [](void* argument, int64_t b, int64_t) {
     auto& w = *(Work<T>*)argument;
-    read(w, b);
+    if (!w.in.keep) read(w, b);
     prepare(w, b);
   };
   executor.run(w.p.V * w.p.blocks, before, &w);
@@ -522,10 +536,15 @@ INLINE double group_work(const GramInput& in) {
 // Many groups, or small ones: one thread each. Few large ones: one after the other, by all threads.
 INLINE bool group_by_group(const GramInput& in, int64_t threads) { return in.G < 2 * threads && group_work(in) > 1e6; }
 
+INLINE int64_t slots(const GramInput& in, int64_t threads) {
+  return in.keep ? in.G : group_by_group(in, threads) ? 1 : threads;
+}
+
 template <typename T>
 int64_t workspace(const GramInput& in, int64_t threads, bool backward) {
-  int64_t groups = group_by_group(in, threads) ? 1 : threads;
-  return groups * Group<T>::size(in, leading<T>(in.D), backward) + threads * Tile<T>::size(problem<T>(in), in.D);
+  Problem p = problem<T>(in);
+  return slots(in, threads) * Group<T>::size(in, p, leading<T>(in.D), backward || in.keep) +
+         threads * Tile<T>::size(p, in.D);
 }
 
 template <typename T>
@@ -535,22 +554,22 @@ struct Call {
   const GramBackward<T>* backward;
   T* memory;
   Executor executor;
-  int64_t slots;  // of groups
+  int64_t threads;  // that the workspace is for
 };
 
 template <typename T>
-void run_group(const Call<T>& call, int64_t g, int64_t slot, const Executor& executor) {
+void run_group(const Call<T>& call, int64_t g, int64_t thread, const Executor& executor) {
   const GramInput& in = call.in;
   Problem p = problem<T>(in);
   bool backward = call.backward != nullptr, bounded = in.normalize && 1 / in.tau <= Lane<T>::largest_inverse_tau;
-  int64_t ldz = leading<T>(in.D), size = Group<T>::size(in, leading<T>(in.D), backward),
-          tile_size = Tile<T>::size(p, in.D);
-  T* tiles = call.memory + call.slots * size + slot * tile_size;
+  int64_t ldz = leading<T>(in.D), size = Group<T>::size(in, p, ldz, backward || in.keep),
+          tile_size = Tile<T>::size(p, in.D), slot = in.keep ? g : thread;
+  T* tiles = call.memory + slots(in, call.threads) * size + thread * tile_size;
   Work<T> w{in,
             p,
             g,
             ldz,
-            Group<T>(in, ldz, backward, call.memory + slot * size),
+            Group<T>(in, ldz, call.memory + slot * size),
             tiles,
             tile_size,
             bounded,
@@ -568,12 +587,10 @@ template <typename T>
 void run(Call<T> call) {
   Executor one_thread{serially, 1};
   if (double(call.in.G) * group_work(call.in) < 2e6) call.executor = one_thread;  // waking another takes longer
-  if (group_by_group(call.in, call.executor.threads)) {
-    call.slots = 1;
+  if (group_by_group(call.in, call.threads)) {
     for (int64_t g = 0; g < call.in.G; ++g) run_group(call, g, 0, call.executor);
     return;
   }
-  call.slots = call.executor.threads;
   auto one = [](void* argument, int64_t g, int64_t thread) {
     run_group(*(Call<T>*)argument, g, thread, Executor{serially, 1});
   };
@@ -582,12 +599,12 @@ void run(Call<T> call) {
 
 template <typename T>
 void forward(const GramInput& in, const GramForward<T>& out, T* memory, const Executor& executor) {
-  run(Call<T>{in, &out, nullptr, memory, executor, 0});
+  run(Call<T>{in, &out, nullptr, memory, executor, executor.threads});
 }
 
 template <typename T>
 void backward(const GramInput& in, const GramBackward<T>& out, T* memory, const Executor& executor) {
-  run(Call<T>{in, nullptr, &out, memory, executor, 0});
+  run(Call<T>{in, nullptr, &out, memory, executor, executor.threads});
 }
 
 }  // namespace

@@ -7,24 +7,31 @@
 namespace tclr {
 namespace {
 
-// Row i of a set, converted to T. A NaN becomes the canonical one: exp2 passes no other.
+// Values of one type, `step` apart. A NaN becomes the canonical one: exp2 passes no other.
+template <typename T, typename X, typename To>
+INLINE void convert(const X* x, int64_t step, int64_t D, T* out, To to) {
+  auto canonical = [&](X from) {
+    T value = to(from);
+    return value == value ? value : T(NAN);
+  };
+  if (step == 1)
+    for (int64_t d = 0; d < D; ++d) out[d] = canonical(x[d]);
+  else
+    for (int64_t d = 0; d < D; ++d) out[d] = canonical(x[d * step]);
+}
+
+// Row i of a set, converted to T.
 template <typename T>
 void read_row(const Rows& rows, Dtype dtype, int64_t g, int64_t i, int64_t D, T* out) {
   int64_t first = g * rows.stride_g + i * rows.stride_n, step = rows.stride_d;
-  if (dtype == Dtype::f64) {
-    const double* x = (const double*)rows.data + first;
-    for (int64_t d = 0; d < D; ++d) out[d] = T(x[d * step]);
-  } else if (dtype == Dtype::f32) {
-    const float* x = (const float*)rows.data + first;
-    for (int64_t d = 0; d < D; ++d) out[d] = x[d * step];
-  } else {
-    const uint16_t* x = (const uint16_t*)rows.data + first;
-    if (dtype == Dtype::bf16)
-      for (int64_t d = 0; d < D; ++d) out[d] = from_bf16(x[d * step]);
-    else
-      for (int64_t d = 0; d < D; ++d) out[d] = from_f16(x[d * step]);
-  }
-  for (int64_t d = 0; d < D; ++d) out[d] = out[d] == out[d] ? out[d] : T(NAN);
+  if (dtype == Dtype::f64)
+    convert((const double*)rows.data + first, step, D, out, [](double x) { return T(x); });
+  else if (dtype == Dtype::f32)
+    convert((const float*)rows.data + first, step, D, out, [](float x) { return T(x); });
+  else if (dtype == Dtype::bf16)
+    convert((const uint16_t*)rows.data + first, step, D, out, [](uint16_t x) { return T(from_bf16(x)); });
+  else
+    convert((const uint16_t*)rows.data + first, step, D, out, [](uint16_t x) { return T(from_f16(x)); });
 }
 
 // sum_d x_d y_d in double; what follows the D values up to two whole vectors is zero
