@@ -48,6 +48,7 @@ struct Objective {
   bool normalize, gradient;
   at::TensorOptions options;
   Executor executor;
+  Tensor memory{};
   double zdz = 0;  // sum of <z, dz> over all rows
 
   Tensor block(at::IntArrayRef sizes) const { return at::empty(sizes, options); }
@@ -59,15 +60,23 @@ struct Objective {
     return sum;
   }
 
+  GramInput problem(int64_t G, int64_t V, int64_t N, int64_t D, bool cross) const {
+    bool keep = gradient && V * N <= 512 && double(G * V * N) * double(D + V * N) < kept;
+    return {G, V, N, D, nullptr, dtype, tau, normalize, cross, keep};
+  }
+
+  // One memory serves all problems: where each had its own, the pages of every one came from the kernel again.
+  void reserve(const GramInput& in) {
+    int64_t size = kernels<T>().workspace(in, executor.threads, gradient);
+    if (!memory.defined() || memory.numel() < size) memory = block({size});
+  }
+
   // The sum of the problem's terms, and that of LL over the same matrix; adds the gradient of the former times
   // `of_term` plus that of the latter times `of_ll`.
-  std::pair<double, double> contrast(const Sets<T>& sets, int64_t G, int64_t N, int64_t D, bool cross, double of_term,
-                                     bool with_ll, double of_ll) {
-    auto V = static_cast<int64_t>(sets.rows.size());
-    bool keep = gradient && V * N <= 512 && double(G * V * N) * double(D + V * N) < kept;
-    GramInput in{G, V, N, D, sets.rows.data(), dtype, tau, normalize, cross, keep};
+  std::pair<double, double> contrast(GramInput in, const Sets<T>& sets, double of_term, bool with_ll, double of_ll) {
+    auto [G, V, N] = std::tuple(in.G, in.V, in.N);
+    in.sets = sets.rows.data();
     Tensor term = block({G, V, V, N}), neg = block({G, V, V, N}), pos = block({G, V, V, N}), g_pos, ll;
-    Tensor memory = workspace<T>(in, executor, gradient, options);
     const Kernels<T>& k = kernels<T>();
     k.forward(in, {term.mutable_data_ptr<T>(), neg.mutable_data_ptr<T>(), pos.mutable_data_ptr<T>()},
               memory.mutable_data_ptr<T>(), executor);
@@ -116,30 +125,39 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> compute(std::array<Input, 3
   double sums[terms] = {}, up[terms];
   for (int k = 0; k < terms; ++k) up[k] = scales[k] * weights[k];
 
-  if (weights[ic_global] != 0) {
+  bool with_ic = weights[ic_global] != 0, with_local = weights[ic_local] != 0, with_ll = weights[ll] != 0,
+       with_gl = weights[gl] != 0;
+  GramInput of_videos = run.problem(1, V, B, D, false), of_clips = run.problem(1, V * clips, B, D, false),
+            of_views = run.problem(B, V, clips, D, false), of_slices = run.problem(B, 2 * V, clips, D, true);
+  for (auto [in, needed] : {std::pair(&of_clips, with_local),
+                            {&of_views, with_ll && !with_local},
+                            {&of_slices, with_gl},
+                            {&of_videos, with_ic}})
+    if (needed) run.reserve(*in);
+
+  if (with_ic) {
     Sets<T> sets;
     for (int64_t v = 0; v < V; ++v) sets.add(g, v, 0, false);
-    sums[ic_global] = run.contrast(sets, 1, B, D, false, up[ic_global], false, 0).first;
+    sums[ic_global] = run.contrast(of_videos, sets, up[ic_global], false, 0).first;
     g.written = true;
   }
-  if (weights[ic_local] != 0) {  // its one Gram matrix holds all that LL needs
+  if (with_local) {  // its one Gram matrix holds all that LL needs
     Sets<T> sets;
     for (int64_t v = 0; v < V; ++v)
       for (int64_t t = 0; t < clips; ++t) sets.add(x, v, t, false);
-    bool with_ll = weights[ll] != 0;
-    std::tie(sums[ic_local], sums[ll]) = run.contrast(sets, 1, B, D, false, up[ic_local], with_ll, up[ll]);
+    std::tie(sums[ic_local], sums[ll]) = run.contrast(of_clips, sets, up[ic_local], with_ll, up[ll]);
     x.written = true;
-  } else if (weights[ll] != 0) {
+  } else if (with_ll) {
     Sets<T> sets;
     for (int64_t v = 0; v < V; ++v) sets.add(x, v, 0, true);
-    sums[ll] = run.contrast(sets, B, clips, D, false, up[ll], false, 0).first;
+    sums[ll] = run.contrast(of_views, sets, up[ll], false, 0).first;
     x.written = true;
   }
-  if (weights[gl] != 0) {
+  if (with_gl) {
     Sets<T> sets;
     for (Input* in : {&s, &x})
       for (int64_t v = 0; v < V; ++v) sets.add(*in, v, 0, true);
-    sums[gl] = run.contrast(sets, B, clips, D, true, up[gl], false, 0).first;
+    sums[gl] = run.contrast(of_slices, sets, up[gl], false, 0).first;
     s.written = x.written = true;
   }
 

@@ -45,17 +45,18 @@ int64_t call(const Kernels<T>& kernels, const GramInput& in, bool backward, void
 }  // namespace
 }  // namespace tclr
 
-// sizes: G, V, N, D, threads, slow thread or -1; flags: dtype, normalize, cross, backward; strides: 3 a set.
+// sizes: G, V, N, D, threads, slow thread or -1; flags: dtype, normalize, cross, keep, backward; strides: 3 a set.
 // Returns the elements of workspace; without `memory` it does nothing else.
 extern "C" int64_t gram(const int64_t* sizes, const int64_t* flags, const void* const* data, const int64_t* strides,
                         double tau, void** blocks, void** dz, void* zdz, void* memory) {
   using namespace tclr;
   Rows sets[64];
   for (int64_t a = 0; a < sizes[1]; ++a) sets[a] = {data[a], strides[3 * a], strides[3 * a + 1], strides[3 * a + 2]};
-  GramInput in{sizes[0], sizes[1], sizes[2], sizes[3], sets, Dtype(flags[0]), tau, flags[1] != 0, flags[2] != 0};
+  GramInput in{sizes[0],        sizes[1], sizes[2],      sizes[3],      sets,
+               Dtype(flags[0]), tau,      flags[1] != 0, flags[2] != 0, flags[3] != 0};
   thread_count = sizes[4], slow_thread = sizes[5];
-  if (in.dtype == Dtype::f64) return call(portable_level.f64, in, flags[3], blocks, dz, zdz, memory);
-  return call(portable_level.f32, in, flags[3], blocks, dz, zdz, memory);
+  if (in.dtype == Dtype::f64) return call(portable_level.f64, in, flags[4], blocks, dz, zdz, memory);
+  return call(portable_level.f32, in, flags[4], blocks, dz, zdz, memory);
 }
 
 // float64: V, N of pos; loss: [V, N]; g_pos: [V, V, N]

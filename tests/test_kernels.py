@@ -27,6 +27,11 @@ BUGS = {
     "missing maximum": ("sum = sum * ::exp(double(largest) - double(m)) + s;", "sum = sum + s;"),
     "column maximum not merged": ("exp2<T>((before - offset) * T(log2e))", "splat<T>(T(1))"),
     "wrong power of tau": ("scale = unit / in.tau", "scale = unit / (in.tau * in.tau)"),
+    "kept tile of another pair": ("(pair.right + 1) / 2 + pair.left", "(pair.right + 1) / 2"),
+    "rows not kept": (
+        "if (!w.in.keep) read(w, b);",
+        "if (w.in.keep) clear(w.block(w.group.z, b), w.p.rows(b) * w.ldz, T(1));",
+    ),
     "missing factor 2": ("load(scale + j) + row.scale", "load(scale + j)"),
     "missing factor 2, unbounded": ("both += exp2<T>", "both = exp2<T>"),
     "swapped positive": ("group.g_pos[of_rows + q] + group.g_pos[of_columns + own]", "2 * group.g_pos[of_rows + q]"),

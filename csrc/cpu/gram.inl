@@ -26,10 +26,10 @@ void serially(int64_t n, Task task, void* argument) {
 // A pair of blocks is worked on by so many columns at once: they, their S and its strips share the second cache.
 constexpr int64_t chunk = 96, many_rows = 4096;
 
-// Large blocks pack their columns for more rows, small ones leave work for every thread.
+// Large blocks pack their columns for more rows, small ones leave work for every thread. What is kept has no chunks.
 template <typename T>
 Problem problem(const GramInput& in) {
-  bool large = sizeof(T) == sizeof(float) && in.V * in.N >= many_rows;
+  bool large = sizeof(T) == sizeof(float) && in.V * in.N >= many_rows && !in.keep;
   return Problem(in.V, in.N, in.cross, large ? 2 * chunk : chunk, NR<T>);
 }
 
@@ -38,6 +38,12 @@ INLINE int64_t tile_rows(const Problem& p) { return smaller(p.block, p.N); }
 template <typename T>
 INLINE int64_t tile_stride(const Problem& p) {
   return leading<T>(smaller(chunk, p.block));
+}
+
+// Where the tile of a pair lies among those that are kept.
+template <typename T>
+INLINE int64_t kept_tile(const Problem& p, Pair pair) {
+  return (pair.right * (pair.right + 1) / 2 + pair.left) * tile_rows(p) * tile_stride<T>(p);
 }
 
 // One group's memory. Sums are double: thousands of tiles are added to them.
@@ -49,7 +55,7 @@ struct Group {
   T* largest;             // [V, V, N] 0 where the sum needs no offset
   double *g_neg, *g_pos;  // [V, V, N] backward; in `unit`s, and where S is bounded g_neg times exp(-neg)
   int64_t* stage;         // [V, blocks] how much of its work each row block has behind it
-  T* S;                   // a tile for each two blocks, where they are kept
+  T* S;                   // the tiles, where they are kept
 
   // dz and S last, where a forward that keeps its rows leaves room for them. Whole lines: vectors stay within them.
   static int64_t before_dz(const GramInput& in, int64_t ldz) {
@@ -57,7 +63,7 @@ struct Group {
     return whole_lines<T>(rows * ldz + 2 * doubles * blocks + 3 * doubles * rows);
   }
   static int64_t size(const GramInput& in, const Problem& p, int64_t ldz, bool backward) {
-    int64_t blocks = p.V * p.blocks, kept = in.keep ? blocks * blocks * tile_rows(p) * tile_stride<T>(p) : 0;
+    int64_t blocks = p.V * p.blocks, kept = in.keep ? kept_tile<T>(p, {0, blocks}) : 0;
     return before_dz(in, ldz) + (backward ? in.V * in.N * ldz : 0) + kept;
   }
   Group(const GramInput& in, int64_t ldz, T* memory) {
@@ -438,7 +444,7 @@ void clear(T* p, int64_t n, T value) {
 template <typename T, bool backward>
 void run_pair(const Work<T>& w, Pair pair, int64_t thread) {
   Tile<T> tile(w.p, w.in.D, w.tiles + thread * w.tile_size);
-  if (w.in.keep) tile.S = w.group.S + (pair.left * w.p.V * w.p.blocks + pair.right) * tile_rows(w.p) * tile.lds;
+  if (w.in.keep) tile.S = w.group.S + kept_tile<T>(w.p, pair);
   for (int64_t j = 0; j < w.p.rows(pair.right); j += chunk) {
     Columns columns{j, smaller(chunk, w.p.rows(pair.right) - j)};
     if (backward)
