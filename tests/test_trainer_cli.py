@@ -1,6 +1,8 @@
 """Every command of `tclr` from end to end on a small data set in UCF101's layout."""
 
 import json
+import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -85,6 +87,29 @@ def test_evaluations(run):
     cli.main(["report", "--run", str(run)])
     page = (run / "report.html").read_text()
     assert page.count("data:image/png") == 3 and "retrieval" in page and "http" not in page
+
+
+def test_real_footage(tmp_path, capsys):
+    """Stretches of four films in Diving48's layout; the films are those that TCLR_REAL_VIDEOS names."""
+    folder = os.environ.get("TCLR_REAL_VIDEOS")
+    if not folder:
+        pytest.skip("TCLR_REAL_VIDEOS names no folder of real videos")
+    shutil.copytree(folder, tmp_path / "rgb")
+    films = dict(bigbuckbunny=(0, 132), bikes=(1, 250), carphone_pristine=(2, 120), carphone_distorted=(2, 120))
+    length, parts = 34, dict(train=[], test=[])
+    for name, (label, frames) in films.items():
+        for i, start in enumerate(range(0, frames - length + 1, length)):
+            stretch = dict(vid_name=name, label=label, start_frame=start, end_frame=start + length)
+            parts["test" if i % 3 == 2 else "train"].append(stretch)
+    for part, stretches in parts.items():
+        (tmp_path / f"Diving48_V2_{part}.json").write_text(json.dumps(stretches))
+    out = tmp_path / "run"
+    size = ["--data.dataset=diving48", "--data.size=[48,64]", "--recipe.augment=release", "--recipe.readers=2"]
+    pretrain(tmp_path, out, *size, "--recipe.steps", "20")
+    assert "unreadable" not in capsys.readouterr().out
+    figures = evaluated("retrieval", out)
+    print(f"{len(parts['test'])} queries, {len(parts['train'])} in the gallery: {figures}")
+    assert figures["r1"] <= figures["r5"] <= figures["r20"] == 1  # few: what they show is that real files are read
 
 
 def test_finetune_and_export(run, tmp_path):
