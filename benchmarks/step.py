@@ -22,7 +22,7 @@ from tclr import augment, clips, config, train  # noqa: E402
 
 CASES = {  # net, clips, videos a batch, pixels of a frame, and of a clip
     "tiny net, 8 frames of 32 x 32": (config.Net("tiny", width=8), clips.ClipPlan(8, 4), 32, (40, 40), 32),
-    "R3D-18, 16 frames of 112 x 112": (config.Net("r3d18"), clips.ClipPlan(16, 4), 4, (128, 171), 112),
+    "R3D-18, 16 frames of 112 x 112": (config.Net("r3d18"), clips.ClipPlan(16, 4), 2, (128, 171), 112),
 }
 LOSSES = {
     "tclr_kernels": lambda *z: tk.tclr(*z, form="release").total,
