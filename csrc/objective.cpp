@@ -15,7 +15,7 @@ namespace {
 
 using at::Tensor;
 
-constexpr double kept = 1 << 20;  // elements: of smaller problems, rows and similarities stay for the backward
+constexpr double small = 1 << 20;  // elements of a problem whose rows and similarities stay for the backward
 
 // An input [V, B, T, D] and its gradient, to which several terms add.
 struct Input {
@@ -48,8 +48,8 @@ struct Objective {
   bool normalize, gradient;
   at::TensorOptions options;
   Executor executor;
-  Tensor memory{};
-  double zdz = 0;  // sum of <z, dz> over all rows
+  Tensor memory{};  // one for all problems: where each had its own, the system gave its pages anew
+  double zdz = 0;   // sum of <z, dz> over all rows
 
   Tensor block(at::IntArrayRef sizes) const { return at::empty(sizes, options); }
 
@@ -61,15 +61,11 @@ struct Objective {
   }
 
   GramInput problem(int64_t G, int64_t V, int64_t N, int64_t D, bool cross) const {
-    bool keep = gradient && V * N <= 512 && double(G * V * N) * double(D + V * N) < kept;
+    bool keep = gradient && V * N <= 512 && double(G * V * N) * double(D + V * N) < small;
     return {G, V, N, D, nullptr, dtype, tau, normalize, cross, keep};
   }
 
-  // One memory serves all problems: where each had its own, the pages of every one came from the kernel again.
-  void reserve(const GramInput& in) {
-    int64_t size = kernels<T>().workspace(in, executor.threads, gradient);
-    if (!memory.defined() || memory.numel() < size) memory = block({size});
-  }
+  int64_t workspace(const GramInput& in) const { return kernels<T>().workspace(in, executor.threads, gradient); }
 
   // The sum of the problem's terms, and that of LL over the same matrix; adds the gradient of the former times
   // `of_term` plus that of the latter times `of_ll`.
@@ -129,11 +125,12 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> compute(std::array<Input, 3
        with_gl = weights[gl] != 0;
   GramInput of_videos = run.problem(1, V, B, D, false), of_clips = run.problem(1, V * clips, B, D, false),
             of_views = run.problem(B, V, clips, D, false), of_slices = run.problem(B, 2 * V, clips, D, true);
-  for (auto [in, needed] : {std::pair(&of_clips, with_local),
-                            {&of_views, with_ll && !with_local},
-                            {&of_slices, with_gl},
-                            {&of_videos, with_ic}})
-    if (needed) run.reserve(*in);
+  int64_t size = 0;
+  if (with_ic) size = std::max(size, run.workspace(of_videos));
+  if (with_local) size = std::max(size, run.workspace(of_clips));
+  if (with_ll && !with_local) size = std::max(size, run.workspace(of_views));
+  if (with_gl) size = std::max(size, run.workspace(of_slices));
+  run.memory = run.block({size});
 
   if (with_ic) {
     Sets<T> sets;
