@@ -116,7 +116,7 @@ def test_views_share_frames_and_locals_follow_their_slices():
         head = torch.nn.Identity()
 
     windows = torch.stack([torch.arange(32) + 100 * b for b in range(3)])[:, :, None, None, None].expand(3, 32, 3, 2, 2)
-    g, s, x = train.embed(Clock(), windows, clips.ClipPlan(8, 4), lambda clips: clips)
+    g, s, x = train.embed(Clock(), windows, clips.ClipPlan(8, 4), lambda clips, views: torch.cat([clips] * views))
     assert g.shape == (2, 3, 1) and s.shape == x.shape == (2, 3, 4, 1)
     assert torch.equal(g[0], g[1]) and torch.equal(s[0], s[1]) and torch.equal(x[0], x[1])
     assert torch.allclose(s, x, atol=4) and torch.equal(x[0, :, :, 0].argsort(1), torch.arange(4).expand(3, 4))
