@@ -138,6 +138,8 @@ def test_checkpoints_of_others_are_evaluated(run, dataset, tmp_path):
     given.backbone.inputs.channels.copy_(torch.tensor([2, 1, 0]))
     assert features.weights_hash(found) == features.weights_hash(given)
     assert 0 <= evaluated("retrieval", out)["r1"] <= 1
+    with pytest.raises(SystemExit, match="weights alone"):
+        pretrain(dataset, out, "--resume", "true")
 
 
 def test_data_check(dataset, tmp_path, capsys):

@@ -39,6 +39,8 @@ def pretrain(
     if train.ranks() > 1:
         torch.distributed.init_process_group()
     device = config.device(device)
+    if resume and (out / "last.pt").exists() and "done" not in checkpoint.load(out / "last.pt"):
+        raise SystemExit(f"{out / 'last.pt'} holds weights alone: wanted the checkpoint of a pretraining to resume")
     if first:
         checkpoint.claim(out, resume=resume, overwrite=overwrite)
         if overwrite:
