@@ -46,7 +46,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const GramInput& in, const at::Tensor
 }
 
 std::tuple<Tensor, Tensor, Tensor> gram_forward(at::TensorList sets, const std::optional<Tensor>& tau, double tau_value,
-                                                bool normalize, bool cross) {
+                                                bool normalize, bool cross, bool) {
   Sets s = describe(sets, tau, tau_value, normalize, cross);
   if (s.input.dtype == Dtype::f64) return forward<double>(s.input, sets[0].options());
   return forward<float>(s.input, sets[0].options().dtype(at::kFloat));
@@ -85,7 +85,7 @@ std::tuple<std::vector<Tensor>, Tensor> backward(at::TensorList sets, const Gram
 std::tuple<std::vector<Tensor>, Tensor> gram_backward(at::TensorList sets, const std::optional<Tensor>& tau,
                                                       double tau_value, bool normalize, bool cross, const Tensor& neg,
                                                       const Tensor& pos, const Upstream& g_term, const Upstream& g_neg,
-                                                      const Upstream& g_pos) {
+                                                      const Upstream& g_pos, bool) {
   Sets s = describe(sets, tau, tau_value, normalize, cross);
   auto options = sets[0].options();
   if (s.input.dtype == Dtype::f64) return backward<double>(sets, s.input, neg, pos, g_term, g_neg, g_pos, options);

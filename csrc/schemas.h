@@ -1,13 +1,14 @@
-// The operators, as PyTorch's dispatcher knows them on every device.
+// The operators, as PyTorch's dispatcher knows them on every device. tf32: products of float32 may be rounded to TF32,
+// where the device has that.
 #pragma once
 
 namespace tclr {
 
 constexpr const char* schemas[] = {
-    "gram_forward(Tensor[] sets, Tensor? tau, float tau_value, bool normalize, bool cross) -> "
-    "(Tensor term, Tensor neg, Tensor pos)",
+    "gram_forward(Tensor[] sets, Tensor? tau, float tau_value, bool normalize, bool cross, "
+    "bool tf32=False) -> (Tensor term, Tensor neg, Tensor pos)",
     "gram_backward(Tensor[] sets, Tensor? tau, float tau_value, bool normalize, bool cross, Tensor neg, Tensor pos, "
-    "Tensor? g_term, Tensor? g_neg, Tensor? g_pos) -> (Tensor[] dz, Tensor zdz)",
+    "Tensor? g_term, Tensor? g_neg, Tensor? g_pos, bool tf32=False) -> (Tensor[] dz, Tensor zdz)",
     "objective(Tensor g, Tensor s, Tensor x, Tensor? tau, float tau_value, bool normalize, float[] scales, "
     "float[] weights, bool gradient) -> (Tensor[] terms, Tensor[] kept)",
     "objective_backward(Tensor g, Tensor s, Tensor x, Tensor? tau, float tau_value, bool normalize, float[] scales, "

@@ -35,6 +35,14 @@ SHAPES = {
     "two blocks a set, ragged": (1, 2, 41, 70),
     "two panels of features, two blocks": (1, 2, 33, 300),
     "more lanes than a warp's": (1, 34, 2, 4),
+    "as many rows as tensor cores take": (1, 2, 70, 5),
+}
+# ... and of those on tensor cores, of 64 rows and more
+ON_TENSOR_CORES = {
+    "two blocks a set, ragged": (1, 2, 70, 72),
+    "a part of several sets": (1, 24, 64, 8),
+    "two groups, two whole blocks a set": (2, 2, 128, 16),
+    "two chunks of features": (1, 2, 66, 136),
 }
 # [B, T, D]
 OBJECTIVES = {"one video": (1, 3, 5), "one clip": (4, 1, 5), "ragged": (7, 3, 33), "two tiles": (33, 2, 8)}
@@ -86,11 +94,11 @@ class Host:
     def why_not(self, device):
         return None if device.type == "cpu" else "it runs on the host"
 
-    def forward(self, sets, tau, normalize, cross):
-        return self.ops.gram_forward(sets, *native._split(tau), normalize, cross)
+    def forward(self, sets, tau, *rest):
+        return self.ops.gram_forward(sets, *native._split(tau), *rest, native._tf32())
 
     def backward(self, sets, tau, *rest):
-        return self.ops.gram_backward(sets, *native._split(tau), *rest)
+        return self.ops.gram_backward(sets, *native._split(tau), *rest, native._tf32())
 
     def objective(self, g, s, x, tau, *rest):
         return self.ops.objective(g, s, x, *native._split(tau), *rest)
@@ -117,6 +125,26 @@ def deviations(host, dtypes=(torch.float64, torch.float32)):
             yield f"{name}, {dtype}, cross={cross}, normalize={normalize}, tau={tau}"
 
 
+def deviations_on_tensor_cores(host):
+    """The same for the kernels on tensor cores; threads run upwards in half of the cases, downwards in the others."""
+    generator = torch.Generator().manual_seed(0)
+    for (name, (G, V, N, D)), (dtype, rounded), cross, (normalize, tau) in product(
+        ON_TENSOR_CORES.items(),
+        ((torch.float16, 1e-3), (torch.bfloat16, 1e-3), (torch.float32, 4e-3)),
+        (False, True),
+        ((True, 0.02), (False, 1.0)),
+    ):
+        if (normalize or dtype == torch.bfloat16) and (V > 2 or N == 128):
+            continue  # for one loop's sake
+        sets = [torch.randn(G, N, D, generator=generator, dtype=torch.float64).to(dtype) for _ in range(V)]
+        tolerance = 1e-5 if dtype.itemsize == 2 and not normalize else rounded
+        host.executor.run_downwards(cross)
+        with unittest.mock.patch.object(native, "_tf32", lambda: True):
+            if kernels._deviation(host, sets, tau, normalize, cross, generator) > tolerance:
+                yield f"{name}, {dtype}, cross={cross}, normalize={normalize}, tau={tau}"
+    host.executor.run_downwards(False)
+
+
 def _objective_deviation(host, inputs, weights):
     """The largest error of the five terms and of the total's four gradients."""
     results = []
@@ -129,6 +157,7 @@ def _objective_deviation(host, inputs, weights):
 
 
 if __name__ == "__main__":
-    deviating = list(deviations(Host(sys.argv[1])))
+    host = Host(sys.argv[1])
+    deviating = [*deviations(host), *deviations_on_tensor_cores(host)]
     print("\n".join(deviating) or "all agree")
     sys.exit(bool(deviating))

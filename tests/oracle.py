@@ -271,7 +271,7 @@ def rms(found, wanted):
     return (off / off.max().clamp(min=1e-300)).square().mean().sqrt().item() * off.max().item()
 
 
-FLOAT16_UNIT_ROWS = ("triton",)  # backends that carry the unit rows of half precision so, where there are many
+FLOAT16_UNIT_ROWS = ("triton", "cuda-on-host")  # carry the unit rows of half precision so, where there are many
 GRADIENT = {torch.float64: 1e-11, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 
 
@@ -281,7 +281,8 @@ def judge(loss, inputs, tau, backend, normalize=True):
     Where unit rows are carried as float16, so are eager PyTorch's, and C2 allows a loss 1e-3.
     """
     dtype = inputs[0].dtype
-    carried = normalize and dtype.itemsize == 2 and backend in FLOAT16_UNIT_ROWS
+    rounds = backend in FLOAT16_UNIT_ROWS or (inputs[0].is_cuda and backend == "native")
+    carried = normalize and dtype.itemsize == 2 and rounds
     wide = torch.promote_types(dtype, torch.float32)
     exact = [x.double() for x in inputs]
     formula = functools.partial(loss.textbook, tau=tau, normalize=normalize)

@@ -1,5 +1,6 @@
 """The CUDA kernels without a GPU: their source run on the host, and compiled for every target."""
 
+import functools
 import os
 import re
 import shutil
@@ -39,6 +40,32 @@ BUGS = {
     "the temperature's gradient halved": ("(2 * tau * tau)", "(4 * tau * tau)"),
     "missing barrier": ("  __syncthreads();\n  const T* row", "  const T* row"),
 }
+ON_TENSOR_CORES = {
+    "own row counted": ("same[e / 2] = S[n][e], S[n][e] = -INFINITY", "same[e / 2] = S[n][e]"),
+    "ragged columns counted": ("if (column(n, e) >= count) S", "if (false) S"),
+    "missing maximum": ("sum[h] * exponential(largest[h] - offset) + more", "sum[h] + more"),
+    "one quarter of the columns forgotten": (
+        "work.sum[h] * exponential(work.largest[h] - offset), 4",
+        "work.sum[h], 1",
+    ),
+    "own blocks in cross": ("exists ? c + 1 : c, -1", "c + 1, -1"),
+    "columns of a product swapped": ("S[n + 1], left, right[2], right[3]", "S[n + 1], left, right[3], right[2]"),
+    "features of the gradient swapped": ("dz[n + 1], left, right[2]", "dz[n + 1], left, right[0]"),
+    "columns of W in their own order": ("W[k][2]), E::of(W[k][1])", "W[k][1]), E::of(W[k][2])"),
+    "the first chunk only": ("ahead.part < chunks ? ahead.part : panel", "ahead.part < chunks ? 0 : panel"),
+    "the gradient of another chunk": ("ahead.part : panel, stage", "ahead.part : 0, stage"),
+    "missing factor 2": (" + y.g * exponential(s - y.shift)", ""),
+    "swapped positive": ("p.g_pos[p.at(I.g, J.a, I.a, i)]", "p.g_pos[p.at(I.g, I.a, J.a, i)]"),
+    "coefficients of the first set": ("h < 2 && J.index == 0", "h < 2 && J.index == 0 && J.a == 0"),
+    "a set forgotten": ("first + (part + 1) * sets / p.parts, panel", "first + part * sets / p.parts + 1, panel"),
+    "missing barrier before coefficients": (
+        "shared[threadIdx.x] = column;\n    __syncthreads();",
+        "shared[threadIdx.x] = column;",
+    ),
+    "missing barrier before rows": ("wait_for_groups();\n    __syncthreads();", "wait_for_groups();"),
+    "missing barrier after rows": ("panel : 0));\n    __syncthreads();", "panel : 0));"),
+    "copies not waited for": ("    wait_for_groups();\n    __syncthreads", "    __syncthreads"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -56,29 +83,48 @@ def test_the_kernels_agree_with_the_reference(host):
     assert not list(cuda.deviations(host, kernels.DTYPES))
 
 
-def results(host, inputs):
+def test_those_on_tensor_cores_do(host):
+    assert not list(cuda.deviations_on_tensor_cores(host))
+
+
+def results(inputs, function):
     leaves = [z.detach().requires_grad_() for z in inputs]
-    total = tk.tclr(*leaves, form="release", backend="host").total
+    total = function(*leaves)
     return [total.detach(), *torch.autograd.grad(total, leaves)]
 
 
-def test_the_order_of_threads_and_blocks_changes_no_bit(host, monkeypatch):
+FUNCTIONS = {
+    "tclr": lambda *z: tk.tclr(*z, form="release", backend="host").total,
+    "nt_xent": functools.partial(tk.nt_xent, backend="host"),
+}
+
+
+@pytest.mark.parametrize(
+    "loss, dtype, sizes",
+    [
+        ("tclr", torch.float64, (33, 3, 20)),
+        ("tclr", torch.float16, (33, 3, 20)),
+        ("nt_xent", torch.float16, (70, 2, 72)),
+        ("nt_xent", torch.float32, (70, 2, 72)),
+    ],
+)
+def test_the_order_of_threads_and_blocks_changes_no_bit(loss, dtype, sizes, host, monkeypatch):
     """Threads between two barriers, upwards or downwards: a difference is a race."""
     monkeypatch.setitem(backends.BACKENDS, "host", host)
-    for dtype in torch.float64, torch.float16:
-        inputs = [z.to(dtype) for z in LOSSES["tclr"].inputs((33, 3, 20))]
-        upwards = results(host, inputs)
-        host.executor.run_downwards(True)
-        downwards = results(host, inputs)
-        host.executor.run_downwards(False)
-        assert all(map(torch.equal, upwards, downwards))
+    monkeypatch.setattr(cuda.native, "_tf32", lambda: True)
+    inputs = LOSSES[loss].inputs(sizes, dtype)
+    upwards = results(inputs, FUNCTIONS[loss])
+    host.executor.run_downwards(True)
+    downwards = results(inputs, FUNCTIONS[loss])
+    host.executor.run_downwards(False)
+    assert all(map(torch.equal, upwards, downwards))
 
 
 def test_the_objective_takes_the_launches_that_its_source_names(host, monkeypatch):
     named = int(re.search(r"objective_launches = (\d+);", (kernels.CSRC / "cuda/objective.cuh").read_text())[1])
     monkeypatch.setitem(backends.BACKENDS, "host", host)
     before = host.executor.launches()
-    results(host, LOSSES["tclr"].inputs((40, 4, 128)))
+    results(LOSSES["tclr"].inputs((40, 4, 128)), FUNCTIONS["tclr"])
     assert host.executor.launches() - before == named <= 6
 
 
@@ -109,6 +155,12 @@ def test_sanitizers_find_nothing(tmp_path):
 def test_planted_bug_is_found(bug, built, tmp_path, host):
     planted = cuda.Host(cuda.build(tmp_path, ["-O0"], [BUGS[bug]], binding=built[1]))
     assert any(cuda.deviations(planted, [torch.float32])), f"the kernels pass with a planted bug: {bug}"
+
+
+@pytest.mark.parametrize("bug", ON_TENSOR_CORES)
+def test_planted_bug_on_tensor_cores_is_found(bug, built, tmp_path, host):
+    planted = cuda.Host(cuda.build(tmp_path, ["-O0"], [ON_TENSOR_CORES[bug]], binding=built[1]))
+    assert any(cuda.deviations_on_tensor_cores(planted)), f"the kernels pass with a planted bug: {bug}"
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")

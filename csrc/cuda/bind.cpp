@@ -118,7 +118,7 @@ struct Described {
   cuda::GramCall call{};
 };
 
-Described describe(const Tensors& sets, const Optional& tau, double tau_value, bool normalize, bool cross) {
+Described describe(const Tensors& sets, const Optional& tau, double tau_value, bool normalize, bool cross, bool tf32) {
   STD_TORCH_CHECK(!sets.empty() && sets[0].dim() == 3, "sets: wanted at least one tensor [G, N, D]");
   Described d;
   auto sizes = sizes_of(sets[0]);
@@ -131,13 +131,13 @@ Described describe(const Tensors& sets, const Optional& tau, double tau_value, b
   auto V = int64_t(sets.size());
   d.call.G = sizes[0], d.call.V = V, d.call.N = sizes[1], d.call.D = sizes[2];
   d.call.dtype = dtype_of(sets[0]), d.call.tau = scalar(tau, tau_value);
-  d.call.normalize = normalize, d.call.cross = cross;
+  d.call.normalize = normalize, d.call.cross = cross, d.call.tf32 = tf32;
   return d;
 }
 
 std::tuple<Tensor, Tensor, Tensor> gram_forward(Tensors sets, Optional tau, double tau_value, bool normalize,
-                                                bool cross) {
-  Described d = describe(sets, tau, tau_value, normalize, cross);
+                                                bool cross, bool tf32) {
+  Described d = describe(sets, tau, tau_value, normalize, cross, tf32);
   Device device(sets[0]);
   auto block = [&] { return empty({d.call.G, d.call.V, d.call.V, d.call.N}, wide(sets[0]), sets[0]); };
   Tensor term = block(), neg = block(), pos = block();
@@ -149,8 +149,9 @@ std::tuple<Tensor, Tensor, Tensor> gram_forward(Tensors sets, Optional tau, doub
 }
 
 std::tuple<Tensors, Tensor> gram_backward(Tensors sets, Optional tau, double tau_value, bool normalize, bool cross,
-                                          Tensor neg, Tensor pos, Optional g_term, Optional g_neg, Optional g_pos) {
-  Described d = describe(sets, tau, tau_value, normalize, cross);
+                                          Tensor neg, Tensor pos, Optional g_term, Optional g_neg, Optional g_pos,
+                                          bool tf32) {
+  Described d = describe(sets, tau, tau_value, normalize, cross, tf32);
   Device device(sets[0]);
   Tensors held, dz;
   auto pointer = [&](const Optional& x) -> const void* {

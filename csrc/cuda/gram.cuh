@@ -1,4 +1,4 @@
-// The operation and its gradient, for problems too small to be worth tensor cores, in the arithmetic of their dtype.
+// The operation and its gradient in the arithmetic of their dtype: small problems, and those that want no less exact.
 //
 //   S[(a,i),(c,j)] = <z_(a,i), z_(c,j)> / tau
 //   neg[a,c,i]     = log sum_{j != i} exp S           pos[a,c,i] = S[(a,i),(c,i)]
@@ -38,6 +38,7 @@ struct Gram {
   double *g_neg, *g_pos;        // [G, V, V, N]
   unsigned long long* largest;  // [G] of g_neg and g_pos, as bits
   int64_t parts;                // of the sets that contribute to a row, so that few rows fill the device
+  double boost;                 // of the weights, beyond the unit of their group
 
   // A group whose rows fit a tile is one tile; else each set is cut into blocks of rows.
   constexpr bool whole() const { return V * N <= tile; }
@@ -88,14 +89,21 @@ TCLR_DEVICE const Quad<T>& quad(const T* p) {
 
 // ---- rows
 
-// One row's norm and unit row, by 32 lanes.
 template <typename T>
-TCLR_DEVICE void read_row(const Gram<T>& p, int64_t row, const Source& x, int64_t D) {
+struct Same {  // rows kept in the arithmetic's own type
+  using Element = T;
+  static constexpr T of(T x) { return x; }
+};
+
+// One row's norm and unit row, by 32 lanes; z: [rows, ldz] of E's elements.
+template <typename E, typename T>
+TCLR_DEVICE void read_row(const Gram<T>& p, typename E::Element* z, int64_t ldz, int64_t row, const Source& x,
+                          int64_t D) {
   T* shared = shared_memory<T>();
   Norm<T> norm = p.normalize ? norm_of(x, D, 32, shared) : Norm<T>{1, 1};
   if (D == 0) return;
-  for (int64_t d = threadIdx.x % 32; d < p.ldz; d += 32)
-    p.z[row * p.ldz + d] = d < D ? unit_value(value_at<T>(x, d), norm) : 0;
+  for (int64_t d = threadIdx.x % 32; d < ldz; d += 32)
+    z[row * ldz + d] = E::of(d < D ? unit_value(value_at<T>(x, d), norm) : 0);
   if (threadIdx.x % 32 == 0) p.norms[row] = norm;
 }
 
@@ -338,7 +346,7 @@ TCLR_DEVICE void note_largest(const Finisher<T>& f) {
 template <typename T>
 TCLR_DEVICE double unit(const Gram<T>& p, int64_t g) {
   double top = bits_as<double>(p.largest[g]);
-  return top > 1e-300 && top < 1e300 ? ldexp(1.0, ilogb(top)) : 1;
+  return (top > 1e-300 && top < 1e300 ? ldexp(1.0, ilogb(top)) : 1) / p.boost;
 }
 
 // ---- gradient

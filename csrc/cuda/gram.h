@@ -24,7 +24,7 @@ struct GramCall {
   const Set* sets;  // [V]
   Dtype dtype;
   Scalar tau;
-  bool normalize, cross;
+  bool normalize, cross, tf32;         // tf32: products of floats may be rounded to it
   void *term, *neg, *pos;              // written by the forward, neg and pos read by the backward
   const void *g_term, *g_neg, *g_pos;  // null: no gradient arrives there
   void* zdz;

@@ -1,5 +1,6 @@
-// The host's executor: see executor.h. Between two barriers the threads of a block run one after the other, upwards or
-// downwards: results that depend on which are a race. Shared memory is given filled with 0xA5.
+// The host's executor: see executor.h. Between two barriers of a block its warps run one after the other, and so do the
+// lanes of a warp between two barriers of their own, upwards or downwards: results that depend on which are a race.
+// Shared memory is given filled with 0xA5.
 #pragma once
 #include <ucontext.h>
 
@@ -28,7 +29,7 @@ struct Index {
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[stack_size]};
-  bool done;
+  bool done, within_warp;  // within_warp: it waits for its warp alone
   static constexpr size_t stack_size = 64 << 10;
 };
 
@@ -47,11 +48,16 @@ inline void enter() {
 }
 
 inline void start(Fiber& fiber) {
-  fiber.done = false;
+  fiber.done = fiber.within_warp = false;
   getcontext(&fiber.context);
   fiber.context.uc_stack = {fiber.stack.get(), 0, Fiber::stack_size};
   fiber.context.uc_link = nullptr;
   makecontext(&fiber.context, enter, 0);
+}
+
+inline void wait(bool within_warp) {
+  fibers[current].within_warp = within_warp;
+  swapcontext(&fibers[current].context, &scheduler);
 }
 
 }  // namespace host
@@ -59,10 +65,8 @@ inline void start(Fiber& fiber) {
 
 inline tclr::host::Index threadIdx, blockIdx, gridDim;
 
-inline void __syncthreads() {
-  tclr::host::Fiber& fiber = tclr::host::fibers[tclr::host::current];
-  swapcontext(&fiber.context, &tclr::host::scheduler);
-}
+inline void __syncthreads() { tclr::host::wait(false); }
+inline void __syncwarp() { tclr::host::wait(true); }
 
 inline void __threadfence() {}
 
@@ -87,14 +91,29 @@ T* shared_memory() {
   return reinterpret_cast<T*>(host::shared);
 }
 
+// The lanes of a warp up to a barrier of the block, or to their end; returns how many ended.
+inline int run_warp(int warp) {
+  for (;;) {
+    int done = 0, waiting = 0;
+    for (int k = 0; k < 32; ++k) {
+      threadIdx.x = host::current = warp * 32 + (host::downwards ? 31 - k : k);
+      host::Fiber& fiber = host::fibers[threadIdx.x];
+      swapcontext(&host::scheduler, &fiber.context);
+      done += fiber.done, waiting += !fiber.done && fiber.within_warp;
+    }
+    if (waiting == 0) return done;
+    if (waiting != 32) {
+      std::fprintf(stderr, "block %u: %d lanes of warp %d came to a barrier of it, not 32\n", blockIdx.x, waiting,
+                   warp);
+      std::abort();
+    }
+  }
+}
+
 // Every thread up to its next barrier, or to its end; all of them must come to the same.
 inline bool run_to_barrier() {
   int done = 0;
-  for (int k = 0; k < threads; ++k) {
-    threadIdx.x = host::current = host::downwards ? threads - 1 - k : k;
-    swapcontext(&host::scheduler, &host::fibers[threadIdx.x].context);
-    done += host::fibers[threadIdx.x].done;
-  }
+  for (int k = 0; k < threads / 32; ++k) done += run_warp(host::downwards ? threads / 32 - 1 - k : k);
   if (done != 0 && done != threads) {
     std::fprintf(stderr, "block %u: %d of %d threads ended before a barrier of the others\n", blockIdx.x, done,
                  threads);

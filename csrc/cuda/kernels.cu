@@ -1,5 +1,6 @@
 // The launches, and the memory that they share.
 #include "objective.cuh"
+#include "tensor.cuh"
 
 namespace tclr {
 namespace {
@@ -19,14 +20,20 @@ struct Arena {
   }
 };
 
+// Parts of the sets, at most so many, that fill a device with a multiple of these blocks.
+int64_t parts_of(int64_t sets, int64_t blocks) {
+  constexpr int64_t enough = 256;  // blocks
+  int64_t parts = 1;
+  while (parts < sets && 2 * parts * blocks <= enough && blocks > 0) parts *= 2;
+  return parts;
+}
+
 template <typename T>
 Gram<T> describe(int64_t G, int64_t V, int64_t N, int64_t D, bool normalize, bool cross, const Scalar& tau) {
   Gram<T> p{};
   p.G = G, p.V = V, p.N = N, p.D = D, p.ldz = (D + 3) / 4 * 4, p.normalize = normalize, p.cross = cross, p.tau = tau;
-  constexpr int64_t enough = 256;  // blocks to fill a device
-  p.parts = 1;
-  int64_t blocks = G > 0 ? p.gradient_blocks() : enough;
-  while (p.parts < p.tiles().V && 2 * p.parts * blocks <= enough) p.parts *= 2;
+  p.parts = p.boost = 1;
+  p.parts = parts_of(p.tiles().V, p.gradient_blocks());
   return p;
 }
 
@@ -40,7 +47,6 @@ void keep(Gram<T>& p, Arena& arena) {
 template <typename T>
 void scratch(Gram<T>& p, bool gradient, Arena& arena) {
   int64_t blocks = p.V * p.rows();
-  arena.take(p.z, p.rows() * p.ldz);
   if (gradient) arena.take(p.g_neg, blocks), arena.take(p.g_pos, blocks);
 }
 
@@ -51,6 +57,7 @@ constexpr int most_sets = 64;  // of one launch
 template <typename T>
 struct Call {
   Gram<T> p;
+  Packed z;  // for tensor cores, in place of p.z
   Upstream<T> upstream;
   T* zdz;
   Dtype dtype;
@@ -79,17 +86,58 @@ struct SetRow {
   }
 };
 
+// How a problem is computed: in the arithmetic of T on tiles of 32 rows, or on tensor cores.
 template <typename T>
-TCLR_KERNEL read_sets(TCLR_ARGUMENT Call<T> c) {
+struct Plain {
+  using Number = T;
+  using Stored = Same<T>;
+
+  static void describe(Call<T>& c, Arena& arena) { arena.take(c.p.z, c.p.rows() * c.p.ldz); }
+  TCLR_METHOD static T* rows(const Call<T>& c) { return c.p.z; }
+  TCLR_METHOD static int64_t row_size(const Call<T>& c) { return c.p.ldz; }
+  static int64_t sum_blocks(const Call<T>& c) { return c.p.sum_blocks(); }
+  static int64_t gradient_blocks(const Call<T>& c) { return c.p.gradient_blocks(); }
+  static size_t shared(const Call<T>& c) { return Tile<T>::size(c.p.ldz); }
+  TCLR_METHOD static void sum(const Call<T>& c, int64_t block) { sums(c.p, block); }
+  TCLR_METHOD static void add_gradient(const Call<T>& c, int64_t block) { gradient(c.p, block); }
+};
+
+template <typename E>
+struct OnTensorCores {
+  using Number = float;
+  using Stored = E;
+
+  static void describe(Call<float>& c, Arena& arena) {
+    c.z.ldw = (c.p.D + 8 * in_word<E> - 1) / (8 * in_word<E>)*8;
+    arena.take(c.z.words, c.p.rows() * c.z.ldw);
+    c.p.parts = parts_of(c.p.cross ? (c.p.V + 1) / 2 : c.p.V, sum_blocks(c) / c.p.V * c.z.chunks());
+    if (std::is_same_v<E, Half>) c.p.boost = 8192;  // weights are 4 at most: now in the middle of float16's range
+  }
+  TCLR_METHOD static auto* rows(const Call<float>& c) { return reinterpret_cast<typename E::Element*>(c.z.words); }
+  TCLR_METHOD static int64_t row_size(const Call<float>& c) { return c.z.ldw * in_word<E>; }
+  static int64_t sum_blocks(const Call<float>& c) {
+    return c.p.G * c.p.V * c.p.V * TensorTiles(c.p, c.z).problem.blocks;
+  }
+  static int64_t gradient_blocks(const Call<float>& c) { return sum_blocks(c) / c.p.V * c.p.parts * c.z.chunks(); }
+  static size_t shared(const Call<float>& c) { return TensorTiles(c.p, c.z).shared(); }
+  TCLR_METHOD static void sum(const Call<float>& c, int64_t block) { tensor_sums<E>(c.p, c.z, block); }
+  TCLR_METHOD static void add_gradient(const Call<float>& c, int64_t block) { tensor_gradient<E>(c.p, c.z, block); }
+};
+
+template <typename Path>
+using CallOf = Call<typename Path::Number>;
+
+template <typename Path>
+TCLR_KERNEL read_sets(TCLR_ARGUMENT CallOf<Path> c) {
   for (int64_t g = int64_t(blockIdx.x) * threads + threadIdx.x; c.p.largest && g < c.p.G; g += gridDim.x * threads)
     c.p.largest[g] = 0;
-  SetRow<T> row(c);
-  read_row(c.p, c.p.row(row.r), row.x, row.D);
+  SetRow row(c);
+  read_row<typename Path::Stored>(c.p, Path::rows(c), Path::row_size(c), c.p.row(row.r), row.x, row.D);
 }
 
-template <typename T>
-TCLR_KERNEL sum_tiles(TCLR_ARGUMENT Call<T> c) {
-  sums(c.p, blockIdx.x);
+template <typename Path>
+TCLR_KERNEL sum_tiles(TCLR_ARGUMENT CallOf<Path> c) {
+  Path::sum(c, blockIdx.x);
 }
 
 template <typename T>
@@ -104,14 +152,14 @@ TCLR_KERNEL make_coefficients(TCLR_ARGUMENT Call<T> c) {
   note_largest(f);
 }
 
-template <typename T>
-TCLR_KERNEL make_gradient(TCLR_ARGUMENT Call<T> c) {
-  gradient(c.p, blockIdx.x);
+template <typename Path>
+TCLR_KERNEL make_gradient(TCLR_ARGUMENT CallOf<Path> c) {
+  Path::add_gradient(c, blockIdx.x);
 }
 
 template <typename T>
 TCLR_KERNEL write_sets(TCLR_ARGUMENT Call<T> c) {
-  SetRow<T> row(c);
+  SetRow row(c);
   Share<T> from[] = {share(c.p, row.r)};
   double factor = 1 / value_of(c.p.tau);
   double along = write_row(row.x, row.D, c.p.normalize, from, factor, row.set->gradient,
@@ -119,10 +167,12 @@ TCLR_KERNEL write_sets(TCLR_ARGUMENT Call<T> c) {
   if (row.D != 0 && threadIdx.x % 32 == 0) c.zdz[c.p.row(row.r)] = T(along * factor);
 }
 
-template <typename T>
-Call<T> arrange(const GramCall& call, bool backward, Arena& arena) {
+template <typename Path>
+CallOf<Path> arrange(const GramCall& call, bool backward, Arena& arena) {
+  using T = typename Path::Number;
   Call<T> c{};
   c.p = describe<T>(call.G, call.V, call.N, call.D, call.normalize, call.cross, call.tau);
+  Path::describe(c, arena);
   if (backward)
     keep(c.p, arena);
   else
@@ -145,26 +195,39 @@ const char* over_sets(Call<T> c, const GramCall& call, void (*kernel)(Call<T>), 
   return nullptr;
 }
 
-template <typename T>
+template <typename Path>
 const char* forward(const GramCall& call, void* memory, Stream stream) {
+  using T = typename Path::Number;
   Arena arena{static_cast<char*>(memory)};
-  Call<T> c = arrange<T>(call, false, arena);
-  const char* error = over_sets(c, call, read_sets<T>, threads * sizeof(T), stream);
-  if (!error) error = launch(sum_tiles<T>, c.p.sum_blocks(), Tile<T>::size(c.p.ldz), stream, c);
+  Call<T> c = arrange<Path>(call, false, arena);
+  const char* error = over_sets(c, call, read_sets<Path>, threads * sizeof(T), stream);
+  if (!error) error = launch(sum_tiles<Path>, Path::sum_blocks(c), Path::shared(c), stream, c);
   if (!error) error = launch(finish_terms<T>, c.p.finish_blocks(), 0, stream, c);
   return error;
 }
 
-template <typename T>
+template <typename Path>
 const char* backward(const GramCall& call, void* memory, Stream stream) {
+  using T = typename Path::Number;
   Arena arena{static_cast<char*>(memory)};
-  Call<T> c = arrange<T>(call, true, arena);
+  Call<T> c = arrange<Path>(call, true, arena);
   constexpr size_t shared = threads * sizeof(double);
-  const char* error = over_sets(c, call, read_sets<T>, threads * sizeof(T), stream);
+  const char* error = over_sets(c, call, read_sets<Path>, threads * sizeof(T), stream);
   if (!error) error = launch(make_coefficients<T>, c.p.finish_blocks(), shared, stream, c);
-  if (!error) error = launch(make_gradient<T>, c.p.gradient_blocks(), Tile<T>::size(c.p.ldz), stream, c);
+  if (!error) error = launch(make_gradient<Path>, Path::gradient_blocks(c), Path::shared(c), stream, c);
   if (!error) error = over_sets(c, call, write_sets<T>, shared, stream);
   return error;
+}
+
+// f with the path that serves a call. Of few features too few roundings to float16 average out.
+template <typename F>
+auto on_path(const GramCall& call, F f) {
+  bool many = call.N >= square, half = call.dtype == Dtype::f16 || call.dtype == Dtype::bf16;
+  if (call.dtype == Dtype::f64) return f(Plain<double>());
+  if (many && half && !call.normalize && call.dtype == Dtype::bf16) return f(OnTensorCores<Bfloat>());
+  if (many && half && (!call.normalize || call.D >= 64)) return f(OnTensorCores<Half>());
+  if (many && !half && call.tf32) return f(OnTensorCores<Tf32>());
+  return f(Plain<float>());
 }
 
 // ---- the objective
@@ -191,6 +254,7 @@ Objective<T> arrange(const ObjectiveCall& call, Arena& kept, Arena& memory) {
   for (int k = 0; k < o.count; ++k) {
     Gram<T>& p = o.problems[k];
     keep(p, kept);
+    memory.take(p.z, p.rows() * p.ldz);
     scratch(p, call.gradient, memory);
     memory.take(p.neg, p.V * p.rows()), memory.take(p.pos, p.V * p.rows());
   }
@@ -223,21 +287,16 @@ namespace cuda {
 
 size_t gram_memory(const GramCall& call, bool backward) {
   Arena arena{nullptr};
-  if (call.dtype == Dtype::f64)
-    arrange<double>(call, backward, arena);
-  else
-    arrange<float>(call, backward, arena);
+  on_path(call, [&](auto path) { arrange<decltype(path)>(call, backward, arena); });
   return arena.used;
 }
 
 const char* gram_forward(const GramCall& call, void* memory, void* stream) {
-  auto run = call.dtype == Dtype::f64 ? forward<double> : forward<float>;
-  return run(call, memory, static_cast<Stream>(stream));
+  return on_path(call, [&](auto path) { return forward<decltype(path)>(call, memory, static_cast<Stream>(stream)); });
 }
 
 const char* gram_backward(const GramCall& call, void* memory, void* stream) {
-  auto run = call.dtype == Dtype::f64 ? backward<double> : backward<float>;
-  return run(call, memory, static_cast<Stream>(stream));
+  return on_path(call, [&](auto path) { return backward<decltype(path)>(call, memory, static_cast<Stream>(stream)); });
 }
 
 ObjectiveMemory objective_memory(const ObjectiveCall& call) {

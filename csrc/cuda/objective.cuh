@@ -122,7 +122,7 @@ TCLR_KERNEL read_inputs(TCLR_ARGUMENT Objective<T> o) {
   if (blockIdx.x == 0 && threadIdx.x == 0) *o.ticket = 0;
   for (int64_t g = block * threads + threadIdx.x; g < p.G; g += p.row_blocks() * threads) p.largest[g] = 0;
   int64_t row = (block * threads + threadIdx.x) / 32;
-  read_row(p, row, o.at(o.source(o.kinds[k], p.place(row))), row < p.rows() ? p.D : 0);
+  read_row<Same<T>>(p, p.z, p.ldz, row, o.at(o.source(o.kinds[k], p.place(row))), row < p.rows() ? p.D : 0);
 }
 
 template <typename T>

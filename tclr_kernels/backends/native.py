@@ -63,11 +63,13 @@ def cuda_targets():
 
 
 def forward(sets, tau, normalize, cross):
-    return torch.ops.tclr_kernels.gram_forward(sets, *_split(tau), normalize, cross)
+    return torch.ops.tclr_kernels.gram_forward(sets, *_split(tau), normalize, cross, _tf32())
 
 
 def backward(sets, tau, normalize, cross, neg, pos, g_term, g_neg, g_pos):
-    return torch.ops.tclr_kernels.gram_backward(sets, *_split(tau), normalize, cross, neg, pos, g_term, g_neg, g_pos)
+    gradients = g_term, g_neg, g_pos
+    call = torch.ops.tclr_kernels.gram_backward
+    return call(sets, *_split(tau), normalize, cross, neg, pos, *gradients, _tf32())
 
 
 def objective(g, s, x, tau, normalize, scales, weights, gradient):
@@ -84,18 +86,23 @@ def _split(tau):
     return (tau, 0.0) if isinstance(tau, torch.Tensor) else (None, tau)
 
 
+def _tf32():
+    """Whether the user allows it, as for PyTorch's own products on CUDA devices."""
+    return torch.backends.cuda.matmul.allow_tf32
+
+
 def register_fakes(namespace):
     """What the operators return, without values, for the compiler to trace."""
 
     @torch.library.register_fake(f"{namespace}::gram_forward")
-    def _(sets, tau, tau_value, normalize, cross):
+    def _(sets, tau, tau_value, normalize, cross, tf32=False):
         G, N, _ = sets[0].shape
         V = len(sets)
         dtype = torch.promote_types(sets[0].dtype, torch.float32)
         return tuple(sets[0].new_empty(G, V, V, N, dtype=dtype) for _ in range(3))
 
     @torch.library.register_fake(f"{namespace}::gram_backward")
-    def _(sets, tau, tau_value, normalize, cross, neg, pos, g_term, g_neg, g_pos):
+    def _(sets, tau, tau_value, normalize, cross, neg, pos, g_term, g_neg, g_pos, tf32=False):
         G, N, _ = sets[0].shape
         dz = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in sets]
         return dz, neg.new_empty(G, len(sets), N)

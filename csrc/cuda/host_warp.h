@@ -1,0 +1,95 @@
+// The host's warps: see warp.h. Lanes post what an instruction takes of them, and meet before they read it.
+#pragma once
+#include <type_traits>
+
+namespace tclr {
+
+namespace host {
+
+struct Posted {  // by a lane, for the others of its warp to read
+  uint32_t words[6];
+};
+
+inline std::vector<Posted> posted[2] = {std::vector<Posted>(threads), std::vector<Posted>(threads)};
+inline std::vector<int> exchanges(threads);
+
+struct Copy {
+  uint32_t* to;
+  const uint32_t* from;
+
+  void run() const {
+    for (int k = 0; k < 4; ++k) to[k] = from ? from[k] : 0;
+  }
+};
+
+using Group = std::vector<Copy>;
+inline std::vector<std::vector<Group>> groups(threads, std::vector<Group>(1));  // of a thread, the last of them open
+
+// What all lanes of this warp posted. No lane is two exchanges ahead of another: two places are enough.
+inline const Posted* exchange(const Posted& mine) {
+  std::vector<Posted>& place = posted[exchanges[threadIdx.x]++ % 2];
+  place[threadIdx.x] = mine;
+  __syncwarp();
+  return &place[threadIdx.x / 32 * 32];
+}
+
+inline uint32_t half_of(const Posted& row, int k) { return row.words[k / 2] >> 16 * (k % 2) & 0xffff; }
+
+template <typename E>
+float value(uint32_t word, int k) {
+  if constexpr (std::is_same_v<E, Tf32>) return bits_as<float>(word & ~0x1fffu);
+  auto half = uint16_t(word >> 16 * k);
+  return std::is_same_v<E, Half> ? from_f16(half) : from_bf16(half);
+}
+
+}  // namespace host
+
+TCLR_DEVICE void load_matrices(uint32_t (&x)[4], const uint32_t* row) {
+  int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const host::Posted* rows = host::exchange({row[0], row[1], row[2], row[3]});
+  for (int m = 0; m < 4; ++m) x[m] = rows[8 * m + g].words[t];
+}
+
+TCLR_DEVICE void load_transposed(uint32_t (&x)[4], const uint32_t* row) {
+  int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const host::Posted* rows = host::exchange({row[0], row[1], row[2], row[3]});
+  for (int m = 0; m < 4; ++m)
+    x[m] = host::half_of(rows[8 * m + 2 * t], g) | host::half_of(rows[8 * m + 2 * t + 1], g) << 16;
+}
+
+template <typename E>
+void multiply_add(float (&result)[4], const uint32_t (&left)[4], uint32_t right_low, uint32_t right_high) {
+  constexpr int in_word = 4 / sizeof(typename E::Element);
+  int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const host::Posted* lanes = host::exchange({left[0], left[1], left[2], left[3], right_low, right_high});
+  for (int e = 0; e < 4; ++e)
+    for (int w = 0; w < 8; ++w) {
+      uint32_t a = lanes[4 * g + w % 4].words[w / 4 * 2 + e / 2];
+      uint32_t b = lanes[4 * (2 * t + e % 2) + w % 4].words[4 + w / 4];
+      for (int k = 0; k < in_word; ++k) result[e] += host::value<E>(a, k) * host::value<E>(b, k);
+    }
+}
+
+template <typename E>
+uint32_t pair(float low, float high) {
+  return E::of(low) | E::of(high) << 16;
+}
+
+TCLR_DEVICE float exponential(float x) { return std::exp2(x * 1.44269504f); }
+
+// Done as late as may be, or at once where threads run downwards.
+TCLR_DEVICE void copy_async(uint32_t* to, const uint32_t* from, bool there) {
+  host::Copy copy{to, there ? from : nullptr};
+  host::downwards ? copy.run() : host::groups[threadIdx.x].back().push_back(copy);
+}
+
+TCLR_DEVICE void end_group() { host::groups[threadIdx.x].emplace_back(); }
+
+TCLR_DEVICE void wait_for_groups() {
+  auto& groups = host::groups[threadIdx.x];
+  for (size_t k = 0; k + 2 < groups.size(); ++k)
+    for (const host::Copy& copy : groups[k]) copy.run();
+  groups.erase(groups.begin(), groups.end() - 2);
+}
+
+}  // namespace tclr
