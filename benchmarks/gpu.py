@@ -41,8 +41,10 @@ SHAPES = [
     *(Shape("clip_loss", M // 2, 128, torch.bfloat16) for M in (8192, 32768)),
     *(Shape("nt_xent", 4096, 128, torch.float32, tf32) for tf32 in (False, True)),
     Shape("nt_xent", 16384, 128, torch.bfloat16),
-    *(Shape("nt_xent", M // 2, 128, torch.bfloat16, backend="native") for M in (80, 512, 2048, 8192)),
-    Shape("nt_xent", 40, 128, torch.bfloat16),
+    *(Shape("nt_xent", M // 2, 128, torch.bfloat16, backend="native") for M in (80, 512, 2048, 4096, 8192, 32768)),
+    Shape("nt_xent", 4096, 512, torch.bfloat16, backend="native"),
+    *(Shape("nt_xent", 1024, 128, torch.float32, tf32, "native") for tf32 in (False, True)),
+    *(Shape("nt_xent", M // 2, 128, torch.bfloat16) for M in (80, 4096)),
 ]
 
 
@@ -204,9 +206,11 @@ def facts():
 def sanitize():
     """A few small problems of every kernel, for a sanitizer to watch."""
     served = [name for name in ("triton", "native") if tk.available_backends("cuda")[name] is None]
-    for N, tau, dtype in ((4, 0.1, torch.float32), (77, 0.1, torch.bfloat16), (77, 0.005, torch.float32)):
+    cases = (4, 0.1, torch.float32), (77, 0.1, torch.bfloat16), (77, 0.005, torch.float32)
+    for tf32, (N, tau, dtype) in itertools.product((False, True), cases):
+        torch.backends.cuda.matmul.allow_tf32 = tf32
         for function, backend in itertools.product((tk.nt_xent, tk.clip_loss), served):
-            sets = [torch.randn(N, 24, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2)]
+            sets = [torch.randn(N, 136, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2)]
             function(*sets, temperature=tau, backend=backend).backward()
     sets = [
         torch.randn(*shape, device="cuda", requires_grad=True) for shape in ((2, 9, 24), (2, 9, 4, 24), (2, 9, 4, 24))

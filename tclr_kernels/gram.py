@@ -32,7 +32,7 @@ def gram(sets, tau, *, normalize=True, cross=False, backend=None):
     Returns term, neg, pos: [G, V, V, N], float32 (float64 for float64 sets).
     """
     device, (G, N, D) = sets[0].device, sets[0].shape
-    name = backends.choose(backend, device, G * len(sets) * N, D)
+    name = backends.choose(backend, device, G * len(sets) * N, D, sets[0].dtype)
     if name != "reference":
         if not torch.compiler.is_compiling():
             return EagerGram.apply(name, tau, normalize, cross, *sets)

@@ -56,7 +56,7 @@ def serves(shape, device, dtype):
     """One line on who serves the operation for sets of a shape. shape: (G, V, N, D)"""
     G, V, N, D = shape
     torch.empty(0, device=device)  # raises where there is no such device
-    name = backends.choose(None, torch.device(device), G * V * N, D)
+    name = backends.choose(None, torch.device(device), G * V * N, D, getattr(torch, dtype))
     wide = torch.float64 if dtype == "float64" else torch.float32
     gram = G * (V * N) ** 2 * wide.itemsize / 2**20
     return f"G={G} V={V} N={N} D={D} {dtype} on {device}: {name} (the Gram matrix itself would take {gram:,.1f} MiB)"
@@ -76,8 +76,9 @@ def lines(facts):
     if facts["torch"].split("+")[0] != torch.__version__.split("+")[0]:
         yield "", f"running torch {torch.__version__}: build the package again"
     yield "instruction sets", f"{', '.join(facts['isa_levels'])}; in use: {facts['isa']}"
-    for device, rows, features, order in backends.REGIMES:
-        limit = f"up to {rows} rows of {features} features" if rows < math.inf else "beyond"
+    for device, dtypes, rows, features, order in backends.REGIMES:
+        kinds = " ".join(str(dtype).removeprefix("torch.") for dtype in dtypes) or "any dtype"
+        limit = f"{kinds}, up to {rows} rows of {features} features" if rows < math.inf else "beyond"
         yield f"on {device}", f"{limit}: {', '.join(order)}, the first that is usable"
     yield "CUDA targets", backends.native.cuda_targets() or "none compiled"
 

@@ -82,6 +82,9 @@ def test_on_a_gpu_few_rows_go_to_native_and_many_to_triton(monkeypatch):
         return [backends.choose(None, torch.device("cuda"), *size) for size in ((320, 128), (10**6, 128), (8, 4096))]
 
     monkeypatch.delenv("TCLR_KERNELS_BACKEND", raising=False)
+    for dtype, chosen in (torch.float32, "triton"), (torch.float16, "native"):
+        usable("native", "triton", "reference")
+        assert backends.choose(None, torch.device("cuda"), 4096, 128, dtype) == chosen
     assert usable("native", "triton", "reference") == ["native", "triton", "triton"]
     assert usable("native", "reference") == ["native"] * 3
     assert usable("triton", "reference") == ["triton"] * 3

@@ -15,16 +15,20 @@ class Regime(NamedTuple):
     """Problems on a kind of device, up to so many rows V N of all groups together and so many features D."""
 
     device: str
+    dtypes: tuple  # of the rows; empty: any
     rows: float
     features: float
     order: tuple
 
 
-# By default the first regime that holds the problem decides, and elsewhere the order of BACKENDS, for every dtype. On a
-# GPU both orders are predictions, not measured: few rows are a matter of launches, many of tensor cores.
+# By default the first regime that holds the problem decides, and elsewhere the order of BACKENDS. On a GPU they are
+# predictions, not measured: few rows are a matter of launches, which native has cheaper, many of tensor cores, of which
+# Triton has the faster instructions; native has any for half precision.
+HALF = torch.bfloat16, torch.float16
 REGIMES = (
-    Regime("cuda", 2048, 1024, ("native", "triton", "reference")),
-    Regime("cuda", math.inf, math.inf, ("triton", "native", "reference")),
+    Regime("cuda", HALF, 4096, 1024, ("native", "triton", "reference")),
+    Regime("cuda", (), 2048, 1024, ("native", "triton", "reference")),
+    Regime("cuda", (), math.inf, math.inf, ("triton", "native", "reference")),
 )
 
 
@@ -38,12 +42,12 @@ def available_backends(device=None):
     return {name: backend.why_not(device) for name, backend in BACKENDS.items()}
 
 
-def choose(backend, device, rows=0, features=0):
+def choose(backend, device, rows=0, features=0, dtype=None):
     """The backend's name. One named by argument or environment must serve the device; only the default falls back."""
     source = "backend" if backend is not None else "TCLR_KERNELS_BACKEND"
     backend = backend if backend is not None else os.environ.get("TCLR_KERNELS_BACKEND") or None
     if backend is None:
-        names = [name for name in _order(device, rows, features) if name in BACKENDS]
+        names = [name for name in _order(device, rows, features, dtype) if name in BACKENDS]
         return next(name for name in names if BACKENDS[name].why_not(device) is None)
     if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"{source}: found {backend!r}, wanted one of {', '.join(map(repr, BACKENDS))}")
@@ -52,8 +56,9 @@ def choose(backend, device, rows=0, features=0):
     return backend
 
 
-def _order(device, rows, features):
+def _order(device, rows, features, dtype):
     for regime in REGIMES:
-        if regime.device == device.type and rows <= regime.rows and features <= regime.features:
+        fits = rows <= regime.rows and features <= regime.features and (not regime.dtypes or dtype in regime.dtypes)
+        if fits and regime.device == device.type:
             return regime.order
     return BACKENDS

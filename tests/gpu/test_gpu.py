@@ -56,11 +56,27 @@ def test_extreme_temperatures(tau, normalize, dtype, backend):
     judge(LOSSES["clip_loss"], inputs, tau, backend, normalize)
 
 
-@pytest.mark.parametrize("B", [9, 1500])
-def test_the_default_is_that_of_the_regime(B):
-    a, b = on_gpu("nt_xent", (B, 2, 8), torch.float32)
-    chosen = backends.choose(None, a.device, 2 * B, 8)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("B", [9, 1500, 5000])
+def test_the_default_is_that_of_the_regime(B, dtype):
+    a, b = on_gpu("nt_xent", (B, 2, 8), dtype)
+    chosen = backends.choose(None, a.device, 2 * B, 8, dtype)
     assert torch.equal(tk.nt_xent(a, b), tk.nt_xent(a, b, backend=chosen))
+
+
+@pytest.mark.parametrize("D", [24, 128, 500])
+def test_tf32_where_it_is_allowed(D, backend):
+    inputs = on_gpu("nt_xent", (300, 2, D), torch.float32)
+    exact = run(tk.nt_xent, [x.double() for x in inputs], backend="reference")
+    full = run(tk.nt_xent, inputs, backend=backend)
+    torch.set_float32_matmul_precision("high")
+    try:
+        rounded = run(tk.nt_xent, inputs, backend=backend)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert abs(full[0] - exact[0]) < 1e-5 and abs(rounded[0] - exact[0]) < 1e-2
+    for found, wanted in zip(rounded[1], exact[1], strict=True):
+        assert torch.cosine_similarity(found.double().flatten(), wanted.flatten(), dim=0) > 1 - 1e-4
 
 
 @pytest.mark.parametrize("tau", [0.1, 0.005])
