@@ -1,5 +1,5 @@
-# make demo | test | test-triton | triton-compiled | lint | bench | selftest | clean. Every target sets up what it
-# needs, once, in $(VENV).
+# make demo | test | test-triton | triton-compiled | cuda-compiled | lint | bench | selftest | clean. Every target sets
+# up what it needs, once, in $(VENV).
 #
 # The install is editable, so the package the tests import, the one the benchmarks import and the one in this folder
 # are the same files, with the compiled _C beside them: a copy in site-packages would be shadowed by this folder.
@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/* csrc/*/*)
 export TCLR_KERNELS_REQUIRE_NATIVE := $(NATIVE)
 
-.PHONY: demo test test-triton triton-compiled lint bench plots selftest setup wheel-check clean
+.PHONY: demo test test-triton triton-compiled cuda-compiled lint bench plots selftest setup wheel-check clean
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -29,6 +29,9 @@ test-triton: setup
 
 triton-compiled: setup
 	$(BIN)/python -m benchmarks.compile_triton
+
+cuda-compiled: setup
+	$(BIN)/python -m benchmarks.compile_cuda
 
 bench: setup $(VENV)/.peers
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -8,6 +8,7 @@ docs/triton.md. TRITON_INTERPRET must not be set.
 
 import argparse
 import csv
+import itertools
 import re
 import subprocess
 import sys
@@ -69,12 +70,13 @@ class Case(NamedTuple):
     tau: float = 0.1
     normalize: bool = True
     cross: bool = False
+    tf32: bool = False
 
     def __str__(self):
+        dtype = "tf32" if self.tf32 else str(self.dtype)[6:]
         kind = "cross" if self.cross else "self"
-        return f"{self.G}x{self.V}x{self.N}x{self.D} {str(self.dtype)[6:]} {kind} tau={self.tau}" + (
-            "" if self.normalize else " raw"
-        )
+        rows = "" if self.normalize else " raw"
+        return f"{self.G}x{self.V}x{self.N}x{self.D} {dtype} {kind} tau={self.tau}{rows}"
 
 
 CASES = [
@@ -84,6 +86,8 @@ CASES = [
     *(Case(1, 2, 65536, D, torch.bfloat16, tau=0.005) for D in (64, 128, 256, 512, 1024)),
     Case(1, 2, 65536, 128, torch.bfloat16, normalize=False),
     Case(1, 2, 65536, 128, torch.float32, tau=0.005),
+    *(Case(1, 2, 65536, D, torch.float32, tf32=True) for D in (16, 32, 64, 128, 256, 512, 1024)),
+    *(Case(1, 2, 65536, D, torch.float32, tau=0.005, tf32=True) for D in (64, 128, 256, 512, 1024)),
     Case(1, 2, 65536, 128, torch.float64, tau=0.002),
     Case(1, 2, 65536, 128, torch.bfloat16, cross=True),
     *(Case(40, 2, 4, 128, dtype) for dtype in (torch.bfloat16, torch.float32, torch.float64)),
@@ -104,16 +108,16 @@ def recorded(case, table):
         made.append(Launch(kernel, positional | constants, options))
 
     module = small if small.serves(case.V, case.N) else large
-    before = small.launch, large.launch, large.table_of
+    before = small.launch, large.launch, large.table_of, large.tf32
     small.launch = large.launch = record
-    large.table_of = lambda x: (table, 8 * 132)
+    large.table_of, large.tf32 = lambda x: (table, 8 * 132), lambda: case.tf32
     try:
         x = [torch.empty(case.G, case.N, case.D, dtype=case.dtype, device="meta") for _ in range(case.V)]
         settings = case.tau, case.normalize, case.cross
         term, neg, pos = module.forward(x, *settings)
         module.backward(x, *settings, neg, pos, term, None, None)
     finally:
-        small.launch, large.launch, large.table_of = before
+        small.launch, large.launch, large.table_of, large.tf32 = before
     return made
 
 
@@ -249,13 +253,17 @@ Written by `python -m benchmarks.compile_triton` from `benchmarks/results/triton
 measured on a GPU**: registers, spills, shared memory and instructions are the compiler's, clocks are predictions.
 
 A prediction counts, for one tile on one of an H200's 132 processors, the clocks of each pipe alone: products at the
-rate cuBLAS reaches on random data (1,705 multiply-adds a clock), 16 exp2, 128 float32 operations, 128 bytes of shared
-memory. "Floor" is the clocks of the plan's products alone, one forward and two backward; the share of it that a
-kernel reaches lies between "serial", where exponentials wait for products, and "overlapped", where other programs on
-the processor fill the gaps. The tiles of `tclr_kernels/triton/tiles.py` fit the shared memory and do not spill on
-sm_90; of the few tried at 128 and 512 features they have the highest predicted share, but for the sums at 128, where
-a smaller tile leaves room for two programs on a processor, whose products and exponentials overlap.
+rate cuBLAS reaches on random data (1,705 multiply-adds a clock, half of that in TF32), 16 exp2, 128 float32
+operations, 128 bytes of shared memory; not what TF32 takes to transpose the rows for its second product. "Floor" is the
+clocks of the plan's products alone, one forward and two backward; the share of it that a kernel reaches lies between
+"serial", where exponentials wait for products, and "overlapped", where other programs on the processor fill the gaps.
+The tiles of `tclr_kernels/triton/tiles.py` fit the shared memory and do not spill on sm_90; of the few tried they have
+the highest predicted share, but for the sums at 128, where a smaller tile leaves room for two programs on a processor,
+whose products and exponentials overlap.
 """
+
+
+PREDICTED = {"bfloat16": "half", "tf32": "tf32"}  # what the page shows, and its rate
 
 
 def markdown(titles, lines):
@@ -263,10 +271,10 @@ def markdown(titles, lines):
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in ruled)
 
 
-def in_all(made, D):
+def in_all(made, dtype, D):
     """NT-Xent's predicted shares of its floor, overlapped and serial: D M^2 flop forward, 4 D M^2 backward."""
     made = [row for row in made if row["target"] == "sm_90"]
-    chosen = {row["kernel"]: row for row in made if row["case"] == f"1x2x65536x{D} bfloat16 self tau=0.1"}
+    chosen = {row["kernel"]: row for row in made if row["case"] == f"1x2x65536x{D} {dtype} self tau=0.1"}
     shares = [
         [float(chosen[kernel][f"predicted_floor_share_{how}"]) for kernel in ("sums_kernel", "gradient_kernel")]
         for how in ("overlapped", "serial")
@@ -278,7 +286,7 @@ def page(made):
     """docs/triton.md, of the rows of the table."""
     lines = []
     for row in made:
-        if row["target"] == "sm_90" and row["predicted_limit"] and "bfloat16" in row["case"]:
+        if row["target"] == "sm_90" and row["predicted_limit"] and row["case"].split()[1] in PREDICTED:
             tile = f"{row['BM']}x{row['BN']}, {row['BK']} of {row['DP']} features" + (
                 f", {row['DC']} of the gradient" if row["DC"] else ""
             )
@@ -291,12 +299,12 @@ def page(made):
     kernels = markdown(titles, lines)
 
     lines = []
-    for D in (128, 512):
-        shares = in_all(made, D)
+    for (dtype, kind), D in itertools.product(PREDICTED.items(), (128, 512, 1024)):
+        shares = in_all(made, dtype, D)
         for M in (8192, 32768, 131072):
-            floor = 5 * D * M * M / FLOPS * 1000
-            lines.append([f"{M:,}", D, *(f"{ms:.3g}" for ms in (floor, *(floor / share for share in shares)))])
-    titles = ["rows M", "D", "floor, 5 D M^2, ms", "predicted, overlapped, ms", "predicted, serial, ms"]
+            floor = 5 * D * M * M / FLOPS * RATES["half"] / RATES[kind] * 1000
+            lines.append([dtype, f"{M:,}", D, *(f"{ms:.3g}" for ms in (floor, *(floor / share for share in shares)))])
+    titles = ["dtype", "rows M", "D", "floor, 5 D M^2, ms", "predicted, overlapped, ms", "predicted, serial, ms"]
     totals = markdown(titles, lines)
 
     lines = []
@@ -310,7 +318,7 @@ def page(made):
     targets = markdown(titles, lines)
     parts = [
         HEAD,
-        "## NT-Xent, forward and backward, bfloat16, on an H200: predictions, not measured\n",
+        "## NT-Xent, forward and backward, on an H200: predictions, not measured\n",
         totals,
         "\nWithout the packing of rows, the finish, the coefficients, and the tiles that a last wave leaves idle.\n",
         "## The kernels that make tiles, on sm_90\n",

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def kernels():
     """The package of the kernels."""
-    for name in ("large", "small", "sets", "tiles", "epilogue"):
+    for name in ("large", "small", "sets", "tiles", "tuning", "epilogue"):
         importlib.import_module(f"tclr_kernels.triton.{name}")
     return tk.triton
 
@@ -37,10 +37,10 @@ def only_large(kernels, monkeypatch):
     return kernels
 
 
-def tiny(kernels, monkeypatch, BM=32, BN=16, BK=16, DC=16):
+def tiny(kernels, monkeypatch, BM=32, BN=16, BK=16, DC=16, kinds=("half", "float", "double")):
     """Tiles that make many blocks of few rows."""
     entry = [(1 << 30, BM, BN, BK, DC, 4, 1)]
-    table = {kind: dict(sums=entry, gradient=entry) for kind in ("half", "float", "double")}
+    table = {kind: dict(sums=entry, gradient=entry) for kind in kinds}
     monkeypatch.setitem(kernels.tiles.TABLES, "interpreter", table)
 
 
@@ -110,6 +110,59 @@ def test_gradients_in_several_chunks_of_features(D, normalize, kernels, monkeypa
         tiny(kernels, monkeypatch)
     sets = [x / math.sqrt(D) for x in some_sets(1, 2, 37, D)]
     assert deviation(tk.backends.triton, sets, 0.2, normalize) < 1e-5
+
+
+@pytest.mark.parametrize("cross", [False, True])
+@pytest.mark.parametrize("tau", [0.1, 0.005])
+def test_tiles_wider_than_high(tau, cross, kernels, monkeypatch):
+    tiny(kernels, monkeypatch, BM=16, BN=64)
+    assert deviation(tk.backends.triton, some_sets(1, 3, 71, 5), tau, cross=cross) < 1e-4 * max(1, 0.01 / tau)
+
+
+def test_tf32_has_tiles_of_its_own_where_it_is_allowed(kernels, monkeypatch):
+    tiny(kernels, monkeypatch, kinds=("tf32",))
+    sets = some_sets(1, 2, 37, 5)
+    with pytest.raises(KeyError):
+        tk.backends.triton.forward(sets, 0.1, True, False)
+    monkeypatch.setattr(kernels.large, "tf32", lambda: True)
+    assert deviation(tk.backends.triton, sets, 0.1) < 1e-4
+
+
+def test_without_tiles_for_tf32_those_of_float_serve(kernels):
+    assert "tf32" not in kernels.tiles.TABLES["amd"]
+    found, wanted = (kernels.tiles.choose("amd", "gradient", torch.float32, 64, tf32) for tf32 in (True, False))
+    assert found == wanted
+
+
+def test_tiles_by_trial(kernels, monkeypatch):
+    """The fastest of the table's tile and its neighbours, all of which serve; tried once for every kind of call."""
+    tried = []
+
+    def milliseconds(step):
+        step()
+        return -tile_of(tried[-1])
+
+    def tile_of(launched):
+        return launched["BM"] + launched["BN"] + launched["num_stages"]
+
+    launch = kernels.large.launch
+
+    def noted(kernel, *arguments, **settings):
+        if "BN" in settings:
+            tried.append(settings)
+        launch(kernel, *arguments, **settings)
+
+    monkeypatch.setattr(kernels.large, "launch", noted)
+    monkeypatch.setattr(kernels.tuning, "milliseconds", milliseconds)
+    monkeypatch.setattr(kernels.tuning, "fastest", {})
+    monkeypatch.setattr(kernels.tuning, "ENABLED", True)
+    sets = some_sets(1, 2, 37, 5)
+    assert deviation(tk.backends.triton, sets, 0.1) < 1e-5
+    assert {name for name, *_ in kernels.tuning.fastest} == {"sums", "gradient"}
+    assert {(s["BM"], s["BN"]) for s in tried} == {(64, 64), (32, 64), (128, 64), (64, 32), (64, 128)}
+    count = len(tried)
+    assert deviation(tk.backends.triton, sets, 0.1) < 1e-5
+    assert len(tried) == count + 2 and all(tile_of(s) == max(map(tile_of, tried)) for s in tried[-2:])
 
 
 @pytest.mark.parametrize("tau", [10.0, 0.1, 1 / 59, 1 / 61, 0.002])

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import tiles
+from . import tiles, tuning
 from .epilogue import (
     exists,
     exponent_of,
@@ -451,9 +451,9 @@ def carrier(x, normalize):
     return x.dtype
 
 
-def precision(dtype):
-    """Of products of float32: TF32 only where the user allows it."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+def tf32():
+    """Whether products of float32 may be rounded so: only where the user allows it."""
+    return torch.backends.cuda.matmul.allow_tf32
 
 
 def ranges(tau, dtype, normalize):
@@ -467,9 +467,10 @@ def ranges(tau, dtype, normalize):
 
 def packed(sets, normalize, tile):
     """z: [G, V, NP, DP] in the dtype of the products, NP whole tiles; and norms: [G, V, NP]; by one launch."""
+    whole = max(tile.BM, tile.BN)
     x, strides = one_array(sets)
     G, N, D = sets[0].shape
-    V, NP = len(sets), triton.cdiv(N, tile.BM) * tile.BM
+    V, NP = len(sets), triton.cdiv(N, whole) * whole
     z = x.new_empty((G, V, NP, tile.DP), dtype=carrier(x, normalize))
     norms = x.new_empty((G, V, NP), dtype=torch.float64)
     BD = triton.next_power_of_2(tile.DP)
@@ -485,7 +486,7 @@ def of_tiles(z, tile):
     """What the kernels that make tiles have in common."""
     return dict(
         ACC=accumulator(z),
-        PRECISION=precision(z.dtype),
+        PRECISION="tf32" if z.dtype == torch.float32 and tf32() else "ieee",
         BM=tile.BM,
         BN=tile.BN,
         DP=tile.DP,
@@ -506,13 +507,32 @@ def super_blocks(V, blocks, groups, enough):
     return size, triton.cdiv(blocks, size)
 
 
-def forward(sets, tau, normalize, cross):
-    """term, neg, pos by three launches, four if tau is a tensor."""
+def kind_of(sets, tau, normalize, cross):
+    """What calls have in common that one tile shall serve."""
+    first = sets[0]
+    G, N, D = first.shape
+    rows = tuple(size.bit_length() for size in (G, len(sets), N))
+    settings = isinstance(tau, torch.Tensor) or ranges(tau, first.dtype, normalize)[0][0], normalize, cross, tf32()
+    return first.device, first.dtype, tiles.padded(D), rows, settings
+
+
+def forward(sets, tau, normalize, cross, tile=None):
+    """term, neg, pos by three launches, four if tau is a tensor. tile: one for all, in place of the table's"""
     first = sets[0]
     G, N, D = first.shape
     V = len(sets)
     table, enough = table_of(first)
-    tile = tiles.choose(table, "sums", carrier(first, normalize), D)
+    launches = ranges(tau, first.dtype, normalize)
+
+    if tile is None and tuning.ENABLED:
+        kind = "sums", *kind_of(sets, tau, normalize, cross)
+        start = tiles.choose(table, "sums", carrier(first, normalize), D, tf32())
+        tile = tuning.by_trial(kind, start, lambda tile: forward(sets, tau, normalize, cross, tile))
+    chosen = {}
+    for bounded, _ in launches:
+        kernel = "sums" if bounded else "sums unbounded"
+        chosen[bounded] = tile or tiles.choose(table, kernel, carrier(first, normalize), D, tf32())
+    tile = chosen[launches[0][0]]
     z, _ = packed(sets, normalize, tile)
     NP = z.shape[2]
     blocks_a_super, supers_a_set = super_blocks(V, NP // tile.BM, G, enough)
@@ -520,17 +540,14 @@ def forward(sets, tau, normalize, cross):
     programs = left * (supers - left) if cross else supers * (supers // 2 + 1)
     dtype = torch.promote_types(first.dtype, torch.float32)
     term, neg, pos = (first.new_empty((G, V, V, N), dtype=dtype) for _ in range(3))
-    launches = ranges(tau, first.dtype, normalize)
     sums = first.new_empty((G, supers, V, NP), dtype=dtype)
     largest = sums if launches == [(True, math.inf)] else torch.empty_like(sums)
     number, limit = temperature(tau, first), launches[0][1]
     how = dict(TENSOR=isinstance(number, torch.Tensor), CROSS=cross)
     for bounded, _ in launches:
-        kind = "sums" if bounded else "sums unbounded"
-        tile = tiles.choose(table, kind, z.dtype, D)
         launch(
             sums_kernel, G * programs, z, number, limit, sums, largest, pos, V, N, NP, supers, left, supers_a_set,
-            blocks_a_super, programs, BOUNDED=bounded, **how, **of_tiles(z, tile),
+            blocks_a_super, programs, BOUNDED=bounded, **how, **of_tiles(z, chosen[bounded]),
         )  # fmt: skip
     BI = 64
     launch(
@@ -540,12 +557,17 @@ def forward(sets, tau, normalize, cross):
     return term, neg, pos
 
 
-def backward(sets, tau, normalize, cross, neg, pos, g_term, g_neg, g_pos):
+def backward(sets, tau, normalize, cross, neg, pos, g_term, g_neg, g_pos, tile=None):
     """dx [V, G, N, D] and <z, dz> [G, V, N] by three launches, four if tau is a tensor."""
     first = sets[0]
     G, N, D = first.shape
     V = len(sets)
-    tile = tiles.choose(table_of(first)[0], "gradient", carrier(first, normalize), D)
+    start = tiles.choose(table_of(first)[0], "gradient", carrier(first, normalize), D, tf32())
+    if tile is None and tuning.ENABLED:
+        kind = "gradient", *kind_of(sets, tau, normalize, cross)
+        arguments = sets, tau, normalize, cross, neg, pos, g_term, g_neg, g_pos
+        tile = tuning.by_trial(kind, start, lambda tile: backward(*arguments, tile))
+    tile = tile or start
     z, norms = packed(sets, normalize, tile)
     NP = z.shape[2]
     blocks = NP // tile.BN

@@ -13,7 +13,7 @@ import triton
 class Tile(NamedTuple):
     """A tile of BM rows by BN columns, for rows of DP features, of which BK are read at a time.
 
-    DC: the features of the gradient that one program makes (BN divides BM; BK and DC divide DP).
+    DC: the features of the gradient that one program makes (BM and BN are powers of two; BK and DC divide DP).
     """
 
     BM: int
@@ -35,7 +35,8 @@ INTERPRETED = {
     "sums": [(512, 64, 64, 0, 0, 4, 1), (ANY, 64, 64, 256, 0, 4, 1)],
     "gradient": [(512, 64, 64, 0, 0, 4, 1), (ANY, 64, 64, 256, 256, 4, 1)],
 }
-# (largest DP, BM, BN, BK, DC, warps, stages); BK or DC of 0: all of DP. "sums unbounded" has the BM of "sums".
+# (largest DP, BM, BN, BK, DC, warps, stages); BK or DC of 0: all of DP. "sums unbounded" has the BM of "sums"; "tf32",
+# where the user allows it, is "float" where there is none.
 TABLES = {
     "hopper": {  # 227 KiB of shared memory, wgmma; sm_100 as well
         "half": {
@@ -45,8 +46,13 @@ TABLES = {
                 (128, 128, 64, 0, 0, 8, 2),
                 (256, 64, 64, 0, 0, 8, 3),
                 (512, 64, 64, 0, 256, 8, 1),
-                (ANY, 64, 64, 64, 256, 8, 3),
+                (ANY, 64, 128, 64, 256, 8, 3),
             ],
+        },
+        "tf32": {
+            "sums": [(32, 64, 64, 0, 0, 4, 2), (128, 128, 64, 0, 0, 8, 2), (ANY, 128, 128, 32, 0, 8, 4)],
+            "sums unbounded": [(32, 64, 64, 0, 0, 4, 2), (128, 128, 64, 0, 0, 8, 2), (ANY, 128, 64, 32, 0, 8, 4)],
+            "gradient": [(64, 64, 64, 0, 0, 4, 2), (128, 64, 64, 0, 0, 8, 1), (ANY, 64, 128, 32, 128, 8, 2)],
         },
         "float": FLOAT,
         "double": DOUBLE,
@@ -56,6 +62,10 @@ TABLES = {
             "sums": [(128, 128, 64, 0, 0, 8, 2), (ANY, 128, 64, 64, 0, 8, 3)],
             "gradient": [(128, 64, 64, 0, 0, 8, 2), (256, 64, 64, 0, 0, 8, 2), (ANY, 64, 64, 64, 256, 8, 2)],
         },
+        "tf32": {
+            "sums": [(128, 64, 64, 0, 0, 4, 1), (ANY, 64, 64, 32, 0, 4, 3)],
+            "gradient": [(64, 64, 64, 0, 0, 8, 2), (128, 64, 64, 0, 0, 8, 1), (ANY, 64, 64, 32, 128, 8, 2)],
+        },
         "float": FLOAT,
         "double": DOUBLE,
     },
@@ -63,6 +73,10 @@ TABLES = {
         "half": {
             "sums": [(128, 64, 64, 0, 0, 4, 2), (ANY, 64, 64, 64, 0, 4, 3)],
             "gradient": [(128, 64, 32, 0, 0, 4, 2), (ANY, 64, 32, 64, 128, 4, 2)],
+        },
+        "tf32": {
+            "sums": [(32, 64, 64, 0, 0, 4, 2), (ANY, 64, 64, 32, 0, 4, 3)],
+            "gradient": [(128, 64, 32, 0, 0, 8, 1), (ANY, 64, 32, 32, 128, 8, 2)],
         },
         "float": FLOAT,
         "double": DOUBLE,
@@ -97,11 +111,11 @@ def padded(D):
     return max(16, triton.next_power_of_2(D)) if D <= 512 else -(-D // 256) * 256
 
 
-def choose(table, kernel, dtype, D):
+def choose(table, kernel, dtype, D, tf32=False):
     """The tile of a kernel, "sums", "sums unbounded" or "gradient". table: of TABLES; dtype: of the packed rows"""
-    kind = {2: "half", 4: "float", 8: "double"}[dtype.itemsize]
+    kind = {2: "half", 4: "tf32" if tf32 else "float", 8: "double"}[dtype.itemsize]
     DP = padded(D)
-    entries = TABLES[table][kind]
+    entries = TABLES[table][kind if kind in TABLES[table] else "float"]
     entry = next(entry for entry in entries.get(kernel, entries["sums"]) if entry[0] >= DP)
     _, BM, BN, BK, DC, warps, stages = entry
     return Tile(BM, BN, DP, BK or DP, DC or DP, warps, stages)

@@ -1,0 +1,44 @@
+"""Tiles by trial, with TCLR_KERNELS_AUTOTUNE=1 alone: at the first call of a kind, the table's tile and its neighbours.
+
+That takes seconds and waits for the device. Another process may find another tile the fastest, and other last bits.
+"""
+
+import math
+import os
+
+import torch
+import triton
+from triton.errors import TritonError
+
+ENABLED = os.environ.get("TCLR_KERNELS_AUTOTUNE") == "1"
+fastest = {}  # kind of call -> tile
+
+
+def neighbours(tile):
+    """The tile, and those that differ from it in one setting."""
+    sizes = [
+        (name, size) for name in ("BM", "BN", "warps") for size in (getattr(tile, name) // 2, getattr(tile, name) * 2)
+    ]
+    sizes += [("stages", tile.stages - 1), ("stages", tile.stages + 1)]
+    near = [tile, *(tile._replace(**{name: size}) for name, size in sizes)]
+    return [t for t in near if 32 <= t.BM <= 256 and 32 <= t.BN <= 256 and 4 <= t.warps <= 8 and t.stages > 0]
+
+
+def milliseconds(step):
+    """On its device; infinite for what does not compile, or fits no processor."""
+    try:
+        return triton.testing.do_bench(step, warmup=5, rep=20, return_mode="median")
+    except TritonError:
+        return math.inf
+
+
+def by_trial(kind, tile, run):
+    """The fastest tile for a kind of call; None while a CUDA graph is captured, which allows no trial.
+
+    tile: the first to try; run: does the call with one
+    """
+    if kind not in fastest:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return None
+        fastest[kind] = min(neighbours(tile), key=lambda t: milliseconds(lambda: run(t)))
+    return fastest[kind]
