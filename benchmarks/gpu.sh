@@ -20,9 +20,10 @@ missing=$("$PYTHON" -c 'import torch; print("" if torch.cuda.is_available() else
 step "build" 110 "$PYTHON" setup.py --quiet build_ext --inplace
 step "what is here" 30 "$PYTHON" -m tclr_kernels.info
 on_gpu "tests on the GPU" 190 "$PYTHON" -m pytest -q -rs -p no:cacheprovider tests/gpu
+on_gpu "small problems, compiled for the sanitizers" 30 "$PYTHON" -m benchmarks.gpu --sanitize
 command -v compute-sanitizer >/dev/null || missing=${missing:-no compute-sanitizer}
 for tool in memcheck racecheck initcheck synccheck; do
-  on_gpu "compute-sanitizer $tool" 25 compute-sanitizer --tool "$tool" --error-exitcode 1 "$PYTHON" -m benchmarks.gpu --sanitize
+  on_gpu "compute-sanitizer $tool" 22 compute-sanitizer --tool "$tool" --error-exitcode 1 "$PYTHON" -m benchmarks.gpu --sanitize
 done
-step "times" 100 "$PYTHON" -m benchmarks.gpu --results "$OUT"
+step "times" 90 "$PYTHON" -m benchmarks.gpu --results "$OUT"
 exit $failed
