@@ -108,16 +108,16 @@ def recorded(case, table):
         made.append(Launch(kernel, positional | constants, options))
 
     module = small if small.serves(case.V, case.N) else large
-    before = small.launch, large.launch, large.table_of, large.tf32
+    before = small.launch, large.launch, large.table_of, large.tf32_allowed
     small.launch = large.launch = record
-    large.table_of, large.tf32 = lambda x: (table, 8 * 132), lambda: case.tf32
+    large.table_of, large.tf32_allowed = lambda x: (table, 8 * 132), lambda: case.tf32
     try:
         x = [torch.empty(case.G, case.N, case.D, dtype=case.dtype, device="meta") for _ in range(case.V)]
         settings = case.tau, case.normalize, case.cross
         term, neg, pos = module.forward(x, *settings)
         module.backward(x, *settings, neg, pos, term, None, None)
     finally:
-        small.launch, large.launch, large.table_of, large.tf32 = before
+        small.launch, large.launch, large.table_of, large.tf32_allowed = before
     return made
 
 

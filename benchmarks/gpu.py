@@ -108,7 +108,7 @@ def products(shape):
 
 
 def row(shape):
-    torch.backends.cuda.matmul.allow_tf32 = shape.tf32
+    torch.set_float32_matmul_precision("high" if shape.tf32 else "highest")
     check(shape)
     sets = inputs(shape)
     function = getattr(tk, shape.loss)
@@ -213,7 +213,7 @@ def sanitize():
         (77, 0.1, torch.float32, True),
     )
     for N, tau, dtype, tf32 in cases:
-        torch.backends.cuda.matmul.allow_tf32 = tf32
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
         for function, backend in itertools.product((tk.nt_xent, tk.clip_loss), served):
             sets = [torch.randn(N, 136, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2)]
             function(*sets, temperature=tau, backend=backend).backward()

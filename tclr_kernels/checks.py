@@ -43,6 +43,18 @@ def autocast_type(device):
     return device.type if torch.amp.is_autocast_available(device.type) else "cpu"
 
 
+def tf32_allowed():
+    """Whether the user lets CUDA devices round products of float32 to TF32; by either of PyTorch's ways to say so.
+
+    `torch.get_float32_matmul_precision` and `allow_tf32` raise where the newer way was used.
+    """
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+# what torch.compiler.assume_constant_result does, which takes two seconds to import the compiler
+tf32_allowed._dynamo_marked_constant = True
+
+
 def _check_values():
     return os.environ.get("TCLR_KERNELS_CHECK") == "1"
 

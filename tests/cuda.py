@@ -95,10 +95,10 @@ class Host:
         return None if device.type == "cpu" else "it runs on the host"
 
     def forward(self, sets, tau, *rest):
-        return self.ops.gram_forward(sets, *native._split(tau), *rest, native._tf32())
+        return self.ops.gram_forward(sets, *native._split(tau), *rest, native.tf32_allowed())
 
     def backward(self, sets, tau, *rest):
-        return self.ops.gram_backward(sets, *native._split(tau), *rest, native._tf32())
+        return self.ops.gram_backward(sets, *native._split(tau), *rest, native.tf32_allowed())
 
     def objective(self, g, s, x, tau, *rest):
         return self.ops.objective(g, s, x, *native._split(tau), *rest)
@@ -139,7 +139,7 @@ def deviations_on_tensor_cores(host):
         sets = [torch.randn(G, N, D, generator=generator, dtype=torch.float64).to(dtype) for _ in range(V)]
         tolerance = 1e-5 if dtype.itemsize == 2 and not normalize else rounded
         host.executor.run_downwards(cross)
-        with unittest.mock.patch.object(native, "_tf32", lambda: True):
+        with unittest.mock.patch.object(native, "tf32_allowed", lambda: True):
             if kernels._deviation(host, sets, tau, normalize, cross, generator) > tolerance:
                 yield f"{name}, {dtype}, cross={cross}, normalize={normalize}, tau={tau}"
     host.executor.run_downwards(False)

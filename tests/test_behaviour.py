@@ -9,6 +9,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import tclr_kernels as tk
+from tclr_kernels import checks
 
 from . import oracle
 from .oracle import DTYPES, LOSSES, run, same_bits
@@ -244,6 +245,28 @@ assert len(results) == 4 and len(set(results)) == 1
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("how", ["highest", "high", "ieee", "tf32"])
+def test_precision_of_float32_may_be_said_in_both_ways(how, backend):
+    """What PyTorch itself raises where the newer way was used is not passed on; TF32 is for CUDA devices alone."""
+    inputs = LOSSES["nt_xent"].inputs((5, 2, 3), torch.float32)
+    wanted = run(tk.nt_xent, inputs, backend=backend)
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        if how in ("highest", "high"):
+            torch.set_float32_matmul_precision(how)
+        else:
+            torch.backends.cuda.matmul.fp32_precision = how
+        assert checks.tf32_allowed() == (how in ("high", "tf32"))
+        if backend in ("native", "reference"):
+            same_bits(run(tk.nt_xent, inputs, backend=backend), wanted)
+        compiled = torch.compile(functools.partial(tk.nt_xent, backend=backend), fullgraph=True, backend="eager")
+        assert torch.isfinite(compiled(*inputs))
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cuda.matmul.fp32_precision = before
+        torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("tau", [0.1, torch.tensor(0.1)])

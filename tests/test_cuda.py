@@ -112,7 +112,7 @@ FUNCTIONS = {
 def test_the_order_of_threads_and_blocks_changes_no_bit(loss, dtype, sizes, host, monkeypatch):
     """Threads between two barriers, upwards or downwards: a difference is a race."""
     monkeypatch.setitem(backends.BACKENDS, "host", host)
-    monkeypatch.setattr(cuda.native, "_tf32", lambda: True)
+    monkeypatch.setattr(cuda.native, "tf32_allowed", lambda: True)
     inputs = LOSSES[loss].inputs(sizes, dtype)
     upwards = results(inputs, FUNCTIONS[loss])
     host.executor.run_downwards(True)

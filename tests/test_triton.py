@@ -124,7 +124,7 @@ def test_tf32_has_tiles_of_its_own_where_it_is_allowed(kernels, monkeypatch):
     sets = some_sets(1, 2, 37, 5)
     with pytest.raises(KeyError):
         tk.backends.triton.forward(sets, 0.1, True, False)
-    monkeypatch.setattr(kernels.large, "tf32", lambda: True)
+    monkeypatch.setattr(kernels.large, "tf32_allowed", lambda: True)
     assert deviation(tk.backends.triton, sets, 0.1) < 1e-4
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from ..checks import tf32_allowed
+
 try:
     import tclr_kernels._C as _C  # registers the operators
 except ImportError as error:
@@ -63,13 +65,13 @@ def cuda_targets():
 
 
 def forward(sets, tau, normalize, cross):
-    return torch.ops.tclr_kernels.gram_forward(sets, *_split(tau), normalize, cross, _tf32())
+    return torch.ops.tclr_kernels.gram_forward(sets, *_split(tau), normalize, cross, tf32_allowed())
 
 
 def backward(sets, tau, normalize, cross, neg, pos, g_term, g_neg, g_pos):
     gradients = g_term, g_neg, g_pos
     call = torch.ops.tclr_kernels.gram_backward
-    return call(sets, *_split(tau), normalize, cross, neg, pos, *gradients, _tf32())
+    return call(sets, *_split(tau), normalize, cross, neg, pos, *gradients, tf32_allowed())
 
 
 def objective(g, s, x, tau, normalize, scales, weights, gradient):
@@ -84,11 +86,6 @@ def objective_backward(g, s, x, tau, normalize, scales, weights, kept, upstream)
 def _split(tau):
     """The temperature as the operators take it: a tensor that is never read on the host, or a float."""
     return (tau, 0.0) if isinstance(tau, torch.Tensor) else (None, tau)
-
-
-def _tf32():
-    """Whether the user allows it, as for PyTorch's own products on CUDA devices."""
-    return torch.backends.cuda.matmul.allow_tf32
 
 
 def register_fakes(namespace):

@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..checks import tf32_allowed
 from . import tiles, tuning
 from .epilogue import (
     exists,
@@ -451,11 +452,6 @@ def carrier(x, normalize):
     return x.dtype
 
 
-def tf32():
-    """Whether products of float32 may be rounded so: only where the user allows it."""
-    return torch.backends.cuda.matmul.allow_tf32
-
-
 def ranges(tau, dtype, normalize):
     """(BOUNDED, limit) of the launches. Each serves 1 / tau <= limit or the rest, and returns at once elsewhere."""
     limit = LIMITS[torch.promote_types(dtype, torch.float32)]
@@ -486,7 +482,7 @@ def of_tiles(z, tile):
     """What the kernels that make tiles have in common."""
     return dict(
         ACC=accumulator(z),
-        PRECISION="tf32" if z.dtype == torch.float32 and tf32() else "ieee",
+        PRECISION="tf32" if z.dtype == torch.float32 and tf32_allowed() else "ieee",
         BM=tile.BM,
         BN=tile.BN,
         DP=tile.DP,
@@ -512,7 +508,12 @@ def kind_of(sets, tau, normalize, cross):
     first = sets[0]
     G, N, D = first.shape
     rows = tuple(size.bit_length() for size in (G, len(sets), N))
-    settings = isinstance(tau, torch.Tensor) or ranges(tau, first.dtype, normalize)[0][0], normalize, cross, tf32()
+    settings = (
+        isinstance(tau, torch.Tensor) or ranges(tau, first.dtype, normalize)[0][0],
+        normalize,
+        cross,
+        tf32_allowed(),
+    )
     return first.device, first.dtype, tiles.padded(D), rows, settings
 
 
@@ -526,12 +527,12 @@ def forward(sets, tau, normalize, cross, tile=None):
 
     if tile is None and tuning.ENABLED:
         kind = "sums", *kind_of(sets, tau, normalize, cross)
-        start = tiles.choose(table, "sums", carrier(first, normalize), D, tf32())
+        start = tiles.choose(table, "sums", carrier(first, normalize), D, tf32_allowed())
         tile = tuning.by_trial(kind, start, lambda tile: forward(sets, tau, normalize, cross, tile))
     chosen = {}
     for bounded, _ in launches:
         kernel = "sums" if bounded else "sums unbounded"
-        chosen[bounded] = tile or tiles.choose(table, kernel, carrier(first, normalize), D, tf32())
+        chosen[bounded] = tile or tiles.choose(table, kernel, carrier(first, normalize), D, tf32_allowed())
     tile = chosen[launches[0][0]]
     z, _ = packed(sets, normalize, tile)
     NP = z.shape[2]
@@ -562,7 +563,7 @@ def backward(sets, tau, normalize, cross, neg, pos, g_term, g_neg, g_pos, tile=N
     first = sets[0]
     G, N, D = first.shape
     V = len(sets)
-    start = tiles.choose(table_of(first)[0], "gradient", carrier(first, normalize), D, tf32())
+    start = tiles.choose(table_of(first)[0], "gradient", carrier(first, normalize), D, tf32_allowed())
     if tile is None and tuning.ENABLED:
         kind = "gradient", *kind_of(sets, tau, normalize, cross)
         arguments = sets, tau, normalize, cross, neg, pos, g_term, g_neg, g_pos
