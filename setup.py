@@ -20,7 +20,7 @@ FLAGS = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast", 
 
 CUDA = os.environ.get("TCLR_KERNELS_CUDA", "")
 TARGETS = os.environ.get("TCLR_KERNELS_CUDA_ARCHS") or "8.0 9.0a 10.0+PTX"
-NVCC_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+NVCC_FLAGS = ["-std=c++17", "-O3", "--threads=0", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 # by the stable ABI: what 2.11 has serves every later PyTorch, and compiles and loads beside one without CUDA
 BINDING_FLAGS = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"]
 
