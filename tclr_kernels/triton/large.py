@@ -19,7 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..checks import tf32_allowed
+from tclr_kernels.checks import tf32_allowed
+
 from . import tiles, tuning
 from .epilogue import (
     exists,
