@@ -15,13 +15,17 @@ fastest = {}  # kind of call -> tile
 
 
 def neighbours(tile):
-    """The tile, and those that differ from it in one setting."""
+    """The tile, and those that differ from it in one setting.
+
+    Not from 64 rows to fewer: Hopper has other instructions for those, and S need not have the same bits by both.
+    """
     sizes = [
         (name, size) for name in ("BM", "BN", "warps") for size in (getattr(tile, name) // 2, getattr(tile, name) * 2)
     ]
     sizes += [("stages", tile.stages - 1), ("stages", tile.stages + 1)]
     near = [tile, *(tile._replace(**{name: size}) for name, size in sizes)]
-    return [t for t in near if 32 <= t.BM <= 256 and 32 <= t.BN <= 256 and 4 <= t.warps <= 8 and t.stages > 0]
+    fewest = min(64, tile.BM)
+    return [t for t in near if fewest <= t.BM <= 256 and 32 <= t.BN <= 256 and 4 <= t.warps <= 8 and t.stages > 0]
 
 
 def milliseconds(step):
