@@ -262,7 +262,7 @@ the highest predicted share, but for the sums at 128, where a smaller tile leave
 whose products and exponentials overlap.
 
 **Known to be too high**: the shares of gradient tiles of 64 rows by 8 warps. Both groups of warps read all the rows,
-and the count has them once; by hand, D = 512 in bfloat16 comes to about 0.48 instead of 0.60.
+and the count has them once. The table was chosen by it and is to be chosen anew.
 """
 
 
