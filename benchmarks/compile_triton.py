@@ -80,8 +80,8 @@ class Case(NamedTuple):
 
 
 CASES = [
-    *(Case(1, 2, 65536, D, torch.bfloat16) for D in (16, 32, 64, 128, 256, 512, 1024)),
-    *(Case(1, 2, 65536, D, torch.float32) for D in (16, 32, 64, 128, 512, 1024)),
+    *(Case(1, 2, 65536, D, torch.bfloat16) for D in (16, 32, 64, 128, 256, 512, 768, 1024)),
+    *(Case(1, 2, 65536, D, torch.float32) for D in (16, 32, 64, 128, 256, 512, 1024)),
     Case(1, 2, 65536, 128, torch.float64),
     *(Case(1, 2, 65536, D, torch.bfloat16, tau=0.005) for D in (64, 128, 256, 512, 1024)),
     Case(1, 2, 65536, 128, torch.bfloat16, normalize=False),
@@ -170,39 +170,58 @@ def _run(*command):
 
 
 # of one H200 processor, a clock: products by dtype (dense, at the rate measured on random data), exp2, float32, bytes
+# (from L2 9.8 TB/s at 1.98 GHz: github.com/te42kyfo/gpu-benches, gpu-l2-cache/h200.txt)
 FLOPS = 790e12  # of the whole device
-RATES = dict(half=1705.0, tf32=850.0, float=128.0, double=64.0, ex2=16.0, fma=128.0, shared=128.0)
+RATES = dict(half=1705.0, tf32=850.0, float=128.0, double=64.0, ex2=16.0, fma=128.0, shared=128.0, l2=37.5)
+REGISTERS = 65536  # of a processor
+PIPES = ("tensor", "ex2", "fma", "shared", "l2")
 
 
-def predicted(launch):
-    """PREDICTION of a tile: clocks by pipe, the pipe that limits, its share of the plan's floor (products alone)."""
+def predicted(launch, facts):
+    """PREDICTION of a tile: clocks by pipe, the pipe that limits, shares of the plan's floor (products alone).
+
+    facts: of the compiled kernel; how many programs a processor holds follows from its registers and shared memory.
+    """
     a = launch.arguments
     if "BM" not in a:
         return {}
-    size, area, gradient = a["z"].element_size(), a["BM"] * a["BN"], "DC" in a
+    size, area, gradient, warps = a["z"].element_size(), a["BM"] * a["BN"], "DC" in a, launch.options["num_warps"]
     kind = {2: "half", 4: "tf32" if a["PRECISION"] == "tf32" else "float", 8: "double"}[size]
     chunks = a["DP"] // a["DC"] if gradient else 1
     exponentials = (1 if a["BOUNDED"] else 2) * chunks
     operations = {(False, True): 3, (False, False): 8, (True, True): 3, (True, False): 7}[gradient, a["BOUNDED"]]
-    # of both operands of the first product, then of the second's one that is not in registers: what is written as
-    # copies arrive, and what is read back, the columns by each group of 64 rows
-    rows, columns, groups = a["BM"] * a["DP"] * size, a["BN"] * a["DP"] * size, a["BM"] // 64 or 1
-    shared = chunks * (rows + columns * (1 + groups) + (rows if a["BK"] < a["DP"] else 0))
+    rows, columns = a["BM"] * a["DP"] * size, a["BN"] * a["DP"] * size
+    parts, again = a["BK"] < a["DP"], chunks > 1 or a["BK"] < a["DP"]  # S by parts of the features; read again for dz
+    fetched = chunks * (columns + (rows if parts else 0)) + (columns if gradient and again else 0)
+    # each 64 rows of a tile read all of its columns, and each group of 4 warps that has some of the columns all rows
+    down = a["BM"] // 64 or 1
+    across = warps // 4 // down or 1
+    shared = chunks * (rows * across + columns * down) + fetched
     if gradient:
-        shared += columns * (groups + (chunks > 1 or a["BK"] < a["DP"]))
+        shared += columns * down
+        if kind == "tf32":
+            shared += columns * (not again)  # a copy that is transposed
+        # W, from where it is made to where it is multiplied: by shuffles in TF32, by memory to the other warp groups
+        shared += chunks * area * size * (1 + across if across > 1 else kind == "tf32")
     clocks = {
         "tensor": area * a["DP"] * (chunks + gradient) / RATES[kind],
         "ex2": area * exponentials / RATES["ex2"],
         "fma": area * operations * chunks / RATES["fma"],
         "shared": shared / RATES["shared"],
+        "l2": fetched / RATES["l2"],
     }
     limit = max(clocks, key=clocks.get)
-    fed = max(clocks["tensor"], clocks["shared"])  # the products read shared memory as they go
+    # of a program alone: products read shared memory as they go, all else waits, and what no stage fetches ahead too
+    ahead = launch.options.get("num_stages", 1) > 1 and (parts or not gradient or kind != "tf32")
+    waits = a["BK"] / a["DP"] * parts if ahead else 1
+    alone = max(clocks["tensor"], clocks["shared"]) + clocks["ex2"] + clocks["fma"] + clocks["l2"] * waits
+    registers = 32 * warps * -(-facts["registers"] // 8) * 8
+    programs = min(REGISTERS // registers, (SHARED["sm_90"] + 1) * 1024 // (facts["shared"] + 1024))  # 1 KiB is taken
     useful = area * a["DP"] * (1 + gradient) / RATES[kind]
     return {f"predicted_{name}": round(value) for name, value in clocks.items()} | dict(
         predicted_limit=limit,
-        predicted_floor_share_overlapped=round(useful / clocks[limit], 2),
-        predicted_floor_share_serial=round(useful / (fed + clocks["ex2"] + clocks["fma"]), 2),
+        predicted_programs=programs,
+        predicted_floor_share=round(useful / max(clocks[limit], alone / programs), 2),
     )
 
 
@@ -218,11 +237,9 @@ def rows(cases, targets):
                 seen.add(key)
                 tile = {k: launch.arguments[k] for k in ("BM", "BN", "DP", "BK", "DC") if k in launch.arguments}
                 tile |= dict(warps=launch.options["num_warps"], stages=launch.options.get("num_stages", ""))
-                yield (
-                    dict(target=target, case=str(case), kernel=launch.kernel.__name__, **tile)
-                    | compiled(launch, TARGETS[target])
-                    | (predicted(launch) if target == "sm_90" else {})
-                )
+                facts = compiled(launch, TARGETS[target])
+                prediction = predicted(launch, facts) if target == "sm_90" else {}
+                yield dict(target=target, case=str(case), kernel=launch.kernel.__name__, **tile) | facts | prediction
 
 
 def too_large(row):
@@ -236,8 +253,7 @@ def too_large(row):
 COLUMNS = [
     *("target", "case", "kernel", "BM", "BN", "DP", "BK", "DC", "warps", "stages", "registers", "spills", "shared"),
     *(f"{name}_instructions" for name in CLASSES),
-    *(f"predicted_{name}" for name in ("tensor", "ex2", "fma", "shared", "limit")),
-    *("predicted_floor_share_overlapped", "predicted_floor_share_serial"),
+    *(f"predicted_{name}" for name in (*PIPES, "limit", "programs", "floor_share")),
 ]
 
 
@@ -254,15 +270,18 @@ measured on a GPU**: registers, spills, shared memory and instructions are the c
 
 A prediction counts, for one tile on one of an H200's 132 processors, the clocks of each pipe alone: products at the
 rate cuBLAS reaches on random data (1,705 multiply-adds a clock, half of that in TF32), 16 exp2, 128 float32
-operations, 128 bytes of shared memory; not what TF32 takes to transpose the rows for its second product. "Floor" is the
-clocks of the plan's products alone, one forward and two backward; the share of it that a kernel reaches lies between
-"serial", where exponentials wait for products, and "overlapped", where other programs on the processor fill the gaps.
-The tiles of `tclr_kernels/triton/tiles.py` fit the shared memory and do not spill on sm_90; of the few tried they have
-the highest predicted share, but for the sums at 128, where a smaller tile leaves room for two programs on a processor,
-whose products and exponentials overlap.
+operations, 128 bytes of shared memory, 37.5 bytes from L2 (9.8 TB/s, read from
+[gpu-benches](https://github.com/te42kyfo/gpu-benches/blob/master/gpu-l2-cache/h200.txt)). Shared memory is read by the
+products as Triton lays them out: all columns for each 64 rows of a tile, and all rows for each group of four warps that
+has only some of the columns. "Floor" is the clocks of the plan's products alone, one forward and two backward. The
+predicted share of it: a tile takes as long as its busiest pipe; or, where the programs that a processor holds are too
+few to cover each other's waits, what one of them takes alone, products, then exponentials, then reads that nothing
+fetched ahead, divided by their number.
 
-**Known to be too high**: the shares of gradient tiles of 64 rows by 8 warps. Both groups of warps read all the rows,
-and the count has them once. The table was chosen by it and is to be chosen anew.
+Left out: latencies, bank conflicts, barriers, the issue of all other instructions.
+
+The tiles of `tclr_kernels/triton/tiles.py` for Hopper fit the shared memory, do not spill on sm_90, and have the
+highest predicted share of those tried.
 """
 
 
@@ -275,14 +294,10 @@ def markdown(titles, lines):
 
 
 def in_all(made, dtype, D):
-    """NT-Xent's predicted shares of its floor, overlapped and serial: D M^2 flop forward, 4 D M^2 backward."""
-    made = [row for row in made if row["target"] == "sm_90"]
-    chosen = {row["kernel"]: row for row in made if row["case"] == f"1x2x65536x{D} {dtype} self tau=0.1"}
-    shares = [
-        [float(chosen[kernel][f"predicted_floor_share_{how}"]) for kernel in ("sums_kernel", "gradient_kernel")]
-        for how in ("overlapped", "serial")
-    ]
-    return [5 / (1 / forward + 4 / backward) for forward, backward in shares]
+    """NT-Xent's predicted share of its floor: D M^2 flop forward, 4 D M^2 backward."""
+    made = [row for row in made if row["target"] == "sm_90" and row["case"] == f"1x2x65536x{D} {dtype} self tau=0.1"]
+    share = {row["kernel"]: float(row["predicted_floor_share"]) for row in made if row["predicted_floor_share"]}
+    return 5 / (1 / share["sums_kernel"] + 4 / share["gradient_kernel"])
 
 
 def page(made):
@@ -293,21 +308,20 @@ def page(made):
             tile = f"{row['BM']}x{row['BN']}, {row['BK']} of {row['DP']} features" + (
                 f", {row['DC']} of the gradient" if row["DC"] else ""
             )
-            clocks = [row[f"predicted_{name}"] for name in ("tensor", "ex2", "fma", "shared")]
-            shares = [row[f"predicted_floor_share_{how}"] for how in ("overlapped", "serial")]
-            facts = row["registers"], row["spills"], int(row["shared"]) // 1024
-            lines.append([row["case"], row["kernel"], tile, *facts, *clocks, row["predicted_limit"], *shares])
-    titles = ["G x V x N x D", "kernel", "tile", "registers", "spills", "shared, KiB"]
-    titles += [*(f"{name}, clocks" for name in ("tensor", "ex2", "fma", "shared")), "limit", "overlapped", "serial"]
+            facts = row["warps"], row["registers"], row["spills"], int(row["shared"]) // 1024
+            prediction = [row[f"predicted_{name}"] for name in (*PIPES, "limit", "programs", "floor_share")]
+            lines.append([row["case"], row["kernel"], tile, *facts, *prediction])
+    titles = ["G x V x N x D", "kernel", "tile", "warps", "registers", "spills", "shared, KiB"]
+    titles += [*(f"{name}, clocks" for name in PIPES), "limit", "programs", "share of the floor"]
     kernels = markdown(titles, lines)
 
     lines = []
-    for (dtype, kind), D in itertools.product(PREDICTED.items(), (128, 512, 1024)):
-        shares = in_all(made, dtype, D)
+    for (dtype, kind), D in itertools.product(PREDICTED.items(), (128, 256, 512, 1024)):
+        share = in_all(made, dtype, D)
         for M in (8192, 32768, 131072):
             floor = 5 * D * M * M / FLOPS * RATES["half"] / RATES[kind] * 1000
-            lines.append([dtype, f"{M:,}", D, *(f"{ms:.3g}" for ms in (floor, *(floor / share for share in shares)))])
-    titles = ["dtype", "rows M", "D", "floor, 5 D M^2, ms", "predicted, overlapped, ms", "predicted, serial, ms"]
+            lines.append([dtype, f"{M:,}", D, f"{floor:.3g}", f"{floor / share:.3g}", f"{share:.2f}"])
+    titles = ["dtype", "rows M", "D", "floor, 5 D M^2, ms", "predicted, ms", "share of the floor"]
     totals = markdown(titles, lines)
 
     lines = []

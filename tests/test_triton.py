@@ -114,6 +114,17 @@ def test_gradients_in_several_chunks_of_features(D, normalize, kernels, monkeypa
 
 @pytest.mark.parametrize("cross", [False, True])
 @pytest.mark.parametrize("tau", [0.1, 0.005])
+def test_unbounded_kernels_with_tiles_of_their_own(tau, cross, kernels, monkeypatch):
+    """One packing of the rows serves both, and which of them works is known on the device alone."""
+    table = {"sums": (64, 32), "sums unbounded": (16, 64), "gradient": (32, 16), "gradient unbounded": (32, 16)}
+    table = {kernel: [(1 << 30, BM, BN, 16, 16, 4, 1)] for kernel, (BM, BN) in table.items()}
+    monkeypatch.setitem(kernels.tiles.TABLES, "interpreter", {"float": table})
+    sets = some_sets(1, 3, 150, 5)
+    assert deviation(tk.backends.triton, sets, torch.tensor(tau), cross=cross) < 1e-4 * max(1, 0.01 / tau)
+
+
+@pytest.mark.parametrize("cross", [False, True])
+@pytest.mark.parametrize("tau", [0.1, 0.005])
 def test_tiles_wider_than_high(tau, cross, kernels, monkeypatch):
     tiny(kernels, monkeypatch, BM=16, BN=64)
     assert deviation(tk.backends.triton, some_sets(1, 3, 71, 5), tau, cross=cross) < 1e-4 * max(1, 0.01 / tau)
@@ -267,6 +278,13 @@ def check_large_unbounded(planted):
         assert deviation(planted.large, some_sets(1, 2, 41, 5), 0.005, cross=cross) < 1e-4
 
 
+def check_halves(planted):
+    """Gradients of so many features that they are worked on by halves."""
+    planted.tiles.TABLES["interpreter"]["float"]["gradient"] = [(1 << 30, 32, 16, 64, 0, 4, 1)]
+    for V, cross in itertools.product([2, 3], [False, True]):
+        assert deviation(planted.large, some_sets(1, V, 35, 200), 0.2, cross=cross) < 1e-5
+
+
 def check_groups_stay_apart(planted):
     sets = some_sets(4, 2, 4, 6)
     sets[0][1, 2, 3] = math.nan
@@ -301,6 +319,7 @@ def check_not_finite_rows(planted):
 CHECKS = dict(
     small=check_small,
     large=check_large,
+    halves=check_halves,
     unbounded=check_large_unbounded,
     groups=check_groups_stay_apart,
     not_finite=check_not_finite_rows,
@@ -328,6 +347,8 @@ BUGS = {  # what is wrong -> (file, old, new, the check that finds it)
     "large: missing factor 2": ("large", "(row_scale[:, None] + scale[None, :])", "row_scale[:, None]", "large"),
     "large: missing factor 2, unbounded": ("large", "w += exponential", "w = exponential", "unbounded"),
     "large: one sided positive": ("large", "weight += tl.load", "weight += 0 * tl.load", "large"),
+    "large: halves exchanged": ("large", "d % RUN + part * RUN", "d % RUN + (1 - part) * RUN", "halves"),
+    "large: half of <z, dz>": ("large", "along += tl.sum(own", "along = tl.sum(own", "halves"),
     "large: damping forgotten": ("large", "tl.exp(-value * bounded)", "1.0", "large"),
     "large: exponents of another block": (
         "large",

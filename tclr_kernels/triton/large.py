@@ -42,6 +42,7 @@ from .sets import INTERPRETED, accumulator, launch, one_array, pointer, temperat
 
 LIMITS = {torch.float32: 60.0, torch.float64: 300.0}  # of 1 / tau, for exp S and its sums to stay within the range
 LOG2E = tl.constexpr(1.4426950408889634)
+RUN = tl.constexpr(64)  # of features that go to the same half of dz
 
 
 @triton.jit
@@ -74,9 +75,12 @@ def rows_kernel(
 
 
 @triton.jit
-def features(z, d0, ROWS: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr, UPCAST: tl.constexpr):
-    """Features d0 .. d0 + BD of ROWS rows. z: the first of them; UPCAST: bfloat16 is wrong in the interpreter"""
-    x = tl.load(z + tl.arange(0, ROWS)[:, None] * DP + (d0 + tl.arange(0, BD))[None, :])
+def features(z, d, ROWS: tl.constexpr, DP: tl.constexpr, UPCAST: tl.constexpr, AGAIN: tl.constexpr = False):
+    """Features d of ROWS rows. z: the first of them; UPCAST: bfloat16 is wrong in the interpreter
+
+    AGAIN: another read of them, which the compiler shall not save by keeping the first in registers.
+    """
+    x = tl.load(z + (tl.arange(0, ROWS)[:, None] * DP + d[None, :]), cache_modifier=".cg" if AGAIN else "")
     return x.to(tl.float32) if UPCAST else x
 
 
@@ -91,8 +95,8 @@ def cosines(
     else:
         s = tl.zeros([BM, BN], ACC)
         for d0 in range(0, DP, BK):
-            left = features(z_i, d0, BM, DP, BK, UPCAST)
-            right = features(z_j, d0, BN, DP, BK, UPCAST)
+            left = features(z_i + d0, tl.arange(0, BK), BM, DP, UPCAST)
+            right = features(z_j + d0, tl.arange(0, BK), BN, DP, UPCAST)
             s = tl.dot(left, tl.trans(right), s, input_precision=PRECISION, out_dtype=ACC)
     return s
 
@@ -135,13 +139,13 @@ def pair_of_supers(program, supers, left, CROSS: tl.constexpr):
 
 @triton.jit
 def sums_kernel(
-    z, tau, limit, sums, largest, pos, V, N, NP, supers, left, supers_a_set, blocks_a_super, programs,
+    z, tau, limit, sums, largest, pos, V, N, NP, supers, left, supers_a_set, rows_a_super, programs,
     BOUNDED: tl.constexpr, TENSOR: tl.constexpr, CROSS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """sums, largest: [G, supers, V, NP], slot x of a row for its candidates in super-block x.
 
-    A super-block is blocks_a_super blocks of BM rows, or what is left of its set.
+    A super-block is rows_a_super rows, whole blocks of BM, or what is left of its set.
     """
     inverse_tau = inverse_of(tau, TENSOR, ACC)
     if (inverse_tau <= limit) != BOUNDED:
@@ -152,9 +156,8 @@ def sums_kernel(
         return
     a = p // supers_a_set
     c = q // supers_a_set
-    size = blocks_a_super * BM
-    first_i = (p % supers_a_set) * size
-    first_j = (q % supers_a_set) * size
+    first_i = (p % supers_a_set) * rows_a_super
+    first_j = (q % supers_a_set) * rows_a_super
     M = V * NP
     first_row = g * M + a * NP
     first_column = g * M + c * NP
@@ -163,16 +166,16 @@ def sums_kernel(
     end = tl.where(p != q, NP, 0)
     scale = inverse_tau * LOG2E if BOUNDED else inverse_tau
 
-    for begin in range(first_i, tl.minimum(first_i + size, N), BM):
+    for begin in range(first_i, tl.minimum(first_i + rows_a_super, N), BM):
         i = begin + tl.arange(0, BM)
         z_i = z + (first_row + begin) * DP
-        rows = features(z_i, 0, BM, DP, BK, UPCAST)
+        rows = features(z_i, tl.arange(0, BK), BM, DP, UPCAST)
         row_sum = tl.zeros([BM], ACC)
         row_largest = tl.full([BM], float("-inf"), ACC)
-        for start in range(first_j, tl.minimum(first_j + size, N), BN):
+        for start in range(first_j, tl.minimum(first_j + rows_a_super, N), BN):
             j = start + tl.arange(0, BN)
             z_j = z + (first_column + start) * DP
-            columns = features(z_j, 0, BN, DP, BK, UPCAST)
+            columns = features(z_j, tl.arange(0, BK), BN, DP, UPCAST)
             s = cosines(z_i, z_j, rows, columns, BM, BN, DP, BK, ACC, PRECISION, UPCAST)
             diagonal = (start < begin + BM) & (begin < start + BN)
             if diagonal & (a != c):
@@ -346,15 +349,31 @@ def partners_of(a, V, CROSS: tl.constexpr):
 
 
 @triton.jit
+def halved(dz, BM: tl.constexpr, DC: tl.constexpr):
+    """Every other RUN of dz's DC features, and the rest, which leaves all of them in the threads that had them."""
+    dz = tl.reshape(dz, [BM, DC // (2 * RUN), 2, RUN])
+    one, other = tl.split(tl.permute(dz, (0, 1, 3, 2)))
+    return tl.reshape(one, [BM, DC // 2]), tl.reshape(other, [BM, DC // 2])
+
+
+@triton.jit
+def features_of(part, DC: tl.constexpr, PARTS: tl.constexpr):
+    """Which features a part of dz has: of one part all, of two those of its half."""
+    d = tl.arange(0, DC // PARTS)
+    return d if PARTS == 1 else d // RUN * (2 * RUN) + d % RUN + part * RUN
+
+
+@triton.jit
 def gradient_kernel(
     z, tau, limit, norms, neg, pos, alpha, beta, exponents, dx, zdz, G, V, N, NP, D, blocks,
     BOUNDED: tl.constexpr, TENSOR: tl.constexpr, NORMALIZE: tl.constexpr, CROSS: tl.constexpr, ACC: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr,
-    DC: tl.constexpr, UPCAST: tl.constexpr, BOOST: tl.constexpr, BE: tl.constexpr,
+    DC: tl.constexpr, PARTS: tl.constexpr, UPCAST: tl.constexpr, BOOST: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
     """dx: [V, G, N, D] and zdz: [G, V, N]; a program has BM rows and DC of their features.
 
-    blocks: of BN rows a set, those of `exponents`; BOOST: lifts the weights into the middle of float16's range.
+    blocks: of BN rows a set, those of `exponents`; BOOST: lifts the weights into the middle of float16's range;
+    PARTS: 2 where dz and as many features do not fit the registers, so that what follows the products goes by halves.
     """
     inverse_tau = inverse_of(tau, TENSOR, ACC)
     if (inverse_tau <= limit) != BOUNDED:
@@ -368,7 +387,7 @@ def gradient_kernel(
     top = largest_exponent(exponents + g * V * V * blocks, V * V * blocks, BE)
     to_exponent = inverse_tau * LOG2E if BOUNDED else inverse_tau
     z_i = z + ((g * V + a) * NP + begin) * DP
-    rows = features(z_i, 0, BM, DP, BK, UPCAST)
+    rows = features(z_i, tl.arange(0, BK), BM, DP, UPCAST)
     dz = tl.zeros([BM, DC], ACC)
     along = tl.zeros([BM], ACC)  # <z, dz>, needed where a program has not all of dz
 
@@ -381,7 +400,7 @@ def gradient_kernel(
         for start in range(0, N, BN):
             j = start + tl.arange(0, BN)
             z_j = z + ((g * V + c) * NP + start) * DP
-            columns = features(z_j, 0, BN, DP, BK, UPCAST)
+            columns = features(z_j, tl.arange(0, BK), BN, DP, UPCAST)
             cosine = cosines(z_i, z_j, rows, columns, BM, BN, DP, BK, ACC, PRECISION, UPCAST)
             factor = factor_at(exponents + column_block * blocks + start // BN, top, ACC) * BOOST
             scale, shift = weights_of(alpha, neg, column_block * N + j, j < N, factor, BOUNDED)
@@ -396,11 +415,12 @@ def gradient_kernel(
             if DC != DP:
                 along += tl.sum(w * cosine, 1)
             if DC != DP or BK != DP:
-                columns = features(z_j, chunk, BN, DP, DC, UPCAST)
+                columns = features(z_j + chunk, tl.arange(0, DC), BN, DP, UPCAST)
             dz = tl.dot(w.to(columns.dtype), columns, dz, input_precision=PRECISION, out_dtype=ACC)
 
     dz *= 1.0 / BOOST
     along *= 1.0 / BOOST
+    parts = halved(dz, BM, DC) if PARTS == 2 else (dz,)
     for c in range(first, last):  # the positives, exactly
         if c != a:
             row_block = (g * V + a) * V + c
@@ -409,30 +429,37 @@ def gradient_kernel(
             to_column = factor_at(exponents + column_block * blocks + i // BN, top, ACC)
             weight = tl.load(beta + row_block * N + i, mask=i < N, other=0.0) * to_row
             weight += tl.load(beta + column_block * N + i, mask=i < N, other=0.0) * to_column
-            partners = features(z + ((g * V + c) * NP + begin) * DP, chunk, BM, DP, DC, UPCAST)
-            dz += weight[:, None] * partners.to(ACC)
+            z_c = z + ((g * V + c) * NP + begin) * DP
+            added = ()
+            for k in tl.static_range(PARTS):
+                partners = features(z_c + chunk, features_of(k, DC, PARTS), BM, DP, UPCAST)
+                added = added + (parts[k] + weight[:, None] * partners.to(ACC),)
+            parts = added
             if DC != DP:
                 along += weight * (tl.load(pos + row_block * N + i, mask=i < N, other=0.0) / inverse_tau)
 
-    own = features(z_i, chunk, BM, DP, DC, UPCAST).to(ACC)
     if DC == DP:
-        along = tl.sum(own * dz, 1)
+        for k in tl.static_range(PARTS):
+            own = features(z_i, features_of(k, DC, PARTS), BM, DP, UPCAST, True)
+            along += tl.sum(own.to(ACC) * parts[k], 1)
     unit = power_of_two(top)
     tl.store(
         zdz + (g * V + a) * N + i,
         along.to(tl.float64) * (unit * inverse_tau.to(tl.float64)),
         mask=i < tl.where(chunk == 0, N, 0),
     )
+    norm = tl.full([BM], 1.0, tl.float64)
     if NORMALIZE:
         norm = tl.load(norms + (g * V + a) * NP + i)
-        dz -= own * along[:, None]
-    else:
-        norm = tl.full([BM], 1.0, tl.float64)
     one, other = factors(gradient_scale(norm, unit, inverse_tau, NORMALIZE), ACC)
-    gradient = scaled(dz, norm, one, other)
-    d = chunk + tl.arange(0, DC)
-    to = dx + ((a.to(tl.int64) * G + g) * N + i)[:, None] * D + d[None, :]
-    tl.store(to, narrowed(gradient, dx.dtype.element_ty), mask=(i < N)[:, None] & (d < D)[None, :])
+    to = dx + ((a.to(tl.int64) * G + g) * N + i)[:, None] * D
+    for k in tl.static_range(PARTS):
+        d = chunk + features_of(k, DC, PARTS)
+        gradient = parts[k]
+        if NORMALIZE:
+            gradient -= features(z_i, d, BM, DP, UPCAST, True).to(ACC) * along[:, None]
+        gradient = scaled(gradient, norm, one, other)
+        tl.store(to + d[None, :], narrowed(gradient, dx.dtype.element_ty), mask=(i < N)[:, None] & (d < D)[None, :])
 
 
 def table_of(x):
@@ -518,26 +545,27 @@ def kind_of(sets, tau, normalize, cross):
     return first.device, first.dtype, tiles.padded(D), rows, settings
 
 
+def tile_of(kernel, x, normalize, bounded):
+    """The table's tile of "sums" or "gradient". x: a set"""
+    name = kernel if bounded else f"{kernel} unbounded"
+    return tiles.choose(table_of(x)[0], name, carrier(x, normalize), x.shape[-1], tf32_allowed())
+
+
 def forward(sets, tau, normalize, cross, tile=None):
     """term, neg, pos by three launches, four if tau is a tensor. tile: one for all, in place of the table's"""
     first = sets[0]
     G, N, D = first.shape
     V = len(sets)
-    table, enough = table_of(first)
     launches = ranges(tau, first.dtype, normalize)
-
     if tile is None and tuning.ENABLED:
         kind = "sums", *kind_of(sets, tau, normalize, cross)
-        start = tiles.choose(table, "sums", carrier(first, normalize), D, tf32_allowed())
+        start = tile_of("sums", first, normalize, launches[0][0])
         tile = tuning.by_trial(kind, start, lambda tile: forward(sets, tau, normalize, cross, tile))
-    chosen = {}
-    for bounded, _ in launches:
-        kernel = "sums" if bounded else "sums unbounded"
-        chosen[bounded] = tile or tiles.choose(table, kernel, carrier(first, normalize), D, tf32_allowed())
+    chosen = {bounded: tile or tile_of("sums", first, normalize, bounded) for bounded, _ in launches}
     tile = chosen[launches[0][0]]
     z, _ = packed(sets, normalize, tile)
     NP = z.shape[2]
-    blocks_a_super, supers_a_set = super_blocks(V, NP // tile.BM, G, enough)
+    blocks_a_super, supers_a_set = super_blocks(V, NP // tile.BM, G, table_of(first)[1])
     supers, left = V * supers_a_set, (V + 1) // 2 * supers_a_set
     programs = left * (supers - left) if cross else supers * (supers // 2 + 1)
     dtype = torch.promote_types(first.dtype, torch.float32)
@@ -549,7 +577,7 @@ def forward(sets, tau, normalize, cross, tile=None):
     for bounded, _ in launches:
         launch(
             sums_kernel, G * programs, z, number, limit, sums, largest, pos, V, N, NP, supers, left, supers_a_set,
-            blocks_a_super, programs, BOUNDED=bounded, **how, **of_tiles(z, chosen[bounded]),
+            blocks_a_super * tile.BM, programs, BOUNDED=bounded, **how, **of_tiles(z, chosen[bounded]),
         )  # fmt: skip
     BI = 64
     launch(
@@ -564,19 +592,20 @@ def backward(sets, tau, normalize, cross, neg, pos, g_term, g_neg, g_pos, tile=N
     first = sets[0]
     G, N, D = first.shape
     V = len(sets)
-    start = tiles.choose(table_of(first)[0], "gradient", carrier(first, normalize), D, tf32_allowed())
+    launches = ranges(tau, first.dtype, normalize)
     if tile is None and tuning.ENABLED:
         kind = "gradient", *kind_of(sets, tau, normalize, cross)
         arguments = sets, tau, normalize, cross, neg, pos, g_term, g_neg, g_pos
+        start = tile_of("gradient", first, normalize, launches[0][0])
         tile = tuning.by_trial(kind, start, lambda tile: backward(*arguments, tile))
-    tile = tile or start
+    chosen = {bounded: tile or tile_of("gradient", first, normalize, bounded) for bounded, _ in launches}
+    tile = chosen[launches[0][0]]
     z, norms = packed(sets, normalize, tile)
     NP = z.shape[2]
     blocks = NP // tile.BN
     dx, zdz = first.new_empty((V, G, N, D)), neg.new_empty((G, V, N))
     alpha, beta = torch.empty_like(neg), torch.empty_like(neg)
     exponents = neg.new_empty((G, V, V, blocks), dtype=torch.int32)
-    launches = ranges(tau, first.dtype, normalize)
     number, limit = temperature(tau, first), launches[0][1]
     how = dict(TENSOR=isinstance(number, torch.Tensor), CROSS=cross)
     gradients = (g_term if N > 1 else None, g_neg, g_pos)
@@ -586,10 +615,11 @@ def backward(sets, tau, normalize, cross, neg, pos, g_term, g_neg, g_pos, tile=N
         beta, exponents, V, N, blocks, **given, **how, ACC=accumulator(z), BI=tile.BN, num_warps=2,
     )  # fmt: skip
     boost = 8192.0 if z.dtype == torch.float16 else 1.0
+    wide = tile.DC * z.element_size() >= 512 and tile.DC % (2 * RUN.value) == 0
     for bounded, _ in launches:
         launch(
             gradient_kernel, G * V * (NP // tile.BM) * (tile.DP // tile.DC), z, number, limit, norms, neg, pos, alpha,
             beta, exponents, dx, zdz, G, V, N, NP, D, blocks, BOUNDED=bounded, NORMALIZE=normalize, DC=tile.DC,
-            BOOST=boost, BE=1024, **how, **of_tiles(z, tile),
+            PARTS=2 if wide else 1, BOOST=boost, BE=1024, **how, **of_tiles(z, chosen[bounded]),
         )  # fmt: skip
     return dx, zdz

@@ -28,31 +28,47 @@ class Tile(NamedTuple):
 ANY = 1 << 30
 FLOAT = {  # no tensor cores without TF32: what fits the registers
     "sums": [(32, 64, 64, 16, 0, 4, 2), (ANY, 64, 64, 16, 0, 8, 2)],
-    "gradient": [(64, 64, 32, 16, 0, 8, 2), (ANY, 64, 32, 16, 64, 8, 2)],
+    "gradient": [(256, 64, 32, 16, 0, 8, 2), (ANY, 64, 32, 16, 256, 8, 2)],
 }
 DOUBLE = {"sums": [(ANY, 32, 32, 16, 0, 4, 2)], "gradient": [(ANY, 32, 32, 16, 16, 4, 1)]}
 INTERPRETED = {
     "sums": [(512, 64, 64, 0, 0, 4, 1), (ANY, 64, 64, 256, 0, 4, 1)],
     "gradient": [(512, 64, 64, 0, 0, 4, 1), (ANY, 64, 64, 256, 256, 4, 1)],
 }
-# (largest DP, BM, BN, BK, DC, warps, stages); BK or DC of 0: all of DP. "sums unbounded" has the BM of "sums"; "tf32",
-# where the user allows it, is "float" where there is none.
+# (largest DP, BM, BN, BK, DC, warps, stages); BK or DC of 0: all of DP. Where "unbounded" is missing, it is as bounded;
+# where "tf32" is, which the user has to allow, it is "float". One packing of the rows serves bounded and unbounded: of
+# the sums, the unbounded BM divides the bounded one; of the gradient, both have the same BM and BN.
 TABLES = {
     "hopper": {  # 227 KiB of shared memory, wgmma; sm_100 as well
         "half": {
-            "sums": [(128, 128, 64, 0, 0, 4, 3), (256, 128, 64, 0, 0, 8, 2), (ANY, 128, 128, 64, 0, 8, 4)],
-            "sums unbounded": [(256, 128, 64, 0, 0, 8, 2), (ANY, 128, 64, 64, 0, 8, 4)],
-            "gradient": [
-                (128, 128, 64, 0, 0, 8, 2),
+            "sums": [(128, 128, 64, 0, 0, 4, 3), (256, 128, 64, 0, 0, 4, 1), (ANY, 128, 128, 64, 0, 8, 4)],
+            "sums unbounded": [
+                (64, 128, 64, 0, 0, 4, 3),
+                (256, 64, 64, 0, 0, 4, 2),
+                (ANY, 128, 64, 64, 0, 4, 4),
+            ],
+            "gradient": [(256, 64, 64, 0, 0, 4, 2), (512, 64, 64, 0, 0, 8, 2), (ANY, 64, 128, 64, 256, 8, 3)],
+            "gradient unbounded": [
+                (128, 64, 64, 0, 0, 4, 2),
                 (256, 64, 64, 0, 0, 8, 3),
-                (512, 64, 64, 0, 256, 8, 1),
+                (512, 64, 64, 0, 0, 8, 2),
                 (ANY, 64, 128, 64, 256, 8, 3),
             ],
         },
         "tf32": {
-            "sums": [(32, 64, 64, 0, 0, 4, 2), (128, 128, 64, 0, 0, 8, 2), (ANY, 128, 128, 32, 0, 8, 4)],
-            "sums unbounded": [(32, 64, 64, 0, 0, 4, 2), (128, 128, 64, 0, 0, 8, 2), (ANY, 128, 64, 32, 0, 8, 4)],
-            "gradient": [(64, 64, 64, 0, 0, 4, 2), (128, 64, 64, 0, 0, 8, 1), (ANY, 64, 128, 32, 128, 8, 2)],
+            "sums": [
+                (32, 64, 64, 0, 0, 4, 2),
+                (64, 128, 64, 0, 0, 4, 2),
+                (128, 128, 64, 0, 0, 4, 1),
+                (ANY, 128, 128, 32, 0, 8, 4),
+            ],
+            "sums unbounded": [
+                (32, 64, 64, 0, 0, 4, 2),
+                (64, 128, 64, 0, 0, 4, 1),
+                (128, 64, 64, 0, 0, 4, 2),
+                (ANY, 128, 64, 32, 0, 4, 4),
+            ],
+            "gradient": [(128, 64, 64, 0, 0, 4, 1), (ANY, 64, 128, 32, 256, 8, 2)],
         },
         "float": FLOAT,
         "double": DOUBLE,
@@ -112,10 +128,10 @@ def padded(D):
 
 
 def choose(table, kernel, dtype, D, tf32=False):
-    """The tile of a kernel, "sums", "sums unbounded" or "gradient". table: of TABLES; dtype: of the packed rows"""
+    """The tile of "sums" or "gradient", or of either's "unbounded". table: of TABLES; dtype: of the packed rows"""
     kind = {2: "half", 4: "tf32" if tf32 else "float", 8: "double"}[dtype.itemsize]
     DP = padded(D)
     entries = TABLES[table][kind if kind in TABLES[table] else "float"]
-    entry = next(entry for entry in entries.get(kernel, entries["sums"]) if entry[0] >= DP)
+    entry = next(entry for entry in entries.get(kernel, entries[kernel.split()[0]]) if entry[0] >= DP)
     _, BM, BN, BK, DC, warps, stages = entry
     return Tile(BM, BN, DP, BK or DP, DC or DP, warps, stages)
