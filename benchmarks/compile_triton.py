@@ -90,6 +90,11 @@ CASES = [
     *(Case(1, 2, 65536, D, torch.float32, tau=0.005, tf32=True) for D in (64, 128, 256, 512, 1024)),
     Case(1, 2, 65536, 128, torch.float64, tau=0.002),
     Case(1, 2, 65536, 128, torch.bfloat16, cross=True),
+    # few rows: the columns split
+    *(Case(1, 2, 2048, D, torch.bfloat16) for D in (64, 128, 256, 512, 1024)),
+    *(Case(1, 2, 2048, D, torch.float32, tf32=tf32) for D in (128, 512) for tf32 in (True, False)),
+    Case(1, 2, 2048, 128, torch.bfloat16, tau=0.005),
+    Case(1, 2, 2048, 128, torch.bfloat16, cross=True),
     *(Case(40, 2, 4, 128, dtype) for dtype in (torch.bfloat16, torch.float32, torch.float64)),
     Case(40, 4, 4, 128, torch.float32, cross=True),
 ]
@@ -110,7 +115,7 @@ def recorded(case, table):
     module = small if small.serves(case.V, case.N) else large
     before = small.launch, large.launch, large.table_of, large.tf32_allowed
     small.launch = large.launch = record
-    large.table_of, large.tf32_allowed = lambda x: (table, 8 * 132), lambda: case.tf32
+    large.table_of, large.tf32_allowed = lambda x: (table, 132), lambda: case.tf32
     try:
         x = [torch.empty(case.G, case.N, case.D, dtype=case.dtype, device="meta") for _ in range(case.V)]
         settings = case.tau, case.normalize, case.cross
@@ -183,7 +188,7 @@ def predicted(launch, facts):
     facts: of the compiled kernel; how many programs a processor holds follows from its registers and shared memory.
     """
     a = launch.arguments
-    if "BM" not in a:
+    if "PRECISION" not in a:
         return {}
     size, area, gradient, warps = a["z"].element_size(), a["BM"] * a["BN"], "DC" in a, launch.options["num_warps"]
     kind = {2: "half", 4: "tf32" if a["PRECISION"] == "tf32" else "float", 8: "double"}[size]

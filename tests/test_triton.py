@@ -92,8 +92,24 @@ def test_boundary_of_small_and_large(M, cross, kernels):
 @pytest.mark.parametrize("enough", [1, 6, 30, 10**6])
 def test_super_blocks_of_every_size(enough, tau, cross, kernels, monkeypatch):
     tiny(kernels, monkeypatch)
-    monkeypatch.setattr(kernels.large, "table_of", lambda x: ("interpreter", enough))
+    of_size = kernels.large.super_blocks
+    monkeypatch.setattr(kernels.large, "super_blocks", lambda V, blocks, G, _: of_size(V, blocks, G, enough))
     assert deviation(tk.backends.triton, some_sets(1, 3, 71, 5), tau, cross=cross) < 1e-4 * max(1, 0.01 / tau)
+
+
+@pytest.mark.parametrize("D", [12, 40])
+@pytest.mark.parametrize("tau", [0.2, torch.tensor(0.2), torch.tensor(0.005)])
+def test_gradients_by_splits_of_the_columns(tau, D, kernels, monkeypatch):
+    tiny(kernels, monkeypatch)
+    monkeypatch.setattr(kernels.large, "table_of", lambda x: ("interpreter", 40))
+    sets = some_sets(1, 2, 50, D)
+    assert deviation(tk.backends.triton, sets, tau) < 1e-5 * max(1, 0.05 / float(tau))
+
+
+def test_columns_are_split_where_rows_are_few(kernels):
+    """Programs of 64 rows on 132 processors, two of them on each."""
+    splits = [kernels.large.splits_of(M // 64, 132, 1.5, 16) for M in (1024, 4096, 8192, 16384, 32768, 131072)]
+    assert splits == [16, 4, 2, 1, 1, 1]
 
 
 def test_super_blocks_are_as_few_as_keep_the_device_busy(kernels):
@@ -285,6 +301,13 @@ def check_halves(planted):
         assert deviation(planted.large, some_sets(1, V, 35, 200), 0.2, cross=cross) < 1e-5
 
 
+def check_splits(planted):
+    """Several programs for the same rows, each with some of the columns and some of the features."""
+    planted.large.table_of = lambda x: ("interpreter", 60)
+    for D in (12, 40):
+        assert deviation(planted.large, some_sets(1, 2, 50, D), 0.2) < 1e-5
+
+
 def check_groups_stay_apart(planted):
     sets = some_sets(4, 2, 4, 6)
     sets[0][1, 2, 3] = math.nan
@@ -320,6 +343,7 @@ CHECKS = dict(
     small=check_small,
     large=check_large,
     halves=check_halves,
+    splits=check_splits,
     unbounded=check_large_unbounded,
     groups=check_groups_stay_apart,
     not_finite=check_not_finite_rows,
@@ -349,6 +373,9 @@ BUGS = {  # what is wrong -> (file, old, new, the check that finds it)
     "large: one sided positive": ("large", "weight += tl.load", "weight += 0 * tl.load", "large"),
     "large: halves exchanged": ("large", "d % RUN + part * RUN", "d % RUN + (1 - part) * RUN", "halves"),
     "large: half of <z, dz>": ("large", "along += tl.sum(own", "along = tl.sum(own", "halves"),
+    "large: columns in two splits": ("large", "tl.minimum(start_j + columns_a_split, N)", "N", "splits"),
+    "large: a split forgotten": ("large", "for split in range(splits)", "for split in range(splits - 1)", "splits"),
+    "large: <z, dz> of a split": ("large", "along += tl.load(partial_", "along = tl.load(partial_", "splits"),
     "large: damping forgotten": ("large", "tl.exp(-value * bounded)", "1.0", "large"),
     "large: exponents of another block": (
         "large",
@@ -381,7 +408,8 @@ def plant(kernels, tmp_path, monkeypatch):
         for module in ("small", "large", "tiles"):
             importlib.import_module(f"{name}.{module}")
         tiny(package, monkeypatch)
-        monkeypatch.setattr(package.large, "table_of", lambda x: ("interpreter", 2))
+        of_size = package.large.super_blocks
+        monkeypatch.setattr(package.large, "super_blocks", lambda V, blocks, G, _: of_size(V, blocks, G, 2))
         return package
 
     return planted

@@ -364,63 +364,18 @@ def features_of(part, DC: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
-def gradient_kernel(
-    z, tau, limit, norms, neg, pos, alpha, beta, exponents, dx, zdz, G, V, N, NP, D, blocks,
-    BOUNDED: tl.constexpr, TENSOR: tl.constexpr, NORMALIZE: tl.constexpr, CROSS: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr,
-    DC: tl.constexpr, PARTS: tl.constexpr, UPCAST: tl.constexpr, BOOST: tl.constexpr, BE: tl.constexpr,
+def store_gradient(
+    dz, along, chunk, begin, a, g, top, inverse_tau, z, norms, pos, beta, exponents, dx, zdz, G, V, N, NP, D, blocks,
+    NORMALIZE: tl.constexpr, CROSS: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    DP: tl.constexpr, DC: tl.constexpr, PARTS: tl.constexpr, UPCAST: tl.constexpr, BOOST: tl.constexpr,
 ):  # fmt: skip
-    """dx: [V, G, N, D] and zdz: [G, V, N]; a program has BM rows and DC of their features.
-
-    blocks: of BN rows a set, those of `exponents`; BOOST: lifts the weights into the middle of float16's range;
-    PARTS: 2 where dz and as many features do not fit the registers, so that what follows the products goes by halves.
-    """
-    inverse_tau = inverse_of(tau, TENSOR, ACC)
-    if (inverse_tau <= limit) != BOUNDED:
-        return
-    chunk = (tl.program_id(0) % (DP // DC)) * DC
-    block = tl.program_id(0) // (DP // DC)
-    begin = (block % (NP // BM)) * BM
-    a = (block // (NP // BM)) % V
-    g = (block // (NP // BM) // V).to(tl.int64)
+    """From the negatives' dz of some rows to their gradient, with the positives and the projection."""
     i = begin + tl.arange(0, BM)
-    top = largest_exponent(exponents + g * V * V * blocks, V * V * blocks, BE)
-    to_exponent = inverse_tau * LOG2E if BOUNDED else inverse_tau
     z_i = z + ((g * V + a) * NP + begin) * DP
-    rows = features(z_i, tl.arange(0, BK), BM, DP, UPCAST)
-    dz = tl.zeros([BM, DC], ACC)
-    along = tl.zeros([BM], ACC)  # <z, dz>, needed where a program has not all of dz
-
-    first, last = partners_of(a, V, CROSS)
-    for c in range(first, last):
-        row_block = (g * V + a) * V + c
-        column_block = (g * V + c) * V + a
-        row_factor = factor_at(exponents + row_block * blocks + i // BN, top, ACC) * BOOST
-        row_scale, row_shift = weights_of(alpha, neg, row_block * N + i, i < N, row_factor, BOUNDED)
-        for start in range(0, N, BN):
-            j = start + tl.arange(0, BN)
-            z_j = z + ((g * V + c) * NP + start) * DP
-            columns = features(z_j, tl.arange(0, BK), BN, DP, UPCAST)
-            cosine = cosines(z_i, z_j, rows, columns, BM, BN, DP, BK, ACC, PRECISION, UPCAST)
-            factor = factor_at(exponents + column_block * blocks + start // BN, top, ACC) * BOOST
-            scale, shift = weights_of(alpha, neg, column_block * N + j, j < N, factor, BOUNDED)
-            s = cosine * to_exponent
-            if BOUNDED:
-                w = tl.exp2(s) * (row_scale[:, None] + scale[None, :])
-            else:
-                w = exponential(s - row_shift[:, None]) * row_scale[:, None]
-                w += exponential(s - shift[None, :]) * scale[None, :]
-            if ((start < begin + BM) & (begin < start + BN)) | (start + BN > N):
-                w = tl.where((i[:, None] != j[None, :]) & (j < N)[None, :], w, 0.0)
-            if DC != DP:
-                along += tl.sum(w * cosine, 1)
-            if DC != DP or BK != DP:
-                columns = features(z_j + chunk, tl.arange(0, DC), BN, DP, UPCAST)
-            dz = tl.dot(w.to(columns.dtype), columns, dz, input_precision=PRECISION, out_dtype=ACC)
-
     dz *= 1.0 / BOOST
     along *= 1.0 / BOOST
     parts = halved(dz, BM, DC) if PARTS == 2 else (dz,)
+    first, last = partners_of(a, V, CROSS)
     for c in range(first, last):  # the positives, exactly
         if c != a:
             row_block = (g * V + a) * V + c
@@ -452,22 +407,131 @@ def gradient_kernel(
     if NORMALIZE:
         norm = tl.load(norms + (g * V + a) * NP + i)
     one, other = factors(gradient_scale(norm, unit, inverse_tau, NORMALIZE), ACC)
-    to = dx + ((a.to(tl.int64) * G + g) * N + i)[:, None] * D
+    to = dx + ((a.to(tl.int64) * G + g) * N + begin) * D
+    row = tl.arange(0, BM)[:, None] * D
     for k in tl.static_range(PARTS):
         d = chunk + features_of(k, DC, PARTS)
         gradient = parts[k]
         if NORMALIZE:
             gradient -= features(z_i, d, BM, DP, UPCAST, True).to(ACC) * along[:, None]
-        gradient = scaled(gradient, norm, one, other)
-        tl.store(to + d[None, :], narrowed(gradient, dx.dtype.element_ty), mask=(i < N)[:, None] & (d < D)[None, :])
+        gradient = narrowed(scaled(gradient, norm, one, other), dx.dtype.element_ty)
+        tl.store(to + (row + d[None, :]), gradient, mask=(i < N)[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def gradient_kernel(
+    z, tau, limit, norms, neg, pos, alpha, beta, exponents, partial, partial_along, dx, zdz, programs, columns_a_split,
+    G, V, N, NP, D, blocks, BOUNDED: tl.constexpr, TENSOR: tl.constexpr, NORMALIZE: tl.constexpr,
+    CROSS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    DP: tl.constexpr, BK: tl.constexpr, DC: tl.constexpr, SPLIT: tl.constexpr, PARTS: tl.constexpr,
+    UPCAST: tl.constexpr, BOOST: tl.constexpr, BE: tl.constexpr,
+):  # fmt: skip
+    """dx: [V, G, N, D] and zdz: [G, V, N]; a program has BM rows and DC of their features.
+
+    SPLIT: it has columns_a_split candidates of every set, and leaves what they add to dz and <z, dz> to join_kernel,
+    in partial: [splits, G, V, NP, DP] and partial_along: [splits, G, V, NP];
+    blocks: of BN rows a set, those of `exponents`; BOOST: lifts the weights into the middle of float16's range;
+    PARTS: 2 where dz and as many features do not fit the registers, so that what follows the products goes by halves.
+    """
+    inverse_tau = inverse_of(tau, TENSOR, ACC)
+    if (inverse_tau <= limit) != BOUNDED:
+        return
+    program = tl.program_id(0)
+    split = 0
+    start_j = 0
+    end_j = N
+    if SPLIT:
+        split = program // programs
+        program = program % programs
+        start_j = tl.multiple_of(split * columns_a_split, BN)
+        end_j = tl.minimum(start_j + columns_a_split, N)
+    chunk = (program % (DP // DC)) * DC
+    block = program // (DP // DC)
+    begin = (block % (NP // BM)) * BM
+    a = (block // (NP // BM)) % V
+    g = (block // (NP // BM) // V).to(tl.int64)
+    i = begin + tl.arange(0, BM)
+    top = largest_exponent(exponents + g * V * V * blocks, V * V * blocks, BE)
+    to_exponent = inverse_tau * LOG2E if BOUNDED else inverse_tau
+    z_i = z + ((g * V + a) * NP + begin) * DP
+    rows = features(z_i, tl.arange(0, BK), BM, DP, UPCAST)
+    dz = tl.zeros([BM, DC], ACC)
+    along = tl.zeros([BM], ACC)  # <z, dz>, needed where a program has not all of dz
+
+    first, last = partners_of(a, V, CROSS)
+    for c in range(first, last):
+        row_block = (g * V + a) * V + c
+        column_block = (g * V + c) * V + a
+        row_factor = factor_at(exponents + row_block * blocks + i // BN, top, ACC) * BOOST
+        row_scale, row_shift = weights_of(alpha, neg, row_block * N + i, i < N, row_factor, BOUNDED)
+        for start in range(start_j, end_j, BN):
+            j = start + tl.arange(0, BN)
+            z_j = z + ((g * V + c) * NP + start) * DP
+            columns = features(z_j, tl.arange(0, BK), BN, DP, UPCAST)
+            cosine = cosines(z_i, z_j, rows, columns, BM, BN, DP, BK, ACC, PRECISION, UPCAST)
+            factor = factor_at(exponents + column_block * blocks + start // BN, top, ACC) * BOOST
+            scale, shift = weights_of(alpha, neg, column_block * N + j, j < N, factor, BOUNDED)
+            s = cosine * to_exponent
+            if BOUNDED:
+                w = tl.exp2(s) * (row_scale[:, None] + scale[None, :])
+            else:
+                w = exponential(s - row_shift[:, None]) * row_scale[:, None]
+                w += exponential(s - shift[None, :]) * scale[None, :]
+            if ((start < begin + BM) & (begin < start + BN)) | (start + BN > N):
+                w = tl.where((i[:, None] != j[None, :]) & (j < N)[None, :], w, 0.0)
+            if DC != DP:
+                along += tl.sum(w * cosine, 1)
+            if DC != DP or BK != DP:
+                columns = features(z_j + chunk, tl.arange(0, DC), BN, DP, UPCAST)
+            dz = tl.dot(w.to(columns.dtype), columns, dz, input_precision=PRECISION, out_dtype=ACC)
+
+    if SPLIT:
+        row = ((split * G + g) * V + a) * NP + begin
+        k = tl.arange(0, BM)
+        parts = halved(dz, BM, DC) if PARTS == 2 else (dz,)
+        for part in tl.static_range(PARTS):
+            d = features_of(part, DC, PARTS)
+            tl.store(partial + (row * DP + chunk) + (k[:, None] * DP + d[None, :]), parts[part])
+        if DC != DP:
+            tl.store(partial_along + row + k, along, mask=k < tl.where(chunk == 0, BM, 0))
+    else:
+        store_gradient(
+            dz, along, chunk, begin, a, g, top, inverse_tau, z, norms, pos, beta, exponents, dx, zdz, G, V, N, NP, D,
+            blocks, NORMALIZE, CROSS, ACC, BM, BN, DP, DC, PARTS, UPCAST, BOOST,
+        )  # fmt: skip
+
+
+@triton.jit
+def join_kernel(
+    z, tau, norms, pos, beta, exponents, partial, partial_along, dx, zdz, splits, G, V, N, NP, D, blocks,
+    TENSOR: tl.constexpr, NORMALIZE: tl.constexpr, CROSS: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, DP: tl.constexpr, DC: tl.constexpr, UPCAST: tl.constexpr, BOOST: tl.constexpr, BE: tl.constexpr,
+):  # fmt: skip
+    """The gradient of BM rows and DC of their features, from what the splits left, in their order."""
+    chunk = (tl.program_id(0) % (DP // DC)) * DC
+    block = tl.program_id(0) // (DP // DC)
+    begin = (block % (NP // BM)) * BM
+    a = (block // (NP // BM)) % V
+    g = (block // (NP // BM) // V).to(tl.int64)
+    top = largest_exponent(exponents + g * V * V * blocks, V * V * blocks, BE)
+    dz = tl.zeros([BM, DC], ACC)
+    along = tl.zeros([BM], ACC)
+    for split in range(splits):
+        row = ((split * G + g) * V + a) * NP + begin
+        dz += features(partial + (row * DP + chunk), tl.arange(0, DC), BM, DP, False)
+        if DC != DP:
+            along += tl.load(partial_along + row + tl.arange(0, BM))
+    store_gradient(
+        dz, along, chunk, begin, a, g, top, inverse_of(tau, TENSOR, ACC), z, norms, pos, beta, exponents, dx, zdz, G, V,
+        N, NP, D, blocks, NORMALIZE, CROSS, ACC, BM, BN, DP, DC, 1, UPCAST, BOOST,
+    )  # fmt: skip
 
 
 def table_of(x):
-    """The name of the table of tiles, and how many programs keep the device busy."""
+    """The name of the table of tiles, and the number of processors."""
     if INTERPRETED:
         return "interpreter", 1
-    name, processors = tiles.device_class(x.device.index)
-    return name, 8 * processors
+    return tiles.device_class(x.device.index)
 
 
 def carrier(x, normalize):
@@ -531,6 +595,19 @@ def super_blocks(V, blocks, groups, enough):
     return size, triton.cdiv(blocks, size)
 
 
+def splits_of(programs, processors, alone, most):
+    """Into how many splits the columns go: as many as leave the busiest processor the least to do.
+
+    alone: what one program takes by itself, of what it takes beside others
+    """
+
+    def busiest(splits):
+        overhead = 1 + 0.02 * splits  # dz written and read again: a guess
+        return max(triton.cdiv(programs * splits, processors), alone) / splits * overhead
+
+    return min(range(1, most + 1), key=busiest)
+
+
 def kind_of(sets, tau, normalize, cross):
     """What calls have in common that one tile shall serve."""
     first = sets[0]
@@ -565,7 +642,7 @@ def forward(sets, tau, normalize, cross, tile=None):
     tile = chosen[launches[0][0]]
     z, _ = packed(sets, normalize, tile)
     NP = z.shape[2]
-    blocks_a_super, supers_a_set = super_blocks(V, NP // tile.BM, G, table_of(first)[1])
+    blocks_a_super, supers_a_set = super_blocks(V, NP // tile.BM, G, 8 * table_of(first)[1])
     supers, left = V * supers_a_set, (V + 1) // 2 * supers_a_set
     programs = left * (supers - left) if cross else supers * (supers // 2 + 1)
     dtype = torch.promote_types(first.dtype, torch.float32)
@@ -588,7 +665,7 @@ def forward(sets, tau, normalize, cross, tile=None):
 
 
 def backward(sets, tau, normalize, cross, neg, pos, g_term, g_neg, g_pos, tile=None):
-    """dx [V, G, N, D] and <z, dz> [G, V, N] by three launches, four if tau is a tensor."""
+    """dx [V, G, N, D] and <z, dz> [G, V, N] by three launches; one more if tau is a tensor, and if rows are few."""
     first = sets[0]
     G, N, D = first.shape
     V = len(sets)
@@ -616,10 +693,26 @@ def backward(sets, tau, normalize, cross, neg, pos, g_term, g_neg, g_pos, tile=N
     )  # fmt: skip
     boost = 8192.0 if z.dtype == torch.float16 else 1.0
     wide = tile.DC * z.element_size() >= 512 and tile.DC % (2 * RUN.value) == 0
+    programs, tiles_a_set = G * V * (NP // tile.BM) * (tile.DP // tile.DC), triton.cdiv(N, tile.BN)
+    alone = 1.5 if tile.warps == 4 else 1.0  # 4 warps wait for each other, and leave registers for a second program
+    splits = splits_of(programs, table_of(first)[1], alone, min(16, tiles_a_set))
+    tiles_a_split = triton.cdiv(tiles_a_set, splits)
+    splits = triton.cdiv(tiles_a_set, tiles_a_split)
+    partial = neg, neg
+    if splits > 1:
+        partial = neg.new_empty((splits, G, V, NP, tile.DP)), neg.new_empty((splits, G, V, NP))
     for bounded, _ in launches:
         launch(
-            gradient_kernel, G * V * (NP // tile.BM) * (tile.DP // tile.DC), z, number, limit, norms, neg, pos, alpha,
-            beta, exponents, dx, zdz, G, V, N, NP, D, blocks, BOUNDED=bounded, NORMALIZE=normalize, DC=tile.DC,
-            PARTS=2 if wide else 1, BOOST=boost, BE=1024, **how, **of_tiles(z, chosen[bounded]),
+            gradient_kernel, programs * splits, z, number, limit, norms, neg, pos, alpha, beta, exponents, *partial, dx,
+            zdz, programs, tiles_a_split * tile.BN, G, V, N, NP, D, blocks, BOUNDED=bounded, NORMALIZE=normalize,
+            DC=tile.DC, SPLIT=splits > 1, PARTS=2 if wide else 1, BOOST=boost, BE=1024, **how,
+            **of_tiles(z, chosen[bounded]),
+        )  # fmt: skip
+    if splits > 1:
+        BM = 16
+        launch(
+            join_kernel, programs * (tile.BM // BM), z, number, norms, pos, beta, exponents, *partial, dx, zdz, splits,
+            G, V, N, NP, D, blocks, **how, NORMALIZE=normalize, ACC=accumulator(z), BM=BM, BN=tile.BN, DP=tile.DP,
+            DC=tile.DC, UPCAST=INTERPRETED and z.dtype == torch.bfloat16, BOOST=boost, BE=1024, num_warps=4,
         )  # fmt: skip
     return dx, zdz
