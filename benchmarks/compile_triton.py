@@ -34,7 +34,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 SHARED = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KiB a program may have
-TABLE = {"sm_80": "ampere", "sm_89": "compact", "sm_90": "hopper", "sm_100": "hopper", "gfx942": "amd"}
+TABLE = {"sm_80": "ampere", "sm_89": "compact", "sm_90": "hopper", "sm_100": "blackwell", "gfx942": "amd"}
 POINTERS = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",

@@ -408,7 +408,7 @@ def store_gradient(
         norm = tl.load(norms + (g * V + a) * NP + i)
     one, other = factors(gradient_scale(norm, unit, inverse_tau, NORMALIZE), ACC)
     to = dx + ((a.to(tl.int64) * G + g) * N + begin) * D
-    row = tl.arange(0, BM)[:, None] * D
+    row = tl.arange(0, BM).to(tl.int64)[:, None] * D
     for k in tl.static_range(PARTS):
         d = chunk + features_of(k, DC, PARTS)
         gradient = parts[k]

@@ -37,9 +37,9 @@ INTERPRETED = {
 }
 # (largest DP, BM, BN, BK, DC, warps, stages); BK or DC of 0: all of DP. Where "unbounded" is missing, it is as bounded;
 # where "tf32" is, which the user has to allow, it is "float". One packing of the rows serves bounded and unbounded: of
-# the sums, the unbounded BM divides the bounded one; of the gradient, both have the same BM and BN.
+# the sums, the unbounded BM divides the bounded one; of the gradient, both have the same BM, BN and DC.
 TABLES = {
-    "hopper": {  # 227 KiB of shared memory, wgmma; sm_100 as well
+    "hopper": {  # sm_90: 227 KiB of shared memory, wgmma
         "half": {
             "sums": [(128, 128, 64, 0, 0, 4, 3), (256, 128, 64, 0, 0, 4, 1), (ANY, 128, 128, 64, 0, 8, 3)],
             "sums unbounded": [
@@ -69,6 +69,25 @@ TABLES = {
                 (ANY, 128, 64, 32, 0, 4, 4),
             ],
             "gradient": [(128, 64, 64, 0, 0, 4, 1), (ANY, 64, 128, 32, 256, 8, 2)],
+        },
+        "float": FLOAT,
+        "double": DOUBLE,
+    },
+    "blackwell": {  # sm_100: 227 KiB, sums in memory of the tensor cores' own
+        "half": {
+            "sums": [(128, 128, 64, 0, 0, 4, 3), (256, 128, 64, 0, 0, 8, 2), (ANY, 128, 128, 64, 0, 8, 4)],
+            "sums unbounded": [(256, 128, 64, 0, 0, 8, 2), (ANY, 128, 64, 64, 0, 8, 4)],
+            "gradient": [
+                (128, 128, 64, 0, 0, 8, 2),
+                (256, 64, 64, 0, 0, 8, 3),
+                (512, 64, 64, 0, 256, 8, 1),
+                (ANY, 64, 128, 64, 256, 8, 3),
+            ],
+        },
+        "tf32": {
+            "sums": [(32, 64, 64, 0, 0, 4, 2), (128, 128, 64, 0, 0, 8, 2), (ANY, 128, 128, 32, 0, 8, 4)],
+            "sums unbounded": [(32, 64, 64, 0, 0, 4, 2), (128, 128, 64, 0, 0, 8, 2), (ANY, 128, 64, 32, 0, 8, 4)],
+            "gradient": [(64, 64, 64, 0, 0, 4, 2), (128, 64, 64, 0, 0, 8, 1), (ANY, 64, 128, 32, 128, 8, 2)],
         },
         "float": FLOAT,
         "double": DOUBLE,
@@ -118,7 +137,7 @@ def device_class(index):
     elif (properties.major, properties.minor) == (8, 0):
         name = "ampere"
     else:
-        name = "hopper" if properties.major in (9, 10) else "compact"
+        name = {9: "hopper", 10: "blackwell"}.get(properties.major, "compact")
     return name, properties.multi_processor_count
 
 
