@@ -283,7 +283,7 @@ predicted share of it: a tile takes as long as its busiest pipe; or, where the p
 few to cover each other's waits, what one of them takes alone, products, then exponentials, then reads that nothing
 fetched ahead, divided by their number.
 
-Left out: latencies, bank conflicts, barriers, the issue of all other instructions.
+Left out, so that a launch will take longer: latencies, bank conflicts, barriers, the issue of all other instructions.
 
 The tiles of `tclr_kernels/triton/tiles.py` for Hopper fit the shared memory, do not spill on sm_90, and have the
 highest predicted share of those tried.

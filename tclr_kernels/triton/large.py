@@ -407,8 +407,8 @@ def store_gradient(
     if NORMALIZE:
         norm = tl.load(norms + (g * V + a) * NP + i)
     one, other = factors(gradient_scale(norm, unit, inverse_tau, NORMALIZE), ACC)
-    to = dx + ((a.to(tl.int64) * G + g) * N + begin) * D
-    row = tl.arange(0, BM).to(tl.int64)[:, None] * D
+    to = dx + (a.to(tl.int64) * G + g) * N * D
+    row = i.to(tl.int64)[:, None] * D
     for k in tl.static_range(PARTS):
         d = chunk + features_of(k, DC, PARTS)
         gradient = parts[k]
