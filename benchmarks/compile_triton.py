@@ -93,6 +93,8 @@ CASES = [
     # few rows: the columns split
     *(Case(1, 2, 2048, D, torch.bfloat16) for D in (64, 128, 256, 512, 1024)),
     *(Case(1, 2, 2048, D, torch.float32, tf32=tf32) for D in (128, 512) for tf32 in (True, False)),
+    Case(1, 2, 512, 1024, torch.bfloat16),
+    *(Case(1, 2, 512, 1024, torch.float32, tf32=tf32) for tf32 in (True, False)),
     Case(1, 2, 2048, 128, torch.bfloat16, tau=0.005),
     Case(1, 2, 2048, 128, torch.bfloat16, cross=True),
     *(Case(40, 2, 4, 128, dtype) for dtype in (torch.bfloat16, torch.float32, torch.float64)),

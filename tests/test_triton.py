@@ -108,8 +108,34 @@ def test_gradients_by_splits_of_the_columns(tau, D, kernels, monkeypatch):
 
 def test_columns_are_split_where_rows_are_few(kernels):
     """Programs of 64 rows on 132 processors, two of them on each."""
-    splits = [kernels.large.splits_of(M // 64, 132, 1.5, 16) for M in (1024, 4096, 8192, 16384, 32768, 131072)]
-    assert splits == [16, 4, 2, 1, 1, 1]
+
+    def splits(M, alone=1.5):
+        return kernels.large.splits_of(M // 64, 132, alone, M // 128, 2)[0]
+
+    assert [splits(M) for M in (1024, 4096, 8192, 16384, 32768, 131072)] == [8, 4, 2, 1, 1, 1]
+    for M in range(128, 300_000, 640):
+        count, tiles_a_split = kernels.large.splits_of(M // 64, 132, 1.0, M // 128, 2)
+        assert count == math.ceil(M // 128 / tiles_a_split)
+        assert count == 1 or count * (M // 64) <= 4 * 132
+    assert kernels.large.splits_of(800, 132, 1.5, 2, 2)[0] == 1  # many groups
+
+
+@pytest.mark.parametrize("table", ["hopper", "blackwell", "ampere", "compact", "amd", "interpreter"])
+def test_tiles_of_a_gradient_agree_bounded_and_unbounded(table, kernels):
+    """And divide what they have to."""
+    choose = kernels.tiles.choose
+    for D in (1, 16, 33, 64, 128, 200, 256, 512, 513, 768, 1024, 1536):
+        for dtype, tf32 in [
+            (torch.float16, False),
+            (torch.float32, False),
+            (torch.float32, True),
+            (torch.float64, False),
+        ]:
+            tile, unbounded = (choose(table, f"gradient{more}", dtype, D, tf32) for more in ("", " unbounded"))
+            assert (tile.BM, tile.BN, tile.DC) == (unbounded.BM, unbounded.BN, unbounded.DC)
+            assert tile.BM % 16 == 0  # of join_kernel
+            for one in (tile, unbounded, choose(table, "sums", dtype, D, tf32)):
+                assert one.DP % one.BK == one.DP % one.DC == 0
 
 
 def test_super_blocks_are_as_few_as_keep_the_device_busy(kernels):
@@ -141,8 +167,12 @@ def test_unbounded_kernels_with_tiles_of_their_own(tau, cross, kernels, monkeypa
 
 @pytest.mark.parametrize("cross", [False, True])
 @pytest.mark.parametrize("tau", [0.1, 0.005])
-def test_tiles_wider_than_high(tau, cross, kernels, monkeypatch):
+@pytest.mark.parametrize("enough", [1, 16, 10**6])
+def test_tiles_wider_than_high(enough, tau, cross, kernels, monkeypatch):
+    """As the search for tiles may choose."""
     tiny(kernels, monkeypatch, BM=16, BN=64)
+    of_size = kernels.large.super_blocks
+    monkeypatch.setattr(kernels.large, "super_blocks", lambda V, blocks, G, _: of_size(V, blocks, G, enough))
     assert deviation(tk.backends.triton, some_sets(1, 3, 71, 5), tau, cross=cross) < 1e-4 * max(1, 0.01 / tau)
 
 

@@ -5,6 +5,7 @@
     finish        neg = log of the sums, term
     coefficients  g_neg, g_pos; alpha = g_neg exp(-neg) where the exponentials are safe
     gradient      dz_(a,i) = 1/tau sum_(c,j) exp S (alpha_i + alpha_j) z_j + 1/tau sum_c (g_pos_ac + g_pos_ca) z_(c,i)
+    join          the same from partial dz, where rows are few and several programs share their columns
 
 Where |S| <= 1/tau <= LIMIT, as of unit rows it is, exp S itself is kept ("bounded"); elsewhere (largest, sum), and
 the gradient takes two exponentials. The symmetric sums go by super-blocks of a set: one program has a pair of them
@@ -13,6 +14,7 @@ and adds its tiles' row sums and column sums, in a fixed order, to slots that no
 Unit rows of half precision are carried as float16, with eleven bits more exact than bfloat16 and as fast.
 """
 
+import functools
 import math
 
 import torch
@@ -145,7 +147,7 @@ def sums_kernel(
 ):  # fmt: skip
     """sums, largest: [G, supers, V, NP], slot x of a row for its candidates in super-block x.
 
-    A super-block is rows_a_super rows, whole blocks of BM, or what is left of its set.
+    A super-block is rows_a_super rows, a multiple of BM and BN, or what is left of its set.
     """
     inverse_tau = inverse_of(tau, TENSOR, ACC)
     if (inverse_tau <= limit) != BOUNDED:
@@ -553,19 +555,18 @@ def ranges(tau, dtype, normalize):
     return [(bounded, math.inf if bounded else -math.inf)]
 
 
-def packed(sets, normalize, tile):
-    """z: [G, V, NP, DP] in the dtype of the products, NP whole tiles; and norms: [G, V, NP]; by one launch."""
-    whole = max(tile.BM, tile.BN)
+def packed(sets, normalize, DP, whole):
+    """z: [G, V, NP, DP] in the dtype of the products, NP a multiple of whole; and norms: [G, V, NP]; by one launch"""
     x, strides = one_array(sets)
     G, N, D = sets[0].shape
     V, NP = len(sets), triton.cdiv(N, whole) * whole
-    z = x.new_empty((G, V, NP, tile.DP), dtype=carrier(x, normalize))
+    z = x.new_empty((G, V, NP, DP), dtype=carrier(x, normalize))
     norms = x.new_empty((G, V, NP), dtype=torch.float64)
-    BD = triton.next_power_of_2(tile.DP)
-    BR = tile.BM if INTERPRETED else min(tile.BM, max(1, 4096 // BD))
+    BD = triton.next_power_of_2(DP)
+    BR = whole if INTERPRETED else min(whole, 64, max(1, 4096 // BD))
     launch(
         rows_kernel, G * V * NP // BR, x, z, norms, V, N, NP, D, *strides,
-        NORMALIZE=normalize, BR=BR, DP=tile.DP, BD=BD, num_warps=4,
+        NORMALIZE=normalize, BR=BR, DP=DP, BD=BD, num_warps=4,
     )  # fmt: skip
     return z, norms
 
@@ -595,17 +596,25 @@ def super_blocks(V, blocks, groups, enough):
     return size, triton.cdiv(blocks, size)
 
 
-def splits_of(programs, processors, alone, most):
-    """Into how many splits the columns go: as many as leave the busiest processor the least to do.
+@functools.lru_cache(maxsize=1024)
+def splits_of(programs, processors, alone, tiles, partners):
+    """(splits, tiles a split) of the columns: what leaves the busiest processor the least to do, if that saves a tenth.
 
-    alone: what one program takes by itself, of what it takes beside others
+    Never more splits than make four programs a processor, so that what they leave does not grow with the rows.
+    alone: what one program takes by itself, of what it takes beside others; tiles: of a set, of which it meets partners
     """
 
-    def busiest(splits):
-        overhead = 1 + 0.02 * splits  # dz written and read again: a guess
-        return max(triton.cdiv(programs * splits, processors), alone) / splits * overhead
+    def busiest(tiles_a_split):
+        splits = -(-tiles // tiles_a_split)
+        handed_over = 3 if splits > 1 else 0  # dz written and read again, in tiles: a guess
+        return max(-(-programs * splits // processors), alone) * (tiles_a_split * partners + handed_over)
 
-    return min(range(1, most + 1), key=busiest)
+    most = max(1, 4 * processors // programs)
+    fewest_tiles = -(-tiles // most)
+    best = min(range(tiles, fewest_tiles - 1, -1), key=busiest)
+    if busiest(best) > 0.9 * busiest(tiles):
+        best = tiles
+    return -(-tiles // best), best
 
 
 def kind_of(sets, tau, normalize, cross):
@@ -639,10 +648,10 @@ def forward(sets, tau, normalize, cross, tile=None):
         start = tile_of("sums", first, normalize, launches[0][0])
         tile = tuning.by_trial(kind, start, lambda tile: forward(sets, tau, normalize, cross, tile))
     chosen = {bounded: tile or tile_of("sums", first, normalize, bounded) for bounded, _ in launches}
-    tile = chosen[launches[0][0]]
-    z, _ = packed(sets, normalize, tile)
+    whole = max(size for tile in chosen.values() for size in (tile.BM, tile.BN))
+    z, _ = packed(sets, normalize, tiles.padded(D), whole)
     NP = z.shape[2]
-    blocks_a_super, supers_a_set = super_blocks(V, NP // tile.BM, G, 8 * table_of(first)[1])
+    blocks_a_super, supers_a_set = super_blocks(V, NP // whole, G, 8 * table_of(first)[1])
     supers, left = V * supers_a_set, (V + 1) // 2 * supers_a_set
     programs = left * (supers - left) if cross else supers * (supers // 2 + 1)
     dtype = torch.promote_types(first.dtype, torch.float32)
@@ -654,7 +663,7 @@ def forward(sets, tau, normalize, cross, tile=None):
     for bounded, _ in launches:
         launch(
             sums_kernel, G * programs, z, number, limit, sums, largest, pos, V, N, NP, supers, left, supers_a_set,
-            blocks_a_super * tile.BM, programs, BOUNDED=bounded, **how, **of_tiles(z, chosen[bounded]),
+            blocks_a_super * whole, programs, BOUNDED=bounded, **how, **of_tiles(z, chosen[bounded]),
         )  # fmt: skip
     BI = 64
     launch(
@@ -665,7 +674,7 @@ def forward(sets, tau, normalize, cross, tile=None):
 
 
 def backward(sets, tau, normalize, cross, neg, pos, g_term, g_neg, g_pos, tile=None):
-    """dx [V, G, N, D] and <z, dz> [G, V, N] by three launches; one more if tau is a tensor, and if rows are few."""
+    """dx [V, G, N, D] and <z, dz> [G, V, N] by three launches; one more if tau is a tensor, one if rows are few."""
     first = sets[0]
     G, N, D = first.shape
     V = len(sets)
@@ -677,7 +686,7 @@ def backward(sets, tau, normalize, cross, neg, pos, g_term, g_neg, g_pos, tile=N
         tile = tuning.by_trial(kind, start, lambda tile: backward(*arguments, tile))
     chosen = {bounded: tile or tile_of("gradient", first, normalize, bounded) for bounded, _ in launches}
     tile = chosen[launches[0][0]]
-    z, norms = packed(sets, normalize, tile)
+    z, norms = packed(sets, normalize, tile.DP, max(tile.BM, tile.BN))
     NP = z.shape[2]
     blocks = NP // tile.BN
     dx, zdz = first.new_empty((V, G, N, D)), neg.new_empty((G, V, N))
@@ -694,25 +703,26 @@ def backward(sets, tau, normalize, cross, neg, pos, g_term, g_neg, g_pos, tile=N
     boost = 8192.0 if z.dtype == torch.float16 else 1.0
     wide = tile.DC * z.element_size() >= 512 and tile.DC % (2 * RUN.value) == 0
     programs, tiles_a_set = G * V * (NP // tile.BM) * (tile.DP // tile.DC), triton.cdiv(N, tile.BN)
-    alone = 1.5 if tile.warps == 4 else 1.0  # 4 warps wait for each other, and leave registers for a second program
-    splits = splits_of(programs, table_of(first)[1], alone, min(16, tiles_a_set))
-    tiles_a_split = triton.cdiv(tiles_a_set, splits)
-    splits = triton.cdiv(tiles_a_set, tiles_a_split)
-    partial = neg, neg
+    alone = 1.5 if tile.warps == 4 else 1.0  # 8 warps cover each other's waits; of 4, a processor holds two programs
+    partners = V // 2 if cross else V
+    splits, tiles_a_split = splits_of(programs, table_of(first)[1], alone, tiles_a_set, partners)
+    partial, partial_along, columns_a_split = neg, neg, 0
     if splits > 1:
-        partial = neg.new_empty((splits, G, V, NP, tile.DP)), neg.new_empty((splits, G, V, NP))
+        columns_a_split = tiles_a_split * tile.BN
+        partial = neg.new_empty((splits, G, V, NP, tile.DP))
+        partial_along = neg.new_empty((splits, G, V, NP)) if tile.DC != tile.DP else neg
     for bounded, _ in launches:
         launch(
-            gradient_kernel, programs * splits, z, number, limit, norms, neg, pos, alpha, beta, exponents, *partial, dx,
-            zdz, programs, tiles_a_split * tile.BN, G, V, N, NP, D, blocks, BOUNDED=bounded, NORMALIZE=normalize,
-            DC=tile.DC, SPLIT=splits > 1, PARTS=2 if wide else 1, BOOST=boost, BE=1024, **how,
-            **of_tiles(z, chosen[bounded]),
+            gradient_kernel, programs * splits, z, number, limit, norms, neg, pos, alpha, beta, exponents, partial,
+            partial_along, dx, zdz, programs if splits > 1 else 0, columns_a_split, G, V, N, NP, D, blocks,
+            BOUNDED=bounded, NORMALIZE=normalize, DC=tile.DC, SPLIT=splits > 1, PARTS=2 if wide else 1, BOOST=boost,
+            BE=1024, **how, **of_tiles(z, chosen[bounded]),
         )  # fmt: skip
     if splits > 1:
         BM = 16
         launch(
-            join_kernel, programs * (tile.BM // BM), z, number, norms, pos, beta, exponents, *partial, dx, zdz, splits,
-            G, V, N, NP, D, blocks, **how, NORMALIZE=normalize, ACC=accumulator(z), BM=BM, BN=tile.BN, DP=tile.DP,
-            DC=tile.DC, UPCAST=INTERPRETED and z.dtype == torch.bfloat16, BOOST=boost, BE=1024, num_warps=4,
+            join_kernel, programs * (tile.BM // BM), z, number, norms, pos, beta, exponents, partial, partial_along, dx,
+            zdz, splits, G, V, N, NP, D, blocks, **how, NORMALIZE=normalize, ACC=accumulator(z), BM=BM, BN=tile.BN,
+            DP=tile.DP, DC=tile.DC, UPCAST=INTERPRETED and z.dtype == torch.bfloat16, BOOST=boost, BE=1024, num_warps=4,
         )  # fmt: skip
     return dx, zdz

@@ -1,6 +1,6 @@
 """The tiles of each kind of device: chosen ahead of time, so that a first call compiles and does not search.
 
-No entry spills registers on sm_90: `python -m benchmarks.compile_triton` compiles all of them and predicts their time.
+None spills registers on sm_90 in the cases that `python -m benchmarks.compile_triton` compiles to predict their time.
 """
 
 import functools
@@ -36,8 +36,8 @@ INTERPRETED = {
     "gradient": [(512, 64, 64, 0, 0, 4, 1), (ANY, 64, 64, 256, 256, 4, 1)],
 }
 # (largest DP, BM, BN, BK, DC, warps, stages); BK or DC of 0: all of DP. Where "unbounded" is missing, it is as bounded;
-# where "tf32" is, which the user has to allow, it is "float". One packing of the rows serves bounded and unbounded: of
-# the sums, the unbounded BM divides the bounded one; of the gradient, both have the same BM, BN and DC.
+# where "tf32" is, which the user has to allow, it is "float". Of the gradient, bounded and unbounded have the same BM,
+# BN and DC, as one launch of the coefficients serves both; a test holds that.
 TABLES = {
     "hopper": {  # sm_90: 227 KiB of shared memory, wgmma
         "half": {
@@ -73,7 +73,7 @@ TABLES = {
         "float": FLOAT,
         "double": DOUBLE,
     },
-    "blackwell": {  # sm_100: 227 KiB; larger tiles spill, as the products come back from memory of their own
+    "blackwell": {  # sm_100: 227 KiB; larger tiles spill more: the products come back from memory of their own
         "half": {
             "sums": [(256, 64, 64, 0, 0, 8, 2), (ANY, 128, 64, 64, 0, 8, 4)],
             "gradient": [
