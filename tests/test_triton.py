@@ -98,12 +98,13 @@ def test_super_blocks_of_every_size(enough, tau, cross, kernels, monkeypatch):
 
 
 @pytest.mark.parametrize("D", [12, 40])
+@pytest.mark.parametrize("cross", [False, True])
 @pytest.mark.parametrize("tau", [0.2, torch.tensor(0.2), torch.tensor(0.005)])
-def test_gradients_by_splits_of_the_columns(tau, D, kernels, monkeypatch):
+def test_gradients_by_splits_of_the_columns(tau, cross, D, kernels, monkeypatch):
     tiny(kernels, monkeypatch)
     monkeypatch.setattr(kernels.large, "table_of", lambda x: ("interpreter", 40))
     sets = some_sets(1, 2, 50, D)
-    assert deviation(tk.backends.triton, sets, tau) < 1e-5 * max(1, 0.05 / float(tau))
+    assert deviation(tk.backends.triton, sets, tau, cross=cross) < 1e-5 * max(1, 0.05 / float(tau))
 
 
 def test_columns_are_split_where_rows_are_few(kernels):
@@ -284,6 +285,7 @@ def test_launches_and_memory_are_what_is_promised(kernels):
     ]
     held = {id(x): x for launch in large for x in launch.arguments.values() if isinstance(x, torch.Tensor)}
     assert sum(x.nbytes for x in held.values()) < 0.45 * 2**30  # with the inputs and the gradient
+    assert [launch.kernel.__name__ for launch in launches(Case(1, 2, 2048, 128, torch.bfloat16))][6:] == ["join_kernel"]
     assert len(launches(Case(40, 2, 4, 128, torch.float32))) == 2
 
 

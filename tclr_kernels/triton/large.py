@@ -703,7 +703,7 @@ def backward(sets, tau, normalize, cross, neg, pos, g_term, g_neg, g_pos, tile=N
     boost = 8192.0 if z.dtype == torch.float16 else 1.0
     wide = tile.DC * z.element_size() >= 512 and tile.DC % (2 * RUN.value) == 0
     programs, tiles_a_set = G * V * (NP // tile.BM) * (tile.DP // tile.DC), triton.cdiv(N, tile.BN)
-    alone = 1.5 if tile.warps == 4 else 1.0  # 8 warps cover each other's waits; of 4, a processor holds two programs
+    alone = 1.5 if tile.warps == 4 else 1.0  # two programs of 4 warps on a processor cover each other's waits: a guess
     partners = V // 2 if cross else V
     splits, tiles_a_split = splits_of(programs, table_of(first)[1], alone, tiles_a_set, partners)
     partial, partial_along, columns_a_split = neg, neg, 0
