@@ -51,9 +51,11 @@ def _git(*arguments):
 
 
 def default_path():
-    """results/<cpu>.csv"""
+    """results/<cpu>.csv, with the instruction set in use: one CPU name covers several generations."""
     name = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\(\w+\)|@.*", "", info.cpu_model().lower())).strip("-")
-    return RESULTS / f"cpu-{name}-{torch.get_num_threads()}-threads.csv"
+    facts = info.build_facts()
+    isa = f"{facts['isa']}-" if facts else ""
+    return RESULTS / f"cpu-{name}-{isa}{torch.get_num_threads()}-threads.csv"
 
 
 def files():
