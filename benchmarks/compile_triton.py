@@ -131,25 +131,25 @@ def recorded(case, table):
 def source(launch):
     """What the just-in-time compiler makes of a call: types, constants, and what is divisible by 16."""
     signature, constants, attributes = {}, {}, {}
-    parameters = {p.name: p.is_constexpr for p in launch.kernel.params}
-    for k, name in enumerate(launch.kernel.arg_names):
-        value = launch.arguments[name]
-        if parameters[name] or (type(value) is int and value == 1):
+    for k, (name, parameter) in enumerate(zip(launch.kernel.arg_names, launch.kernel.params, strict=True)):
+        value, specialised = launch.arguments[name], not parameter.do_not_specialize
+        if parameter.is_constexpr or (type(value) is int and value == 1 and specialised):
             signature[name], constants[(k,)] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name], attributes[(k,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[name] = POINTERS[value.dtype]
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:
-            signature[name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
-                attributes[(k,)] = [["tt.divisibility", 16]]
+            signature[name] = parameter.annotation_type or ("i32" if abs(value) < 2**31 else "i64")
+        if isinstance(value, torch.Tensor) or (type(value) is int and value % 16 == 0 and specialised):
+            attributes[(k,)] = [["tt.divisibility", 16]]
     return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
 def compiled(launch, target):
     """The compiled kernel's facts, by column."""
-    kernel = triton.compile(source(launch), target=target, options=launch.options)
+    kernel = triton.compile(source(launch), target=target, options=launch.options | sets.COMPILER_OPTIONS)
     facts = cuda_facts(kernel) if target.backend == "cuda" else hip_facts(kernel)
     return dict(shared=kernel.metadata.shared, **facts)
 
