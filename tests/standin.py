@@ -141,8 +141,33 @@ class _Operations(TorchDispatchMode):
     """ATen operations that start a kernel of their own on a GPU; views and empty tensors do not."""
 
     NO_KERNEL = frozenset(
-        "view _unsafe_view expand select slice unsqueeze squeeze permute transpose t unbind split detach alias as_strided "
-        "empty empty_like new_empty empty_strided new_empty_strided _reshape_alias diagonal unfold lift_fresh".split()
+        [
+            "view",
+            "_unsafe_view",
+            "expand",
+            "select",
+            "slice",
+            "unsqueeze",
+            "squeeze",
+            "permute",
+            "transpose",
+            "t",
+            "unbind",
+            "split",
+            "detach",
+            "alias",
+            "as_strided",
+            "empty",
+            "empty_like",
+            "new_empty",
+            "empty_strided",
+            "new_empty_strided",
+            "_reshape_alias",
+            "diagonal",
+            "unfold",
+            "lift_fresh",
+            "promote_types",
+        ]
     )
 
     def __init__(self):
@@ -152,9 +177,13 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, arguments=(), settings=None):
         namespace, name = function.name().split("::")
         name = name.split(".")[0]
-        if namespace == "aten" and name not in self.NO_KERNEL:
+        if namespace == backends.triton.NAMESPACE:
+            with self:  # past the dispatcher, which would come back here
+                return getattr(backends.triton, name.replace("gram", ""))(*arguments, **(settings or {}))
+        result = function(*arguments, **(settings or {}))
+        if namespace == "aten" and name not in self.NO_KERNEL and result is not arguments[0]:
             self.names.append(name)
-        return function(*arguments, **(settings or {}))
+        return result
 
 
 def install(monkeypatch, capability=90, whole=False):

@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter takes the place of the just-in-time compiler", allow_module_level=True)
 
-from tclr_kernels.triton import large, small  # noqa: E402
+from tclr_kernels.triton import large  # noqa: E402
 
 from . import standin  # noqa: E402
 
@@ -124,3 +124,75 @@ def test_every_loss_compiles(name, sizes, device):
     inputs = [x.requires_grad_() for x in loss.inputs(sizes, torch.float32)]
     loss.call(*inputs, backend="triton").sum().backward()
     assert device.launched
+
+
+# ---- what a call costs: launches, other operations, and what is compiled for it
+
+
+def pair(N=300, D=128, dtype=torch.bfloat16, G=1):
+    """Two views of N rows, as leaves."""
+    shape = (N, D) if G == 1 else (G, N, D)
+    return [torch.zeros(shape, dtype=dtype, requires_grad=True) for _ in range(2)]
+
+
+LARGE = ["rows_kernel", "sums_kernel", "finish_kernel"], ["rows_kernel", "coefficients_kernel", "gradient_kernel"]
+BOTH_RANGES = (
+    ["rows_kernel", "sums_kernel", "sums_kernel", "finish_kernel"],
+    ["rows_kernel", "coefficients_kernel", "gradient_kernel", "gradient_kernel"],
+)
+SPLIT = LARGE[0], [*LARGE[1], "join_kernel"]
+CALLS = {  # -> inputs, temperature, launches forward and backward
+    "few rows a group": (pair(4, G=40), 0.1, (["forward_kernel"], ["backward_kernel"])),
+    "a set is one super-block": (pair(40), 0.1, LARGE),
+    "several super-blocks": (pair(20000), 0.1, LARGE),
+    "columns split": (pair(2048), 0.1, SPLIT),
+    "a temperature below the bound": (pair(20000), 0.005, LARGE),
+    "a temperature on the device": (pair(20000), torch.tensor(0.1), BOTH_RANGES),
+}
+# of the mean of nt_xent's terms and of its gradient, an expanded number that is made contiguous; beyond 32,768 terms
+# they are added by a padded matrix, in an order that does not depend on the device
+FEW = ["sum", "div"], ["ones_like", "div", "contiguous"]
+MANY = ["constant_pad_nd", "sum", "sum", "div"], ["ones_like", "div", "constant_pad_nd"]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_launches_and_other_operations_of_a_call(name, hopper):
+    inputs, tau, launches = CALLS[name]
+    for _ in range(2):
+        with hopper.counted() as forward:
+            loss = tk.nt_xent(*inputs, temperature=tau, backend="triton")
+        with hopper.counted() as backward:
+            torch.autograd.grad(loss, inputs)
+    assert (forward[0], backward[0]) == launches
+    assert (forward[1], backward[1]) == (MANY if len(inputs[0]) == 20000 else FEW)
+
+
+@pytest.mark.parametrize("D, dtype", [(128, torch.bfloat16), (100, torch.float32), (513, torch.float16)], ids=str)
+def test_sizes_compile_few_variants(D, dtype, hopper):
+    """A training run whose batches differ in size shall not compile for ever."""
+    choose = random.Random(0)
+    for _ in range(500):
+        a, b = torch.empty(2, 1, int(2 ** choose.uniform(0, 12)), D, dtype=dtype)
+        for tau in (0.1, 0.005):
+            _, neg, pos = tk.backends.triton.forward([a, b], tau, True, False)
+            tk.backends.triton.backward([a, b], tau, True, False, neg, pos, neg, None, None)
+    assert len(hopper.variants) == 8 and max(hopper.variants.values()) <= 12, hopper.variants
+
+
+def test_where_the_sets_lie_compiles_nothing_new(hopper):
+    """The second set after the first or before it, near or far: the allocator decides that."""
+    memory = torch.zeros(64, 300, 64, dtype=torch.bfloat16)
+    for first, second in ((0, 1), (1, 0), (0, 63), (63, 0)):
+        tk.backends.triton.forward([memory[first][None], memory[second][None]], 0.1, True, False)
+    assert set(hopper.variants.values()) == {1}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_compile_to_the_end(name, capability, monkeypatch):
+    device = standin.install(monkeypatch, capability, whole=True)
+    inputs, tau, launches = CALLS[name]
+    torch.autograd.grad(tk.nt_xent(*inputs, temperature=tau, backend="triton"), inputs)
+    assert device.launched == launches[0] + launches[1]
+    assert all(kernel.asm["cubin"] for kernel in device.compiler.kernels)
