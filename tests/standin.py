@@ -89,7 +89,7 @@ class _NotCompiled:
 
 
 class Compiler:
-    """Counts the variants that the just-in-time compiler makes, by kernel; with `whole` they are compiled to the end."""
+    """Counts the variants that are compiled, by kernel: to the end with `whole`, else by the front end alone."""
 
     def __init__(self, launched, whole):
         self.launched, self.whole = launched, whole
@@ -137,38 +137,15 @@ class Device:
         launches += self.launched[before:]
 
 
+NO_KERNEL = """
+    view _unsafe_view _reshape_alias as_strided expand select slice diagonal unfold squeeze unsqueeze permute transpose
+    t unbind split detach alias lift_fresh promote_types empty empty_like empty_strided new_empty
+    new_empty_strided
+"""
+
+
 class _Operations(TorchDispatchMode):
     """ATen operations that start a kernel of their own on a GPU; views and empty tensors do not."""
-
-    NO_KERNEL = frozenset(
-        [
-            "view",
-            "_unsafe_view",
-            "expand",
-            "select",
-            "slice",
-            "unsqueeze",
-            "squeeze",
-            "permute",
-            "transpose",
-            "t",
-            "unbind",
-            "split",
-            "detach",
-            "alias",
-            "as_strided",
-            "empty",
-            "empty_like",
-            "new_empty",
-            "empty_strided",
-            "new_empty_strided",
-            "_reshape_alias",
-            "diagonal",
-            "unfold",
-            "lift_fresh",
-            "promote_types",
-        ]
-    )
 
     def __init__(self):
         super().__init__()
@@ -181,7 +158,7 @@ class _Operations(TorchDispatchMode):
             with self:  # past the dispatcher, which would come back here
                 return getattr(backends.triton, name.replace("gram", ""))(*arguments, **(settings or {}))
         result = function(*arguments, **(settings or {}))
-        if namespace == "aten" and name not in self.NO_KERNEL and result is not arguments[0]:
+        if namespace == "aten" and name not in NO_KERNEL.split() and result is not arguments[0]:
             self.names.append(name)
         return result
 

@@ -117,7 +117,7 @@ def test_many_random_problems_compile(device, monkeypatch):
     assert failures(itertools.islice(problems(0), 2000), monkeypatch) == []
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 8), (5, 4, 33), (40, 4, 128), (129, 3, 64)], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 2, 8), (5, 4, 33), (40, 4, 128), (129, 3, 64)], ids=str)
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_compiles(name, sizes, device):
     loss = LOSSES[name]
