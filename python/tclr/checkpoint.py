@@ -1,7 +1,9 @@
 """Files that are whole or not there, the checkpoint of a run, and the signal that asks for one."""
 
 import os
+import re
 import signal
+import threading
 from contextlib import contextmanager
 
 import torch
@@ -12,7 +14,7 @@ STOPPED = 128 + signal.SIGTERM  # the shell's exit status of a process that ende
 @contextmanager
 def whole(path):
     """A binary file that appears under its name when it is complete and on the disk, or not at all."""
-    unfinished = path.with_name(path.name + ".part")
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")  # two may write at once
     try:
         with unfinished.open("wb") as file:
             yield file
@@ -30,8 +32,26 @@ def save(path, **state):
 
 
 def load(path):
-    """What `save` wrote; a file that holds anything but tensors and plain values is refused, not run."""
-    return torch.load(path, map_location="cpu", weights_only=True)
+    """What `save` wrote; a file that holds anything but tensors and plain values is refused, not run.
+
+    Raises ValueError with the reason in one sentence.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file raises errors of every kind
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        raise ValueError(f"{path}: {refusal(error)}") from None  # torch's own message advises to run the file's code
+
+
+def refusal(error):
+    """Why torch.load did not load a file, in one sentence."""
+    if found := re.search(r"GLOBAL (\S+)", str(error)):
+        what = f"found an object of {found[1]}, and loading such an object can run code, so nothing was loaded"
+        return f"{what}; wanted weights alone, as torch.save(model.state_dict(), file) writes them"
+    if "TorchScript" in str(error):
+        return "found a TorchScript program, and nothing was loaded; wanted weights alone, as a state dict"
+    return "found no file of weights: it is cut short, damaged, or of another kind"
 
 
 def claim(out, *, resume, overwrite):
