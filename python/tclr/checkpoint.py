@@ -56,9 +56,16 @@ def refusal(error):
 
 def claim(out, *, resume, overwrite):
     """Makes sure that a run's folder is new, or that the user said what is to happen with what lies there."""
+    vacant(out, resume=resume, overwrite=overwrite)
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def vacant(out, *, resume, overwrite):
+    """Refuses a folder in use unless the user said what is to happen with what lies there; writes nothing."""
+    if resume and overwrite:
+        raise SystemExit("found both resume and overwrite, wanted one: overwriting deletes what would be resumed")
     if out.exists() and any(out.iterdir()) and not (resume or overwrite):
         raise SystemExit(f"{out} is not empty: choose another --out, or pass --resume true or --overwrite true")
-    out.mkdir(parents=True, exist_ok=True)
 
 
 class StopRequest:
