@@ -51,7 +51,7 @@ def refusal(error):
         return f"{what}; wanted weights alone, as torch.save(model.state_dict(), file) writes them"
     if "TorchScript" in str(error):
         return "found a TorchScript program, and nothing was loaded; wanted weights alone, as a state dict"
-    return "found no file of weights: it is cut short, damaged, or of another kind"
+    return "found no file of weights alone: it is cut short, damaged, of another kind, or holds more than weights"
 
 
 def claim(out, *, resume, overwrite):

@@ -287,7 +287,9 @@ def result(run, name, digest, figures):
 
 def main(arguments=None):
     commands = dict(pretrain=pretrain, retrieval=retrieval, linear=linear, finetune=finetune, classify=classify)
-    commands |= dict(multiclip=multiclip, confusion=confusion, ablation=ablation.run, export=export, load=load, report=page)
+    commands |= dict(
+        multiclip=multiclip, confusion=confusion, ablation=ablation.run, export=export, load=load, report=page
+    )
     commands |= dict(data=dict(check=check))
     auto_cli(commands, args=arguments, prog="tclr", as_positional=False)
 

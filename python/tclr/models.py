@@ -7,7 +7,6 @@ last stage strides over space alone and dilates time instead: 16 frames leave 4 
 import argparse
 import pathlib
 import types
-from collections import defaultdict
 from collections.abc import Mapping
 
 import numpy as np
@@ -243,7 +242,7 @@ def first_name(module):
 
 
 def read_weights(path):
-    """{name: tensor} of a checkpoint, wherever in it they lie: as they are, or below "model", "state_dict" and the like.
+    """{name: tensor} of a checkpoint, wherever in it they lie: at its top, or below "model", "state_dict" and so on.
 
     Options, paths and counts may stand beside them; an object of any other class is refused unread. Raises ValueError.
     """
@@ -304,14 +303,19 @@ def _plain_values():
     numbers = [np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in "?bhilqBHILQefdU")]
     for module in "numpy.core.multiarray", "numpy._core.multiarray":
         numbers += [(scalar, f"{module}.scalar"), (rebuilt, f"{module}._reconstruct")]
-    return [argparse.Namespace, types.SimpleNamespace, *paths, *numbers]
+    builtin = [bool, int, float, complex, str, bytes, list, tuple, dict, set, frozenset, slice, range]
+    return [argparse.Namespace, types.SimpleNamespace, *builtin, *paths, *numbers]
 
 
 def _grad_scaler():
     """What the pickled GradScaler beside the release's weights consists of, under its names of then and of now."""
     old, new = "torch.cuda.amp.grad_scaler", torch.amp.grad_scaler
     parts = new.GradScaler, new.OptState, new._refresh_per_optimizer_state
-    return [defaultdict, *parts, *((part, f"{old}.{part.__name__}") for part in parts)]
+    return [
+        (lambda factory=None: {}, "collections.defaultdict"),
+        *parts,
+        *((part, f"{old}.{part.__name__}") for part in parts),
+    ]
 
 
 def _load(module, weights, path, may_lack=()):

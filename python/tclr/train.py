@@ -109,7 +109,7 @@ def carry_on(run, record, progress=iter, *, file=None):
 
 
 class Run:
-    """A pretraining at some step: everything that a checkpoint holds. more: settings to keep in it, such as net=Net()"""
+    """A pretraining at some step: everything that a checkpoint holds; `more` are settings to keep, such as net=Net()"""
 
     def __init__(self, embedder, videos, plan, recipe, device, **more):
         self.embedder, self.videos, self.device = embedder.to(device), videos, device
