@@ -21,7 +21,7 @@ for needed in "av", "jsonargparse", "matplotlib", "safetensors", "tensorboard":
 np = pytest.importorskip("numpy")
 sys.path.insert(0, str(Path(__file__).parents[1] / "python"))
 
-from tclr import annotations, checkpoint, cli, config, features, models, motions, report, train  # noqa: E402
+from tclr import ablation, annotations, checkpoint, cli, config, features, models, motions, report, train  # noqa: E402
 from tclr.clips import ClipPlan  # noqa: E402
 from tclr.videos import Loaded  # noqa: E402
 
@@ -285,7 +285,7 @@ def test_features_of_other_settings_code_weights_or_decoder_are_not_taken(cache,
         assert cache.fresh(evaluation=dataclasses.replace(EVALUATION, **{name: value})), name
     next(cache.embedder.backbone.buffers()).add_(1)
     assert cache.fresh() and not cache.fresh()
-    monkeypatch.setattr(features, "code_hash", lambda: "another version")
+    monkeypatch.setattr(features, "code_hash", lambda *_: "another version")
     assert cache.fresh() and not cache.fresh()
     open_videos = config.open_labelled
 
@@ -352,12 +352,26 @@ def test_features_of_videos_that_change_as_they_are_read_are_not_kept(cache, mon
     assert not (cache.run / "features").exists()
 
 
+def test_an_ablation_s_rows_and_videos_of_other_code_are_not_taken(tmp_path, monkeypatch):
+    scale = ablation.Ablation(groups=1, test_groups=1, takes=1, video_frames=8, video_side=8)
+
+    row = ablation.row_file(tmp_path, scale, "IC", 0)
+    ablation.data(tmp_path, scale)
+    (rendered,) = tmp_path.iterdir()
+    assert ablation.row_file(tmp_path, scale, "IC", 0) == row
+    monkeypatch.setattr(ablation, "code_hash", lambda *_: "another version")
+    ablation.data(tmp_path, scale)
+    assert (
+        ablation.row_file(tmp_path, scale, "IC", 0) != row and len(list(tmp_path.iterdir())) == 2 and rendered.exists()
+    )
+
+
 def test_two_writers_of_a_file_do_not_meet(tmp_path):
     """As two evaluations of one run at a time."""
     path = tmp_path / "x"
     child = "import sys, pathlib; sys.path.insert(0, sys.argv[1])\nfrom tclr import checkpoint\n"
-    child += "with checkpoint.whole(pathlib.Path(sys.argv[2])) as file: file.write(b'theirs')"
-    with checkpoint.whole(path) as file:
+    child += "with checkpoint.whole(pathlib.Path(sys.argv[2]), shared=True) as file: file.write(b'theirs')"
+    with checkpoint.whole(path, shared=True) as file:
         file.write(b"our")
         python = str(Path(__file__).parents[1] / "python")
         subprocess.run([sys.executable, "-c", child, python, str(path)], check=True)

@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import threading
 from contextlib import contextmanager
 
 import torch
@@ -12,9 +11,12 @@ STOPPED = 128 + signal.SIGTERM  # the shell's exit status of a process that ende
 
 
 @contextmanager
-def whole(path):
-    """A binary file that appears under its name when it is complete and on the disk, or not at all."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")  # two may write at once
+def whole(path, *, shared=False):
+    """A binary file that appears under its name when it is complete and on the disk, or not at all.
+
+    shared: another process may write the same file meanwhile; each then writes one of its own, and the last one stays.
+    """
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part" if shared else f"{path.name}.part")
     try:
         with unfinished.open("wb") as file:
             yield file

@@ -17,7 +17,7 @@ from . import finetune as tuning
 from . import linear as probe
 from .clips import ClipPlan
 from .config import Data, Evaluation, Net
-from .features import embedder_of, features, weights_hash
+from .features import embedder_of, features
 
 KS = 1, 5, 10, 20
 
@@ -129,7 +129,7 @@ def linear(run: Path, evaluation: Evaluation = Evaluation(), data: Data | None =
     layer = fitted(gallery, share, seed)
     figures = dict(accuracy=probe.accuracy(layer, queries.clips, queries.labels, evaluation.clips), share=share)
     name = "linear" if share == 1 else f"linear-{share:g}"
-    tuning.save(run / f"{name}.pt", layer, gallery.videos.classes, evaluation, backbone=weights_hash(embedder_of(run)))
+    tuning.save(run / f"{name}.pt", layer, gallery.videos.classes, evaluation, backbone=gallery.weights)
     return result(run, name, gallery.hash, figures)
 
 
@@ -199,9 +199,9 @@ def classify(run: Path, classifier: str = "finetune", data: Data | None = None, 
         raise SystemExit(f"classifier: found another kind of checkpoint in {file}, wanted one of finetune or linear")
     e, embedder, classes = Evaluation(**state["evaluation"]), embedder_of(run), state["classes"]
     if "backbone" in state:
-        if state["backbone"] != weights_hash(embedder):
-            raise SystemExit(f"{file} was fitted on other weights than those of {run / 'last.pt'}: run linear again")
         queries = features(run, embedder, data, data.test, e, device, classes)
+        if state["backbone"] != queries.weights:
+            raise SystemExit(f"{file} was fitted on other weights than those of {run / 'last.pt'}: run linear again")
         layer = torch.nn.Linear(queries.clips.shape[2], len(classes))
         layer.load_state_dict(state["model"])
         accuracy = probe.accuracy(layer, queries.clips, queries.labels, e.clips)

@@ -10,15 +10,18 @@ from safetensors.torch import save
 
 from . import checkpoint, config, evaluate
 
+CODE = "augment", "clips", "decode", "evaluate", "features", "index", "models", "videos"  # from a file to its features
+
 
 @dataclass
 class Features:
-    """clips: [videos, clips, C]; labels: [videos]; and what they came from: videos, the configuration's hash."""
+    """clips: [videos, clips, C]; labels: [videos]; and what they came from: videos, weights, and a hash of it all."""
 
     clips: torch.Tensor
     labels: torch.Tensor
     videos: object
     hash: str
+    weights: str
 
 
 def embedder_of(run, seed=0):
@@ -49,7 +52,8 @@ def features(run, embedder, data, part, evaluation, device="cpu", classes=None):
     videos = config.open_labelled(data, part, (e.frames - 1) * e.stride + 1, run, classes)
     settings = data.size, evaluation, videos.shortest, videos.decoder, torch.device(device).type, torch.__version__
     read = files(videos)
-    key = config.digest(weights_hash(embedder), code_hash(), *settings, read, digits=64)
+    weights = weights_hash(embedder)
+    key = config.digest(weights, code_hash(*CODE), *settings, read, digits=64)
     path, labels = run / "features" / f"{key}.safetensors", config.digest(videos.labels.tolist(), digits=64)
     clips = cached(path, len(videos), labels)
     if clips is None:
@@ -59,9 +63,9 @@ def features(run, embedder, data, part, evaluation, device="cpu", classes=None):
         if files(videos) != read:
             raise ValueError(f"{data.root}: found videos of {part} that changed while they were read, wanted none")
         path.parent.mkdir(exist_ok=True)
-        with checkpoint.whole(path) as file:
+        with checkpoint.whole(path, shared=True) as file:
             file.write(save(dict(clips=clips), metadata=dict(labels=labels if videos.bad else "any")))
-    return Features(clips, videos.labels, videos, key[:8])
+    return Features(clips, videos.labels, videos, key[:8], weights)
 
 
 def files(videos):
@@ -73,10 +77,10 @@ def files(videos):
     return found
 
 
-def code_hash():
-    """Stands for the source of whatever turns a file into features."""
+def code_hash(*modules):
+    """Stands for the source of these modules, where there are such."""
     digest = hashlib.sha256()
-    for name in "augment", "clips", "decode", "evaluate", "features", "index", "models", "videos":
+    for name in modules:
         if (source := Path(__file__).with_name(f"{name}.py")).exists():
             digest.update(source.read_bytes())
     return digest.hexdigest()
