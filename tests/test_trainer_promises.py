@@ -461,9 +461,9 @@ def test_a_key_that_can_change_is_applied(videos_root, run, key, monkeypatch):
     steps, seen = [], []
     keep = train.Run.step
 
-    def step(self):
+    def step(self, *given):
         seen.append(self)
-        steps.append(keep(self))
+        steps.append(keep(self, *given))
         return steps[-1]
 
     monkeypatch.setattr(train.Run, "step", step)
@@ -511,6 +511,12 @@ def test_a_resumed_step_is_the_one_of_a_run_that_changes_its_settings_on_the_way
     after.step()
     for (name, found), value in zip(resumed.state_dict().items(), wanted.state_dict().values(), strict=True):
         assert torch.equal(found, value), name
+
+
+def test_the_optimizer_has_the_weight_decay_that_was_asked_for_last(loaded, tmp_path):
+    trained(loaded, tmp_path / "last.pt")
+    trained(loaded, tmp_path / "last.pt", steps=3, weight_decay=0.5)
+    assert checkpoint.load(tmp_path / "last.pt")["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
 
 
 def test_a_learnt_temperature_s_start_cannot_change(loaded, tmp_path):
