@@ -3,6 +3,7 @@
 import math
 import numbers
 import os
+import sys
 from collections.abc import Mapping
 
 import torch
@@ -95,7 +96,7 @@ def temperature(value, device=None):
         return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"temperature: found {value!r}, wanted {wanted}")
-    if not 0 < value < math.inf or math.isinf(1 / float(value)):
+    if not 0 < value <= sys.float_info.max or 1 / float(value) == math.inf:  # comparisons, which torch.compile can trace
         raise ValueError(f"temperature: found {value}, wanted {wanted}")
     return float(value)
 
