@@ -25,7 +25,16 @@ def embeddings(dims, **tensors):
             raise ValueError(f"{first} is on {a.device} and {name} on {x.device}: wanted one device")
         if x.shape != a.shape:
             raise ValueError(f"{first} has shape {list(a.shape)} and {name} {list(x.shape)}: wanted the same shape")
-    return same_dtype(**tensors)
+    return [saveable(x) for x in same_dtype(**tensors)]
+
+
+def saveable(x):
+    """The tensor, copied if it was made in inference mode and autograd, which saves no such tensor, may need it.
+
+    torch.compile cannot ask a tensor for that: there PyTorch's own error says what to do.
+    """
+    asks = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return x.clone() if asks and x.is_inference() else x
 
 
 def same_dtype(**tensors):
@@ -82,10 +91,13 @@ def _embedding(name, x, dims, check_values):
 
 
 def temperature(value, device=None):
-    """The temperature: a float > 0, or a 0-d floating tensor on the CPU or the inputs' device, its value not read."""
-    wanted = "a finite float > 0 or a 0-d floating-point tensor"
+    """The temperature as the losses use it: a float > 0, or a 0-d floating-point tensor, whose value is not read.
+
+    value: a number > 0, or a tensor of one element, of any shape, on the CPU or the inputs' device.
+    """
+    wanted = "a finite float > 0 or a floating-point tensor of one element"
     if isinstance(value, torch.Tensor):
-        if value.dim() != 0 or not value.is_floating_point():
+        if value.numel() != 1 or not value.is_floating_point():
             raise ValueError(
                 f"temperature: found a tensor of shape {list(value.shape)}, dtype {value.dtype}, wanted {wanted}"
             )
@@ -93,12 +105,25 @@ def temperature(value, device=None):
             raise ValueError(f"temperature: found a tensor on {value.device}, wanted it on the CPU or {device}")
         if _check_values() and not (value > 0).logical_and(value.isfinite()):
             raise ValueError(f"temperature: found {value.item()}, wanted {wanted} (TCLR_KERNELS_CHECK=1)")
-        return value
+        return saveable(value).reshape(())  # autograd gives the gradient the shape that the tensor had
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"temperature: found {value!r}, wanted {wanted}")
-    if not 0 < value <= sys.float_info.max or 1 / float(value) == math.inf:  # comparisons, which torch.compile can trace
+    # comparisons alone, which torch.compile can trace where the float may change from call to call
+    if not 0 < value <= sys.float_info.max or 1 / float(value) == math.inf:
         raise ValueError(f"temperature: found {value}, wanted {wanted}")
     return float(value)
+
+
+def kept_temperature(value):
+    """The temperature that a module may keep, as it was given: what it computes from must not change under it."""
+    if isinstance(value, torch.Tensor) and value.requires_grad and not isinstance(value, torch.nn.Parameter):
+        made = f"computed by {value.grad_fn.name()}" if value.grad_fn is not None else "that requires a gradient"
+        raise ValueError(
+            f"temperature: found a tensor {made}, wanted a float, an nn.Parameter or a tensor without gradient; to learn "
+            "it, pass an nn.Parameter, or compute it at every step and pass it to the loss's function, such as nt_xent"
+        )
+    number = temperature(value)
+    return value if isinstance(value, torch.Tensor) else number
 
 
 def one_of(name, value, choices):
