@@ -115,15 +115,17 @@ def temperature(value, device=None):
 
 
 def kept_temperature(value):
-    """The temperature that a module may keep, as it was given: what it computes from must not change under it."""
-    if isinstance(value, torch.Tensor) and value.requires_grad and not isinstance(value, torch.nn.Parameter):
-        made = f"computed by {value.grad_fn.name()}" if value.grad_fn is not None else "that requires a gradient"
-        raise ValueError(
-            f"temperature: found a tensor {made}, wanted a float, an nn.Parameter or a tensor without gradient; to learn "
-            "it, pass an nn.Parameter, or compute it at every step and pass it to the loss's function, such as nt_xent"
-        )
+    """The temperature as a module keeps it: as it was given, unless it would bring the graph of one step along."""
     number = temperature(value)
-    return value if isinstance(value, torch.Tensor) else number
+    if not isinstance(value, torch.Tensor):
+        return number
+    if value.requires_grad and not isinstance(value, torch.nn.Parameter):
+        found = "that requires a gradient" if value.is_leaf else "computed from one that requires a gradient"
+        raise ValueError(
+            f"temperature: found a tensor {found}, wanted a float, an nn.Parameter or a tensor without gradient; "
+            "to learn it, pass an nn.Parameter, or compute it at every step and pass it to the loss's function"
+        )
+    return value
 
 
 def one_of(name, value, choices):

@@ -113,7 +113,7 @@ def test_a_temperature_of_any_shape_is_copied_moved_and_saved(name):
 def test_a_temperature_with_the_graph_of_one_step_is_refused(name):
     module, _, _ = MODULES[name]
     s = nn.Parameter(torch.tensor(1.5))
-    for tensor, found in ((1 / s.exp(), "computed by"), (s.detach().requires_grad_(), "that requires")):
+    for tensor, found in ((1 / s.exp(), "computed from"), (s.detach().requires_grad_(), "that requires")):
         with pytest.raises(ValueError, match=f"temperature: found a tensor {found}.*nn.Parameter.*every step"):
             module(temperature=tensor)
     with torch.no_grad():

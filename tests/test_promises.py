@@ -163,7 +163,9 @@ def test_d5_temperature_may_be_a_tensor_of_any_dtype(name, dtype, backend):
 
 
 @pytest.mark.parametrize(
-    "wrong", [0.0, 0, -0.1, math.nan, math.inf, "0.1", None, True, 1j, [0.1], torch.ones(2), torch.ones(0), torch.tensor(1)], ids=repr
+    "wrong",
+    [0.0, 0, -0.1, math.nan, math.inf, "0.1", None, True, 1j, [0.1], torch.ones(2), torch.ones(0), torch.tensor(1)],
+    ids=repr,
 )
 @pytest.mark.parametrize("function", TAKES)
 def test_d5_wrong_temperature_is_named(function, wrong, backend):
@@ -248,7 +250,8 @@ def test_inference_tensors_where_no_gradient_is_made(name, mode, backend):
     call = temperature_first(name, backend)
     with mode():
         out = call(*made)
-        assert not out.requires_grad and torch.equal(out, call(*leaves)) and torch.equal(out, call(made[0], *leaves[1:]))
+        assert not out.requires_grad
+        assert torch.equal(out, call(*leaves)) and torch.equal(out, call(made[0], *leaves[1:]))
     assert torch.equal(call(*made), out)
 
 
