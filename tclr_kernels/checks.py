@@ -3,7 +3,6 @@
 import math
 import numbers
 import os
-import sys
 from collections.abc import Mapping
 
 import torch
@@ -108,10 +107,14 @@ def temperature(value, device=None):
         return saveable(value).reshape(())  # autograd gives the gradient the shape that the tensor had
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"temperature: found {value!r}, wanted {wanted}")
+    try:
+        number = float(value)
+    except OverflowError:  # of an integer
+        number = math.inf
     # comparisons alone, which torch.compile can trace where the float may change from call to call
-    if not 0 < value <= sys.float_info.max or 1 / float(value) == math.inf:
+    if not 0 < number < math.inf or 1 / number == math.inf:
         raise ValueError(f"temperature: found {value}, wanted {wanted}")
-    return float(value)
+    return number
 
 
 def kept_temperature(value):

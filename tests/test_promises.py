@@ -1,6 +1,7 @@
 """D1-D10: what the losses promise beyond the formulas. The names say which promise."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -196,7 +197,11 @@ def test_d5_one_element_of_a_larger_tensor_may_be_the_temperature(pair, backend)
     assert torch.equal(table.grad, torch.tensor([[0, d_tau], [0, 0]]))
 
 
-@pytest.mark.parametrize("value", [10**400, 5e-324, np.float32(0.0)], ids=repr)
+@pytest.mark.parametrize(
+    "value",
+    [10**400, 5e-324, np.float32(np.inf), Fraction(1, 10**400)],
+    ids=["a large integer", "5e-324", "float32 inf", "a small fraction"],
+)
 def test_d5_numbers_beyond_the_range_of_a_float_are_named(value, pair):
     with pytest.raises(ValueError, match="temperature: found"):
         tk.nt_xent(*pair, temperature=value)
