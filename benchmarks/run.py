@@ -59,8 +59,7 @@ def checked(case, provider, inputs, right):
         step = provider.step(case, inputs)
         seconds, result = measure.once(step)
     except Exception as error:  # a peer that cannot: its row says so
-        reason = " ".join(str(error).split())[:100]
-        return Tried({"status": f"error: {type(error).__name__}: {reason}"})
+        return Tried({"status": rows.reason(error)})
     if case.loss in provider.floors:
         return Tried({"status": "floor"}, step, seconds)
     loss_error, grad_error = oracle.errors(result, right)

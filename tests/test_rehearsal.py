@@ -1,0 +1,121 @@
+"""benchmarks/gpu.sh without a GPU: its order and limits, and with --full all of its steps; see rehearsal/."""
+
+import collections
+import csv
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import budget, gpu
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = "benchmarks", "csrc", "tclr_kernels", "tests", "python"
+COMPILED = "compile for the times and the sanitizers"
+TESTS = "tests on the GPU"
+
+
+def copy(folder):
+    """This repository's sources and what is compiled of them, as new as they are here; not its CUDA kernels."""
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "_cuda.so", "results"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "Makefile"):
+        shutil.copy2(ROOT / name, folder)
+    return folder
+
+
+def run(folder, **environment):
+    """gpu.sh in a copy, with its output."""
+    command = ["bash", "benchmarks/gpu.sh"]
+    environment = os.environ | dict(OUT=str(folder / "out"), COMMIT="abc1234") | environment
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def table(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_all_limits_together_are_below_nine_minutes():
+    assert sum(map(budget.limit, budget.STEPS)) < budget.TOTAL
+
+
+def test_fewer_processes_take_longer():
+    assert budget.limit(TESTS, 2) > budget.limit(TESTS, 16) == budget.limit(TESTS, 64)
+
+
+def test_the_busiest_process():
+    jobs = [{"a", "b"}, {"a"}, {"a", "c"}, {"b", "c", "d"}]
+    assert budget.busiest(jobs, 1) == 4 and budget.busiest(jobs, 4) == 3
+    assert budget.busiest(jobs, 2) == 4  # a b | a, then a b | a c, then a b c d
+
+
+def test_a_step_that_fails_or_takes_too_long_does_not_stop_the_others(tmp_path):
+    """With a Python that only tells what it is asked for, fails at the times, and takes too long at the tests."""
+    (tmp_path / "benchmarks").mkdir()
+    shutil.copy2(ROOT / "benchmarks/gpu.sh", tmp_path / "benchmarks")
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/bin/bash\n"
+        'case "$*" in\n'
+        f"  *benchmarks.budget*) {sys.executable} {ROOT}/benchmarks/budget.py 16 | sed '/tests/s/=.*/=1/' ;;\n"
+        "  *--results*) exit 3 ;;\n"
+        "  *pytest*) sleep 60 ;;\n"
+        "  -m*|setup.py*) echo $TRITON_CACHE_DIR $TCLR_KERNELS_CUDA ;;\n"
+        "esac\n"
+    )
+    python.chmod(0o755)
+    path = f"{ROOT}/tests/rehearsal/bin:{os.environ['PATH']}"
+    done = run(tmp_path, PYTHON=str(python), PATH=path)
+    steps = {row["step"]: row["status"] for row in table(tmp_path / "out" / "steps.csv")}
+    assert steps == dict.fromkeys(budget.STEPS, "0") | {"times": "3", TESTS: "124"}
+    assert list(steps) == list(budget.STEPS) and done.returncode == 1
+    assert "FAILED: times, status 3" in done.stdout and "FAILED: tests on the GPU, status 124" in done.stdout
+    told = collections.Counter(line for line in done.stdout.splitlines() if line.endswith("triton 1"))
+    assert set(told.values()) == {7}  # all others have the same cache, and ask for the CUDA kernels
+
+
+@pytest.mark.full
+def test_all_of_it_runs(tmp_path):
+    folder = copy(tmp_path)
+    rehearsal = folder / "tests/rehearsal"
+    log = folder / "log"
+    done = run(
+        folder,
+        PYTHON=sys.executable,
+        PYTHONPATH=os.pathsep.join([str(rehearsal), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        PATH=f"{rehearsal}/bin:{os.environ['PATH']}",
+        PYTEST_ADDOPTS="-p values",
+        REHEARSAL=str(log),
+    )
+    print(done.stdout[-20000:], done.stderr[-5000:])
+    steps = table(folder / "out/steps.csv")
+    assert [(row["step"], row["status"]) for row in steps] == [(name, "0") for name in budget.STEPS]
+    assert done.returncode == 0
+
+    rows = table(folder / "out/operation-stand-in.csv")
+    wanted = [{name: str(value) for name, value in gpu.name_of(shape).items()} for shape in gpu.SHAPES]
+    assert [{name: row[name] for name in wanted[0]} for row in rows] == wanted
+    objectives = table(folder / "out/objective-stand-in.csv")
+    assert [row["B"] for row in objectives] == [str(B) for B in gpu.VIDEOS]
+    assert {(row["status"], row["commit"]) for row in rows + objectives} == {("ok", "abc1234")}
+
+    jobs = collections.defaultdict(lambda: collections.defaultdict(set))
+    for line in log.read_text().splitlines():
+        step, job, variant = line.split("\t")
+        jobs[step][job].add(variant)
+    variants = {step: set().union(*of_jobs.values()) for step, of_jobs in jobs.items()}
+    print({step: len(found) for step, found in variants.items()})
+    counted = {step: budget.busiest(jobs[step].values()) for step in (COMPILED, TESTS)}
+    print(counted)
+    for step in set(variants) - {TESTS}:
+        assert variants[step] <= variants[COMPILED], f"{step} compiles by itself"
+    for step, most in counted.items():
+        assert most <= budget.STEPS[step].compilations, f"{step}: the busiest process compiles {most} variants"
+
+
+def test_a_row_is_written_at_once_and_errors_are_rows(tmp_path):
+    """The file is whole after each row; a row that fails, or ends or hangs its process, does not end the others."""
