@@ -10,7 +10,7 @@ import sys
 from typing import NamedTuple
 
 SECONDS = 1.5  # of one core for one compilation; see CONTRIBUTING.md for what was measured
-PROCESSES = 16  # that the compilations are counted for
+PROCESSES = 16  # that the table is made for
 TOTAL = 540
 
 
@@ -35,9 +35,9 @@ STEPS = {
 
 
 def limit(name, processes=PROCESSES):
-    """Seconds of a step. With fewer processes than the compilations are counted for, each has more of them."""
+    """Seconds of a step. With fewer processes than the table is made for, each has more to do."""
     step = STEPS[name]
-    return math.ceil(step.running + SECONDS * step.compilations * max(1, PROCESSES / processes))
+    return math.ceil((step.running + SECONDS * step.compilations) * max(1, PROCESSES / processes))
 
 
 def busiest(jobs, processes=PROCESSES):

@@ -303,22 +303,39 @@ def recover():
 class Worker:
     """A process that makes rows one after another. A new one takes its place when a row breaks it or takes too long."""
 
-    pool = None
+    process = None
 
     def row(self, *job):
-        self.pool = self.pool or SPAWN.Pool(1)
+        """The row that the function of a job makes, or its error."""
+        if self.process is None:
+            self.start()
+        self.connection.send(job)
         try:
-            made, usable = self.pool.apply_async(attempt, job).get(SECONDS_A_ROW)
-        except multiprocessing.TimeoutError:
-            made, usable = {"status": f"error: no answer within {SECONDS_A_ROW} s"}, False
+            if not self.connection.poll(SECONDS_A_ROW):
+                raise TimeoutError(f"no answer within {SECONDS_A_ROW} s")
+            made, usable = self.connection.recv()
+        except (EOFError, OSError) as error:  # a TimeoutError is an OSError
+            made, usable = {"status": rows.reason(error)}, False
         if not usable:
-            self.close()
+            self.stop()
         return made
 
-    def close(self):
-        if self.pool is not None:
-            self.pool.terminate()
-            self.pool = None
+    def start(self):
+        self.connection, theirs = SPAWN.Pipe()
+        self.process = SPAWN.Process(target=serve, args=(theirs,), daemon=True)
+        self.process.start()
+        theirs.close()  # so that the end of the process is the end of what comes from it
+
+    def stop(self):
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+        self.process = None
+
+
+def serve(connection):
+    while True:
+        connection.send(attempt(*connection.recv()))
 
 
 def times(folder):
@@ -340,7 +357,6 @@ def times(folder):
             missing = usable[shape.backend]
             made = worker.row(row, shape) if missing is None else {"status": f"error: {missing}"}
             report(add, place | name_of(shape) | made)
-    worker.close()
     return sum(status != "ok" for status in statuses)
 
 

@@ -6,11 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from benchmarks import budget, gpu
+from benchmarks import budget, gpu, rows
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = "benchmarks", "csrc", "tclr_kernels", "tests", "python"
@@ -78,6 +79,58 @@ def test_a_step_that_fails_or_takes_too_long_does_not_stop_the_others(tmp_path):
     assert set(told.values()) == {7}  # all others have the same cache, and ask for the CUDA kernels
 
 
+def test_an_interrupted_run_keeps_its_rows(tmp_path):
+    path = tmp_path / "rows.csv"
+    with pytest.raises(KeyboardInterrupt), rows.writing(path, ["a", "status"]) as add:
+        assert table(path) == []
+        for a in "12":
+            add(dict(a=a, b="no column", status="ok"))
+            assert table(path)[-1] == dict(a=a, status="ok")
+        raise KeyboardInterrupt
+    assert [row["a"] for row in table(path)] == ["1", "2"]
+
+
+def test_a_file_of_rows_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "rows.csv"
+    rows.write(path, ["a"], [dict(a="1")])
+    with pytest.raises(ZeroDivisionError):
+        rows.write(path, ["a"], (dict(a=1 // (1 - a)) for a in range(2)))
+    assert table(path) == [dict(a="1")]
+
+
+def test_a_row_that_fails_or_ends_its_process_or_hangs_does_not_end_the_others(monkeypatch):
+    worker = gpu.Worker()
+    assert worker.row(dict, [("a", 1)]) == dict(status="ok", a=1)
+    assert worker.row(os._exit, 3)["status"].startswith("error: EOFError")
+    assert worker.row(int, "x")["status"].startswith("error: ValueError: invalid literal")
+    monkeypatch.setattr(gpu, "SECONDS_A_ROW", 0.1)
+    assert worker.row(time.sleep, 100)["status"] == "error: TimeoutError: no answer within 0.1 s"
+    assert worker.process is None
+
+
+FEW = """
+import sys
+from benchmarks import gpu
+gpu.VIDEOS, gpu.SHAPES = (8,), [gpu.SHAPES[0]._replace(loss="no_such_loss"), gpu.SHAPES[0]]
+gpu.SHAPES += [gpu.SHAPES[1]._replace(backend="native")]
+gpu.tk.available_backends = lambda device: dict(triton=None, native="not built")
+sys.exit(gpu.main(["--results", sys.argv[1]]))
+"""
+
+
+def test_times_without_a_gpu(tmp_path):
+    environment = os.environ | dict(
+        PYTHONPATH=f"{ROOT}/tests/rehearsal", TRITON_CACHE_DIR=str(tmp_path), REHEARSAL=str(tmp_path / "log")
+    )
+    done = subprocess.run([sys.executable, "-c", FEW, tmp_path], cwd=ROOT, env=environment)
+    assert done.returncode == 1
+    statuses = [row["status"] for row in table(tmp_path / "operation-stand-in.csv")]
+    assert statuses[0].startswith("error: AttributeError") and statuses[1:] == ["ok", "error: not built"]
+    (objective,) = table(tmp_path / "objective-stand-in.csv")
+    assert objective["status"] == "ok" and objective["eager_us"]
+    assert "gradient_kernel" in (tmp_path / "log").read_text()
+
+
 @pytest.mark.full
 def test_all_of_it_runs(tmp_path):
     folder = copy(tmp_path)
@@ -96,12 +149,12 @@ def test_all_of_it_runs(tmp_path):
     assert [(row["step"], row["status"]) for row in steps] == [(name, "0") for name in budget.STEPS]
     assert done.returncode == 0
 
-    rows = table(folder / "out/operation-stand-in.csv")
+    operations = table(folder / "out/operation-stand-in.csv")
     wanted = [{name: str(value) for name, value in gpu.name_of(shape).items()} for shape in gpu.SHAPES]
-    assert [{name: row[name] for name in wanted[0]} for row in rows] == wanted
+    assert [{name: row[name] for name in wanted[0]} for row in operations] == wanted
     objectives = table(folder / "out/objective-stand-in.csv")
     assert [row["B"] for row in objectives] == [str(B) for B in gpu.VIDEOS]
-    assert {(row["status"], row["commit"]) for row in rows + objectives} == {("ok", "abc1234")}
+    assert {(row["status"], row["commit"]) for row in operations + objectives} == {("ok", "abc1234")}
 
     jobs = collections.defaultdict(lambda: collections.defaultdict(set))
     for line in log.read_text().splitlines():
@@ -115,7 +168,3 @@ def test_all_of_it_runs(tmp_path):
         assert variants[step] <= variants[COMPILED], f"{step} compiles by itself"
     for step, most in counted.items():
         assert most <= budget.STEPS[step].compilations, f"{step}: the busiest process compiles {most} variants"
-
-
-def test_a_row_is_written_at_once_and_errors_are_rows(tmp_path):
-    """The file is whole after each row; a row that fails, or ends or hangs its process, does not end the others."""

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode  # noqa: E402
 from torch.utils._pytree import tree_map  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from benchmarks import rows  # noqa: E402
+from benchmarks import baselines, rows  # noqa: E402
 from tclr_kernels import backends  # noqa: E402
 from tests import standin  # noqa: E402
 
@@ -85,6 +85,24 @@ def graph(_):
         yield
     finally:
         capturing = False
+
+
+class Profile:
+    """Of the launches of a step, which are none."""
+
+    def __init__(self, activities):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def events(self):
+        return []
+
+    key_averages = events
 
 
 def nothing(*arguments, **settings):
@@ -162,6 +180,9 @@ def install():
         return attempted(*arguments)
 
     rows.attempted = counted
+    release = baselines.release  # takes a CPU minutes for many videos
+    baselines.release = lambda *sets: release(*(z[:, :8] for z in sets[:3]), sets[3])
+    torch.profiler.profile = Profile
     torch.testing.assert_close = shapes_are_equal
     torch.version.cuda = torch.version.cuda or "13.0"
     torch.Generator = Generator
