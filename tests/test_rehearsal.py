@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import setup
 from benchmarks import budget, gpu, rows
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +34,14 @@ def run(folder, **environment):
     command = ["bash", "benchmarks/gpu.sh"]
     environment = os.environ | dict(OUT=str(folder / "out"), COMMIT="abc1234") | environment
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def rehearsing(folder, log):
+    """The environment in which Python finds a GPU that is not there. folder: the repository or a copy of it"""
+    rehearsal = f"{folder}/tests/rehearsal"
+    python_path = os.pathsep.join(filter(None, [rehearsal, os.environ.get("PYTHONPATH")]))
+    path = f"{rehearsal}/bin{os.pathsep}{os.environ['PATH']}"
+    return dict(PYTHONPATH=python_path, PATH=path, PYTEST_ADDOPTS="-p values", REHEARSAL=str(log))
 
 
 def table(path):
@@ -69,8 +78,7 @@ def test_a_step_that_fails_or_takes_too_long_does_not_stop_the_others(tmp_path):
         "esac\n"
     )
     python.chmod(0o755)
-    path = f"{ROOT}/tests/rehearsal/bin:{os.environ['PATH']}"
-    done = run(tmp_path, PYTHON=str(python), PATH=path)
+    done = run(tmp_path, PYTHON=str(python), PATH=rehearsing(ROOT, "")["PATH"])
     steps = {row["step"]: row["status"] for row in table(tmp_path / "out" / "steps.csv")}
     assert steps == dict.fromkeys(budget.STEPS, "0") | {"times": "3", TESTS: "124"}
     assert list(steps) == list(budget.STEPS) and done.returncode == 1
@@ -119,9 +127,7 @@ sys.exit(gpu.main(["--results", sys.argv[1]]))
 
 
 def test_times_without_a_gpu(tmp_path):
-    environment = os.environ | dict(
-        PYTHONPATH=f"{ROOT}/tests/rehearsal", TRITON_CACHE_DIR=str(tmp_path), REHEARSAL=str(tmp_path / "log")
-    )
+    environment = os.environ | rehearsing(ROOT, tmp_path / "log") | dict(TRITON_CACHE_DIR=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", FEW, tmp_path], cwd=ROOT, env=environment)
     assert done.returncode == 1
     statuses = [row["status"] for row in table(tmp_path / "operation-stand-in.csv")]
@@ -132,18 +138,10 @@ def test_times_without_a_gpu(tmp_path):
 
 
 @pytest.mark.full
+@pytest.mark.skipif(setup.nvcc() is None, reason="the build of the CUDA kernels needs nvcc")
 def test_all_of_it_runs(tmp_path):
-    folder = copy(tmp_path)
-    rehearsal = folder / "tests/rehearsal"
-    log = folder / "log"
-    done = run(
-        folder,
-        PYTHON=sys.executable,
-        PYTHONPATH=os.pathsep.join([str(rehearsal), *filter(None, [os.environ.get("PYTHONPATH")])]),
-        PATH=f"{rehearsal}/bin:{os.environ['PATH']}",
-        PYTEST_ADDOPTS="-p values",
-        REHEARSAL=str(log),
-    )
+    folder, log = copy(tmp_path), tmp_path / "log"
+    done = run(folder, PYTHON=sys.executable, **rehearsing(folder, log))
     print(done.stdout[-20000:], done.stderr[-5000:])
     steps = table(folder / "out/steps.csv")
     assert [(row["step"], row["status"]) for row in steps] == [(name, "0") for name in budget.STEPS]

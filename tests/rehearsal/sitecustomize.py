@@ -25,8 +25,9 @@ from benchmarks import baselines, rows  # noqa: E402
 from tclr_kernels import backends  # noqa: E402
 from tests import standin  # noqa: E402
 
+WAIT = torch.Tensor.item, torch.Tensor.cpu, torch.Tensor.tolist, torch.Tensor.__bool__, torch.Tensor.__float__
 LARGE = 10_000_000  # elements, of a tensor that is not filled and of a product that is not made
-capturing = False
+capturing = forbidden = False  # whether a graph is captured, and whether waiting for the device is an error
 
 
 class Mode(TorchFunctionMode):
@@ -36,6 +37,8 @@ class Mode(TorchFunctionMode):
         settings = dict(settings or {})
         if str(settings.get("device", "")).startswith("cuda"):
             settings["device"] = "cpu"
+        if function in WAIT and (capturing or forbidden):
+            raise RuntimeError(f"{function.__name__} waits for the device")
         if function is torch.Tensor.cuda:
             return arguments[0]
         if function is torch.randn and torch.Size(sizes_of(arguments)).numel() > LARGE:
@@ -78,7 +81,7 @@ class Graph:
 
 @contextlib.contextmanager
 def graph(_):
-    """While a graph is captured, nothing may be compiled: a GPU refuses to load a kernel then."""
+    """While a graph is captured, nothing may be compiled, since a GPU refuses to load a kernel then."""
     global capturing
     capturing = True
     try:
@@ -103,6 +106,11 @@ class Profile:
         return []
 
     key_averages = events
+
+
+def set_sync_debug_mode(mode):
+    global forbidden
+    forbidden = mode == "error"
 
 
 def nothing(*arguments, **settings):
@@ -183,6 +191,7 @@ def install():
     release = baselines.release  # takes a CPU minutes for many videos
     baselines.release = lambda *sets: release(*(z[:, :8] for z in sets[:3]), sets[3])
     torch.profiler.profile = Profile
+    torch.compile = lambda function, **settings: function  # it would look into PyTorch's own CUDA library
     torch.testing.assert_close = shapes_are_equal
     torch.version.cuda = torch.version.cuda or "13.0"
     torch.Generator = Generator
@@ -195,6 +204,7 @@ def install():
         graph=graph,
         stream=contextlib.nullcontext,
         current_stream=Stream,
+        set_sync_debug_mode=set_sync_debug_mode,
         is_available=lambda: True,
         is_current_stream_capturing=lambda: capturing,
         get_device_name=lambda: "stand-in",
@@ -204,7 +214,7 @@ def install():
         max_memory_allocated=lambda: 0,
     ).items():
         setattr(torch.cuda, name, value)
-    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats", "set_sync_debug_mode"):
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
         setattr(torch.cuda, name, nothing)
     Mode().__enter__()
 
