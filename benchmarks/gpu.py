@@ -290,8 +290,16 @@ def failed(job, result):
 
 def attempt(make, *arguments):
     """The row that a function makes, and whether the device still answers after it."""
-    made = rows.attempted(make, *arguments)
+    made = rows.attempted(finished, make, *arguments)
     return made, made["status"] == "ok" or rows.attempted(recover)["status"] == "ok"
+
+
+def finished(make, *arguments):
+    """The row, once the device has done all that was asked of it: an error there is this row's."""
+    made = make(*arguments)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return made
 
 
 def recover():

@@ -141,7 +141,8 @@ def test_times_without_a_gpu(tmp_path):
 @pytest.mark.skipif(setup.nvcc() is None, reason="the build of the CUDA kernels needs nvcc")
 def test_all_of_it_runs(tmp_path):
     folder, log = copy(tmp_path), tmp_path / "log"
-    done = run(folder, PYTHON=sys.executable, **rehearsing(folder, log))
+    one_target = dict(TCLR_KERNELS_CUDA_ARCHS="9.0a")  # compile_cuda.py compiles for the others
+    done = run(folder, PYTHON=sys.executable, **one_target, **rehearsing(folder, log))
     print(done.stdout[-20000:], done.stderr[-5000:])
     steps = table(folder / "out/steps.csv")
     assert [(row["step"], row["status"]) for row in steps] == [(name, "0") for name in budget.STEPS]
