@@ -19,7 +19,6 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from torch.overrides import TorchFunctionMode  # noqa: E402
 from torch.utils._pytree import tree_map  # noqa: E402
-from triton.runtime.jit import JITFunction  # noqa: E402
 
 from benchmarks import baselines, rows  # noqa: E402
 from tclr_kernels import backends  # noqa: E402
@@ -144,9 +143,9 @@ class Compiler(standin.Compiler):
         if capturing:
             raise RuntimeError(f"{fn.__name__} is compiled while a graph is captured")
         variant = f"{fn.__name__} {hashlib.sha256(str(key).encode()).hexdigest()[:16]}"
-        marker = Path(os.environ["TRITON_CACHE_DIR"], variant)
+        marker = Path(os.environ["TRITON_CACHE_DIR"], variant)  # an empty file: launches need no binary
         if marker.exists():
-            device = others[1]
+            _, device, *_ = others
             fn.device_caches[device][0][key] = kernel = standin._NotCompiled(self.launched, variant)
             return kernel
         kernel = super().compile(fn, key, *others)
@@ -220,5 +219,4 @@ def install():
 
 
 assert_close = torch.testing.assert_close
-assert JITFunction._do_compile  # what standin.py replaces
 install()
