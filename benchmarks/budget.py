@@ -22,11 +22,11 @@ class Step(NamedTuple):
 
 
 STEPS = {
-    "build": Step(100),
+    "build": Step(90),
     "what is here": Step(20),
-    "compile for the times and the sanitizers": Step(30, 20),
-    "times": Step(90),
-    "tests on the GPU": Step(60, 40),
+    "compile for the times and the sanitizers": Step(30, 18),
+    "times": Step(80),
+    "tests on the GPU": Step(50, 68),
     "compute-sanitizer memcheck": Step(30),
     "compute-sanitizer racecheck": Step(30),
     "compute-sanitizer initcheck": Step(30),
