@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/* csrc/*/*)
 export TCLR_KERNELS_REQUIRE_NATIVE := $(NATIVE)
 
-.PHONY: demo test test-triton triton-compiled cuda-compiled lint bench plots selftest setup wheel-check clean
+.PHONY: demo test test-triton triton-compiled cuda-compiled torch-headers lint bench plots selftest setup wheel-check clean
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -26,6 +26,10 @@ test: setup
 
 test-triton: setup
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests $(ARGS)
+
+# the oldest and the newest supported PyTorch's headers and names, for tests/test_stable_abi.py; 130 MB are read, once
+torch-headers: setup
+	$(BIN)/python -m tests.torch_headers
 
 triton-compiled: setup
 	$(BIN)/python -m benchmarks.compile_triton

@@ -35,10 +35,14 @@ if INTERPRETED and BACKENDS["triton"] is None:
 
 
 def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="also run the tests marked full")
     parser.addoption("--sample", type=int, default=1, help="every how many-th set of a test's parameters is taken")
 
 
 def pytest_collection_modifyitems(config, items):
+    if not config.getoption("full"):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("full")])
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
     if not INTERPRETED:
         return
     seen = collections.Counter()

@@ -49,7 +49,7 @@ struct Device {
       return library ? reinterpret_cast<Current>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
     }();
     STD_TORCH_CHECK(current, "this PyTorch has no CUDA streams: its libtorch_cuda.so is not loaded");
-    STABLE_TORCH_ERROR_CODE_CHECK(current(x.get_device_index(), &stream));
+    TORCH_ERROR_CODE_CHECK(current(x.get_device_index(), &stream));
   }
 };
 
@@ -78,8 +78,8 @@ Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& 
   for (size_t k = sizes.size(); k-- > 1;) strides[k - 1] = strides[k] * sizes[k];
   int32_t device_type;
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(beside.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(beside.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
                                torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
                                beside.get_device_index(), &handle));
