@@ -6,6 +6,7 @@ nvcc is and PyTorch has CUDA, for TCLR_KERNELS_CUDA_ARCHS, such as "8.0 9.0a 10.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -39,10 +40,22 @@ def nvcc():
     return (home and shutil.which("nvcc", path=f"{home}/bin")) or shutil.which("nvcc")
 
 
-def targets():
-    """TARGETS as nvcc's flags."""
+def supported_targets():
+    """Those of TARGETS that this nvcc compiles for; prints the others, which an older one does not know."""
+    listed = subprocess.run([nvcc(), "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout.split()
+    wanted = TARGETS.replace(",", " ").replace(";", " ").split()
+    known = [target for target in wanted if f"compute_{re.sub('[^0-9]', '', target)}" in listed]
+    if left_out := [target for target in wanted if target not in known]:
+        print(f"warning: {nvcc()} cannot compile for {' '.join(left_out)}: left out", file=sys.stderr)
+    if not known:
+        raise OSError(f"{nvcc()} compiles for none of {TARGETS} (TCLR_KERNELS_CUDA_ARCHS)")
+    return known
+
+
+def gencode(targets):
+    """Targets such as "9.0a" as nvcc's flags."""
     flags = []
-    for target in TARGETS.replace(",", " ").replace(";", " ").split():
+    for target in targets:
         number = target.removesuffix("+PTX").replace(".", "")
         codes = f"[sm_{number},compute_{number}]" if target.endswith("+PTX") else f"sm_{number}"
         flags.append(f"-gencode=arch=compute_{number},code={codes}")
@@ -63,8 +76,10 @@ def cuda(folder, objects):
         for path in folder, objects:
             path.mkdir(parents=True, exist_ok=True)
         kernels, binding = objects / "kernels.o", objects / "bind.o"
-        run([nvcc(), *NVCC_FLAGS, *targets(), "-c", source / "kernels.cu", "-o", kernels])
-        flags = [*BINDING_FLAGS, f'-DTCLR_CUDA_TARGETS="{TARGETS}"', f"-I{torch_folder}/include"]
+        targets = supported_targets()
+        named = " ".join(targets)
+        run([nvcc(), *NVCC_FLAGS, *gencode(targets), "-c", source / "kernels.cu", "-o", kernels])
+        flags = [*BINDING_FLAGS, f'-DTCLR_CUDA_TARGETS="{named}"', f"-I{torch_folder}/include"]
         run([os.environ.get("CXX", "c++"), *flags, "-c", source / "bind.cpp", "-o", binding])
         # nvcc links its own runtime in, statically
         link = [kernels, binding, f"-L{torch_folder}/lib", "-ltorch_cpu", "-lc10", "-o", folder / "_cuda.so"]
