@@ -2,11 +2,9 @@
 //
 // With TCLR_HOST_EXECUTOR the same operators are made for CPU tensors, in a library of their own, for the tests.
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include "../schemas.h"
+#include "../tensors.h"
 #include "gram.h"
 
 #ifdef TCLR_HOST_EXECUTOR
@@ -17,11 +15,6 @@
 
 namespace tclr {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Tensors = std::vector<Tensor>;
-using Optional = std::optional<Tensor>;
 
 #ifdef TCLR_HOST_EXECUTOR
 
@@ -55,56 +48,13 @@ struct Device {
 
 #endif
 
-Dtype dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Double:
-      return Dtype::f64;
-    case ScalarType::Float:
-      return Dtype::f32;
-    case ScalarType::BFloat16:
-      return Dtype::bf16;
-    default:
-      STD_TORCH_CHECK(x.scalar_type() == ScalarType::Half, "wanted float64, float32, bfloat16 or float16");
-      return Dtype::f16;
-  }
-}
-
-ScalarType wide(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& beside) {
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t k = sizes.size(); k-- > 1;) strides[k - 1] = strides[k] * sizes[k];
-  int32_t device_type;
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(beside.get(), &device_type));
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
-                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
-                               beside.get_device_index(), &handle));
-  return Tensor(handle);
-}
-
 Tensor bytes(size_t n, const Tensor& beside) { return empty({int64_t(n)}, ScalarType::Byte, beside); }
-
-std::vector<int64_t> sizes_of(const Tensor& x) { return {x.sizes().begin(), x.sizes().end()}; }
 
 // A 0-d tensor on the host is read here, one on the device by the kernels.
 cuda::Scalar scalar(const Tensor& x) {
   STD_TORCH_CHECK(x.dim() == 0, "tau: wanted a 0-d tensor");
-  const void* data = x.const_data_ptr();
-  if (on_device(x)) return {data, dtype_of(x), 0};
-  switch (dtype_of(x)) {
-    case Dtype::f64:
-      return {nullptr, {}, *static_cast<const double*>(data)};
-    case Dtype::f32:
-      return {nullptr, {}, *static_cast<const float*>(data)};
-    case Dtype::bf16:
-      return {nullptr, {}, from_bf16(*static_cast<const uint16_t*>(data))};
-    default:
-      return {nullptr, {}, from_f16(*static_cast<const uint16_t*>(data))};
-  }
+  if (on_device(x)) return {x.const_data_ptr(), dtype_of(x), 0};
+  return {nullptr, {}, host_value(x)};
 }
 
 cuda::Scalar scalar(const Optional& x, double value) { return x ? scalar(*x) : cuda::Scalar{nullptr, {}, value}; }
