@@ -199,10 +199,15 @@ std::tuple<Tensors, Tensors> compute(std::array<Input, 3> inputs, double tau, bo
   return {values, gradients};
 }
 
-Tensor product(const Tensor& x, const Tensor& y) {
-  std::array<StableIValue, 2> stack{torch::stable::detail::from(x), torch::stable::detail::from(y)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mul", "Tensor", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+template <typename T>
+Tensor times(const Tensor& x, double factor) {
+  Tensor made = empty(sizes_of(x), code_of(x), x);
+  const T* from = const_data<T>(x);
+  T *to = data<T>(made), by = T(factor);
+  torch::stable::parallel_for(0, x.numel(), 1 << 15, [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) to[i] = from[i] * by;
+  });
+  return made;
 }
 
 }  // namespace
@@ -213,19 +218,20 @@ std::tuple<Tensors, Tensors> objective(Tensor g, Tensor s, Tensor x, Optional ta
   STD_TORCH_CHECK(sizes_of(g) == std::vector<int64_t>({x.size(0), x.size(1), x.size(3)}),
                   "g: wanted [V, B, D] beside x [V, B, T, D]");
   for (const Tensor& z : {g, s, x})
-    STD_TORCH_CHECK(z.is_cpu() && z.scalar_type() == x.scalar_type(), "g, s, x: wanted CPU tensors of one dtype");
+    STD_TORCH_CHECK(z.is_cpu() && code_of(z) == code_of(x), "g, s, x: wanted CPU tensors of one dtype");
   STD_TORCH_CHECK(scales.size() == terms && weights.size() == terms, "scales, weights: wanted one for each term");
-  auto run = x.scalar_type() == ScalarType::Double ? compute<double> : compute<float>;
+  auto run = dtype_of(x) == Dtype::f64 ? compute<double> : compute<float>;
   return run({Input{g}, Input{s}, Input{x}}, tau_of(tau, tau_value), normalize, scales, weights, gradient);
 }
 
 Tensors objective_backward(Tensor g, Tensor, Tensor, Optional, double, bool, std::vector<double>, std::vector<double>,
                            Tensors kept, Tensor upstream) {
   STD_TORCH_CHECK(kept.size() == 4, "kept: wanted what the forward returned");
+  STD_TORCH_CHECK(upstream.dim() == 0 && upstream.is_cpu(), "upstream: wanted a 0-d CPU tensor");
+  auto scaled = dtype_of(kept[0]) == Dtype::f64 ? times<double> : times<float>;
   Tensors gradients;
-  for (const Tensor& d : kept) gradients.push_back(product(d, upstream));
-  for (size_t k = 0; k < 3; ++k)
-    if (gradients[k].scalar_type() != g.scalar_type()) gradients[k] = torch::stable::to(gradients[k], g.scalar_type());
+  for (const Tensor& d : kept) gradients.push_back(scaled(d, host_value(upstream)));
+  for (size_t k = 0; k < 3; ++k) gradients[k] = converted(gradients[k], g);
   return gradients;
 }
 

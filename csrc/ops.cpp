@@ -18,8 +18,9 @@ Sets describe(const Tensors& sets, const Optional& tau, double tau_value, bool n
   STD_TORCH_CHECK(!sets.empty() && sets[0].dim() == 3, "sets: wanted at least one tensor [G, N, D]");
   Sets s;
   std::vector<int64_t> sizes = sizes_of(sets[0]);
+  Code dtype = code_of(sets[0]);
   for (const Tensor& z : sets) {
-    STD_TORCH_CHECK(sizes_of(z) == sizes && z.scalar_type() == sets[0].scalar_type() && z.is_cpu(),
+    STD_TORCH_CHECK(sizes_of(z) == sizes && code_of(z) == dtype && z.is_cpu(),
                     "sets: wanted CPU tensors of one shape and dtype");
     s.rows.push_back({z.const_data_ptr(), z.stride(0), z.stride(1), z.stride(2)});
   }
@@ -31,7 +32,7 @@ Sets describe(const Tensors& sets, const Optional& tau, double tau_value, bool n
 
 template <typename T>
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensors& sets, const GramInput& in) {
-  ScalarType dtype = wide(sets[0]);
+  Code dtype = wide(sets[0]);
   auto block = [&] { return empty({in.G, in.V, in.V, in.N}, dtype, sets[0]); };
   Tensor term = block(), neg = block(), pos = block();
   Executor executor = threads();
@@ -46,17 +47,33 @@ std::tuple<Tensor, Tensor, Tensor> gram_forward(Tensors sets, Optional tau, doub
   return s.input.dtype == Dtype::f64 ? forward<double>(sets, s.input) : forward<float>(sets, s.input);
 }
 
+// A copy in the order of the indices, where that is not the order in memory already. Not by PyTorch's operator, which
+// costs a look-up by name: a microsecond, of the hundred that a small loss takes.
+template <typename T>
+Tensor contiguous(const Tensor& x) {
+  if (x.is_contiguous()) return x;
+  Tensor copy = empty(sizes_of(x), code_of(x), x);
+  const T* from = const_data<T>(x);
+  T* to = data<T>(copy);
+  int64_t s0 = x.stride(0), s1 = x.stride(1), s2 = x.stride(2), s3 = x.stride(3), N = x.size(3);
+  for (int64_t g = 0; g < x.size(0); ++g)
+    for (int64_t a = 0; a < x.size(1); ++a)
+      for (int64_t c = 0; c < x.size(2); ++c)
+        for (int64_t i = 0; i < N; ++i) *to++ = from[g * s0 + a * s1 + c * s2 + i * s3];
+  return copy;
+}
+
 template <typename T>
 std::tuple<Tensors, Tensor> backward(const Tensors& sets, const GramInput& in, const Tensor& neg, const Tensor& pos,
                                      const Optional& g_term, const Optional& g_neg, const Optional& g_pos) {
-  ScalarType dtype = wide(sets[0]);
+  Code dtype = wide(sets[0]);
   Tensors kept;
   auto pointer = [&](const Optional& x) -> const T* {
     if (!x) return nullptr;
     STD_TORCH_CHECK(
-        sizes_of(*x) == std::vector<int64_t>({in.G, in.V, in.V, in.N}) && x->scalar_type() == dtype && x->is_cpu(),
+        sizes_of(*x) == std::vector<int64_t>({in.G, in.V, in.V, in.N}) && code_of(*x) == dtype && x->is_cpu(),
         "neg, pos and their gradients: wanted CPU tensors [G, V, V, N] of the forward's dtype");
-    return const_data<T>(kept.emplace_back(torch::stable::contiguous(*x)));
+    return const_data<T>(kept.emplace_back(contiguous<T>(*x)));
   };
   Tensors dz;
   std::vector<Gradient<T>> outputs;
@@ -68,8 +85,7 @@ std::tuple<Tensors, Tensor> backward(const Tensors& sets, const GramInput& in, c
   GramBackward<T> call{pointer(neg),   pointer(pos),   pointer(g_term), pointer(g_neg),
                        pointer(g_pos), outputs.data(), data<T>(zdz)};
   kernels<T>().backward(in, call, data<T>(memory), executor);
-  if (dtype != sets[0].scalar_type())
-    for (Tensor& d : dz) d = torch::stable::to(d, sets[0].scalar_type());
+  for (Tensor& d : dz) d = converted(d, sets[0]);
   return {dz, zdz};
 }
 

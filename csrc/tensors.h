@@ -12,44 +12,51 @@
 
 namespace tclr {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 using Optional = std::optional<Tensor>;
 
+// A dtype as PyTorch's C functions name it. Not torch::headeronly::ScalarType: every conversion to it asks for the
+// names of all dtypes one after the other.
+using Code = int32_t;
+
+inline Code code_of(const Tensor& x) {
+  Code code;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &code));
+  return code;
+}
+
 inline Dtype dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Double:
-      return Dtype::f64;
-    case ScalarType::Float:
-      return Dtype::f32;
-    case ScalarType::BFloat16:
-      return Dtype::bf16;
-    default:
-      STD_TORCH_CHECK(x.scalar_type() == ScalarType::Half, "wanted float64, float32, bfloat16 or float16");
-      return Dtype::f16;
-  }
+  Code code = code_of(x);
+  if (code == aoti_torch_dtype_float32()) return Dtype::f32;
+  if (code == aoti_torch_dtype_float64()) return Dtype::f64;
+  if (code == aoti_torch_dtype_bfloat16()) return Dtype::bf16;
+  STD_TORCH_CHECK(code == aoti_torch_dtype_float16(), "wanted float64, float32, bfloat16 or float16");
+  return Dtype::f16;
 }
 
 // The dtype of results: float64 for float64, float32 for the others.
-inline ScalarType wide(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+inline Code wide(const Tensor& x) {
+  return code_of(x) == aoti_torch_dtype_float64() ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
 }
 
 inline std::vector<int64_t> sizes_of(const Tensor& x) { return {x.sizes().begin(), x.sizes().end()}; }
 
 // A contiguous tensor of any values, on the same device as another.
-inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& beside) {
+inline Tensor empty(const std::vector<int64_t>& sizes, Code dtype, const Tensor& beside) {
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t k = sizes.size(); k-- > 1;) strides[k - 1] = strides[k] * sizes[k];
   int32_t device_type;
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(beside.get(), &device_type));
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
-                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
-                               beside.get_device_index(), &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
+                                                  device_type, beside.get_device_index(), &handle));
   return Tensor(handle);
+}
+
+// In the dtype of another.
+inline Tensor converted(const Tensor& x, const Tensor& like) {
+  return code_of(x) == code_of(like) ? x : torch::stable::to(x, like.scalar_type());
 }
 
 // The value of a 0-d tensor in the host's memory.

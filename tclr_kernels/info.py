@@ -10,6 +10,7 @@ import torch
 import tclr_kernels
 
 from . import backends
+from .backends.native import build_facts
 
 NEWEST_TESTED = 2, 15
 
@@ -63,7 +64,7 @@ def untested():
 
 
 def lines(facts):
-    """The report, as (name, value) pairs. facts: of `native.build_facts`"""
+    """The report, as (name, value) pairs. facts: of `build_facts`"""
     yield from ((name, version or "not installed") for name, version in versions().items())
     yield "cpu", f"{cpu_model()}, {torch.get_num_threads()} threads"
     for device in devices():
@@ -88,7 +89,7 @@ def main(arguments=None):
     parser.add_argument("--dtype", choices=["float64", "float32", "bfloat16", "float16"], default="float32")
     options = parser.parse_args(arguments)
     try:
-        for name, value in lines(backends.native.build_facts()):
+        for name, value in lines(build_facts()):
             print(f"{name:<22}{value}")
         print(f"{'would serve':<22}{serves(options.shape, options.device, options.dtype)}")
     # no such device, or the environment names what is missing

@@ -48,7 +48,7 @@ struct Device {
 
 #endif
 
-Tensor bytes(size_t n, const Tensor& beside) { return empty({int64_t(n)}, ScalarType::Byte, beside); }
+Tensor bytes(size_t n, const Tensor& beside) { return empty({int64_t(n)}, aoti_torch_dtype_uint8(), beside); }
 
 // A 0-d tensor on the host is read here, one on the device by the kernels.
 cuda::Scalar scalar(const Tensor& x) {
@@ -73,7 +73,7 @@ Described describe(const Tensors& sets, const Optional& tau, double tau_value, b
   Described d;
   auto sizes = sizes_of(sets[0]);
   for (const Tensor& z : sets) {
-    STD_TORCH_CHECK(sizes_of(z) == sizes && z.scalar_type() == sets[0].scalar_type() && on_device(z) &&
+    STD_TORCH_CHECK(sizes_of(z) == sizes && code_of(z) == code_of(sets[0]) && on_device(z) &&
                         z.get_device_index() == sets[0].get_device_index(),
                     "sets: wanted CUDA tensors of one shape, dtype and device");
     d.sets.push_back({{z.const_data_ptr(), z.stride(0), z.stride(1), z.stride(2)}, nullptr});
@@ -107,14 +107,14 @@ std::tuple<Tensors, Tensor> gram_backward(Tensors sets, Optional tau, double tau
   auto pointer = [&](const Optional& x) -> const void* {
     if (!x) return nullptr;
     STD_TORCH_CHECK(sizes_of(*x) == std::vector<int64_t>({d.call.G, d.call.V, d.call.V, d.call.N}) &&
-                        x->scalar_type() == wide(sets[0]) && on_device(*x),
+                        code_of(*x) == wide(sets[0]) && on_device(*x),
                     "neg, pos and their gradients: wanted CUDA tensors [G, V, V, N] of the forward's dtype");
     return held.emplace_back(torch::stable::contiguous(*x)).const_data_ptr();
   };
   d.call.neg = const_cast<void*>(pointer(neg)), d.call.pos = const_cast<void*>(pointer(pos));
   d.call.g_term = pointer(g_term), d.call.g_neg = pointer(g_neg), d.call.g_pos = pointer(g_pos);
   for (size_t a = 0; a < sets.size(); ++a)
-    d.sets[a].gradient = dz.emplace_back(empty(sizes_of(sets[a]), sets[a].scalar_type(), sets[a])).mutable_data_ptr();
+    d.sets[a].gradient = dz.emplace_back(empty(sizes_of(sets[a]), code_of(sets[a]), sets[a])).mutable_data_ptr();
   d.call.sets = d.sets.data();
   Tensor zdz = empty({d.call.G, d.call.V, d.call.N}, wide(sets[0]), sets[0]);
   d.call.zdz = zdz.mutable_data_ptr();
@@ -137,7 +137,7 @@ cuda::ObjectiveCall describe(const Tensor& g, const Tensor& s, const Tensor& x, 
   of_g.erase(of_g.begin() + 2);
   STD_TORCH_CHECK(sizes_of(g) == of_g, "g: wanted [V, B, D] beside x [V, B, T, D]");
   for (const Tensor& z : {g, s, x})
-    STD_TORCH_CHECK(on_device(z) && z.scalar_type() == x.scalar_type() && z.get_device_index() == x.get_device_index(),
+    STD_TORCH_CHECK(on_device(z) && code_of(z) == code_of(x) && z.get_device_index() == x.get_device_index(),
                     "g, s, x: wanted CUDA tensors of one dtype and device");
   STD_TORCH_CHECK(scales.size() == 4 && weights.size() == 4, "scales, weights: wanted one for each term");
   cuda::ObjectiveCall call{};
@@ -171,7 +171,7 @@ Tensors objective_backward(Tensor g, Tensor s, Tensor x, Optional tau, double ta
                   "kept: wanted what the forward returned");
   Tensors gradients;
   for (auto [z, to] : {std::pair{&g, &call.g}, {&s, &call.s}, {&x, &call.x}})
-    to->gradient = gradients.emplace_back(empty(sizes_of(*z), z->scalar_type(), *z)).mutable_data_ptr();
+    to->gradient = gradients.emplace_back(empty(sizes_of(*z), code_of(*z), *z)).mutable_data_ptr();
   call.g_tau = gradients.emplace_back(empty({}, wide(x), x)).mutable_data_ptr();
   check(cuda::objective_backward(call, kept[0].mutable_data_ptr(), device.stream));
   return gradients;
