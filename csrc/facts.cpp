@@ -39,6 +39,12 @@ std::string facts() {
 
 }  // namespace
 
+// libstdc++ reads this variable of glibc 2.32 before it counts a reference. With one of its own, which says that there
+// are threads, the library loads beside an older glibc too.
+extern "C" {
+__attribute__((visibility("hidden"))) char __libc_single_threaded = 0;
+}
+
 // JSON: the compiler, the PyTorch whose headers were used, the instruction sets, and the one in use or why there is
 // none.
 extern "C" __attribute__((visibility("default"))) const char* tclr_kernels_facts() {
