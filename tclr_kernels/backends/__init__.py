@@ -1,7 +1,9 @@
 """THE dispatch: `backend=` argument, then TCLR_KERNELS_BACKEND, then the first backend that serves the device."""
 
+import functools
 import math
 import os
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -39,7 +41,33 @@ def available_backends(device=None):
     Returns a dict: backend name -> None if it is usable there, else the reason why it is not.
     """
     device = torch.get_default_device() if device is None else torch.device(device)
-    return {name: backend.why_not(device) for name, backend in BACKENDS.items()}
+    return {name: _why_not(name, device) for name in BACKENDS}
+
+
+def _why_not(name, device):
+    """Why a backend does not serve a device; None where it does."""
+    return BACKENDS[name].why_not(device)
+
+
+# what torch.compiler.assume_constant_result does, which takes two seconds to import the compiler: it asks for the
+# answer and does not trace how it is found, by looking for files and devices
+_why_not._dynamo_marked_constant = True
+
+
+def missing(device):
+    """The backends that should have kernels for a device and cannot serve it. Returns a dict: name -> the reason."""
+    belonging = (name for name, backend in BACKENDS.items() if hasattr(backend, "belongs") and backend.belongs(device))
+    return {name: reason for name in belonging if (reason := _why_not(name, device)) is not None}
+
+
+@functools.cache
+def _warn_of_missing(device_type):
+    """Says once why the reference backend is the default on a device that should have kernels."""
+    for name, reason in missing(torch.device(device_type)).items():
+        warnings.warn(f"tclr_kernels computes on {device_type} without kernels: {name}: {reason}", stacklevel=4)
+
+
+_warn_of_missing._dynamo_marked_constant = True  # as above
 
 
 def choose(backend, device, rows=0, features=0, dtype=None):
@@ -48,10 +76,13 @@ def choose(backend, device, rows=0, features=0, dtype=None):
     backend = backend if backend is not None else os.environ.get("TCLR_KERNELS_BACKEND") or None
     if backend is None:
         names = [name for name in _order(device, rows, features, dtype) if name in BACKENDS]
-        return next(name for name in names if BACKENDS[name].why_not(device) is None)
+        chosen = next(name for name in names if _why_not(name, device) is None)
+        if chosen == "reference":
+            _warn_of_missing(device.type)
+        return chosen
     if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"{source}: found {backend!r}, wanted one of {', '.join(map(repr, BACKENDS))}")
-    if (reason := BACKENDS[backend].why_not(device)) is not None:
+    if (reason := _why_not(backend, device)) is not None:
         raise RuntimeError(f"{source}={backend!r} cannot serve tensors on {device}: {reason}")
     return backend
 

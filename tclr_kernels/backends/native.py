@@ -9,15 +9,16 @@ import functools
 import importlib.metadata
 import json
 import sys
+import warnings
 from pathlib import Path
 
 import torch
 
 from ..checks import tf32_allowed
+from . import cuda
 
 PACKAGE = Path(__file__).parents[1]
 CPU, CUDA = PACKAGE / "_cpu.so", PACKAGE / "_cuda.so"
-OLDEST_CUDA = 8, 0  # compute capability
 
 
 def _load_cpu():
@@ -37,10 +38,12 @@ def _not_built():
     installed = shadowed()
     if installed is None:
         return "the CPU kernels are not built: install the package again, without TCLR_KERNELS_REQUIRE_NATIVE=0"
-    return (
+    reason = (
         f"the CPU kernels are not built in {PACKAGE}, which hides the installed package {installed}: run from another "
         "folder, or build them by `make setup`"
     )
+    warnings.warn(reason, RuntimeWarning, stacklevel=2)
+    return reason
 
 
 def shadowed():
@@ -59,10 +62,15 @@ def why_not(device):
     if _missing is not None:
         return _missing
     if device.type == "cuda":
-        return _why_not_cuda(device)
+        return cuda.why_not(device) or _load_cuda()
     if device.type != "cpu":
         return f"it has no kernels for device type {device.type!r}"
     return None
+
+
+def belongs(device):
+    """Whether the package has kernels for such a device, so that their absence is a fault of the installation."""
+    return sys.platform == "linux" and (device.type == "cpu" or (device.type == "cuda" and cuda.why_not(device) is None))
 
 
 def build_facts():
@@ -75,18 +83,6 @@ def build_facts():
     if "error" in facts:
         raise RuntimeError(facts["error"])
     return facts
-
-
-@functools.cache
-def _why_not_cuda(device):
-    if not torch.backends.cuda.is_built():
-        return "this PyTorch is built without CUDA"
-    if not torch.cuda.is_available():
-        return "PyTorch finds no CUDA device"
-    found = torch.cuda.get_device_capability(device)
-    if found < OLDEST_CUDA:
-        return "the device has compute capability {}.{}: wanted {}.{} or newer".format(*found, *OLDEST_CUDA)
-    return _load_cuda()
 
 
 @functools.cache
