@@ -36,7 +36,15 @@ def release(request):
 def test_the_binding_compiles_without_a_warning_and_finds_all_it_needs(source, release, tmp_path):
     file, definitions = SOURCES[source]
     made = tmp_path / "binding.o"
-    command = [kernels.compiler(), *setup.BINDING_FLAGS, *WARNINGS, *definitions, f"-I{kernels.CSRC}", "-isystem", str(release.include)]
+    command = [
+        kernels.compiler(),
+        *setup.BINDING_FLAGS,
+        *WARNINGS,
+        *definitions,
+        f"-I{kernels.CSRC}",
+        "-isystem",
+        str(release.include),
+    ]
     run = subprocess.run([*command, "-c", kernels.CSRC / file, "-o", made], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     undefined = subprocess.run(["nm", "-u", made], check=True, capture_output=True, text=True).stdout.split()

@@ -1,6 +1,5 @@
 """THE dispatch: `backend=` argument, then TCLR_KERNELS_BACKEND, then the first backend that serves the device."""
 
-import functools
 import math
 import os
 import warnings
@@ -60,11 +59,15 @@ def missing(device):
     return {name: reason for name in belonging if (reason := _why_not(name, device)) is not None}
 
 
-@functools.cache
+_warned = set()
+
+
 def _warn_of_missing(device_type):
     """Says once why the reference backend is the default on a device that should have kernels."""
-    for name, reason in missing(torch.device(device_type)).items():
-        warnings.warn(f"tclr_kernels computes on {device_type} without kernels: {name}: {reason}", stacklevel=4)
+    if device_type not in _warned:
+        _warned.add(device_type)
+        for name, reason in missing(torch.device(device_type)).items():
+            warnings.warn(f"tclr_kernels computes on {device_type} without kernels: {name}: {reason}", stacklevel=5)
 
 
 _warn_of_missing._dynamo_marked_constant = True  # as above

@@ -70,7 +70,9 @@ def why_not(device):
 
 def belongs(device):
     """Whether the package has kernels for such a device, so that their absence is a fault of the installation."""
-    return sys.platform == "linux" and (device.type == "cpu" or (device.type == "cuda" and cuda.why_not(device) is None))
+    return sys.platform == "linux" and (
+        device.type == "cpu" or (device.type == "cuda" and cuda.why_not(device) is None)
+    )
 
 
 def build_facts():
