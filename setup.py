@@ -51,7 +51,10 @@ def torch_folder():
     for place in places:
         if (Path(place) / "torch/include/torch/csrc/stable/library.h").exists():
             return Path(place) / "torch"
-    raise SystemExit(f"error: tclr_kernels compiles with PyTorch's headers: install torch>=2.11 first; {WITHOUT}")
+    raise SystemExit(
+        "error: tclr_kernels compiles with PyTorch's headers: install torch>=2.11 first, and add --no-build-isolation "
+        f"where this build cannot see it; {WITHOUT}"
+    )
 
 
 def has_cuda(torch):
@@ -178,5 +181,16 @@ def native():
     return dict(ext_modules=[Extension("tclr_kernels._cpu", [])], cmdclass=dict(build_ext=Build, bdist_wheel=Wheel))
 
 
+def readme():
+    """The README for a package index, where relative links lead nowhere."""
+    (address,) = re.findall(r'^Source = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+
+    def absolute(match):
+        picture, text, path = match.groups()
+        return f"{picture}[{text}]({address}/{'raw' if picture else 'blob'}/main/{path})"
+
+    return re.sub(r"(!?)\[([^]]*)\]\((?!https?:|#)([^)]*)\)", absolute, (ROOT / "README.md").read_text())
+
+
 if __name__ == "__main__":
-    setup(**native())
+    setup(**native(), long_description=readme(), long_description_content_type="text/markdown")

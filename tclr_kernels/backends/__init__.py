@@ -33,7 +33,7 @@ REGIMES = (
 )
 
 
-def available_backends(device=None):
+def available_backends(device: torch.device | str | None = None) -> dict[str, str | None]:
     """Which backends serve a device.
 
     device: a torch.device or its name; None is the current default device.
