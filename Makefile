@@ -1,5 +1,5 @@
-# make demo | test | test-core | test-triton | triton-compiled | cuda-compiled | lint | bench | selftest | wheel | clean. Every target sets
-# up what it needs, once, in $(VENV).
+# make demo | test | test-core | test-triton | triton-compiled | cuda-compiled | lint | bench | selftest | wheel | clean.
+# Every target sets up what it needs, once, in $(VENV).
 #
 # The install is editable, so the package the tests import, the one the benchmarks import and the one in this folder
 # are the same files, with the compiled libraries beside them: a copy in site-packages would be shadowed by this folder.
@@ -28,7 +28,7 @@ test: setup
 	$(BIN)/python -m pytest tests $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests --sample 8 $(ARGS) || [ $$? -eq 5 ]
 
-# what depends on PyTorch's version: for the oldest and the newest, as in make test-core TORCH=torch==2.11.0 VENV=.venv-2.11
+# what depends on PyTorch's version, for the oldest and the newest: make test-core TORCH=torch==2.11.0 VENV=.venv-2.11
 CORE := objective parity behaviour promises gradients definitions modules dispatch installation stable_abi
 test-core: setup
 	$(BIN)/python -m pytest $(CORE:%=tests/test_%.py) $(ARGS)
