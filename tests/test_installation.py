@@ -81,3 +81,19 @@ def test_a_build_that_cannot_compile_stops_in_one_sentence(environment, message,
     run = python(ROOT, *command, TCLR_KERNELS_REQUIRE_NATIVE="", **environment)
     assert run.returncode == 1
     assert re.fullmatch(f"error: tclr_kernels.*{message}.*", run.stderr.strip())
+
+
+def test_the_trainer_without_its_extra_names_it(tmp_path):
+    """With the interpreter's own packages and PyTorch's alone: those of the extra are hidden by empty entries."""
+    code = "import sys; sys.modules.update(rich=None, av=None); import tclr"
+    run = python(tmp_path, "-c", code, PYTHONPATH=str(ROOT / "python"))
+    assert run.returncode == 1
+    assert run.stderr.strip().endswith("the trainer needs av, rich: pip install 'tclr-kernels[train]'")
+
+
+def test_the_index_page_has_absolute_addresses_alone():
+    import setup
+
+    links = re.findall(r"\]\(([^)]*)\)", setup.readme())
+    assert len(links) > 10 and all(link.startswith(("https://", "#")) for link in links)
+    assert any(link.endswith(".png") and "/raw/" in link for link in links)
