@@ -1,5 +1,5 @@
-# make demo | test | test-core | test-triton | triton-compiled | cuda-compiled | lint | bench | selftest | wheel | clean.
-# Every target sets up what it needs, once, in $(VENV).
+# make demo | test | test-all | test-core | test-triton | test-triton-versions | triton-compiled | cuda-compiled | lint |
+# bench | selftest | wheel | wheel-check | clean. Every target sets up what it needs, once, in $(VENV).
 #
 # The install is editable, so the package the tests import, the one the benchmarks import and the one in this folder
 # are the same files, with the compiled libraries beside them: a copy in site-packages would be shadowed by this folder.
@@ -10,6 +10,8 @@ NATIVE ?= 1# 0: go without the compiled kernels (no C++ compiler needed)
 PYTHON ?=
 TORCHES ?= $(TORCH)# for wheel-check
 CHECK_PYTHON ?= $(BIN)/python
+PARALLEL ?= -n auto --dist worksteal
+TRITONS := 3.6.0 3.7.1 3.8.0
 
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/* csrc/*/*)
@@ -17,24 +19,43 @@ ifeq ($(NATIVE),0)
 export TCLR_KERNELS_REQUIRE_NATIVE := 0
 endif
 
-.PHONY: demo test test-core test-triton triton-compiled cuda-compiled torch-headers lint bench plots selftest setup wheel wheel-check clean
+.PHONY: demo test test-all test-core test-triton test-triton-versions triton-compiled cuda-compiled torch-headers lint
+.PHONY: bench plots selftest setup wheel wheel-check clean
 .DELETE_ON_ERROR:
 
 demo: setup
 	$(BIN)/python -m tclr.demo $(ARGS)
 
-# the second: every eighth test of the Triton backend, by Triton's interpreter; status 5: ARGS select none of them
+# What a change can break, in ten minutes. The second: a sample of the Triton backend's tests, by Triton's interpreter;
+# another sample after each commit. Status 5: ARGS select none of them.
 test: setup
-	$(BIN)/python -m pytest tests $(ARGS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests --sample 8 $(ARGS) || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest $(PARALLEL) tests $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests --sample 16 $(ARGS) || [ $$? -eq 5 ]
+
+# Everything, in about two hours: what is marked full, all that is interpreted, every version of Triton.
+test-all: setup
+	$(BIN)/python -m pytest $(PARALLEL) tests --full $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests --full $(ARGS) || [ $$? -eq 5 ]
+	$(MAKE) test-triton-versions
 
 # what depends on PyTorch's version, for the oldest and the newest: make test-core TORCH=torch==2.11.0 VENV=.venv-2.11
 CORE := objective parity behaviour promises gradients definitions modules dispatch installation stable_abi
 test-core: setup
-	$(BIN)/python -m pytest $(CORE:%=tests/test_%.py) $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(CORE:%=tests/test_%.py) $(ARGS)
 
 test-triton: setup
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests $(ARGS)
+
+# The versions that PyTorch 2.11, 2.12 and 2.13, and 2.14 bring, beside the newest, which the other targets test.
+test-triton-versions: setup $(TRITONS:%=.cache/triton-%)
+	for version in $(TRITONS); do echo "== Triton $$version"; export PYTHONPATH=.cache/triton-$$version; \
+	  $(BIN)/python -m pytest $(PARALLEL) tests/test_standin.py tests/test_triton_compiled.py $(ARGS) && \
+	  TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests/test_triton.py $(ARGS) || exit 1; done
+
+# Triton 3.6's interpreter wants an older numpy
+.cache/triton-%: | $(VENV)/.torch
+	$(BIN)/python -m pip install --quiet --no-deps --target $@.part triton==$* $(if $(filter 3.6.%,$*),"numpy<2.4")
+	mv $@.part $@
 
 # the oldest and the newest supported PyTorch's headers and names, for tests/test_stable_abi.py; 130 MB are read, once
 torch-headers: setup
