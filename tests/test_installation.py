@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from tclr_kernels import info
 
 ROOT = Path(__file__).parents[1]
 CALL = "import torch, tclr_kernels as tk; x = torch.ones(2, 3); "
@@ -97,3 +100,11 @@ def test_the_index_page_has_absolute_addresses_alone():
     links = re.findall(r"\]\(([^)]*)\)", setup.readme())
     assert len(links) > 10 and all(link.startswith(("https://", "#")) for link in links)
     assert any(link.endswith(".png") and "/raw/" in link for link in links)
+
+
+@pytest.mark.parametrize(
+    "version, warned", [("2.11.0", False), ("2.15.3+cu130", False), ("2.16.0a0", True), ("3.0", True)]
+)
+def test_info_warns_of_a_pytorch_newer_than_those_tested(version, warned, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", version)
+    assert (info.untested() is not None) == warned
