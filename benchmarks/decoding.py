@@ -7,7 +7,6 @@ on two videos at a time, each with one PyTorch thread. Rounds of the two alterna
 """
 
 import argparse
-import csv
 import itertools
 import random
 import statistics
@@ -34,7 +33,8 @@ FRAMES, HEIGHT, WIDTH, SIDE = 180, 240, 320, 112
 PLAN = clips.ClipPlan()
 CASES = {"window": "frames of the 64-frame window", "clips": "window + 2 global and 8 local augmented clips"}
 COLUMNS = [
-    *("case", "key_frames_every", "release_per_s", "trainer_per_s", "ratio", "ratio_lowest", "rounds", "videos"),
+    *("case", "key_frames_every", "status", "release_per_s", "trainer_per_s"),
+    *("ratio", "ratio_lowest", "rounds", "videos"),
     *("decoder", "opencv", "pillow", "cpu", "threads", "torch", "python", "commit", "date"),
 ]
 
@@ -139,19 +139,17 @@ def timed(function, count):
     return count / (time.perf_counter() - started)
 
 
-def measure(folder, key_frames_every, rounds, processes, threads):
+def measure(case, folder, rounds, processes, threads):
+    """The row of a case, over all files of a folder."""
     found = videos.Files(annotations.read("folder", folder, "all"))
     paths = [str(folder / name) for name in found.names]
-    seeds = itertools.count()
-    for case in CASES:
-        release = partial(release_round, case, processes, paths)
-        trainer = partial(trainer_round, case, threads, found, seeds)
-        release(), trainer()
-        rates = [(timed(release, len(paths)), timed(trainer, len(paths))) for _ in range(rounds)]
-        theirs, ours = (statistics.median(rate) for rate in zip(*rates, strict=True))
-        values = dict(case=CASES[case], key_frames_every=key_frames_every, rounds=rounds, videos=len(paths))
-        values.update(release_per_s=f"{theirs:.1f}", trainer_per_s=f"{ours:.1f}", ratio=f"{ours / theirs:.2f}")
-        yield dict(values, ratio_lowest=f"{min(b / a for a, b in rates):.2f}")
+    release = partial(release_round, case, processes, paths)
+    trainer = partial(trainer_round, case, threads, found, itertools.count())
+    release(), trainer()
+    rates = [(timed(release, len(paths)), timed(trainer, len(paths))) for _ in range(rounds)]
+    theirs, ours = (statistics.median(rate) for rate in zip(*rates, strict=True))
+    values = dict(release_per_s=f"{theirs:.1f}", trainer_per_s=f"{ours:.1f}", ratio=f"{ours / theirs:.2f}")
+    return values | dict(ratio_lowest=f"{min(b / a for a, b in rates):.2f}", rounds=rounds, videos=len(paths))
 
 
 def main():
@@ -164,21 +162,21 @@ def main():
     )
     arguments = parser.parse_args()
     here = dict(rows.here(), decoder=decode.DECODER, opencv=cv2.__version__, pillow=PIL.__version__)
-    done = []
+    failures = 0
     torch.set_num_threads(1)
     alone = partial(ProcessPoolExecutor, initializer=torch.set_num_threads, initargs=(1,))  # as a data loader does
-    with alone(2) as processes, ThreadPoolExecutor(2) as threads:
+    with alone(2) as processes, ThreadPoolExecutor(2) as threads, rows.writing(arguments.out, COLUMNS) as add:
         for every in arguments.key_frames_every:
             with tempfile.TemporaryDirectory() as folder:
                 write_files(Path(folder), arguments.videos, every)
-                for values in measure(Path(folder), every, arguments.rounds, processes, threads):
-                    done.append({name: value for name, value in (here | values).items() if name in COLUMNS})
-                    print({name: done[-1][name] for name in COLUMNS[:8]}, flush=True)
-    with open(arguments.out, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(done)
+                for case, title in CASES.items():
+                    made = rows.attempted(measure, case, Path(folder), arguments.rounds, processes, threads)
+                    made = dict(case=title, key_frames_every=every) | made
+                    print(made, flush=True)
+                    add(here | made)
+                    failures += made["status"] != "ok"
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
