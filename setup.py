@@ -1,36 +1,96 @@
-"""Builds the compiled kernels where it can: the package works without them, by its reference backend.
+"""Builds the compiled kernels: `tclr_kernels/_cpu.so` and, where nvcc is, `tclr_kernels/_cuda.so`.
 
-TCLR_KERNELS_REQUIRE_NATIVE=1: a build without the compiled kernels is an error. =0: they are not tried at all.
+Both are plain libraries on the stable ABI of PyTorch 2.11, no Python modules: one build serves every later PyTorch and
+every Python. Compiling needs a C++ compiler and an installed PyTorch, whose headers are used.
+
+TCLR_KERNELS_REQUIRE_NATIVE=0: installs without them, for the reference backend alone, as on systems other than Linux.
 TCLR_KERNELS_CUDA=1: a build without the CUDA kernels is an error. =0: they are not tried. Else they are built where
 nvcc is and PyTorch has CUDA, for TCLR_KERNELS_CUDA_ARCHS, such as "8.0 9.0a 10.0+PTX".
+CXX, CXXFLAGS and LDFLAGS are used as usual.
 """
 
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
 
 REQUIRE = os.environ.get("TCLR_KERNELS_REQUIRE_NATIVE", "")
 ROOT = Path(__file__).resolve().parent
-# no -std: torch adds the one its headers need; no -m flags: each source names its own instruction set
-FLAGS = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-Wall"]
+SOURCE = ROOT / "csrc"
+# 2.11 is the oldest PyTorch to load into; no -m flags: each source names its own instruction set
+BINDING_FLAGS = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"]
+FLAGS = [*BINDING_FLAGS, "-O3", "-g0", "-ffp-contract=fast", "-fno-math-errno", "-Wall", f"-I{SOURCE}"]
 
 CUDA = os.environ.get("TCLR_KERNELS_CUDA", "")
 TARGETS = os.environ.get("TCLR_KERNELS_CUDA_ARCHS") or "8.0 9.0a 10.0+PTX"
 NVCC_FLAGS = ["-std=c++17", "-O3", "--threads=0", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-# by the stable ABI: what 2.11 has serves every later PyTorch, and compiles and loads beside one without CUDA
-BINDING_FLAGS = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"]
+
+WITHOUT = "TCLR_KERNELS_REQUIRE_NATIVE=0 installs without the compiled kernels"
 
 
-def without_native(reason):
-    """Goes on without the compiled kernels, or stops where they are required."""
-    message = f"tclr_kernels is built WITHOUT its compiled kernels: {reason}"
-    if REQUIRE == "1":
-        raise SystemExit(f"error: {message} (TCLR_KERNELS_REQUIRE_NATIVE=1)")
-    print(f"warning: {message}", file=sys.stderr)
+def compiler():
+    """The C++ compiler's command."""
+    command = shlex.split(os.environ.get("CXX") or "c++")
+    if shutil.which(command[0]) is None:
+        raise SystemExit(f"error: tclr_kernels needs a C++ compiler, found no {command[0]}; {WITHOUT}")
+    return command
+
+
+def torch_folder():
+    """Where PyTorch is installed: found as files, since an isolated build cannot import it."""
+    places = [sysconfig.get_path("platlib"), sysconfig.get_path("purelib"), *sys.path]
+    for place in places:
+        if (Path(place) / "torch/include/torch/csrc/stable/library.h").exists():
+            return Path(place) / "torch"
+    raise SystemExit(
+        "error: tclr_kernels compiles with PyTorch's headers: install torch>=2.11 first, and add --no-build-isolation "
+        f"where this build cannot see it; {WITHOUT}"
+    )
+
+
+def has_cuda(torch):
+    return re.search(r"^cuda\b.*= '", (torch / "version.py").read_text(), re.MULTILINE) is not None
+
+
+def cpu(folder, objects):
+    """Builds the CPU kernels, `_cpu.so` in the folder; sources older than their objects are not compiled again."""
+    torch = torch_folder()
+    flags = [*compiler(), *FLAGS, *shlex.split(os.environ.get("CXXFLAGS", "")), "-isystem", torch / "include"]
+    headers = max(path.stat().st_mtime for path in (*SOURCE.rglob("*.h"), *SOURCE.rglob("*.inl"), Path(__file__)))
+
+    def compiled(source):
+        made = objects / source.relative_to(SOURCE).with_suffix(".o")
+        made.parent.mkdir(parents=True, exist_ok=True)
+        if not made.exists() or made.stat().st_mtime < max(headers, source.stat().st_mtime):
+            run([*flags, "-c", source, "-o", made])
+        return made
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the slow ones first
+        made = list(pool.map(compiled, [*sorted(SOURCE.glob("cpu/*.cpp")), *sorted(SOURCE.glob("*.cpp"))]))
+    link(compiler(), made, torch, folder / "_cpu.so")
+
+
+def link(command, objects, torch, library):
+    """Links against PyTorch's C functions; the file is replaced at once, since a process may have the old one."""
+    flags = ["-shared", *shlex.split(os.environ.get("LDFLAGS", "")), f"-L{torch}/lib", "-ltorch_cpu", "-lc10"]
+    new = library.with_suffix(".new")
+    run([*command, *objects, *flags, "-o", new])
+    new.replace(library)
+
+
+def run(command):
+    print(shlex.join(map(str, command)))
+    subprocess.run(command, check=True)
 
 
 def nvcc():
@@ -39,10 +99,22 @@ def nvcc():
     return (home and shutil.which("nvcc", path=f"{home}/bin")) or shutil.which("nvcc")
 
 
-def targets():
-    """TARGETS as nvcc's flags."""
+def supported_targets():
+    """Those of TARGETS that this nvcc compiles for; prints the others, which an older one does not know."""
+    listed = subprocess.run([nvcc(), "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout.split()
+    wanted = TARGETS.replace(",", " ").replace(";", " ").split()
+    known = [target for target in wanted if f"compute_{re.sub('[^0-9]', '', target)}" in listed]
+    if left_out := [target for target in wanted if target not in known]:
+        print(f"warning: {nvcc()} cannot compile for {' '.join(left_out)}: left out", file=sys.stderr)
+    if not known:
+        raise OSError(f"{nvcc()} compiles for none of {TARGETS} (TCLR_KERNELS_CUDA_ARCHS)")
+    return known
+
+
+def gencode(targets):
+    """Targets such as "9.0a" as nvcc's flags."""
     flags = []
-    for target in TARGETS.replace(",", " ").replace(";", " ").split():
+    for target in targets:
         number = target.removesuffix("+PTX").replace(".", "")
         codes = f"[sm_{number},compute_{number}]" if target.endswith("+PTX") else f"sm_{number}"
         flags.append(f"-gencode=arch=compute_{number},code={codes}")
@@ -50,25 +122,23 @@ def targets():
 
 
 def cuda(folder, objects):
-    """Builds the CUDA kernels, `_cuda.so` in the folder, without PyTorch's headers but for the binding's; or says why
-    not. They are a library of their own: whatever becomes of them, the CPU's are there."""
-    import torch
-
-    if CUDA == "0" or (CUDA != "1" and (nvcc() is None or torch.version.cuda is None)):
+    """Builds the CUDA kernels, `_cuda.so` in the folder, or says why not. They are a library of their own: whatever
+    becomes of them, the CPU's are there."""
+    torch = torch_folder()
+    if CUDA == "0" or (CUDA != "1" and (nvcc() is None or not has_cuda(torch))):
         return
     try:
         if nvcc() is None:
             raise FileNotFoundError("nvcc is neither in CUDA_HOME/bin nor in PATH")
-        source, torch_folder = ROOT / "csrc/cuda", Path(torch.__file__).parent
         for path in folder, objects:
             path.mkdir(parents=True, exist_ok=True)
         kernels, binding = objects / "kernels.o", objects / "bind.o"
-        run([nvcc(), *NVCC_FLAGS, *targets(), "-c", source / "kernels.cu", "-o", kernels])
-        flags = [*BINDING_FLAGS, f'-DTCLR_CUDA_TARGETS="{TARGETS}"', f"-I{torch_folder}/include"]
-        run([os.environ.get("CXX", "c++"), *flags, "-c", source / "bind.cpp", "-o", binding])
-        # nvcc links its own runtime in, statically
-        link = [kernels, binding, f"-L{torch_folder}/lib", "-ltorch_cpu", "-lc10", "-o", folder / "_cuda.so"]
-        run([nvcc(), "-shared", *link])
+        targets = supported_targets()
+        named = " ".join(targets)
+        run([nvcc(), *NVCC_FLAGS, *gencode(targets), "-c", SOURCE / "cuda/kernels.cu", "-o", kernels])
+        flags = [*BINDING_FLAGS, f'-DTCLR_CUDA_TARGETS="{named}"', f"-I{torch}/include"]
+        run([*compiler(), *flags, "-c", SOURCE / "cuda/bind.cpp", "-o", binding])
+        link([nvcc()], [kernels, binding], torch, folder / "_cuda.so")  # nvcc adds its own runtime, statically
     except (OSError, subprocess.CalledProcessError) as error:
         message = f"tclr_kernels is built WITHOUT its CUDA kernels: {error}"
         if CUDA == "1":
@@ -76,47 +146,51 @@ def cuda(folder, objects):
         print(f"warning: {message}", file=sys.stderr)
 
 
-def run(command):
-    print(" ".join(map(str, command)))
-    subprocess.run(command, check=True)
+class Build(build_ext):
+    """Compiles the libraries in the place of a Python extension."""
+
+    def run(self):
+        root = ROOT if self.inplace or self.editable_mode else Path(self.build_lib)
+        try:
+            cpu(root / "tclr_kernels", Path(self.build_temp))
+        except subprocess.CalledProcessError as error:
+            command = shlex.join(map(str, error.cmd))
+            raise SystemExit(f"error: tclr_kernels' kernels do not compile: {command}; {WITHOUT}") from None
+        cuda(root / "tclr_kernels", Path(self.build_temp) / "cuda")
+
+    def get_outputs(self):
+        return [str(path) for path in Path(self.build_lib).glob("tclr_kernels/_*.so")]
+
+
+class Wheel(bdist_wheel):
+    """A wheel for any Python 3 on this platform."""
+
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]
 
 
 def native():
-    """The extension and the command that builds it, as arguments of `setup`; none where it cannot be built."""
+    """What makes `setup` build the kernels; nothing where there shall be none."""
     if REQUIRE == "0":
         return {}
-    try:
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
-    except ImportError as error:
-        without_native(f"{error} (install torch first, then this package with pip install --no-build-isolation)")
+    if sys.platform != "linux":
+        if REQUIRE == "1":
+            raise SystemExit(f"error: tclr_kernels has compiled kernels for Linux, not for {sys.platform}; {WITHOUT}")
+        print(f"tclr_kernels has no compiled kernels for {sys.platform}: the reference backend serves", file=sys.stderr)
         return {}
+    return dict(ext_modules=[Extension("tclr_kernels._cpu", [])], cmdclass=dict(build_ext=Build, bdist_wheel=Wheel))
 
-    class Build(BuildExtension):
-        def build_extensions(self):
-            try:
-                super().build_extensions()
-            except Exception as error:  # whatever compilers and their drivers raise
-                without_native(f"{type(error).__name__}: {error}")
-                self.extensions = []
 
-        def run(self):
-            root = ROOT if self.inplace or self.editable_mode else Path(self.build_lib)
-            super().run()
-            if self.extensions:
-                cuda(root / "tclr_kernels", Path(self.build_temp) / "cuda")
+def readme():
+    """The README for a package index, where relative links lead nowhere."""
+    (address,) = re.findall(r'^Source = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
 
-    sources = [path for pattern in ("*.cpp", "cpu/*.cpp") for path in sorted((ROOT / "csrc").glob(pattern))]
-    headers = [path for suffix in ("h", "inl") for path in (ROOT / "csrc").rglob(f"*.{suffix}")]
-    extension = CppExtension(
-        "tclr_kernels._C",
-        [str(path.relative_to(ROOT)) for path in sources],
-        depends=[str(path.relative_to(ROOT)) for path in headers],
-        include_dirs=[str(ROOT / "csrc")],
-        extra_compile_args=FLAGS,
-        extra_link_args=["-fopenmp"],
-    )
-    return dict(ext_modules=[extension], cmdclass=dict(build_ext=Build))
+    def absolute(match):
+        picture, text, path = match.groups()
+        return f"{picture}[{text}]({address}/{'raw' if picture else 'blob'}/main/{path})"
+
+    return re.sub(r"(!?)\[([^]]*)\]\((?!https?:|#)([^)]*)\)", absolute, (ROOT / "README.md").read_text())
 
 
 if __name__ == "__main__":
-    setup(**native())
+    setup(**native(), long_description=readme(), long_description_content_type="text/markdown")

@@ -1,27 +1,45 @@
 // The whole TCLR objective, and its gradient in the same call: each Gram matrix once, no autograd in between.
 #include "objective.h"
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/full.h>
-#include <ATen/ops/scalar_tensor.h>
-#include <ATen/ops/zeros.h>
-
 #include <algorithm>
+#include <array>
+#include <cstring>
 
-#include "tensors.h"
+#include "threads.h"
 
 namespace tclr {
 namespace {
 
-using at::Tensor;
-
 constexpr double small = 1 << 20;  // elements of a problem whose rows and similarities stay for the backward
 
-// An input [V, B, T, D] and its gradient, to which several terms add.
+// An input and its gradient, to which several terms add; both as if [V, B, T, D]: T is 1 where the tensor has no such
+// dimension.
 struct Input {
-  Tensor z, gradient;
+  Tensor z;
+  Optional gradient{};
   bool written = false;
+
+  int64_t stride(int64_t dimension) const {
+    if (z.dim() == 4) return z.stride(dimension);
+    return dimension == 2 ? 0 : z.stride(dimension == 3 ? 2 : dimension);
+  }
+  // Of the gradient, which is contiguous.
+  int64_t gradient_stride(int64_t dimension) const {
+    int64_t D = z.size(z.dim() - 1), T = z.dim() == 4 ? z.size(2) : 1;
+    return std::array<int64_t, 4>{z.size(1) * T * D, T * D, D, 1}[dimension];
+  }
 };
+
+int64_t bytes_of(const Tensor& z) {
+  switch (dtype_of(z)) {
+    case Dtype::f64:
+      return 8;
+    case Dtype::f32:
+      return 4;
+    default:
+      return 2;
+  }
+}
 
 // The sets of one Gram problem, all of them views of the inputs.
 template <typename T>
@@ -31,13 +49,13 @@ struct Sets {
 
   // z[v, :, t] as a set, or (clips) every z[v, i, :] as the set of group i.
   void add(const Input& from, int64_t v, int64_t t, bool clips) {
-    const Tensor &z = from.z, &d = from.gradient;
-    const char* data = static_cast<const char*>(z.const_data_ptr());
-    int64_t first = v * z.stride(0) + t * z.stride(2), n = clips ? 2 : 1;
-    rows.push_back({data + first * int64_t(z.element_size()), z.stride(1), z.stride(n), z.stride(3)});
-    if (!d.defined()) return;
-    first = v * d.stride(0) + t * d.stride(2);
-    gradients.push_back({d.mutable_data_ptr<T>() + first, d.stride(1), d.stride(n), from.written});
+    int64_t first = v * from.stride(0) + t * from.stride(2), n = clips ? 2 : 1;
+    const char* rows_begin = static_cast<const char*>(from.z.const_data_ptr()) + first * bytes_of(from.z);
+    rows.push_back({rows_begin, from.stride(1), from.stride(n), from.stride(3)});
+    if (!from.gradient) return;
+    first = v * from.gradient_stride(0) + t * from.gradient_stride(2);
+    gradients.push_back(
+        {data<T>(*from.gradient) + first, from.gradient_stride(1), from.gradient_stride(n), from.written});
   }
 };
 
@@ -46,15 +64,15 @@ struct Objective {
   Dtype dtype;
   double tau;
   bool normalize, gradient;
-  at::TensorOptions options;
+  const Tensor& x;
   Executor executor;
-  Tensor memory{};  // one for all problems: where each had its own, the system gave its pages anew
-  double zdz = 0;   // sum of <z, dz> over all rows
+  Optional memory{};  // one for all problems: where each had its own, the system gave its pages anew
+  double zdz = 0;     // sum of <z, dz> over all rows
 
-  Tensor block(at::IntArrayRef sizes) const { return at::empty(sizes, options); }
+  Tensor block(const std::vector<int64_t>& sizes) const { return empty(sizes, wide(x), x); }
 
   static double total(const Tensor& x) {
-    const T* p = x.const_data_ptr<T>();
+    const T* p = const_data<T>(x);
     double sum = 0;
     for (int64_t i = 0; i < x.numel(); ++i) sum += p[i];
     return sum;
@@ -72,24 +90,24 @@ struct Objective {
   std::pair<double, double> contrast(GramInput in, const Sets<T>& sets, double of_term, bool with_ll, double of_ll) {
     auto [G, V, N] = std::tuple(in.G, in.V, in.N);
     in.sets = sets.rows.data();
-    Tensor term = block({G, V, V, N}), neg = block({G, V, V, N}), pos = block({G, V, V, N}), g_pos, ll;
+    Tensor term = block({G, V, V, N}), neg = block({G, V, V, N}), pos = block({G, V, V, N});
+    Optional ll, g_pos;
     const Kernels<T>& k = kernels<T>();
-    k.forward(in, {term.mutable_data_ptr<T>(), neg.mutable_data_ptr<T>(), pos.mutable_data_ptr<T>()},
-              memory.mutable_data_ptr<T>(), executor);
+    k.forward(in, {data<T>(term), data<T>(neg), data<T>(pos)}, data<T>(*memory), executor);
     if (with_ll) {
       ll = block({V, N}), g_pos = block({V, V, N});
-      k.local_local(V, N, pos.const_data_ptr<T>(), of_ll, ll.mutable_data_ptr<T>(), g_pos.mutable_data_ptr<T>(),
-                    executor);
+      k.local_local(V, N, const_data<T>(pos), of_ll, data<T>(*ll), data<T>(*g_pos), executor);
     }
     if (gradient) {
-      Tensor g_term = at::full({G, V, V, N}, of_term, options), along = block({G, V, N});
+      Tensor g_term = block({G, V, V, N}), along = block({G, V, N});
+      std::fill_n(data<T>(g_term), g_term.numel(), T(of_term));
       k.backward(in,
-                 {neg.const_data_ptr<T>(), pos.const_data_ptr<T>(), g_term.const_data_ptr<T>(), nullptr,
-                  with_ll ? g_pos.const_data_ptr<T>() : nullptr, sets.gradients.data(), along.mutable_data_ptr<T>()},
-                 memory.mutable_data_ptr<T>(), executor);
+                 {const_data<T>(neg), const_data<T>(pos), const_data<T>(g_term), nullptr,
+                  with_ll ? const_data<T>(*g_pos) : nullptr, sets.gradients.data(), data<T>(along)},
+                 data<T>(*memory), executor);
       zdz += total(along);
     }
-    return {total(term), with_ll ? total(ll) : 0};
+    return {total(term), with_ll ? total(*ll) : 0};
   }
 };
 
@@ -97,27 +115,33 @@ struct Objective {
 template <typename T>
 bool finite(const Tensor& x) {
   constexpr int64_t lanes = 64 / sizeof(T);
-  const T* data = x.const_data_ptr<T>();
+  const T* values = const_data<T>(x);
   T sums[lanes] = {};
   int64_t n = x.numel(), i = 0;
   for (; i + lanes <= n; i += lanes)
-    for (int64_t k = 0; k < lanes; ++k) sums[k] += data[i + k] * 0;
-  for (; i < n; ++i) sums[0] += data[i] * 0;
+    for (int64_t k = 0; k < lanes; ++k) sums[k] += values[i + k] * 0;
+  for (; i < n; ++i) sums[0] += values[i] * 0;
   return std::all_of(sums, sums + lanes, [](T sum) { return sum == 0; });
 }
 
 enum Term { ic_global, ic_local, ll, gl, terms };
 
 template <typename T>
-std::tuple<std::vector<Tensor>, std::vector<Tensor>> compute(std::array<Input, 3> inputs, double tau, bool normalize,
-                                                             at::ArrayRef<double> scales, at::ArrayRef<double> weights,
-                                                             bool gradient) {
+Tensor scalar(double value, const Tensor& beside) {
+  Tensor made = empty({}, wide(beside), beside);
+  *data<T>(made) = T(value);
+  return made;
+}
+
+template <typename T>
+std::tuple<Tensors, Tensors> compute(std::array<Input, 3> inputs, double tau, bool normalize,
+                                     const std::vector<double>& scales, const std::vector<double>& weights,
+                                     bool gradient) {
   auto& [g, s, x] = inputs;
   int64_t V = x.z.size(0), B = x.z.size(1), clips = x.z.size(2), D = x.z.size(3);
-  at::TensorOptions options = x.z.options().dtype(c10::CppTypeToScalarType<T>::value);
   for (Input& in : inputs)
-    if (gradient) in.gradient = at::empty(in.z.sizes(), options);
-  Objective<T> run{dtype_of(x.z), tau, normalize, gradient, options, threads()};
+    if (gradient) in.gradient = empty(sizes_of(in.z), wide(x.z), x.z);
+  Objective<T> run{dtype_of(x.z), tau, normalize, gradient, x.z, threads()};
   double sums[terms] = {}, up[terms];
   for (int k = 0; k < terms; ++k) up[k] = scales[k] * weights[k];
 
@@ -158,44 +182,56 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> compute(std::array<Input, 3
     s.written = x.written = true;
   }
 
-  std::vector<Tensor> values, gradients;
+  Tensors values, gradients;
   double total = 0;
   for (int k = 0; k < terms; ++k) total += up[k] * sums[k];
-  values.push_back(at::scalar_tensor(total, options));
-  for (int k = 0; k < terms; ++k) values.push_back(at::scalar_tensor(scales[k] * sums[k], options));
+  values.push_back(scalar<T>(total, x.z));
+  for (int k = 0; k < terms; ++k) values.push_back(scalar<T>(scales[k] * sums[k], x.z));
   if (gradient) {
     for (Input& in : inputs)
-      if (in.written && !finite<T>(in.gradient)) return {values, {}};
-    for (Input& in : inputs) gradients.push_back(in.written ? in.gradient : in.gradient.zero_());
-    gradients[0] = gradients[0].squeeze(2);
-    gradients.push_back(at::scalar_tensor(run.zdz / (-2 * tau), options));
+      if (in.written && !finite<T>(*in.gradient)) return {values, {}};
+    for (Input& in : inputs) {
+      if (!in.written) std::memset(data<T>(*in.gradient), 0, in.gradient->numel() * sizeof(T));
+      gradients.push_back(*in.gradient);
+    }
+    gradients.push_back(scalar<T>(run.zdz / (-2 * tau), x.z));
   }
   return {values, gradients};
 }
 
-}  // namespace
-
-std::tuple<std::vector<Tensor>, std::vector<Tensor>> objective(const Tensor& g, const Tensor& s, const Tensor& x,
-                                                               const std::optional<Tensor>& tau, double tau_value,
-                                                               bool normalize, at::ArrayRef<double> scales,
-                                                               at::ArrayRef<double> weights, bool gradient) {
-  TORCH_CHECK_VALUE(x.dim() == 4 && s.sizes() == x.sizes() && g.dim() == 3 && g.size(2) == x.size(3) &&
-                        g.sizes().slice(0, 2) == x.sizes().slice(0, 2),
-                    "wanted g [V, B, D], s and x [V, B, T, D]");
-  for (const Tensor& z : {g, s, x})
-    TORCH_CHECK_VALUE(z.is_cpu() && z.scalar_type() == x.scalar_type(), "g, s, x: wanted CPU tensors of one dtype");
-  TORCH_CHECK_VALUE(scales.size() == terms && weights.size() == terms, "scales, weights: wanted one for each term");
-  std::array<Input, 3> inputs{Input{g.unsqueeze(2)}, Input{s}, Input{x}};
-  auto run = x.scalar_type() == at::kDouble ? compute<double> : compute<float>;
-  return run(inputs, tau_of(tau, tau_value), normalize, scales, weights, gradient);
+template <typename T>
+Tensor times(const Tensor& x, double factor) {
+  Tensor made = empty(sizes_of(x), code_of(x), x);
+  const T* from = const_data<T>(x);
+  T *to = data<T>(made), by = T(factor);
+  torch::stable::parallel_for(0, x.numel(), 1 << 15, [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) to[i] = from[i] * by;
+  });
+  return made;
 }
 
-std::vector<Tensor> objective_backward(const Tensor& g, const Tensor&, const Tensor&, const std::optional<Tensor>&,
-                                       double, bool, at::ArrayRef<double>, at::ArrayRef<double>, at::TensorList kept,
-                                       const Tensor& upstream) {
-  std::vector<Tensor> gradients;
-  for (const Tensor& d : kept) gradients.push_back(d.mul(upstream));
-  for (size_t k = 0; k < 3; ++k) gradients.at(k) = gradients[k].to(g.scalar_type());
+}  // namespace
+
+std::tuple<Tensors, Tensors> objective(Tensor g, Tensor s, Tensor x, Optional tau, double tau_value, bool normalize,
+                                       std::vector<double> scales, std::vector<double> weights, bool gradient) {
+  STD_TORCH_CHECK(x.dim() == 4 && sizes_of(s) == sizes_of(x), "s, x: wanted [V, B, T, D]");
+  STD_TORCH_CHECK(sizes_of(g) == std::vector<int64_t>({x.size(0), x.size(1), x.size(3)}),
+                  "g: wanted [V, B, D] beside x [V, B, T, D]");
+  for (const Tensor& z : {g, s, x})
+    STD_TORCH_CHECK(z.is_cpu() && code_of(z) == code_of(x), "g, s, x: wanted CPU tensors of one dtype");
+  STD_TORCH_CHECK(scales.size() == terms && weights.size() == terms, "scales, weights: wanted one for each term");
+  auto run = dtype_of(x) == Dtype::f64 ? compute<double> : compute<float>;
+  return run({Input{g}, Input{s}, Input{x}}, tau_of(tau, tau_value), normalize, scales, weights, gradient);
+}
+
+Tensors objective_backward(Tensor g, Tensor, Tensor, Optional, double, bool, std::vector<double>, std::vector<double>,
+                           Tensors kept, Tensor upstream) {
+  STD_TORCH_CHECK(kept.size() == 4, "kept: wanted what the forward returned");
+  STD_TORCH_CHECK(upstream.dim() == 0 && upstream.is_cpu(), "upstream: wanted a 0-d CPU tensor");
+  auto scaled = dtype_of(kept[0]) == Dtype::f64 ? times<double> : times<float>;
+  Tensors gradients;
+  for (const Tensor& d : kept) gradients.push_back(scaled(d, host_value(upstream)));
+  for (size_t k = 0; k < 3; ++k) gradients[k] = converted(gradients[k], g);
   return gradients;
 }
 

@@ -1,61 +1,77 @@
-// From tensors to what the CPU kernels take.
+// What the bindings of the CPU and the CUDA kernels read of tensors and how they make them, by libtorch's stable ABI:
+// a library built on it with the headers of PyTorch 2.11 loads beside every later PyTorch.
 #pragma once
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
-#include <atomic>
+#include <optional>
+#include <vector>
 
-#include "cpu/gram.h"
+#include "rows.h"
 
 namespace tclr {
 
-inline Dtype dtype_of(const at::Tensor& z) {
-  switch (z.scalar_type()) {
-    case at::kDouble:
-      return Dtype::f64;
-    case at::kFloat:
-      return Dtype::f32;
-    case at::kBFloat16:
-      return Dtype::bf16;
-    case at::kHalf:
-      return Dtype::f16;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+using Optional = std::optional<Tensor>;
+
+// A dtype as PyTorch's C functions name it. Not torch::headeronly::ScalarType: every conversion to it asks for the
+// names of all dtypes one after the other.
+using Code = int32_t;
+
+inline Code code_of(const Tensor& x) {
+  Code code;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &code));
+  return code;
+}
+
+inline Dtype dtype_of(const Tensor& x) {
+  Code code = code_of(x);
+  if (code == aoti_torch_dtype_float32()) return Dtype::f32;
+  if (code == aoti_torch_dtype_float64()) return Dtype::f64;
+  if (code == aoti_torch_dtype_bfloat16()) return Dtype::bf16;
+  STD_TORCH_CHECK(code == aoti_torch_dtype_float16(), "wanted float64, float32, bfloat16 or float16");
+  return Dtype::f16;
+}
+
+// The dtype of results: float64 for float64, float32 for the others.
+inline Code wide(const Tensor& x) {
+  return code_of(x) == aoti_torch_dtype_float64() ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+}
+
+inline std::vector<int64_t> sizes_of(const Tensor& x) { return {x.sizes().begin(), x.sizes().end()}; }
+
+// A contiguous tensor of any values, on the same device as another.
+inline Tensor empty(const std::vector<int64_t>& sizes, Code dtype, const Tensor& beside) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t k = sizes.size(); k-- > 1;) strides[k - 1] = strides[k] * sizes[k];
+  int32_t device_type;
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(beside.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), dtype,
+                                                  device_type, beside.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+// In the dtype of another.
+inline Tensor converted(const Tensor& x, const Tensor& like) {
+  return code_of(x) == code_of(like) ? x : torch::stable::to(x, like.scalar_type());
+}
+
+// The value of a 0-d tensor in the host's memory.
+inline double host_value(const Tensor& x) {
+  const void* data = x.const_data_ptr();
+  switch (dtype_of(x)) {
+    case Dtype::f64:
+      return *static_cast<const double*>(data);
+    case Dtype::f32:
+      return *static_cast<const float*>(data);
+    case Dtype::bf16:
+      return from_bf16(*static_cast<const uint16_t*>(data));
     default:
-      TORCH_CHECK_TYPE(false, "sets: found dtype ", z.scalar_type(), ", wanted float64, float32, bfloat16 or float16");
+      return from_f16(*static_cast<const uint16_t*>(data));
   }
-}
-
-inline double tau_of(const std::optional<at::Tensor>& tau, double value) {
-  if (!tau) return value;
-  TORCH_CHECK_VALUE(tau->dim() == 0 && tau->is_cpu(), "tau: wanted a 0-d CPU tensor");
-  return tau->item<double>();
-}
-
-// ATen's threads. Whichever is free takes the next task; each has a number of its own, below `threads`.
-inline Executor threads() {
-  at::internal::lazy_init_num_threads();  // else the first parallel_for of this library in a thread may change its
-                                          // count
-  auto run = [](int64_t n, Task task, void* argument) {
-    std::atomic<int64_t> next = 0;
-    at::parallel_for(0, std::min<int64_t>(n, at::get_num_threads()), 1, [&](int64_t thread, int64_t) {
-      for (int64_t i = next++; i < n; i = next++) task(argument, i, thread);
-    });
-  };
-  return {run, at::get_num_threads()};
-}
-
-template <typename T>
-const Kernels<T>& kernels() {
-  if constexpr (std::is_same_v<T, double>)
-    return level_in_use().f64;
-  else
-    return level_in_use().f32;
-}
-
-template <typename T>
-at::Tensor workspace(const GramInput& in, const Executor& executor, bool backward, const at::TensorOptions& options) {
-  return at::empty({kernels<T>().workspace(in, executor.threads, backward)}, options);
 }
 
 }  // namespace tclr

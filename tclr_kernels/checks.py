@@ -52,6 +52,9 @@ def autocast_type(device):
     return device.type if torch.amp.is_autocast_available(device.type) else "cpu"
 
 
+autocast_type._dynamo_marked_constant = True  # PyTorch 2.11 cannot trace what it calls; see tf32_allowed below
+
+
 def tf32_allowed():
     """Whether the user lets CUDA devices round products of float32 to TF32; by either of PyTorch's ways to say so.
 

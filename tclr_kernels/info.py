@@ -9,8 +9,9 @@ import torch
 import tclr_kernels
 
 from . import backends
+from .backends.native import build_facts
 
-REBUILD = "to see why: TCLR_KERNELS_REQUIRE_NATIVE=1 pip install -v --no-build-isolation tclr-kernels"
+NEWEST_TESTED = 2, 15
 
 
 def versions():
@@ -21,15 +22,6 @@ def versions():
         "triton": backends.triton.version(),
         "python": platform.python_version(),
     }
-
-
-def build_facts():
-    """How the compiled extension was built, and the instruction set it uses here; None without it."""
-    try:
-        from . import _C
-    except ImportError:
-        return None
-    return _C.build_facts()
 
 
 def cpu_model():
@@ -57,6 +49,15 @@ def serves(shape, device, dtype):
     return f"G={G} V={V} N={N} D={D} {dtype} on {device}: {name} (the Gram matrix itself would take {gram:,.1f} MiB)"
 
 
+def untested():
+    """One line where this PyTorch is newer than those the package was tested with, else None."""
+    version = tuple(map(int, torch.__version__.split("+")[0].split(".")[:2]))
+    if version <= NEWEST_TESTED:
+        return None
+    newest = ".".join(map(str, NEWEST_TESTED))
+    return f"torch {torch.__version__} is newer than the newest tested, {newest}; the self-test tells whether it works"
+
+
 def lines(facts):
     """The report, as (name, value) pairs. facts: of `build_facts`"""
     yield from ((name, version or "not installed") for name, version in versions().items())
@@ -64,13 +65,11 @@ def lines(facts):
     for device in devices():
         for name, reason in tclr_kernels.available_backends(device).items():
             yield f"{name} on {device}", reason or "usable"
-    if facts is None:
-        yield "compiled kernels", f"none; {REBUILD}"
-        return
-    yield "compiled by", f"{facts['compiler']}, against torch {facts['torch']}"
-    if facts["torch"].split("+")[0] != torch.__version__.split("+")[0]:
-        yield "", f"running torch {torch.__version__}: build the package again"
-    yield "instruction sets", f"{', '.join(facts['isa_levels'])}; in use: {facts['isa']}"
+    if (beyond := untested()) is not None:
+        yield "warning", beyond
+    if facts is not None:
+        yield "compiled by", f"{facts['compiler']}, with the headers of torch {facts['torch']}"
+        yield "instruction sets", f"{', '.join(facts['isa_levels'])}; in use: {facts['isa']}"
     for device, dtypes, rows, features, order in backends.REGIMES:
         kinds = " ".join(str(dtype).removeprefix("torch.") for dtype in dtypes) or "any dtype"
         limit = f"{kinds}, up to {rows} rows of {features} features" if rows < math.inf else "beyond"

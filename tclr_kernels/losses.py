@@ -13,13 +13,19 @@ Source: TCLR, Dave et al., CVIU 2022, https://arxiv.org/abs/2101.07974, section 
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from . import backends, checks
 from .gram import gram, ordered_sum
 from .objective import objective
+
+Temperature = float | Tensor
+Reduction = Literal["mean", "sum", "none"]
+Form = Literal["paper", "release"]
 
 REDUCTIONS = "mean", "sum", "none"
 FORMS = {  # the default weight of each term
@@ -31,14 +37,23 @@ FORMS = {  # the default weight of each term
 class TCLRTerms(NamedTuple):
     """The TCLR objective: `total` is the weighted sum of the other, unweighted terms. Each is a scalar tensor."""
 
-    total: torch.Tensor
-    ic_global: torch.Tensor
-    ic_local: torch.Tensor
-    ll: torch.Tensor
-    gl: torch.Tensor
+    total: Tensor
+    ic_global: Tensor
+    ic_local: Tensor
+    ll: Tensor
+    gl: Tensor
 
 
-def nt_xent(a, b, *, temperature=0.1, normalize=True, symmetric=True, reduction="mean", backend=None):
+def nt_xent(
+    a: Tensor,
+    b: Tensor,
+    *,
+    temperature: Temperature = 0.1,
+    normalize: bool = True,
+    symmetric: bool = True,
+    reduction: Reduction = "mean",
+    backend: str | None = None,
+) -> Tensor:
     """NT-Xent: each row against its partner in the other view, among all other rows of both views.
 
         l_i = -log h(a_i, b_i) / sum_j [ 1[j != i] h(a_i, a_j) + h(a_i, b_j) ]
@@ -57,7 +72,15 @@ def nt_xent(a, b, *, temperature=0.1, normalize=True, symmetric=True, reduction=
     return _reduce(term, reduction, 2 * anchors) if symmetric else _reduce(term[:, 0, 1], reduction, anchors)
 
 
-def clip_loss(a, b, *, temperature=0.1, normalize=True, reduction="mean", backend=None):
+def clip_loss(
+    a: Tensor,
+    b: Tensor,
+    *,
+    temperature: Temperature = 0.1,
+    normalize: bool = True,
+    reduction: Reduction = "mean",
+    backend: str | None = None,
+) -> Tensor:
     """The contrastive loss of CLIP: each row against its partner among the rows of the other side, both directions.
 
         l_i = -log h(a_i, b_i) / sum_j h(a_i, b_j),    l_(N+i) = -log h(b_i, a_i) / sum_j h(b_i, a_j)
@@ -73,7 +96,14 @@ def clip_loss(a, b, *, temperature=0.1, normalize=True, reduction="mean", backen
     return _reduce(term, reduction, 2 * a.shape[:-1].numel())
 
 
-def instance_contrastive(views, *, temperature=0.1, normalize=True, reduction="mean", backend=None):
+def instance_contrastive(
+    views: Tensor,
+    *,
+    temperature: Temperature = 0.1,
+    normalize: bool = True,
+    reduction: Reduction = "mean",
+    backend: str | None = None,
+) -> Tensor:
     """Instance contrast of many views: NT-Xent over all ordered pairs of views, from one Gram matrix.
 
         l_(a,c,i) = -log h(z_ai, z_ci) / sum_j [ 1[j != i] h(z_ai, z_aj) + h(z_ai, z_cj) ],    a != c
@@ -90,7 +120,16 @@ def instance_contrastive(views, *, temperature=0.1, normalize=True, reduction="m
     return term[0] if reduction == "none" else _reduce(term, reduction, V * (V - 1) * B)
 
 
-def local_local(x1, x2, *, temperature=0.1, normalize=True, symmetric=True, reduction="mean", backend=None):
+def local_local(
+    x1: Tensor,
+    x2: Tensor,
+    *,
+    temperature: Temperature = 0.1,
+    normalize: bool = True,
+    symmetric: bool = True,
+    reduction: Reduction = "mean",
+    backend: str | None = None,
+) -> Tensor:
     """Local-local temporal contrast: NT-Xent within each video, between the embeddings of its local clips.
 
         LL_i = -sum_p log h(x1_ip, x2_ip) / sum_q [ 1[q != p] h(x1_ip, x1_iq) + h(x1_ip, x2_iq) ]
@@ -107,7 +146,15 @@ def local_local(x1, x2, *, temperature=0.1, normalize=True, symmetric=True, redu
     return term.flatten(1).sum(1) if reduction == "none" else _reduce(term, reduction, len(x1))
 
 
-def global_local(s, x, *, temperature=0.1, normalize=True, reduction="mean", backend=None):
+def global_local(
+    s: Tensor,
+    x: Tensor,
+    *,
+    temperature: Temperature = 0.1,
+    normalize: bool = True,
+    reduction: Reduction = "mean",
+    backend: str | None = None,
+) -> Tensor:
     """Global-local temporal contrast: time slices of the global clip against the local clips of its video, and back.
 
         GL_i = -sum_k { log h(s_ik, x_ik) / sum_q h(s_ik, x_iq) + log h(x_ik, s_ik) / sum_q h(x_ik, s_iq) }
@@ -121,7 +168,17 @@ def global_local(s, x, *, temperature=0.1, normalize=True, reduction="mean", bac
     return term.flatten(1).sum(1) if reduction == "none" else _reduce(term, reduction, len(s))
 
 
-def tclr(g, s, x, *, temperature=0.1, form="paper", weights=None, normalize=True, backend=None):
+def tclr(
+    g: Tensor,
+    s: Tensor,
+    x: Tensor,
+    *,
+    temperature: Temperature = 0.1,
+    form: Form = "paper",
+    weights: Mapping[str, float] | None = None,
+    normalize: bool = True,
+    backend: str | None = None,
+) -> TCLRTerms:
     """The TCLR objective: instance, local-local and global-local contrast, and their weighted sum.
 
         form="paper":   total = IC(g) + mean_i LL_i + mean_(i,v,w) GL_i(s_v, x_w)

@@ -1,9 +1,13 @@
 """The losses as modules: the same keywords at construction, the tensors in `forward`."""
 
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import checks, losses
+from .losses import Form, Reduction, TCLRTerms, Temperature
 
 
 class _Loss(nn.Module):
@@ -14,9 +18,11 @@ class _Loss(nn.Module):
     keep the graph of one step for all the others, and an optimizer would not find it.
     """
 
-    function = None
+    temperature: Temperature
+    settings: dict[str, Any]
+    _function: ClassVar[Callable[..., Any]]
 
-    def __init__(self, temperature, **settings):
+    def __init__(self, temperature: Temperature, **settings: Any) -> None:
         super().__init__()
         temperature = checks.kept_temperature(temperature)
         if isinstance(temperature, torch.Tensor) and not isinstance(temperature, nn.Parameter):
@@ -27,10 +33,10 @@ class _Loss(nn.Module):
             checks.one_of("reduction", settings["reduction"], losses.REDUCTIONS)
         self.settings = settings
 
-    def forward(self, *tensors):
-        return type(self).function(*tensors, temperature=self.temperature, **self.settings)
+    def forward(self, *tensors: Tensor) -> Tensor | TCLRTerms:
+        return type(self)._function(*tensors, temperature=self.temperature, **self.settings)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         temperature = self.temperature
         if isinstance(temperature, torch.Tensor):
             temperature = "learnable" if temperature.requires_grad else "tensor"
@@ -40,54 +46,99 @@ class _Loss(nn.Module):
 class NTXentLoss(_Loss):
     """`nt_xent` as a module: forward(a, b), a, b: [..., N, D]."""
 
-    function = staticmethod(losses.nt_xent)
+    _function = staticmethod(losses.nt_xent)
 
-    def __init__(self, *, temperature=0.1, normalize=True, symmetric=True, reduction="mean", backend=None):
+    def __init__(
+        self,
+        *,
+        temperature: Temperature = 0.1,
+        normalize: bool = True,
+        symmetric: bool = True,
+        reduction: Reduction = "mean",
+        backend: str | None = None,
+    ) -> None:
         super().__init__(temperature, normalize=normalize, symmetric=symmetric, reduction=reduction, backend=backend)
 
 
 class CLIPLoss(_Loss):
     """`clip_loss` as a module: forward(a, b), a, b: [..., N, D]."""
 
-    function = staticmethod(losses.clip_loss)
+    _function = staticmethod(losses.clip_loss)
 
-    def __init__(self, *, temperature=0.1, normalize=True, reduction="mean", backend=None):
+    def __init__(
+        self,
+        *,
+        temperature: Temperature = 0.1,
+        normalize: bool = True,
+        reduction: Reduction = "mean",
+        backend: str | None = None,
+    ) -> None:
         super().__init__(temperature, normalize=normalize, reduction=reduction, backend=backend)
 
 
 class InstanceContrastiveLoss(_Loss):
     """`instance_contrastive` as a module: forward(views), views: [V, B, D]."""
 
-    function = staticmethod(losses.instance_contrastive)
+    _function = staticmethod(losses.instance_contrastive)
 
-    def __init__(self, *, temperature=0.1, normalize=True, reduction="mean", backend=None):
+    def __init__(
+        self,
+        *,
+        temperature: Temperature = 0.1,
+        normalize: bool = True,
+        reduction: Reduction = "mean",
+        backend: str | None = None,
+    ) -> None:
         super().__init__(temperature, normalize=normalize, reduction=reduction, backend=backend)
 
 
 class LocalLocalLoss(_Loss):
     """`local_local` as a module: forward(x1, x2), x1, x2: [B, T, D]."""
 
-    function = staticmethod(losses.local_local)
+    _function = staticmethod(losses.local_local)
 
-    def __init__(self, *, temperature=0.1, normalize=True, symmetric=True, reduction="mean", backend=None):
+    def __init__(
+        self,
+        *,
+        temperature: Temperature = 0.1,
+        normalize: bool = True,
+        symmetric: bool = True,
+        reduction: Reduction = "mean",
+        backend: str | None = None,
+    ) -> None:
         super().__init__(temperature, normalize=normalize, symmetric=symmetric, reduction=reduction, backend=backend)
 
 
 class GlobalLocalLoss(_Loss):
     """`global_local` as a module: forward(s, x), s, x: [B, T, D]."""
 
-    function = staticmethod(losses.global_local)
+    _function = staticmethod(losses.global_local)
 
-    def __init__(self, *, temperature=0.1, normalize=True, reduction="mean", backend=None):
+    def __init__(
+        self,
+        *,
+        temperature: Temperature = 0.1,
+        normalize: bool = True,
+        reduction: Reduction = "mean",
+        backend: str | None = None,
+    ) -> None:
         super().__init__(temperature, normalize=normalize, reduction=reduction, backend=backend)
 
 
 class TCLRLoss(_Loss):
     """`tclr` as a module: forward(g, s, x) -> TCLRTerms, g: [V, B, D], s, x: [V, B, T, D]."""
 
-    function = staticmethod(losses.tclr)
+    _function = staticmethod(losses.tclr)
 
-    def __init__(self, *, temperature=0.1, form="paper", weights=None, normalize=True, backend=None):
+    def __init__(
+        self,
+        *,
+        temperature: Temperature = 0.1,
+        form: Form = "paper",
+        weights: Mapping[str, float] | None = None,
+        normalize: bool = True,
+        backend: str | None = None,
+    ) -> None:
         checks.one_of("form", form, losses.FORMS)
         weights = checks.weights(weights, losses.FORMS[form])
         super().__init__(temperature, form=form, weights=dict(weights), normalize=normalize, backend=backend)

@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 
+import setup
 import tclr_kernels as tk
 from tclr_kernels import backends
 
@@ -166,6 +167,25 @@ def test_planted_bug_on_tensor_cores_is_found(bug, built, tmp_path, host):
     assert any(cuda.deviations_on_tensor_cores(planted)), f"the kernels pass with a planted bug: {bug}"
 
 
+@pytest.mark.parametrize(
+    "named, compiled, left_out",
+    [("8.0 9.0a 10.0+PTX", ["8.0", "9.0a"], "10.0+PTX"), ("8.0;9.0", ["8.0", "9.0"], None), ("10.0,12.0", None, None)],
+)
+def test_targets_unknown_to_an_older_nvcc_are_left_out(named, compiled, left_out, tmp_path, monkeypatch, capsys):
+    nvcc = tmp_path / "bin/nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\n[ $1 = --list-gpu-arch ] && printf 'compute_%s\\n' 50 80 86 90\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(setup, "TARGETS", named)
+    if compiled is None:
+        with pytest.raises(OSError, match="compiles for none of 10.0,12.0"):
+            setup.supported_targets()
+        return
+    assert setup.supported_targets() == compiled
+    assert capsys.readouterr().err == (f"warning: {nvcc} cannot compile for {left_out}: left out\n" if left_out else "")
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 def test_every_target_compiles_without_a_warning_or_a_spill(tmp_path, capsys):
     """The binding too, linked, loaded beside whatever PyTorch is here, and registered under its CUDA key."""
@@ -189,7 +209,7 @@ def test_every_target_compiles_without_a_warning_or_a_spill(tmp_path, capsys):
             assert len(found) > 20 and not any(map(any, spilled))
     assert set(facts) == {"sm_80", "sm_90a", "sm_100"}
     check = (
-        "import sys, torch, tclr_kernels._C; torch.ops.load_library(sys.argv[1]);"
+        "import sys, torch, tclr_kernels; torch.ops.load_library(sys.argv[1]);"
         "has = torch._C._dispatch_has_kernel_for_dispatch_key;"
         "names = 'gram_forward', 'gram_backward', 'objective', 'objective_backward';"
         "sys.exit(not all(has(f'tclr_kernels::{name}', 'CUDA') for name in names))"

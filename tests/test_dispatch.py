@@ -152,9 +152,9 @@ def test_a_temperature_on_the_cpu_is_not_captured(gpu, monkeypatch):
     device = gpu()
     tau = torch.tensor(0.1)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert checks.temperature(tau, device) is tau
+    assert torch.equal(checks.temperature(tau, device), tau)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert checks.temperature(0.1, device) == 0.1 and checks.temperature(tau, torch.device("cpu")) is tau
+    assert checks.temperature(0.1, device) == 0.1 and torch.equal(checks.temperature(tau, torch.device("cpu")), tau)
     with pytest.raises(ValueError, match="temperature: found a tensor on the CPU while a CUDA graph is captured"):
         checks.temperature(tau, device)
 

@@ -24,7 +24,7 @@ BUGS = {
         "for (int64_t r = 0; r < rows; r += strip) {",
         "for (int64_t r = 0; r < rows - 1; r += strip) {",
     ),
-    "missing maximum": ("sum = sum * ::exp(double(largest) - double(m)) + s;", "sum = sum + s;"),
+    "missing maximum": ("sum = sum * exp(double(largest) - double(m)) + s;", "sum = sum + s;"),
     "column maximum not merged": ("exp2<T>((before - offset) * T(log2e))", "splat<T>(T(1))"),
     "wrong power of tau": ("scale = unit / in.tau", "scale = unit / (in.tau * in.tau)"),
     "kept tile of another pair": ("(pair.right + 1) / 2 + pair.left", "(pair.right + 1) / 2"),

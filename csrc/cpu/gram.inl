@@ -154,10 +154,10 @@ void scores(const Work<T>& w, Pair pair, Columns columns, const Tile<T>& tile, i
 template <typename T>
 INLINE void merge(T& largest, double& sum, T m, double s) {
   if (m > largest) {
-    sum = sum * ::exp(double(largest) - double(m)) + s;
+    sum = sum * exp(double(largest) - double(m)) + s;
     largest = m;
   } else if (s != 0) {
-    sum += m == largest ? s : s * ::exp(double(m) - double(largest));
+    sum += m == largest ? s : s * exp(double(m) - double(largest));
   }
 }
 

@@ -128,6 +128,8 @@ INLINE Vec<T> exp2(Vec<T> x) {
 constexpr double log2e = 1.4426950408889634, ln2 = 0.6931471805599453;
 
 INLINE Vec<double> exp(Vec<double> x) { return exp2<double>(x * log2e); }  // x < 709
+// not the C library's: its exp of today would keep a wheel from systems older than glibc 2.29
+INLINE double exp(double x) { return exp(splat<double>(x))[0]; }
 
 // Not of subnormals. x = 2^e m, 1/sqrt 2 < m < sqrt 2; log m = 2 atanh f with f = (m - 1) / (m + 1), |f| < 0.172
 INLINE Vec<double> log(Vec<double> x) {

@@ -2,11 +2,9 @@
 //
 // With TCLR_HOST_EXECUTOR the same operators are made for CPU tensors, in a library of their own, for the tests.
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include "../schemas.h"
+#include "../tensors.h"
 #include "gram.h"
 
 #ifdef TCLR_HOST_EXECUTOR
@@ -17,11 +15,6 @@
 
 namespace tclr {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Tensors = std::vector<Tensor>;
-using Optional = std::optional<Tensor>;
 
 #ifdef TCLR_HOST_EXECUTOR
 
@@ -49,62 +42,19 @@ struct Device {
       return library ? reinterpret_cast<Current>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
     }();
     STD_TORCH_CHECK(current, "this PyTorch has no CUDA streams: its libtorch_cuda.so is not loaded");
-    STABLE_TORCH_ERROR_CODE_CHECK(current(x.get_device_index(), &stream));
+    TORCH_ERROR_CODE_CHECK(current(x.get_device_index(), &stream));
   }
 };
 
 #endif
 
-Dtype dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Double:
-      return Dtype::f64;
-    case ScalarType::Float:
-      return Dtype::f32;
-    case ScalarType::BFloat16:
-      return Dtype::bf16;
-    default:
-      STD_TORCH_CHECK(x.scalar_type() == ScalarType::Half, "wanted float64, float32, bfloat16 or float16");
-      return Dtype::f16;
-  }
-}
-
-ScalarType wide(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& beside) {
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t k = sizes.size(); k-- > 1;) strides[k - 1] = strides[k] * sizes[k];
-  int32_t device_type;
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(beside.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
-                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
-                               beside.get_device_index(), &handle));
-  return Tensor(handle);
-}
-
-Tensor bytes(size_t n, const Tensor& beside) { return empty({int64_t(n)}, ScalarType::Byte, beside); }
-
-std::vector<int64_t> sizes_of(const Tensor& x) { return {x.sizes().begin(), x.sizes().end()}; }
+Tensor bytes(size_t n, const Tensor& beside) { return empty({int64_t(n)}, aoti_torch_dtype_uint8(), beside); }
 
 // A 0-d tensor on the host is read here, one on the device by the kernels.
 cuda::Scalar scalar(const Tensor& x) {
   STD_TORCH_CHECK(x.dim() == 0, "tau: wanted a 0-d tensor");
-  const void* data = x.const_data_ptr();
-  if (on_device(x)) return {data, dtype_of(x), 0};
-  switch (dtype_of(x)) {
-    case Dtype::f64:
-      return {nullptr, {}, *static_cast<const double*>(data)};
-    case Dtype::f32:
-      return {nullptr, {}, *static_cast<const float*>(data)};
-    case Dtype::bf16:
-      return {nullptr, {}, from_bf16(*static_cast<const uint16_t*>(data))};
-    default:
-      return {nullptr, {}, from_f16(*static_cast<const uint16_t*>(data))};
-  }
+  if (on_device(x)) return {x.const_data_ptr(), dtype_of(x), 0};
+  return {nullptr, {}, host_value(x)};
 }
 
 cuda::Scalar scalar(const Optional& x, double value) { return x ? scalar(*x) : cuda::Scalar{nullptr, {}, value}; }
@@ -123,7 +73,7 @@ Described describe(const Tensors& sets, const Optional& tau, double tau_value, b
   Described d;
   auto sizes = sizes_of(sets[0]);
   for (const Tensor& z : sets) {
-    STD_TORCH_CHECK(sizes_of(z) == sizes && z.scalar_type() == sets[0].scalar_type() && on_device(z) &&
+    STD_TORCH_CHECK(sizes_of(z) == sizes && code_of(z) == code_of(sets[0]) && on_device(z) &&
                         z.get_device_index() == sets[0].get_device_index(),
                     "sets: wanted CUDA tensors of one shape, dtype and device");
     d.sets.push_back({{z.const_data_ptr(), z.stride(0), z.stride(1), z.stride(2)}, nullptr});
@@ -157,14 +107,14 @@ std::tuple<Tensors, Tensor> gram_backward(Tensors sets, Optional tau, double tau
   auto pointer = [&](const Optional& x) -> const void* {
     if (!x) return nullptr;
     STD_TORCH_CHECK(sizes_of(*x) == std::vector<int64_t>({d.call.G, d.call.V, d.call.V, d.call.N}) &&
-                        x->scalar_type() == wide(sets[0]) && on_device(*x),
+                        code_of(*x) == wide(sets[0]) && on_device(*x),
                     "neg, pos and their gradients: wanted CUDA tensors [G, V, V, N] of the forward's dtype");
     return held.emplace_back(torch::stable::contiguous(*x)).const_data_ptr();
   };
   d.call.neg = const_cast<void*>(pointer(neg)), d.call.pos = const_cast<void*>(pointer(pos));
   d.call.g_term = pointer(g_term), d.call.g_neg = pointer(g_neg), d.call.g_pos = pointer(g_pos);
   for (size_t a = 0; a < sets.size(); ++a)
-    d.sets[a].gradient = dz.emplace_back(empty(sizes_of(sets[a]), sets[a].scalar_type(), sets[a])).mutable_data_ptr();
+    d.sets[a].gradient = dz.emplace_back(empty(sizes_of(sets[a]), code_of(sets[a]), sets[a])).mutable_data_ptr();
   d.call.sets = d.sets.data();
   Tensor zdz = empty({d.call.G, d.call.V, d.call.N}, wide(sets[0]), sets[0]);
   d.call.zdz = zdz.mutable_data_ptr();
@@ -187,7 +137,7 @@ cuda::ObjectiveCall describe(const Tensor& g, const Tensor& s, const Tensor& x, 
   of_g.erase(of_g.begin() + 2);
   STD_TORCH_CHECK(sizes_of(g) == of_g, "g: wanted [V, B, D] beside x [V, B, T, D]");
   for (const Tensor& z : {g, s, x})
-    STD_TORCH_CHECK(on_device(z) && z.scalar_type() == x.scalar_type() && z.get_device_index() == x.get_device_index(),
+    STD_TORCH_CHECK(on_device(z) && code_of(z) == code_of(x) && z.get_device_index() == x.get_device_index(),
                     "g, s, x: wanted CUDA tensors of one dtype and device");
   STD_TORCH_CHECK(scales.size() == 4 && weights.size() == 4, "scales, weights: wanted one for each term");
   cuda::ObjectiveCall call{};
@@ -221,7 +171,7 @@ Tensors objective_backward(Tensor g, Tensor s, Tensor x, Optional tau, double ta
                   "kept: wanted what the forward returned");
   Tensors gradients;
   for (auto [z, to] : {std::pair{&g, &call.g}, {&s, &call.s}, {&x, &call.x}})
-    to->gradient = gradients.emplace_back(empty(sizes_of(*z), z->scalar_type(), *z)).mutable_data_ptr();
+    to->gradient = gradients.emplace_back(empty(sizes_of(*z), code_of(*z), *z)).mutable_data_ptr();
   call.g_tau = gradients.emplace_back(empty({}, wide(x), x)).mutable_data_ptr();
   check(cuda::objective_backward(call, kept[0].mutable_data_ptr(), device.stream));
   return gradients;

@@ -2,6 +2,7 @@
 
 import math
 import os
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -32,7 +33,7 @@ REGIMES = (
 )
 
 
-def available_backends(device=None):
+def available_backends(device: torch.device | str | None = None) -> dict[str, str | None]:
     """Which backends serve a device.
 
     device: a torch.device or its name; None is the current default device.
@@ -52,13 +53,36 @@ def _why_not(name, device):
 _why_not._dynamo_marked_constant = True
 
 
+def missing(device):
+    """The backends that should have kernels for a device and cannot serve it. Returns a dict: name -> the reason."""
+    belonging = (name for name, backend in BACKENDS.items() if hasattr(backend, "belongs") and backend.belongs(device))
+    return {name: reason for name in belonging if (reason := _why_not(name, device)) is not None}
+
+
+_warned = set()
+
+
+def _warn_of_missing(device_type):
+    """Says once why the reference backend is the default on a device that should have kernels."""
+    if device_type not in _warned:
+        _warned.add(device_type)
+        for name, reason in missing(torch.device(device_type)).items():
+            warnings.warn(f"tclr_kernels computes on {device_type} without kernels: {name}: {reason}", stacklevel=5)
+
+
+_warn_of_missing._dynamo_marked_constant = True  # as above
+
+
 def choose(backend, device, rows=0, features=0, dtype=None):
     """The backend's name. One named by argument or environment must serve the device; only the default falls back."""
     source = "backend" if backend is not None else "TCLR_KERNELS_BACKEND"
     backend = backend if backend is not None else os.environ.get("TCLR_KERNELS_BACKEND") or None
     if backend is None:
         names = [name for name in _order(device, rows, features, dtype) if name in BACKENDS]
-        return next(name for name in names if _why_not(name, device) is None)
+        chosen = next(name for name in names if _why_not(name, device) is None)
+        if chosen == "reference":
+            _warn_of_missing(device.type)
+        return chosen
     if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"{source}: found {backend!r}, wanted one of {', '.join(map(repr, BACKENDS))}")
     if (reason := _why_not(backend, device)) is not None:

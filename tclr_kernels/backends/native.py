@@ -1,10 +1,15 @@
 """The compiled kernels, by PyTorch's own dispatcher: `torch.ops.tclr_kernels.*`, built from `csrc/`.
 
-`_C` holds the operators and what they are on the CPU; `_cuda.so`, built where nvcc is, what they are on CUDA devices.
+`_cpu.so` holds the operators and what they are on the CPU; `_cuda.so`, built where nvcc is, what they are on CUDA
+devices.
 """
 
 import ctypes
 import functools
+import importlib.metadata
+import json
+import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -12,17 +17,49 @@ import torch
 from ..checks import tf32_allowed
 from . import cuda
 
-try:
-    import tclr_kernels._C as _C  # registers the operators
-except ImportError as error:
-    _C = None
-    _missing = f"the compiled extension is not usable: {error}"
+PACKAGE = Path(__file__).parents[1]
+CPU, CUDA = PACKAGE / "_cpu.so", PACKAGE / "_cuda.so"
 
-CUDA = Path(__file__).parents[1] / "_cuda.so"
+
+def _load_cpu():
+    """Registers the operators and the CPU kernels; returns None, or the reason why there are none."""
+    if sys.platform != "linux":
+        return f"it has no kernels for {sys.platform}"
+    if not CPU.exists():
+        return _not_built()
+    try:
+        torch.ops.load_library(str(CPU))
+    except OSError as error:
+        return f"the CPU kernels cannot be loaded by PyTorch {torch.__version__}, wanted 2.11 or newer: {error}"
+    return None
+
+
+def _not_built():
+    installed = shadowed()
+    if installed is None:
+        return "the CPU kernels are not built: install the package again, without TCLR_KERNELS_REQUIRE_NATIVE=0"
+    reason = (
+        f"the CPU kernels are not built in {PACKAGE}, which hides the installed package {installed}: run from another "
+        "folder, or build them by `make setup`"
+    )
+    warnings.warn(reason, RuntimeWarning, stacklevel=2)
+    return reason
+
+
+def shadowed():
+    """The folder of an installed package with kernels, where it is not the one that is imported; else None."""
+    for distribution in importlib.metadata.distributions(name="tclr-kernels"):
+        folder = Path(distribution.locate_file("tclr_kernels")).resolve()
+        if folder != PACKAGE.resolve() and (folder / CPU.name).exists():
+            return folder
+    return None
+
+
+_missing = _load_cpu()
 
 
 def why_not(device):
-    if _C is None:
+    if _missing is not None:
         return _missing
     if device.type == "cuda":
         return cuda.why_not(device) or _load_cuda()
@@ -31,11 +68,30 @@ def why_not(device):
     return None
 
 
+def belongs(device):
+    """Whether the package has kernels for such a device, so that their absence is a fault of the installation."""
+    return sys.platform == "linux" and (
+        device.type == "cpu" or (device.type == "cuda" and cuda.why_not(device) is None)
+    )
+
+
+def build_facts():
+    """How the CPU kernels were built, and the instruction set they use here; None without them."""
+    if _missing is not None:
+        return None
+    call = ctypes.CDLL(str(CPU)).tclr_kernels_facts
+    call.restype = ctypes.c_char_p
+    facts = json.loads(call().decode())
+    if "error" in facts:
+        raise RuntimeError(facts["error"])
+    return facts
+
+
 @functools.cache
 def _load_cuda():
     """Registers the CUDA kernels; returns None, or the reason why there are none."""
     if not CUDA.exists():
-        return "the CUDA kernels are not built: TCLR_KERNELS_CUDA=1 pip install -v --no-build-isolation tclr-kernels"
+        return "the CUDA kernels are not built: from the sources, where nvcc is: TCLR_KERNELS_CUDA=1 pip install -v ."
     try:
         torch.ops.load_library(str(CUDA))
     except OSError as error:
@@ -104,5 +160,5 @@ def register_fakes(namespace):
         return [*gradients, torch.empty_like(upstream)]
 
 
-if _C is not None:
+if _missing is None:
     register_fakes("tclr_kernels")

@@ -54,6 +54,11 @@ def why_not(device):
     return "it is interpreted, TRITON_INTERPRET=1, which is for the CPU" if _interpreted else cuda.why_not(device)
 
 
+def belongs(device):
+    """Whether the package has kernels for such a device, so that their absence is a fault of the installation."""
+    return not _interpreted and device.type == "cuda" and cuda.why_not(device) is None
+
+
 def forward(sets, tau, normalize, cross):
     return torch.ops.tclr_kernels_triton.gram_forward(sets, *_split(tau), normalize, cross)
 
