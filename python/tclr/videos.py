@@ -45,8 +45,8 @@ class Files:
     on what was read before: a resumed run sees what the uninterrupted one would have seen. `size` = (H, W) brings
     videos of different sizes to one, covered and cut around the centre; without it they stay as they are.
 
-    counts: decoded, replaced, held (reads; "held" where the decoder delivered too few frames and the last one was
-    repeated); padded, unreadable (videos).
+    counts: decoded, replaced, held (reads; "held" where a file has become shorter since its frames were counted, and
+    its last one was repeated); padded, unreadable (videos).
     """
 
     def __init__(self, listing, *, shortest=64, size=None, seed=0, bad_videos=None, decoder=decode.DECODER):
@@ -92,7 +92,7 @@ class Files:
                 yield j
 
     def _own_length(self, j):
-        """Frames of video j itself; its packets are counted once."""
+        """Frames of video j itself."""
         if j not in self._frames:
             entry = self.entries[j]
             frames = decode.length(self.root / entry.path)

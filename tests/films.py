@@ -1,0 +1,155 @@
+"""Small videos whose frame i shows the number i, in every container, codec and order of frames at hand.
+
+A frame is 4 x 4 cells, dark or light: the binary digits of its number. The `ffmpeg` program writes most of the matrix;
+what PyAV can write is written by PyAV, so that it is there without the program.
+"""
+
+import itertools
+import shutil
+import subprocess
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+
+FFMPEG = shutil.which("ffmpeg")
+SIDE, FRAMES = 64, 70
+GOPS = ("short", "long", "open", "refresh")
+CODECS = {  # codec -> encoder, its options, and those of each kind of key frames it has
+    "mpeg4": ("mpeg4", "-q:v 3", dict(short="-g 10", long="-g 300", open="-g 12")),
+    "xvid": ("libxvid", "-q:v 3", dict(short="-g 10", long="-g 300")),
+    "h264": (
+        "libx264",
+        "-preset veryfast -crf 18",
+        dict(
+            short="-g 10 -x264-params scenecut=0",
+            long="-g 300 -x264-params scenecut=0",
+            open="-g 12 -x264-params open-gop=1:scenecut=0",
+            refresh="-g 14 -x264-params intra-refresh=1:scenecut=0",
+        ),
+    ),
+    "hevc": (
+        "libx265",
+        "-preset ultrafast -crf 18",
+        dict(
+            short="-x265-params keyint=10:min-keyint=10:open-gop=0:scenecut=0:log-level=0{b}",
+            long="-x265-params keyint=300:scenecut=0:log-level=0{b}",
+            open="-x265-params keyint=12:min-keyint=12:open-gop=1:scenecut=0:log-level=0{b}",
+            refresh="-x265-params keyint=14:intra-refresh=1:scenecut=0:log-level=0{b}",
+        ),
+    ),
+    "mpeg1": ("mpeg1video", "-q:v 3 -sc_threshold 1000000000", dict(short="-g 10 -flags +cgop", long="-g 300", open="-g 12")),
+    "mpeg2": ("mpeg2video", "-q:v 3 -sc_threshold 1000000000", dict(short="-g 10 -flags +cgop", long="-g 300", open="-g 12")),
+    "vp9": ("libvpx-vp9", "-deadline realtime -cpu-used 8 -b:v 1M", dict(short="-g 10", long="-g 300")),
+    "av1": ("libsvtav1", "-preset 12 -crf 20", dict(short="-g 10", long="-g 300")),
+}
+CONTAINERS = {
+    "avi": ("mpeg4", "xvid", "h264", "mpeg2"),
+    "mp4": ("mpeg4", "xvid", "h264", "hevc", "mpeg1", "mpeg2", "vp9", "av1"),
+    "mkv": ("mpeg4", "xvid", "h264", "hevc", "mpeg1", "mpeg2", "vp9", "av1"),
+    "mov": ("mpeg4", "xvid", "h264", "hevc", "mpeg2"),
+    "webm": ("vp9", "av1"),
+    "ts": ("mpeg4", "h264", "hevc", "mpeg1", "mpeg2"),
+    "mpg": ("mpeg1", "mpeg2", "h264"),
+}
+STARTS = "none", "late", "cut"
+TURNS = 0, 90, 180, 270
+
+
+@dataclass(frozen=True)
+class Film:
+    """One cell of the matrix. start: "late" by 3 s, or "cut" by -ss 1 -c copy out of a longer film."""
+
+    container: str
+    codec: str
+    b_frames: bool
+    gop: str
+    start: str
+    turn: int
+
+    @property
+    def name(self):
+        words = self.codec, "b" if self.b_frames else "no-b", self.gop, self.start, str(self.turn)
+        return "_".join(words) + "." + self.container
+
+    @property
+    def impossible(self):
+        """B-frames that the encoder does not write, or a cut in a stream that has no key frame to cut at."""
+        if self.b_frames and (self.codec in ("vp9", "av1") or self.gop == "refresh"):
+            return True
+        return self.start == "cut" and self.container == "ts" and (self.gop == "long" or self.name.startswith("hevc_no-b_r"))
+
+
+def matrix():
+    """Every film that its codec and container allow."""
+    for container, codecs in CONTAINERS.items():
+        turns = TURNS if container in ("mp4", "mov") else TURNS[:1]
+        for codec, b_frames, gop, start, turn in itertools.product(codecs, (True, False), GOPS, STARTS, turns):
+            film = Film(container, codec, b_frames, gop, start, turn)
+            if gop in CODECS[codec][2] and not film.impossible:
+                yield film
+
+
+def pictures(frames, side=SIDE):
+    """uint8 [frames, side, side, 3]"""
+    digits = (np.arange(frames)[:, None] >> np.arange(16)) & 1
+    cells = np.where(digits, 220, 30).astype(np.uint8).reshape(-1, 4, 4)
+    cells = cells.repeat(side // 4, 1).repeat(side // 4, 2)
+    return np.repeat(cells[..., None], 3, 3)
+
+
+def numbers(frames):
+    """The numbers that frames show. [P, 3, H, W] -> list of P"""
+    cells = frames.float().mean(1).unflatten(1, (4, -1)).unflatten(3, (4, -1)).mean((2, 4))
+    return ((cells.flatten(1) > 125).int() << torch.arange(16)).sum(1).tolist()
+
+
+def shoot(film, folder):
+    """Writes a film by the ffmpeg program, unless it is there."""
+    path = Path(folder) / film.name
+    if path.exists():
+        return path
+    encoder, always, kinds = CODECS[film.codec]
+    b = 3 if film.b_frames else 0
+    kind = kinds[film.gop].format(b=f":bframes={b}")
+    options = f"-c:v {encoder} {always} {kind} -pix_fmt yuv420p " + ("" if film.codec in ("vp9", "av1") else f"-bf {b}")
+    raw = f"-f rawvideo -pix_fmt rgb24 -s {SIDE}x{SIDE} -r 25 -i -"
+    late = "-output_ts_offset 3" if film.start == "late" else ""
+    form = "-f vob" if film.container == "mpg" and film.codec != "mpeg1" else ""
+    plain = replace(film, start="none", turn=0)
+    if film.codec == "xvid":  # libxvid packs B-frames into AVI; other containers hold copies of that
+        plain = replace(plain, container="avi")
+    if film == plain:
+        return run(f"{raw} {options} {form}", path, pictures(FRAMES).tobytes())
+    whole = shoot(plain, folder)
+    cut = "-fflags +genpts" + " -ss 0.9" * (film.start == "cut")
+    turn = f"-metadata:s:v:0 rotate={film.turn}" if film.turn else ""
+    return run(f"{cut} -i {whole} -c copy {late} {turn} {form}", path)
+
+
+def run(arguments, path, given=None):
+    done = subprocess.run(
+        [FFMPEG, "-v", "error", "-y", *arguments.split(), str(path)], input=given, capture_output=True, check=False
+    )
+    if done.returncode:
+        path.unlink(missing_ok=True)
+        raise RuntimeError(f"{path.name}: {done.stderr.decode()[-300:]}")
+    return path
+
+
+def oracle(path):
+    """What the program shows of a file, from end to end: uint8 [F, 3, H, W], and its complaints."""
+    done = subprocess.run(
+        [FFMPEG, "-v", "error", "-i", str(path), "-map", "0:v:0", "-fps_mode", "passthrough",
+         "-f", "image2pipe", "-c:v", "ppm", "-"], capture_output=True, check=False,
+    )  # fmt: skip
+    frames, rest = [], done.stdout
+    while rest:
+        _, size, _, data = rest.split(b"\n", 3)
+        width, height = map(int, size.split())
+        frames.append(np.frombuffer(data[: 3 * width * height], np.uint8).reshape(height, width, 3))
+        rest = data[3 * width * height :]
+    stacked = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2) if frames else torch.empty(0)
+    return stacked, done.stderr.decode()
