@@ -5,9 +5,11 @@ what PyAV can write is written by PyAV, so that it is there without the program.
 """
 
 import itertools
+import random
 import shutil
 import subprocess
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -75,6 +77,11 @@ class Film:
         return "_".join(words) + "." + self.container
 
     @property
+    def alike_in_all_versions(self):
+        """Older programs show what an edit list hides of AV1, and hide too much of packed B-frames."""
+        return self.start != "cut" or self.codec not in ("av1", "xvid")
+
+    @property
     def impossible(self):
         """B-frames that the encoder does not write, or a cut in a stream that has no key frame to cut at."""
         if self.b_frames and (self.codec in ("vp9", "av1") or self.gop == "refresh"):
@@ -102,8 +109,54 @@ def pictures(frames, side=SIDE):
 
 def numbers(frames):
     """The numbers that frames show. [P, 3, H, W] -> list of P"""
+    assert frames.dtype == torch.uint8 and frames.shape[1] == 3
     cells = frames.float().mean(1).unflatten(1, (4, -1)).unflatten(3, (4, -1)).mean((2, 4))
     return ((cells.flatten(1) > 125).int() << torch.arange(16)).sum(1).tolist()
+
+
+def write(path, frames=20, codec="mpeg4", options=None, side=32, first=0):
+    """Writes frames of the numbers from `first` on, by PyAV."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w", format="vob" if path.suffix == ".mpg" else None) as container:
+        stream = container.add_stream(codec, rate=25, options=options or {})
+        stream.height = stream.width = side
+        stream.pix_fmt = "yuv420p"
+        for picture in pictures(first + frames, side)[first:]:
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            container.mux(stream.encode(frame.reformat(format="yuv420p")))
+        container.mux(stream.encode())
+    return path
+
+
+def copied(source, path, times=lambda pts, dts: (pts, dts), keep=lambda number: True):
+    """Copies packets, as `ffmpeg -c copy` does, with other stamps, in ticks of a thousandth of a frame."""
+    with av.open(str(source)) as given, av.open(str(path), "w") as container:
+        stream = container.add_stream_from_template(given.streams.video[0])
+        for number, packet in enumerate(given.demux(video=0)):
+            if packet.size and keep(number):
+                ticks = [float(time * packet.time_base * 25000) for time in (packet.pts, packet.dts)]
+                packet.time_base = Fraction(1, 25000)
+                packet.pts, packet.dts = map(round, times(*ticks))
+                packet.stream = stream
+                container.mux(packet)
+    return path
+
+
+def sequential(path):
+    """Every frame by PyAV in its own order, as it is stored: uint8 [F, 3, H, W]"""
+    with av.open(str(path)) as container:
+        container.streams.video[0].thread_count = 1
+        frames = [frame.to_ndarray(format="rgb24", threads=1) for frame in container.decode(video=0)]
+    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+
+
+def windows(path, total, count, seed=0):
+    """Positions of `count` random windows of up to 32 frames."""
+    rng = random.Random(f"{Path(path).name} {seed}")
+    for _ in range(count):
+        length = min(rng.choice((1, 2, 8, 16, 32)), total)
+        start = rng.randrange(total - length + 1)
+        yield range(start, start + length)
 
 
 def shoot(film, folder):
@@ -140,7 +193,7 @@ def run(arguments, path, given=None):
 
 
 def oracle(path):
-    """What the program shows of a file, from end to end: uint8 [F, 3, H, W], and its complaints."""
+    """What the program shows of a file, from end to end: uint8 [F, 3, H, W]"""
     done = subprocess.run(
         [FFMPEG, "-v", "error", "-i", str(path), "-map", "0:v:0", "-fps_mode", "passthrough",
          "-f", "image2pipe", "-c:v", "ppm", "-"], capture_output=True, check=False,
@@ -152,4 +205,4 @@ def oracle(path):
         frames.append(np.frombuffer(data[: 3 * width * height], np.uint8).reshape(height, width, 3))
         rest = data[3 * width * height :]
     stacked = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2) if frames else torch.empty(0)
-    return stacked, done.stderr.decode()
+    return stacked

@@ -15,7 +15,9 @@ av = pytest.importorskip("av", reason="decoding needs av: pip install .[train]")
 np = pytest.importorskip("numpy")
 sys.path.insert(0, str(Path(__file__).parents[1] / "python"))
 
-from tclr import annotations, augment, check, clips, decode, videos  # noqa: E402
+from tclr import annotations, augment, check, clips, decode, index, videos  # noqa: E402
+
+from .films import numbers, write  # noqa: E402
 
 DECODERS = list(dict.fromkeys([decode.PYAV, decode.DECODER]))
 CODECS = {  # file -> codec and its options; B frames are stored in another order than they are shown
@@ -27,30 +29,6 @@ CODECS = {  # file -> codec and its options; B frames are stored in another orde
     "vp9.webm": ("libvpx-vp9", {"deadline": "realtime", "cpu-used": "8"}),
 }
 ODD = "!odd #1 & (two) +;@[3]~ \u00e4\u2028.avi"  # U+2028 is a line end to str.splitlines
-
-
-def write(path, frames=20, codec="mpeg4", options=None, side=32):
-    """A video whose frame i tells i: a grid of light and dark cells, the number's binary digits."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=25, options=options or {})
-        stream.height = stream.width = side
-        stream.pix_fmt = "yuv420p"
-        for i in range(frames):
-            digits = (i >> np.arange(16)) & 1
-            cells = np.where(digits, 220, 30).astype(np.uint8).reshape(4, 4).repeat(side // 4, 0).repeat(side // 4, 1)
-            frame = av.VideoFrame.from_ndarray(np.stack([cells] * 3, 2), format="rgb24")
-            container.mux(stream.encode(frame.reformat(format="yuv420p")))
-        container.mux(stream.encode())
-    return path
-
-
-def numbers(frames):
-    """The numbers written into frames. [P, 3, H, W] -> list of P"""
-    side = frames.shape[-1]
-    cells = frames.float().mean(1).unflatten(1, (4, -1)).unflatten(3, (4, -1)).mean((2, 4))
-    assert frames.shape[1:] == (3, side, side) and frames.dtype == torch.uint8
-    return ((cells.flatten(1) > 125).int() << torch.arange(16)).sum(1).tolist()
 
 
 def write_text(path, lines, end="\r\n", bom=True):

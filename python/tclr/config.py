@@ -70,12 +70,18 @@ def read_run(run):
 
 
 def open_videos(data, part, shortest, out=None, seed=0):
-    """The videos of one part; those that cannot be read are replaced and listed in `out`/bad_videos.csv."""
+    """The videos of one part; those that cannot be read are replaced and listed in `out`/bad_videos.csv.
+
+    Raises ValueError, naming two of them, where sizes differ and `data.size` does not bring them to one.
+    """
     listing = annotations.read(data.dataset, data.root, part, data.split)
     print(f"{data.dataset}, {part}: " + ", ".join(f"{count} {what}" for what, count in listing.counts.items()))
     size = tuple(data.size) if data.size else None
     bad = out / "bad_videos.csv" if out else None
-    return videos.Files(listing, shortest=shortest, size=size, seed=seed, bad_videos=bad)
+    found = videos.Files(listing, shortest=shortest, size=size, seed=seed, bad_videos=bad)
+    if size is None:
+        videos.check_sizes(found)
+    return found
 
 
 def build(net, seed):

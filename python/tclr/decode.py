@@ -76,7 +76,10 @@ def decode(path, decoder=DECODER):
 def _by_torchcodec(path, found, positions):
     """The frames, or None where torchcodec fails or returns any frame of another time than the index has."""
     try:
-        batch = VideoDecoder(str(path)).get_frames_at(positions)
+        decoder = VideoDecoder(str(path))
+        if len(decoder) != found.frames:
+            return None
+        batch = decoder.get_frames_at(positions)
     except (RuntimeError, ValueError, IndexError):
         return None
     expected = torch.tensor([found.times[position] for position in positions], dtype=torch.float64)

@@ -7,6 +7,7 @@ length(i) -> frames of video i, and read(i, positions) -> uint8 [P, 3, H, W].
 import csv
 import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -128,6 +129,27 @@ class Files:
                 fresh = not self.bad_videos.exists()
                 with open(self.bad_videos, "a", newline="", errors="surrogateescape") as file:
                     csv.writer(file).writerows([["video", "reason"]] * fresh + [[self.names[j], reason]])
+
+
+def check_sizes(found, threads=8):
+    """Raises ValueError where two readable videos of the set `found` differ in size: batches need one size."""
+    seen = {}
+    with ThreadPoolExecutor(threads) as pool:
+        paths = dict.fromkeys(entry.path for entry in found.entries)
+        for path, size in zip(paths, pool.map(lambda path: _size(found.root / path), paths), strict=True):
+            if size:
+                seen.setdefault(size, path)
+            if len(seen) > 1:
+                pool.shutdown(wait=False, cancel_futures=True)
+                named = " and ".join(f"{path} of {h} x {w}" for (h, w), path in seen.items())
+                raise ValueError(f"data.size: found none, but {named}, wanted one size: set data.size = [H, W]")
+
+
+def _size(path):
+    try:
+        return decode.size(path)
+    except decode.Unreadable:
+        return None
 
 
 def _listed(path):
