@@ -131,25 +131,25 @@ def recorded(case, table):
 def source(launch):
     """What the just-in-time compiler makes of a call: types, constants, and what is divisible by 16."""
     signature, constants, attributes = {}, {}, {}
-    parameters = {p.name: p.is_constexpr for p in launch.kernel.params}
-    for k, name in enumerate(launch.kernel.arg_names):
-        value = launch.arguments[name]
-        if parameters[name] or (type(value) is int and value == 1):
+    for k, (name, parameter) in enumerate(zip(launch.kernel.arg_names, launch.kernel.params, strict=True)):
+        value, specialised = launch.arguments[name], not parameter.do_not_specialize
+        if parameter.is_constexpr or (type(value) is int and value == 1 and specialised):
             signature[name], constants[(k,)] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name], attributes[(k,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[name] = POINTERS[value.dtype]
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:
-            signature[name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
-                attributes[(k,)] = [["tt.divisibility", 16]]
+            signature[name] = parameter.annotation_type or ("i32" if abs(value) < 2**31 else "i64")
+        if isinstance(value, torch.Tensor) or (type(value) is int and value % 16 == 0 and specialised):
+            attributes[(k,)] = [["tt.divisibility", 16]]
     return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
 def compiled(launch, target):
     """The compiled kernel's facts, by column."""
-    kernel = triton.compile(source(launch), target=target, options=launch.options)
+    kernel = triton.compile(source(launch), target=target, options=launch.options | sets.COMPILER_OPTIONS)
     facts = cuda_facts(kernel) if target.backend == "cuda" else hip_facts(kernel)
     return dict(shared=kernel.metadata.shared, **facts)
 
@@ -190,7 +190,7 @@ def predicted(launch, facts):
     facts: of the compiled kernel; how many programs a processor holds follows from its registers and shared memory.
     """
     a = launch.arguments
-    if "PRECISION" not in a:
+    if "BK" not in a:
         return {}
     size, area, gradient, warps = a["z"].element_size(), a["BM"] * a["BN"], "DC" in a, launch.options["num_warps"]
     kind = {2: "half", 4: "tf32" if a["PRECISION"] == "tf32" else "float", 8: "double"}[size]
@@ -229,6 +229,7 @@ def predicted(launch, facts):
         predicted_limit=limit,
         predicted_programs=programs,
         predicted_floor_share=round(useful / max(clocks[limit], alone / programs), 2),
+        predicted_serial_share=round(useful / sum(clocks.values()), 2),
     )
 
 
@@ -260,7 +261,7 @@ def too_large(row):
 COLUMNS = [
     *("target", "case", "kernel", "BM", "BN", "DP", "BK", "DC", "warps", "stages", "registers", "spills", "shared"),
     *(f"{name}_instructions" for name in CLASSES),
-    *(f"predicted_{name}" for name in (*PIPES, "limit", "programs", "floor_share")),
+    *(f"predicted_{name}" for name in (*PIPES, "limit", "programs", "floor_share", "serial_share")),
 ]
 
 
@@ -275,20 +276,26 @@ HEAD = """\
 Written by `python -m benchmarks.compile_triton` from `benchmarks/results/triton-compiled.csv`. **Nothing here was
 measured on a GPU**: registers, spills, shared memory and instructions are the compiler's, clocks are predictions.
 
-A prediction counts, for one tile on one of an H200's 132 processors, the clocks of each pipe alone: products at the
-rate cuBLAS reaches on random data (1,705 multiply-adds a clock, half of that in TF32), 16 exp2, 128 float32
-operations, 128 bytes of shared memory, 37.5 bytes from L2 (9.8 TB/s, read from
+The floor of a loss is the time of its matrix products alone, half of one in the forward, since S is symmetric, and two
+in the backward, at the rate that cuBLAS reaches on random data. These kernels will not reach it.
+
+The range follows from the clocks that each unit of one of an H200's 132 processors needs for a tile: products at 1,705
+multiply-adds a clock (half of that in TF32), 16 exp2, 128 float32 operations, 128 bytes of shared memory and 37.5 bytes
+from L2 (9.8 TB/s, read from
 [gpu-benches](https://github.com/te42kyfo/gpu-benches/blob/master/gpu-l2-cache/h200.txt)). Shared memory is read by the
 products as Triton lays them out: all columns for each 64 rows of a tile, and all rows for each group of four warps that
-has only some of the columns. "Floor" is the clocks of the plan's products alone, one forward and two backward. The
-predicted share of it: a tile takes as long as its busiest pipe; or, where the programs that a processor holds are too
-few to cover each other's waits, what one of them takes alone, products, then exponentials, then reads that nothing
-fetched ahead, divided by their number.
+has only some of the columns. The two ends of the range are two assumptions:
 
-Left out, so that a launch will take longer: latencies, bank conflicts, barriers, the issue of all other instructions.
+- *overlapped*: a tile takes as long as its busiest unit; or, where a processor holds too few thread blocks to cover
+  each other's waits, what one of them takes alone, divided by their number;
+- *serial*: nothing overlaps, and a tile takes the sum of the clocks of all units.
+
+Both leave out latencies, bank conflicts, barriers, the issue of all other instructions (of which the shuffles of the
+column sums are many), and the processors that the last wave of thread blocks leaves idle. So the truth may lie beyond
+the slow end as well: only a run on a GPU can tell.
 
 The tiles of `tclr_kernels/triton/tiles.py` for Hopper fit the shared memory, do not spill on sm_90, and have the
-highest predicted share of those tried.
+highest predicted share of the floor, overlapped, of those tried.
 """
 
 
@@ -300,10 +307,10 @@ def markdown(titles, lines):
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in ruled)
 
 
-def in_all(made, dtype, D):
-    """NT-Xent's predicted share of its floor: D M^2 flop forward, 4 D M^2 backward."""
+def in_all(made, dtype, D, assumption):
+    """NT-Xent's predicted share of its floor: D M^2 flop forward, 4 D M^2 backward. assumption: a column's name"""
     made = [row for row in made if row["target"] == "sm_90" and row["case"] == f"1x2x65536x{D} {dtype} self tau=0.1"]
-    share = {row["kernel"]: float(row["predicted_floor_share"]) for row in made if row["predicted_floor_share"]}
+    share = {row["kernel"]: float(row[assumption]) for row in made if row[assumption]}
     return 5 / (1 / share["sums_kernel"] + 4 / share["gradient_kernel"])
 
 
@@ -316,19 +323,20 @@ def page(made):
                 f", {row['DC']} of the gradient" if row["DC"] else ""
             )
             facts = row["warps"], row["registers"], row["spills"], int(row["shared"]) // 1024
-            prediction = [row[f"predicted_{name}"] for name in (*PIPES, "limit", "programs", "floor_share")]
+            shown = *PIPES, "limit", "programs", "floor_share", "serial_share"
+            prediction = [row[f"predicted_{name}"] for name in shown]
             lines.append([row["case"], row["kernel"], tile, *facts, *prediction])
     titles = ["G x V x N x D", "kernel", "tile", "warps", "registers", "spills", "shared, KiB"]
-    titles += [*(f"{name}, clocks" for name in PIPES), "limit", "programs", "share of the floor"]
+    titles += [*(f"{name}, clocks" for name in PIPES), "limit", "programs", "share, overlapped", "share, serial"]
     kernels = markdown(titles, lines)
 
     lines = []
     for (dtype, kind), D in itertools.product(PREDICTED.items(), (128, 256, 512, 1024)):
-        share = in_all(made, dtype, D)
+        shares = [in_all(made, dtype, D, f"predicted_{name}_share") for name in ("floor", "serial")]
         for M in (8192, 32768, 131072):
             floor = 5 * D * M * M / FLOPS * RATES["half"] / RATES[kind] * 1000
-            lines.append([dtype, f"{M:,}", D, f"{floor:.3g}", f"{floor / share:.3g}", f"{share:.2f}"])
-    titles = ["dtype", "rows M", "D", "floor, 5 D M^2, ms", "predicted, ms", "share of the floor"]
+            lines.append([dtype, f"{M:,}", D, f"{floor:.3g}", " to ".join(f"{floor / share:.3g}" for share in shares)])
+    titles = ["dtype", "rows M", "D", "floor, 5 D M^2, ms", "predicted range, ms"]
     totals = markdown(titles, lines)
 
     lines = []
@@ -344,7 +352,7 @@ def page(made):
         HEAD,
         "## NT-Xent, forward and backward, on an H200: predictions, not measured\n",
         totals,
-        "\nWithout the packing of rows, the finish, the coefficients, and the tiles that a last wave leaves idle.\n",
+        "\nWithout the packing of rows, the finish and the coefficients.\n",
         "## The kernels that make tiles, on sm_90\n",
         kernels,
         "\n## Every kernel of every case\n",

@@ -90,6 +90,11 @@ def temperature(value, device=None):
             )
         if device is not None and value.device not in (device, torch.device("cpu")):
             raise ValueError(f"temperature: found a tensor on {value.device}, wanted it on the CPU or {device}")
+        if device is not None and device.type == "cuda" and value.device.type == "cpu" and _capturing():
+            raise ValueError(
+                "temperature: found a tensor on the CPU while a CUDA graph is captured, which would keep the value it "
+                f"has now; wanted a tensor on {device}, which is read at each replay, or a float"
+            )
         if _check_values() and not (value > 0).logical_and(value.isfinite()):
             raise ValueError(f"temperature: found {value.item()}, wanted {wanted} (TCLR_KERNELS_CHECK=1)")
         return value
@@ -98,6 +103,10 @@ def temperature(value, device=None):
     if not 0 < value < math.inf or math.isinf(1 / float(value)):
         raise ValueError(f"temperature: found {value}, wanted {wanted}")
     return float(value)
+
+
+def _capturing():
+    return not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
 
 
 def one_of(name, value, choices):

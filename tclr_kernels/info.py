@@ -1,7 +1,6 @@
 """What is installed and what would run: python -m tclr_kernels.info [--shape G V N D] [--device D] [--dtype T]"""
 
 import argparse
-import importlib.metadata
 import math
 import platform
 
@@ -16,14 +15,10 @@ REBUILD = "to see why: TCLR_KERNELS_REQUIRE_NATIVE=1 pip install -v --no-build-i
 
 def versions():
     """Name -> version, of this package and of what it runs on; None where a package is not installed."""
-    try:
-        triton = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        triton = None
     return {
         "tclr-kernels": tclr_kernels.__version__,
         "torch": torch.__version__,
-        "triton": triton,
+        "triton": backends.triton.version(),
         "python": platform.python_version(),
     }
 

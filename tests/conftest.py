@@ -6,6 +6,7 @@ TCLR_KERNELS_TEST_CUDA=1: the CUDA kernels' source, run on the host, is one of t
 
 import collections
 import os
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -36,12 +37,35 @@ if INTERPRETED and BACKENDS["triton"] is None:
 
 def pytest_addoption(parser):
     parser.addoption("--sample", type=int, default=1, help="every how many-th set of a test's parameters is taken")
+    parser.addoption("--full", action="store_true", help="also run the tests marked full, which take long")
+    parser.addoption(
+        "--rotation", type=int, default=None, help="which sample to take, a number; by default the commit decides"
+    )
+
+
+def rotation_of(config):
+    """Which sample of a large set of cases a run takes: another one after each commit, so that in time all are."""
+    if (given := config.getoption("rotation")) is not None:
+        return given
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return int(head.stdout[:6] or "0", 16) % 1000
+
+
+def pytest_report_header(config):
+    return f"samples: --rotation {rotation_of(config)}"
+
+
+@pytest.fixture(scope="session")
+def rotation(pytestconfig):
+    return rotation_of(pytestconfig)
 
 
 def pytest_collection_modifyitems(config, items):
+    if not config.getoption("full"):
+        keep(config, items, lambda item: item.get_closest_marker("full") is None)
     if not INTERPRETED:
         return
-    seen = collections.Counter()
+    seen, every, first = collections.Counter(), config.getoption("sample"), rotation_of(config)
 
     def fits(item):
         if item.path.name == "test_triton.py":
@@ -50,8 +74,13 @@ def pytest_collection_modifyitems(config, items):
         if "triton" not in named or any(name in item.nodeid for name in TOO_LONG + WRONG_THERE):
             return False
         seen[item.function] += 1
-        return seen[item.function] % config.getoption("sample") == 1 % config.getoption("sample")
+        return seen[item.function] % every == first % every
 
+    keep(config, items, fits)
+
+
+def keep(config, items, fits):
+    """Deselects the items that do not fit."""
     taken = {item: fits(item) for item in items}
     config.hook.pytest_deselected(items=[item for item in items if not taken[item]])
     items[:] = [item for item in items if taken[item]]

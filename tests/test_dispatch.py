@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import tclr_kernels as tk
-from tclr_kernels import backends
-from tclr_kernels.backends import reference
+from tclr_kernels import backends, checks
+from tclr_kernels.backends import cuda, reference, triton
 
 
 @pytest.fixture
@@ -89,3 +89,90 @@ def test_on_a_gpu_few_rows_go_to_native_and_many_to_triton(monkeypatch):
     assert usable("native", "reference") == ["native"] * 3
     assert usable("triton", "reference") == ["triton"] * 3
     assert usable("reference") == ["reference"] * 3
+
+
+# ---- GPUs that are not here
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Makes PyTorch say that it has a CUDA device of a compute capability, or a HIP device."""
+
+    def install(capability=(9, 0), hip=None):
+        cuda.why_not.cache_clear()
+        monkeypatch.setattr(torch.version, "cuda", None if hip else "13.0")
+        monkeypatch.setattr(torch.version, "hip", hip)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(triton, "_interpreted", False)
+        monkeypatch.setattr(triton, "_missing", None)
+        return torch.device("cuda", 0)
+
+    yield install
+    cuda.why_not.cache_clear()
+
+
+def test_devices_that_are_too_old_are_named(gpu):
+    device = gpu((7, 5))
+    assert tk.available_backends(device)["triton"] == "the device has compute capability 7.5: wanted 8.0 or newer"
+    assert backends.choose(None, device, 10**6, 128) == "reference"
+    with pytest.raises(RuntimeError, match="backend='triton' cannot serve tensors on cuda:0: .* capability 7.5"):
+        backends.choose("triton", device)
+
+
+def test_devices_that_are_new_enough_and_those_of_amd(gpu):
+    assert triton.why_not(gpu((8, 0))) is None
+    assert triton.why_not(gpu((6, 0), hip="6.4")) is None  # AMD's numbers are no compute capabilities
+
+
+def test_a_device_that_is_not_there_is_a_reason():
+    if not torch.cuda.is_available():
+        assert tk.available_backends("cuda")["triton"] is not None
+
+
+@pytest.mark.parametrize("rows", [80, 10**6])
+def test_the_choice_for_a_gpu_is_traced_without_a_break(rows, monkeypatch):
+    """How a backend finds out what is there, by files and devices, is not for torch.compile to trace."""
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(cuda, "why_not", lambda device: None)
+    monkeypatch.setattr(triton, "_interpreted", False)
+    monkeypatch.delenv("TCLR_KERNELS_BACKEND", raising=False)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def twice(x, named):
+        return x + len(backends.choose(named, device, rows, 128, x.dtype))
+
+    torch._dynamo.reset()
+    for named in (None, "triton"):
+        wanted = backends.choose(named, device, rows, 128, torch.float32)
+        assert twice(torch.zeros(()), named) == len(wanted)
+
+
+def test_a_temperature_on_the_cpu_is_not_captured(gpu, monkeypatch):
+    device = gpu()
+    tau = torch.tensor(0.1)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert checks.temperature(tau, device) is tau
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert checks.temperature(0.1, device) == 0.1 and checks.temperature(tau, torch.device("cpu")) is tau
+    with pytest.raises(ValueError, match="temperature: found a tensor on the CPU while a CUDA graph is captured"):
+        checks.temperature(tau, device)
+
+
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        ("__version__ = '3.6.0'", None),
+        ('__version__ = "3.10.0+rocm7.0"', None),
+        ("__version__ = '3.5.1'", "Triton 3.5.1 is too old: wanted 3.6 or newer"),
+        ("", "Triton of unknown version is too old: wanted 3.6 or newer"),
+    ],
+)
+def test_triton_is_found_by_its_module(line, reason, tmp_path, monkeypatch):
+    """Not every distribution that brings it is called triton."""
+    (tmp_path / "__init__.py").write_text(f"# a comment\n{line}\n")
+    found = types.SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(triton.importlib.util, "find_spec", lambda name: found if name == "triton" else None)
+    assert triton._unusable() == reason
+    monkeypatch.setattr(triton.importlib.util, "find_spec", lambda name: None)
+    assert triton._unusable() == "Triton is not installed"

@@ -39,7 +39,17 @@ def available_backends(device=None):
     Returns a dict: backend name -> None if it is usable there, else the reason why it is not.
     """
     device = torch.get_default_device() if device is None else torch.device(device)
-    return {name: backend.why_not(device) for name, backend in BACKENDS.items()}
+    return {name: _why_not(name, device) for name in BACKENDS}
+
+
+def _why_not(name, device):
+    """Why a backend does not serve a device; None where it does."""
+    return BACKENDS[name].why_not(device)
+
+
+# what torch.compiler.assume_constant_result does, which takes two seconds to import the compiler: it asks for the
+# answer and does not trace how it is found, by looking for files and devices
+_why_not._dynamo_marked_constant = True
 
 
 def choose(backend, device, rows=0, features=0, dtype=None):
@@ -48,10 +58,10 @@ def choose(backend, device, rows=0, features=0, dtype=None):
     backend = backend if backend is not None else os.environ.get("TCLR_KERNELS_BACKEND") or None
     if backend is None:
         names = [name for name in _order(device, rows, features, dtype) if name in BACKENDS]
-        return next(name for name in names if BACKENDS[name].why_not(device) is None)
+        return next(name for name in names if _why_not(name, device) is None)
     if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"{source}: found {backend!r}, wanted one of {', '.join(map(repr, BACKENDS))}")
-    if (reason := BACKENDS[backend].why_not(device)) is not None:
+    if (reason := _why_not(backend, device)) is not None:
         raise RuntimeError(f"{source}={backend!r} cannot serve tensors on {device}: {reason}")
     return backend
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ..checks import tf32_allowed
+from . import cuda
 
 try:
     import tclr_kernels._C as _C  # registers the operators
@@ -18,29 +19,16 @@ except ImportError as error:
     _missing = f"the compiled extension is not usable: {error}"
 
 CUDA = Path(__file__).parents[1] / "_cuda.so"
-OLDEST_CUDA = 8, 0  # compute capability
 
 
 def why_not(device):
     if _C is None:
         return _missing
     if device.type == "cuda":
-        return _why_not_cuda(device)
+        return cuda.why_not(device) or _load_cuda()
     if device.type != "cpu":
         return f"it has no kernels for device type {device.type!r}"
     return None
-
-
-@functools.cache
-def _why_not_cuda(device):
-    if not torch.backends.cuda.is_built():
-        return "this PyTorch is built without CUDA"
-    if not torch.cuda.is_available():
-        return "PyTorch finds no CUDA device"
-    found = torch.cuda.get_device_capability(device)
-    if found < OLDEST_CUDA:
-        return "the device has compute capability {}.{}: wanted {}.{} or newer".format(*found, *OLDEST_CUDA)
-    return _load_cuda()
 
 
 @functools.cache

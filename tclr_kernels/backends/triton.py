@@ -7,23 +7,37 @@ whose addresses are in no arithmetic progression, strided gradients, and float64
 a launch more.
 """
 
-import importlib.metadata
+import importlib.util
 import os
+import re
+from pathlib import Path
 
 import torch
+
+from . import cuda
 
 OLDEST = 3, 6
 NAMESPACE = "tclr_kernels_triton"
 
 
+def version():
+    """Triton's version, without importing it; None where there is none.
+
+    Read from the module, since not every distribution that brings it is called triton: ROCm's is pytorch-triton-rocm.
+    """
+    found = importlib.util.find_spec("triton")
+    if found is None or found.origin is None:
+        return None
+    said = re.search(r"""^__version__ = ['"](.*)['"]""", Path(found.origin).read_text(), re.MULTILINE)
+    return said[1] if said else "of unknown version"
+
+
 def _unusable():
-    """Why there is no Triton to use, without importing it."""
-    try:
-        version = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
+    """Why there is no Triton to use."""
+    if (found := version()) is None:
         return "Triton is not installed"
-    found = tuple(map(int, version.split(".")[:2]))
-    return None if found >= OLDEST else f"Triton {version} is too old: wanted {OLDEST[0]}.{OLDEST[1]}"
+    numbers = tuple(map(int, re.findall(r"\d+", found)[:2]))
+    return None if numbers >= OLDEST else "Triton {} is too old: wanted {}.{} or newer".format(found, *OLDEST)
 
 
 _missing = _unusable()
@@ -37,7 +51,7 @@ def why_not(device):
         return None if _interpreted else "on the CPU it only runs interpreted, with TRITON_INTERPRET=1 from the start"
     if device.type != "cuda":
         return f"it has no kernels for device type {device.type!r}"
-    return "it is interpreted, TRITON_INTERPRET=1, which is for the CPU" if _interpreted else None
+    return "it is interpreted, TRITON_INTERPRET=1, which is for the CPU" if _interpreted else cuda.why_not(device)
 
 
 def forward(sets, tau, normalize, cross):

@@ -48,9 +48,19 @@ RUN = tl.constexpr(64)  # of features that go to the same half of dz
 
 
 @triton.jit
+def to_tf32(x):
+    """x rounded to the nearest number of TF32.
+
+    The tensor cores take a float32 and ignore its last 13 bits. Without this, every operand would be too small.
+    """
+    rounded = ((x.to(tl.int32, bitcast=True) + (1 << 12)) & -(1 << 13)).to(tl.float32, bitcast=True)
+    return tl.where(tl.abs(x) < 3.4e38, rounded, x)  # neither a NaN nor what would become infinite
+
+
+@triton.jit(do_not_specialize=["V", "N"])
 def rows_kernel(
-    x, z, norms, V, N, NP, D, stride_g, stride_v, stride_n, stride_d,
-    NORMALIZE: tl.constexpr, BR: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr,
+    x, z, norms, V, N, NP, D, stride_g, stride_v: tl.int64, stride_n, stride_d,
+    NORMALIZE: tl.constexpr, PRECISION: tl.constexpr, BR: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """z: [G, V, NP, DP], padded with zeros, and norms: [G, V, NP], of x: V sets [G, N, D], stride_v apart."""
     block = tl.program_id(0).to(tl.int64) * BR
@@ -69,11 +79,11 @@ def rows_kernel(
             scale = largest_entry(values)
         wide = widened(values, scale)
         squares = tl.sum(wide * wide, 1)
-        unit = narrowed(wide * inverse_length(squares)[:, None], z.dtype.element_ty)
-        tl.store(to, unit, mask=(d < DP)[None, :])
         tl.store(norms + block + tl.arange(0, BR), scale * tl.sqrt(squares))
-    else:
-        tl.store(to, values, mask=(d < DP)[None, :])
+        values = narrowed(wide * inverse_length(squares)[:, None], z.dtype.element_ty)
+    if PRECISION == "tf32":
+        values = to_tf32(values)
+    tl.store(to, values, mask=(d < DP)[None, :])
 
 
 @triton.jit
@@ -139,7 +149,7 @@ def pair_of_supers(program, supers, left, CROSS: tl.constexpr):
     return p, q
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["V", "N", "supers", "left", "supers_a_set", "programs"])
 def sums_kernel(
     z, tau, limit, sums, largest, pos, V, N, NP, supers, left, supers_a_set, rows_a_super, programs,
     BOUNDED: tl.constexpr, TENSOR: tl.constexpr, CROSS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
@@ -233,7 +243,7 @@ def log_of_slots(sums, largest, first, M, supers, bounded, BI: tl.constexpr, SLO
     return tl.log(total) + finite(top)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["V", "N", "supers", "supers_a_set"])
 def finish_kernel(
     sums, largest, tau, limit, term, neg, pos, V, N, NP, supers, supers_a_set,
     TENSOR: tl.constexpr, CROSS: tl.constexpr, ACC: tl.constexpr, BI: tl.constexpr, SLOTS: tl.constexpr,
@@ -274,7 +284,7 @@ def store_scaled(for_neg, for_pos, alpha, beta, to_exponent, at, damping, mask):
     tl.store(to_exponent, exponent)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["V", "N", "blocks"])
 def coefficients_kernel(
     neg, tau, limit, pos, g_term, g_neg, g_pos, alpha, beta, exponents, V, N, blocks,
     TENSOR: tl.constexpr, CROSS: tl.constexpr, ACC: tl.constexpr, TERM: tl.constexpr, NEG: tl.constexpr,
@@ -420,7 +430,7 @@ def store_gradient(
         tl.store(to + (row + d[None, :]), gradient, mask=(i < N)[:, None] & (d < D)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs", "G", "V", "blocks"])
 def gradient_kernel(
     z, tau, limit, norms, neg, pos, alpha, beta, exponents, partial, partial_along, dx, zdz, programs, columns_a_split,
     G, V, N, NP, D, blocks, BOUNDED: tl.constexpr, TENSOR: tl.constexpr, NORMALIZE: tl.constexpr,
@@ -481,6 +491,8 @@ def gradient_kernel(
                 w += exponential(s - shift[None, :]) * scale[None, :]
             if ((start < begin + BM) & (begin < start + BN)) | (start + BN > N):
                 w = tl.where((i[:, None] != j[None, :]) & (j < N)[None, :], w, 0.0)
+            if PRECISION == "tf32":
+                w = to_tf32(w)
             if DC != DP:
                 along += tl.sum(w * cosine, 1)
             if DC != DP or BK != DP:
@@ -503,7 +515,7 @@ def gradient_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "G", "V", "N", "blocks"])
 def join_kernel(
     z, tau, norms, pos, beta, exponents, partial, partial_along, dx, zdz, splits, G, V, N, NP, D, blocks,
     TENSOR: tl.constexpr, NORMALIZE: tl.constexpr, CROSS: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr,
@@ -566,16 +578,21 @@ def packed(sets, normalize, DP, whole):
     BR = whole if INTERPRETED else min(whole, 64, max(1, 4096 // BD))
     launch(
         rows_kernel, G * V * NP // BR, x, z, norms, V, N, NP, D, *strides,
-        NORMALIZE=normalize, BR=BR, DP=DP, BD=BD, num_warps=4,
+        NORMALIZE=normalize, PRECISION=precision(z), BR=BR, DP=DP, BD=BD, num_warps=4,
     )  # fmt: skip
     return z, norms
+
+
+def precision(z):
+    """Of the products of packed rows, as Triton names it."""
+    return "tf32" if z.dtype == torch.float32 and tf32_allowed() else "ieee"
 
 
 def of_tiles(z, tile):
     """What the kernels that make tiles have in common."""
     return dict(
         ACC=accumulator(z),
-        PRECISION="tf32" if z.dtype == torch.float32 and tf32_allowed() else "ieee",
+        PRECISION=precision(z),
         BM=tile.BM,
         BN=tile.BN,
         DP=tile.DP,

@@ -42,7 +42,11 @@ def pointer(x, stand_in):
     return stand_in if x is None else x.contiguous()
 
 
+# said in every launch, since Triton 3.10 will change its default: the tables of tiles were chosen with it
+COMPILER_OPTIONS = dict(enable_fp_fusion=True)
+
+
 def launch(kernel, programs, first, *arguments, **settings):
     on_device = torch.cuda.device(first.device) if first.device.type == "cuda" else contextlib.nullcontext()
     with on_device:
-        kernel[(programs,)](first, *arguments, **settings)
+        kernel[(programs,)](first, *arguments, **settings, **COMPILER_OPTIONS)

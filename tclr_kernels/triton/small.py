@@ -97,9 +97,9 @@ def log_sum(S, mask):
     return tl.log(total.to(tl.float64)) + offset.to(tl.float64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["G", "V", "N"])
 def forward_kernel(
-    x, tau, term, neg, pos, G, V, N, D, stride_g, stride_v, stride_n, stride_d,
+    x, tau, term, neg, pos, G, V, N, D, stride_g, stride_v: tl.int64, stride_n, stride_d,
     TENSOR: tl.constexpr, NORMALIZE: tl.constexpr, CROSS: tl.constexpr, ACC: tl.constexpr, R: tl.constexpr,
     BD: tl.constexpr,
 ):  # fmt: skip
@@ -125,9 +125,9 @@ def forward_kernel(
         tl.store(term + at, tl.where(paired, loss, 0.0), mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["G", "V", "N"])
 def backward_kernel(
-    x, tau, neg, pos, g_term, g_neg, g_pos, dx, zdz, G, V, N, D, stride_g, stride_v, stride_n, stride_d,
+    x, tau, neg, pos, g_term, g_neg, g_pos, dx, zdz, G, V, N, D, stride_g, stride_v: tl.int64, stride_n, stride_d,
     TENSOR: tl.constexpr, NORMALIZE: tl.constexpr, CROSS: tl.constexpr, ACC: tl.constexpr, R: tl.constexpr,
     BD: tl.constexpr, TERM: tl.constexpr, NEG: tl.constexpr, POS: tl.constexpr,
 ):  # fmt: skip

@@ -1,0 +1,198 @@
+"""The Triton backend through Triton's own just-in-time compiler, for GPUs that are not here: see standin.py."""
+
+import itertools
+import os
+import random
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import tclr_kernels as tk
+
+from .oracle import DTYPES, LOSSES
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter takes the place of the just-in-time compiler", allow_module_level=True)
+
+from tclr_kernels.triton import large  # noqa: E402
+
+from . import standin  # noqa: E402
+
+CAPABILITIES = 80, 90, 100
+SIZES = dict(
+    G=(1, 1, 1, 3, 16, 700),
+    V=(1, 2, 2, 2, 3, 8, 33),
+    N=(1, 2, 5, 16, 17, 40, 64, 65, 77, 100, 127, 128, 129, 256, 300),
+    D=(1, 2, 3, 16, 17, 64, 100, 128, 130, 256, 300, 512, 513, 1024, 1100, 2100),
+)
+TEMPERATURES = (
+    *(0.1, 0.005, 10),
+    *(torch.tensor(0.1, dtype=dtype) for dtype in (torch.float32, torch.float64, torch.bfloat16)),
+)
+LAYOUTS = {  # how [G, N, D] lies in memory
+    "contiguous": lambda G, N, D, **how: torch.empty(G, N, D, **how),
+    "an entry after the start": lambda G, N, D, **how: torch.empty(G, N, D + 1, **how)[..., 1:],
+    "transposed": lambda G, N, D, **how: torch.empty(G, D, N, **how).mT,
+    "every other row": lambda G, N, D, **how: torch.empty(G, 2 * N, D, **how)[:, ::2],
+    "every other feature": lambda G, N, D, **how: torch.empty(G, N, 2 * D, **how)[..., ::2],
+    "one row for all": lambda G, N, D, **how: torch.empty(G, 1, D, **how).expand(G, N, D),
+}
+
+
+@pytest.fixture(params=CAPABILITIES, ids="sm_{}".format)
+def device(request, monkeypatch):
+    return standin.install(monkeypatch, request.param)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    return standin.install(monkeypatch, 90)
+
+
+class Problem(NamedTuple):
+    """A forward and a backward of the operation."""
+
+    G: int
+    V: int
+    N: int
+    D: int
+    dtype: torch.dtype
+    layout: str
+    tau: object
+    normalize: bool
+    cross: bool
+    tf32: bool
+    upstream: tuple  # whether there is a gradient of term, of neg, of pos
+
+    def run(self, monkeypatch):
+        monkeypatch.setattr(large, "tf32_allowed", lambda: self.tf32)
+        sets = [LAYOUTS[self.layout](self.G, self.N, self.D, dtype=self.dtype) for _ in range(self.V)]
+        settings = sets, self.tau, self.normalize, self.cross
+        _, neg, pos = tk.backends.triton.forward(*settings)
+        tk.backends.triton.backward(*settings, neg, pos, *(neg if given else None for given in self.upstream))
+
+
+def drawn(seed):
+    choose = random.Random(seed).choice
+    sizes = {name: choose(values) for name, values in SIZES.items()}
+    return Problem(
+        **sizes,
+        dtype=choose(DTYPES),
+        layout=choose([*LAYOUTS, "contiguous", "contiguous"]),
+        tau=choose(TEMPERATURES),
+        normalize=choose((True, True, False)),
+        cross=choose((True, False)) and sizes["V"] > 1,
+        tf32=choose((True, False)),
+        upstream=choose(list(itertools.product((True, False), repeat=3))),
+    )
+
+
+def problems(first_seed):
+    """An endless stream of them, of a size whose memory is no burden."""
+    for seed in itertools.count(first_seed):
+        problem = drawn(seed)
+        if problem.G * problem.V * problem.N * max(problem.D, problem.V) < 2e7:
+            yield problem
+
+
+def failures(found, monkeypatch):
+    """The problems that raise, with what they raise."""
+    failed = []
+    for problem in found:
+        try:
+            problem.run(monkeypatch)
+        except Exception as error:
+            failed.append(f"{problem}: {type(error).__name__}: {str(error)[-300:]}")
+    return failed
+
+
+def test_random_problems_compile(device, rotation, monkeypatch):
+    assert failures(itertools.islice(problems(1000 * rotation), 60), monkeypatch) == []
+
+
+@pytest.mark.full
+def test_many_random_problems_compile(device, monkeypatch):
+    assert failures(itertools.islice(problems(0), 2000), monkeypatch) == []
+
+
+@pytest.mark.parametrize("sizes", [(1, 2, 8), (5, 4, 33), (40, 4, 128), (129, 3, 64)], ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_compiles(name, sizes, device):
+    loss = LOSSES[name]
+    inputs = [x.requires_grad_() for x in loss.inputs(sizes, torch.float32)]
+    loss.call(*inputs, backend="triton").sum().backward()
+    assert device.launched
+
+
+# ---- what a call costs: launches, other operations, and what is compiled for it
+
+
+def pair(N=300, D=128, dtype=torch.bfloat16, G=1):
+    """Two views of N rows, as leaves."""
+    shape = (N, D) if G == 1 else (G, N, D)
+    return [torch.zeros(shape, dtype=dtype, requires_grad=True) for _ in range(2)]
+
+
+LARGE = ["rows_kernel", "sums_kernel", "finish_kernel"], ["rows_kernel", "coefficients_kernel", "gradient_kernel"]
+BOTH_RANGES = (
+    ["rows_kernel", "sums_kernel", "sums_kernel", "finish_kernel"],
+    ["rows_kernel", "coefficients_kernel", "gradient_kernel", "gradient_kernel"],
+)
+SPLIT = LARGE[0], [*LARGE[1], "join_kernel"]
+CALLS = {  # -> inputs, temperature, launches forward and backward
+    "few rows a group": (pair(4, G=40), 0.1, (["forward_kernel"], ["backward_kernel"])),
+    "a set is one super-block": (pair(40), 0.1, LARGE),
+    "several super-blocks": (pair(20000), 0.1, LARGE),
+    "columns split": (pair(2048), 0.1, SPLIT),
+    "a temperature below the bound": (pair(20000), 0.005, LARGE),
+    "a temperature on the device": (pair(20000), torch.tensor(0.1), BOTH_RANGES),
+}
+# of the mean of nt_xent's terms and of its gradient, an expanded number that is made contiguous; beyond 32,768 terms
+# they are added by a padded matrix, in an order that does not depend on the device
+FEW = ["sum", "div"], ["ones_like", "div", "contiguous"]
+MANY = ["constant_pad_nd", "sum", "sum", "div"], ["ones_like", "div", "constant_pad_nd"]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_launches_and_other_operations_of_a_call(name, hopper):
+    inputs, tau, launches = CALLS[name]
+    for _ in range(2):
+        with hopper.counted() as forward:
+            loss = tk.nt_xent(*inputs, temperature=tau, backend="triton")
+        with hopper.counted() as backward:
+            torch.autograd.grad(loss, inputs)
+    assert (forward[0], backward[0]) == launches
+    assert (forward[1], backward[1]) == (MANY if len(inputs[0]) == 20000 else FEW)
+
+
+@pytest.mark.parametrize("D, dtype", [(128, torch.bfloat16), (100, torch.float32), (513, torch.float16)], ids=str)
+def test_sizes_compile_few_variants(D, dtype, hopper):
+    """A training run whose batches differ in size shall not compile for ever."""
+    choose = random.Random(0)
+    for _ in range(500):
+        a, b = torch.empty(2, 1, int(2 ** choose.uniform(0, 12)), D, dtype=dtype)
+        for tau in (0.1, 0.005):
+            _, neg, pos = tk.backends.triton.forward([a, b], tau, True, False)
+            tk.backends.triton.backward([a, b], tau, True, False, neg, pos, neg, None, None)
+    assert len(hopper.variants) == 8 and max(hopper.variants.values()) <= 12, hopper.variants
+
+
+def test_where_the_sets_lie_compiles_nothing_new(hopper):
+    """The second set after the first or before it, near or far: the allocator decides that."""
+    memory = torch.zeros(64, 300, 64, dtype=torch.bfloat16)
+    for first, second in ((0, 1), (1, 0), (0, 63), (63, 0)):
+        tk.backends.triton.forward([memory[first][None], memory[second][None]], 0.1, True, False)
+    assert set(hopper.variants.values()) == {1}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_compile_to_the_end(name, capability, monkeypatch):
+    device = standin.install(monkeypatch, capability, whole=True)
+    inputs, tau, launches = CALLS[name]
+    torch.autograd.grad(tk.nt_xent(*inputs, temperature=tau, backend="triton"), inputs)
+    assert device.launched == launches[0] + launches[1]
+    assert all(kernel.asm["cubin"] for kernel in device.compiler.kernels)
