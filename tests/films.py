@@ -128,12 +128,13 @@ def write(path, frames=20, codec="mpeg4", options=None, side=32, first=0):
     return path
 
 
-def copied(source, path, times=lambda pts, dts: (pts, dts), keep=lambda number: True):
+def copied(source, path, times=lambda pts, dts: (pts, dts)):
     """Copies packets, as `ffmpeg -c copy` does, with other stamps, in ticks of a thousandth of a frame."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(source)) as given, av.open(str(path), "w") as container:
         stream = container.add_stream_from_template(given.streams.video[0])
-        for number, packet in enumerate(given.demux(video=0)):
-            if packet.size and keep(number):
+        for packet in given.demux(video=0):
+            if packet.size:
                 ticks = [float(time * packet.time_base * 25000) for time in (packet.pts, packet.dts)]
                 packet.time_base = Fraction(1, 25000)
                 packet.pts, packet.dts = map(round, times(*ticks))

@@ -6,6 +6,7 @@ import os
 import random
 import sys
 import warnings
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -31,13 +32,13 @@ WRITTEN = {  # by PyAV alone, so that they are tested where no ffmpeg program is
     "h264_b.mp4": ("libx264", {"g": "10", "bf": "3", "x264-params": X264}),
     "h264_refresh.mp4": ("libx264", {"g": "14", "x264-params": f"intra-refresh=1:{X264}"}),
     "hevc_open.mp4": ("libx265", {"x265-params": "keyint=12:min-keyint=12:open-gop=1:scenecut=0:log-level=0"}),
-    "av1.mp4": ("libsvtav1", dict(preset="12", g="10")),
+    "av1.mp4": ("libsvtav1", dict(preset="10", g="10", crf="18")),
     "h264_open.mkv": ("libx264", {"g": "12", "bf": "3", "x264-params": f"open-gop=1:{X264}"}),
     "hevc.mkv": ("libx265", {"x265-params": "keyint=10:open-gop=0:scenecut=0:log-level=0"}),
     "mpeg1_b.mkv": ("mpeg1video", dict(g="12", bf="2")),
     "ffv1.mkv": ("ffv1", {}),
     "mpeg4_b.mov": ("mpeg4", dict(g="12", bf="2")),
-    "mjpeg.mov": ("mjpeg", {}),
+    "mjpeg.mov": ("mjpeg", dict(strict="unofficial")),
     "vp9.webm": ("libvpx-vp9", {"deadline": "realtime", "cpu-used": "8", "g": "10"}),
     "h264_b.ts": ("libx264", {"g": "10", "bf": "3", "x264-params": X264}),
     "h264_refresh.ts": ("libx264", {"g": "14", "x264-params": f"intra-refresh=1:{X264}"}),
@@ -128,8 +129,9 @@ STAMPS = {  # pts and dts in thousandths of a frame
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
-@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
-@pytest.mark.parametrize("name", STAMPS)
+@pytest.mark.parametrize(
+    "name, codec", [pair for pair in itertools.product(STAMPS, ("libx264", "mpeg4")) if pair != ("late.ts", "mpeg4")]
+)  # without that pair: a copy of MPEG-4 from MP4 into TS lacks its header
 def test_stamps_of_all_kinds(tmp_path, name, codec, decoder):
     """Repeated, late, negative (which MP4 turns into an edit list that hides frames) and uneven ones."""
     b_frames = {} if name in REPEATED else dict(bf="2")
@@ -146,7 +148,7 @@ def test_a_cut_counts_the_frames_that_are_shown(tmp_path):
     whole = films.write(tmp_path / "whole.mp4", 100, "libx264", dict(g="10", bf="2"), side=films.SIDE)
     path = films.copied(whole, tmp_path / "data" / "cut.mp4", lambda pts, dts: (pts - 23000, dts - 23000))
     found = videos.Files(annotations.read("folder", path.parent, "all"), shortest=16)
-    assert found.length(0) == 77 == decode.length(path) and decode.packets(path) == 100
+    assert found.length(0) == 77 == decode.length(path) < decode.packets(path)
     assert films.numbers(found.read(0, range(60, 77))) == list(range(83, 100)) and found.counts["held"] == 0
     assert check.problem(path.parent, found.entries[0]) is None
 
@@ -220,7 +222,7 @@ def growing(path, sizes=(64, 96, 48)):
         for part, side in enumerate(sizes):
             encoder = av.CodecContext.create("mpeg2video", "w")
             encoder.width = encoder.height = side
-            encoder.pix_fmt, encoder.time_base, encoder.framerate = "yuv420p", stream.codec_context.time_base, 25
+            encoder.pix_fmt, encoder.time_base, encoder.framerate = "yuv420p", Fraction(1, 25), 25
             encoder.options = dict(g="10")
             for i in range(20 * part, 20 * part + 20):
                 frame = av.VideoFrame.from_ndarray(films.pictures(i + 1, side)[i], format="rgb24")
@@ -241,15 +243,18 @@ def placed(packets, stream):
 @pytest.mark.parametrize("suffix", ["ts", "mkv", "mpg"])
 def test_sizes_that_change_come_to_the_first(tmp_path, suffix, decoder):
     path = growing(tmp_path / f"growing.{suffix}")
+    with av.open(str(path)) as container:
+        pictures = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
+    expected = [films.numbers(picture.permute(2, 0, 1)[None])[0] for picture in pictures]
+    assert decode.length(path) == len(expected) >= 58 and len({picture.shape for picture in pictures}) == 3
     frames, held = decode.read(path, range(15, 55), decoder)
-    assert frames.shape == (40, 3, 64, 64) and held == 0 and films.numbers(frames) == list(range(15, 55))
+    assert frames.shape == (40, 3, 64, 64) and held == 0 and films.numbers(frames) == expected[15:55]
+    assert torch.equal(frames[:3], torch.stack(pictures[15:18]).permute(0, 3, 1, 2)), "those that have it already"
     if films.FFMPEG:
-        expected = films.oracle(path)
-        assert len(expected) == decode.length(path)
-        assert (expected[15:55].float() - frames.float()).abs().mean() < 3
+        assert (films.oracle(path)[15:55].float() - frames.float()).abs().mean() < 3
     found = videos.Files(annotations.read("folder", tmp_path, "all"), shortest=2)
     assert found.read(0, range(30, 50)).shape == (20, 3, 64, 64)
-    assert check.problem(tmp_path, found.entries[0]) is None
+    assert check.problem(tmp_path, found.entries[0], window=2) is None
 
 
 def test_files_of_different_sizes_stop_before_training(tmp_path):
@@ -322,8 +327,9 @@ def test_an_index_of_another_file_or_library_is_not_trusted(tmp_path, monkeypatc
         file.write_text(f"{index._checksum(stale)}\n{stale}")
         forget()
         assert decode.length(path) == 50, name
-    other = write(tmp_path, "h264_b.mp4", 30)
-    file.write_text(next(f for f in file.parent.iterdir() if f != file and decode.length(other)).read_text())
+    assert decode.length(write(tmp_path, "h264_b.mp4", 30)) == 30
+    (other,) = (each for each in file.parent.iterdir() if each != file)
+    file.write_text(other.read_text())
     forget()
     assert decode.length(path) == 50, "the index of another file under this one's name"
 
@@ -426,3 +432,12 @@ def test_positions_that_are_refused_or_held(tmp_path):
         decode.read(path, [])
     frames, held = decode.read(path, [18, 19, 20, 25])
     assert films.numbers(frames) == [18, 19, 19, 19] and held == 2
+
+
+def test_a_file_that_becomes_shorter_while_it_is_used_is_held_and_counted(tmp_path):
+    write(tmp_path, "mpeg4.avi", 40)
+    found = videos.Files(annotations.read("folder", tmp_path, "all"), shortest=16)
+    assert found.length(0) == 40
+    write(tmp_path, "mpeg4.avi", 30)
+    assert films.numbers(found.read(0, [28, 33])) == [28, 29]
+    assert found.counts["held"] == found.counts["decoded"] == 1
