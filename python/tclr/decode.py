@@ -106,21 +106,27 @@ def _from(path, found, wanted, start=None):
             if start and video.landing != start.landing:
                 return None
             if position == wanted[done]:
-                result[done] = _picture(frame, found.size)
+                result[done] = _upright(frame, found.size) if found.changes else _rgb(frame)
                 done += 1
                 if done == len(wanted):
                     return torch.from_numpy(result).permute(0, 3, 1, 2)
     return None
 
 
-def _picture(frame, size):
-    """A frame upright, of that size: uint8 [H, W, 3]. One thread: for small frames, many take 20 times as long."""
+def _rgb(frame, **options):
+    """uint8 [H, W, 3], not copied. One thread: for small frames, many take 20 times as long."""
+    frame = frame.reformat(format="rgb24", threads=1, **options)
+    (plane,) = frame.planes
+    rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: frame.height, : 3 * frame.width]
+    return rows.reshape(frame.height, frame.width, 3)
+
+
+def _upright(frame, size):
+    """A frame as it is shown, brought to that size: uint8 [H, W, 3]"""
     steps = index.turn(frame)
     height, width = index.swapped(size, steps)
-    if (height, width) == (frame.height, frame.width):
-        picture = frame.to_ndarray(format="rgb24", threads=1)
-    else:
-        picture = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BICUBIC", threads=1)
+    other = (height, width) != (frame.height, frame.width)
+    picture = _rgb(frame, **(dict(width=width, height=height, interpolation="BICUBIC") if other else {}))
     for step in steps:
         picture = TURNS[step](picture) if step in TURNS else _rotated(picture, step)
     return picture
@@ -137,8 +143,8 @@ TURNS = {
 
 def _rotated(picture, degrees):
     """Rotated clockwise within its own size, by the filter that ffmpeg uses."""
-    graph, picture = av.filter.Graph(), av.VideoFrame.from_ndarray(picture, format="rgb24")
+    graph, picture = av.filter.Graph(), av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
     first = graph.add_buffer(width=picture.width, height=picture.height, format=picture.format, time_base=1)
     graph.link_nodes(first, graph.add("rotate", f"{degrees}*PI/180"), graph.add("buffersink")).configure()
     graph.vpush(picture)
-    return graph.vpull().to_ndarray(format="rgb24", threads=1)
+    return _rgb(graph.vpull())

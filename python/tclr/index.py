@@ -50,11 +50,13 @@ class Start:
 class Index:
     """What is known about a file. reason: why it cannot be read, or None; size: (H, W) of the first frame, upright.
 
+    changes: frames have to be turned, or differ in size;
     times: the stamp of each frame, in seconds, where stamps alone identify every frame and every seek is exact.
     """
 
     frames: int = 0
     size: tuple = (0, 0)
+    changes: bool = False
     starts: tuple = ()
     times: tuple | None = None
     reason: str | None = None
@@ -172,7 +174,7 @@ def make(path):
     starts = tuple(_proven(path, walk))
     exact = walk.seekable and walk.ordered and not walk.changes and len(starts) == len(walk.keys) and not any(s.skip for s in starts)
     times = tuple(float(pts * walk.time_base) for pts, _ in walk.stamps) if exact else None
-    return Index(len(walk.prints), walk.size, starts, times)
+    return Index(len(walk.prints), walk.size, walk.changes, starts, times)
 
 
 class _Walk:
