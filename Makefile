@@ -1,4 +1,4 @@
-# make demo | test | test-triton | triton-compiled | cuda-compiled | lint | bench | selftest | clean. Every target sets
+# make demo | test | test-oldest | test-triton | triton-compiled | cuda-compiled | lint | bench | selftest | clean. Every target sets
 # up what it needs, once, in $(VENV).
 #
 # The install is editable, so the package the tests import, the one the benchmarks import and the one in this folder
@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/* csrc/*/*)
 export TCLR_KERNELS_REQUIRE_NATIVE := $(NATIVE)
 
-.PHONY: demo test test-triton triton-compiled cuda-compiled lint bench plots selftest setup wheel-check clean
+.PHONY: demo test test-oldest test-triton triton-compiled cuda-compiled lint bench plots selftest setup wheel-check clean
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -26,6 +26,12 @@ test: setup
 
 test-triton: setup
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests $(ARGS)
+
+# with the oldest release of each dependency that pyproject.toml allows, in an environment of its own
+test-oldest:
+	mkdir -p build && python3 tests/oldest.py > build/oldest.txt
+	PIP_CONSTRAINT=$(CURDIR)/build/oldest.txt $(MAKE) VENV=$(VENV)-oldest setup
+	$(VENV)-oldest/bin/python -m pytest tests $(ARGS)
 
 triton-compiled: setup
 	$(BIN)/python -m benchmarks.compile_triton

@@ -47,6 +47,8 @@ WRITTEN = {  # by PyAV alone, so that they are tested where no ffmpeg program is
     "mpeg1_b.mpg": ("mpeg1video", dict(g="12", bf="2")),
     "mpeg2_b.mpg": ("mpeg2video", dict(g="12", bf="2")),
     "mpeg2.mpg": ("mpeg2video", dict(g="10")),
+    "mpeg2_b.m2v": ("mpeg2video", dict(g="12", bf="2")),
+    "h264_b.h264": ("libx264", {"g": "10", "bf": "3", "x264-params": X264}),
     "h264_b.mpg": ("libx264", {"g": "10", "bf": "3", "x264-params": X264}),
 }
 CONTAINERS = ("mpeg4_b.avi", "h264_b.mp4", "h264_open.mkv", "mpeg4_b.mov", "vp9.webm", "h264_b.ts", "mpeg2_b.mpg")

@@ -6,6 +6,7 @@ and the stamps of a file identify its frames, PyAV everywhere else.
 """
 
 from bisect import bisect_right
+from contextlib import suppress
 from itertools import islice
 
 import av
@@ -89,8 +90,10 @@ def _by_torchcodec(path, found, positions):
 def _by_pyav(path, found, wanted):
     """wanted: positions, ascending, each once."""
     start = bisect_right(found.starts, wanted[0], key=lambda start: start.frame) - 1
-    if start >= 0 and (frames := _from(path, found, wanted, found.starts[start])) is not None:
-        return frames
+    if start >= 0:
+        with suppress(Unreadable):
+            if (frames := _from(path, found, wanted, found.starts[start])) is not None:
+                return frames
     if (frames := _from(path, found, wanted)) is None:
         raise Unreadable(f"found fewer than the {found.frames} frames that were there when its index was made")
     return frames

@@ -23,7 +23,7 @@ import numpy as np
 
 FORMAT = 1  # of the cached files; another number makes all of them anew
 KEY_DISTANCE = 8  # packets, at least, between two places to start from
-OVERLAP = 8  # frames that must agree, beyond the place from which the next start takes over
+OVERLAP = 4  # frames that must agree, beyond the place from which the next start takes over
 SEEKABLE = {"mp4", "matroska"}  # containers that say where each packet is
 MOST_PLACES = 64  # of frames that look alike: in more, it is not worth looking for the right one
 PLANAR = {"yuv420p", "yuv422p", "yuv444p", "yuvj420p", "yuvj422p", "yuvj444p"}  # 8 bits, one plane for each component
@@ -98,6 +98,14 @@ class Video:
         except av.FFmpegError as error:
             raise Unreadable(f"damaged: {reason(error)}") from error
 
+    def packets_after(self, seek):
+        """Every packet from where a seek lands on. Raises Unreadable where the container is damaged."""
+        try:
+            self.container.seek(seek, stream=self.stream)
+        except av.FFmpegError as error:
+            raise Unreadable(f"damaged: {reason(error)}") from error
+        yield from self.packets()
+
     def all_frames(self, seen=lambda packet: None):
         """Every frame of the file. Raises Unreadable at the first error; `seen` is called with each packet before."""
         cut = ""
@@ -113,13 +121,9 @@ class Video:
                     raise Unreadable(f"{cut}damaged: the decoder reports errors in a frame")
                 yield frame
 
-    def frames_after(self, start):
+    def frames_after(self, seek):
         """The frames that follow a seek. What refers to frames before it may be damaged or missing."""
-        try:
-            self.container.seek(start, stream=self.stream)
-        except av.FFmpegError as error:
-            raise Unreadable(f"damaged: {reason(error)}") from error
-        for packet in self.packets():
+        for packet in self.packets_after(seek):
             try:
                 frames = packet.decode()
             except av.FFmpegError:
@@ -241,14 +245,21 @@ def _best(path, walk, key, distance, until):
 
     Most demuxers seek by the time of decoding, some by the time of showing.
     """
-    best, (pts, dts, _) = None, key
-    for seek in dict.fromkeys(time for time in (dts, pts) if time is not None):
-        start = _tried(path, walk, seek, distance, until)
-        if start and start.frame < until and (best is None or start.frame > best.frame):
-            best = start
-        if best and best.landing == key:
-            break
-    return best
+    pts, dts, _ = key
+    seeks = [time for time in dict.fromkeys((dts, pts)) if time is not None]
+    try:
+        exact = next((seek for seek in seeks if _landing(path, seek) == key), None)
+        starts = [_tried(path, walk, seek, distance, until) for seek in (seeks if exact is None else [exact])]
+    except Unreadable:  # a stream in which nothing can be sought
+        return None
+    return max((start for start in starts if start and start.frame < until), key=lambda s: s.frame, default=None)
+
+
+def _landing(path, seek):
+    """The stamps of the first packet after a seek, or None."""
+    with Video(path) as video:
+        next(video.packets_after(seek), None)
+        return video.landing
 
 
 def _tried(path, walk, seek, distance, until):
