@@ -1,5 +1,5 @@
-# make demo | test | test-oldest | test-triton | triton-compiled | cuda-compiled | lint | bench | selftest | clean. Every target sets
-# up what it needs, once, in $(VENV).
+# make demo | test | test-all | test-oldest | test-triton | test-triton-versions | triton-compiled | cuda-compiled | lint |
+# bench | selftest | clean. Every target sets up what it needs, once, in $(VENV).
 #
 # The install is editable, so the package the tests import, the one the benchmarks import and the one in this folder
 # are the same files, with the compiled _C beside them: a copy in site-packages would be shadowed by this folder.
@@ -8,30 +8,50 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 NATIVE ?= 1# 0: go without the compiled kernels (no C++ compiler needed)
 PYTHON ?=
+PARALLEL ?= -n auto --dist worksteal
+TRITONS := 3.6.0 3.7.1 3.8.0
 
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/* csrc/*/*)
 export TCLR_KERNELS_REQUIRE_NATIVE := $(NATIVE)
 
-.PHONY: demo test test-oldest test-triton triton-compiled cuda-compiled lint bench plots selftest setup wheel-check clean
+.PHONY: demo test test-all test-oldest test-triton test-triton-versions triton-compiled cuda-compiled lint bench plots selftest setup wheel-check clean
 .DELETE_ON_ERROR:
 
 demo: setup
 	$(BIN)/python -m tclr.demo $(ARGS)
 
-# the second: every eighth test of the Triton backend, by Triton's interpreter; status 5: ARGS select none of them
+# What a change can break, in ten minutes. The second: a sample of the Triton backend's tests, by Triton's interpreter;
+# another sample after each commit. Status 5: ARGS select none of them.
 test: setup
-	$(BIN)/python -m pytest tests $(ARGS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests --sample 8 $(ARGS) || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest $(PARALLEL) tests $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests --sample 16 $(ARGS) || [ $$? -eq 5 ]
+
+# Everything, in about two hours: what is marked full, all that is interpreted, every version of Triton.
+test-all: setup
+	$(BIN)/python -m pytest $(PARALLEL) tests --full $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests --full $(ARGS) || [ $$? -eq 5 ]
+	$(MAKE) test-triton-versions
 
 test-triton: setup
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests $(ARGS)
+
+# The versions that PyTorch 2.11, 2.12 and 2.13, and 2.14 bring, beside the newest, which the other targets test.
+test-triton-versions: setup $(TRITONS:%=.cache/triton-%)
+	for version in $(TRITONS); do echo "== Triton $$version"; export PYTHONPATH=.cache/triton-$$version; \
+	  $(BIN)/python -m pytest $(PARALLEL) tests/test_standin.py tests/test_triton_compiled.py $(ARGS) && \
+	  TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests/test_triton.py $(ARGS) || exit 1; done
+
+# Triton 3.6's interpreter wants an older numpy
+.cache/triton-%: | $(VENV)/.torch
+	$(BIN)/python -m pip install --quiet --no-deps --target $@.part triton==$* $(if $(filter 3.6.%,$*),"numpy<2.4")
+	mv $@.part $@
 
 # with the oldest release of each dependency that pyproject.toml allows, in an environment of its own
 test-oldest:
 	mkdir -p build && python3 tests/oldest.py > build/oldest.txt
 	PIP_CONSTRAINT=$(CURDIR)/build/oldest.txt $(MAKE) VENV=$(VENV)-oldest setup
-	$(VENV)-oldest/bin/python -m pytest tests $(ARGS)
+	$(VENV)-oldest/bin/python -m pytest $(PARALLEL) tests $(ARGS)
 
 triton-compiled: setup
 	$(BIN)/python -m benchmarks.compile_triton

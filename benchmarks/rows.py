@@ -82,8 +82,13 @@ def add(path, new):
     """Writes new rows; each takes the place of the one with the same case, provider, shape, dtype and mode."""
     rows = {tuple(row[k] for k in KEY): row for row in read(path)}
     rows.update({tuple(row[k] for k in KEY): row for row in new})
+    write(path, COLUMNS, sorted(rows.values(), key=lambda row: (row["case"], int(row["rows"]))))
+
+
+def write(path, columns, rows):
+    """Writes a file of rows; of each, the given columns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+        writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(sorted(rows.values(), key=lambda row: (row["case"], int(row["rows"]))))
+        writer.writerows(rows)

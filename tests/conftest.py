@@ -62,11 +62,16 @@ def rotation(pytestconfig):
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("full"):
-        keep(config, items, lambda item: item.get_closest_marker("full") is None)
-    if not INTERPRETED:
-        return
-    seen, every, first = collections.Counter(), config.getoption("sample"), rotation_of(config)
+    first, seen = rotation_of(config), collections.Counter()
+
+    def taken(item, every):
+        """Whether a test of which every so many-th set of parameters runs is one of these."""
+        seen[item.function] += 1
+        return seen[item.function] % every == first % every
+
+    def short(item):
+        rotating = item.get_closest_marker("rotating")
+        return item.get_closest_marker("full") is None and (rotating is None or taken(item, *rotating.args))
 
     def fits(item):
         if item.path.name == "test_triton.py":
@@ -74,10 +79,13 @@ def pytest_collection_modifyitems(config, items):
         named = item.callspec.params.values() if hasattr(item, "callspec") else ()
         if "triton" not in named or any(name in item.nodeid for name in TOO_LONG + WRONG_THERE):
             return False
-        seen[item.function] += 1
-        return seen[item.function] % every == first % every
+        return taken(item, config.getoption("sample"))
 
-    keep(config, items, fits)
+    if INTERPRETED:
+        keep(config, items, fits)
+    seen.clear()
+    if not config.getoption("full"):
+        keep(config, items, short)
 
 
 def keep(config, items, fits):
@@ -120,7 +128,16 @@ def native():
     return usable("native")
 
 
+SECONDS = collections.Counter()  # by file
+
+
+def pytest_runtest_logreport(report):
+    SECONDS[report.nodeid.split("::")[0]] += report.duration
+
+
 def pytest_terminal_summary(terminalreporter):
+    spent = ", ".join(f"{Path(name).stem} {seconds:.0f}" for name, seconds in SECONDS.most_common() if seconds > 1)
+    terminalreporter.write_line(f"seconds by file, of all processes together: {spent}")
     for name, reason in BACKENDS.items():
         if reason is not None:
             terminalreporter.write_line(f"not tested: {name} on cpu: {reason}")

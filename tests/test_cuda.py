@@ -152,12 +152,14 @@ def test_sanitizers_find_nothing(tmp_path):
     assert run.returncode == 0, run.stdout + run.stderr
 
 
+@pytest.mark.rotating(4)
 @pytest.mark.parametrize("bug", BUGS)
 def test_planted_bug_is_found(bug, built, tmp_path, host):
     planted = cuda.Host(cuda.build(tmp_path, ["-O0"], [BUGS[bug]], binding=built[1]))
     assert any(cuda.deviations(planted, [torch.float32])), f"the kernels pass with a planted bug: {bug}"
 
 
+@pytest.mark.rotating(4)
 @pytest.mark.parametrize("bug", ON_TENSOR_CORES)
 def test_planted_bug_on_tensor_cores_is_found(bug, built, tmp_path, host):
     planted = cuda.Host(cuda.build(tmp_path, ["-O0"], [ON_TENSOR_CORES[bug]], binding=built[1]))

@@ -131,6 +131,7 @@ def test_thread_sanitizer_finds_only_a_planted_race(replace, tmp_path):
     assert ("data race" in run.stderr) == (run.returncode != 0) == bool(replace), run.stdout + run.stderr
 
 
+@pytest.mark.rotating(4)
 @pytest.mark.parametrize("bug", BUGS)
 def test_planted_bug_is_found(bug, tmp_path):
     planted = kernels.Kernels(kernels.build(tmp_path, replace=[LARGE, BUGS[bug]]))

@@ -74,7 +74,7 @@ def test_tf32_where_it_is_allowed(D, backend):
         rounded = run(tk.nt_xent, inputs, backend=backend)
     finally:
         torch.set_float32_matmul_precision("highest")
-    assert abs(full[0] - exact[0]) < 1e-5 and abs(rounded[0] - exact[0]) < 1e-2
+    assert abs(full[0] - exact[0]) < 1e-5 and abs(rounded[0] - exact[0]) < 1e-4
     for found, wanted in zip(rounded[1], exact[1], strict=True):
         assert torch.cosine_similarity(found.double().flatten(), wanted.flatten(), dim=0) > 1 - 1e-4
 
