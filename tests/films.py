@@ -19,6 +19,7 @@ import torch
 FFMPEG = shutil.which("ffmpeg")
 SIDE, FRAMES = 64, 70
 GOPS = ("short", "long", "open", "refresh")
+MPEG = "-q:v 3 -sc_threshold 1000000000"
 CODECS = {  # codec -> encoder, its options, and those of each kind of key frames it has
     "mpeg4": ("mpeg4", "-q:v 3", dict(short="-g 10", long="-g 300", open="-g 12")),
     "xvid": ("libxvid", "-q:v 3", dict(short="-g 10", long="-g 300")),
@@ -42,8 +43,8 @@ CODECS = {  # codec -> encoder, its options, and those of each kind of key frame
             refresh="-x265-params keyint=14:intra-refresh=1:scenecut=0:log-level=0{b}",
         ),
     ),
-    "mpeg1": ("mpeg1video", "-q:v 3 -sc_threshold 1000000000", dict(short="-g 10 -flags +cgop", long="-g 300", open="-g 12")),
-    "mpeg2": ("mpeg2video", "-q:v 3 -sc_threshold 1000000000", dict(short="-g 10 -flags +cgop", long="-g 300", open="-g 12")),
+    "mpeg1": ("mpeg1video", MPEG, dict(short="-g 10 -flags +cgop", long="-g 300", open="-g 12")),
+    "mpeg2": ("mpeg2video", MPEG, dict(short="-g 10 -flags +cgop", long="-g 300", open="-g 12")),
     "vp9": ("libvpx-vp9", "-deadline realtime -cpu-used 8 -b:v 1M", dict(short="-g 10", long="-g 300")),
     "av1": ("libsvtav1", "-preset 12 -crf 20", dict(short="-g 10", long="-g 300")),
 }
@@ -86,7 +87,8 @@ class Film:
         """B-frames that the encoder does not write, or a cut in a stream that has no key frame to cut at."""
         if self.b_frames and (self.codec in ("vp9", "av1") or self.gop == "refresh"):
             return True
-        return self.start == "cut" and self.container == "ts" and (self.gop == "long" or self.name.startswith("hevc_no-b_r"))
+        one_key_frame = self.gop == "long" or (self.codec, self.gop) == ("hevc", "refresh")
+        return self.start == "cut" and self.container == "ts" and one_key_frame
 
 
 def matrix():
@@ -205,5 +207,4 @@ def oracle(path):
         width, height = map(int, size.split())
         frames.append(np.frombuffer(data[: 3 * width * height], np.uint8).reshape(height, width, 3))
         rest = data[3 * width * height :]
-    stacked = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2) if frames else torch.empty(0)
-    return stacked
+    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)

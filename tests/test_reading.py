@@ -301,7 +301,8 @@ def test_the_index_is_made_once_and_kept(tmp_path, monkeypatch):
     assert len(made) == 1, "by data check, and taken from the cache by whoever reads"
     (file,) = (tmp_path / "indices").iterdir()
     whole = file.read_text()
-    for damaged in ("", whole[:40], whole[:-9], whole.replace('"frames": 70', '"frames": 71'), "\0" * 99, "[]", "x\n[]"):
+    changed = whole.replace('"frames": 70', '"frames": 71')
+    for damaged in ("", whole[:40], whole[:-9], changed, "\0" * 99, "[]", "x\n[]"):
         file.write_text(damaged)
         forget()
         assert decode.length(path) == 70 and file.read_text() == whole, damaged

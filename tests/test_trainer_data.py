@@ -2,8 +2,11 @@
 
 import csv
 import dataclasses
+import importlib.metadata
 import json
 import os
+import re
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -429,3 +432,13 @@ def test_real_footage(name, frames, size):
     for some, count in (global_clips, 2), (local_clips, 8):
         views = augment.ReleaseAugment(112, torch.Generator().manual_seed(0))(some, views=2)
         assert views.shape == (count, 16, 3, 112, 112) and views.std() > 0.05
+
+
+def test_every_dependency_has_a_lower_bound_and_this_environment_keeps_it():
+    oldest = subprocess.run([sys.executable, Path(__file__).with_name("oldest.py")], capture_output=True, text=True)
+    assert oldest.returncode == 0, oldest.stderr
+    bounds = dict(line.split("==") for line in oldest.stdout.split())
+    assert {"av", "numpy", "pytest"} < set(bounds)
+    release = lambda version: [int(part) for part in re.findall(r"\d+", version)[:3]]  # noqa: E731
+    for name in set(bounds) - {"triton"}:  # PyTorch's own, where it is older
+        assert release(importlib.metadata.version(name)) >= release(bounds[name]), name

@@ -176,15 +176,17 @@ def make(path):
     if len(walk.prints) < 2:
         return Index(reason=f"found {len(walk.prints)} frames, wanted 2 or more")
     starts = tuple(_proven(path, walk))
-    exact = walk.seekable and walk.ordered and not walk.changes and len(starts) == len(walk.keys) and not any(s.skip for s in starts)
-    times = tuple(float(pts * walk.time_base) for pts, _ in walk.stamps) if exact else None
+    exact = len(starts) == len(walk.keys) and not any(start.skip for start in starts)
+    by_time = exact and walk.seekable and walk.ordered and not walk.changes
+    times = tuple(float(pts * walk.time_base) for pts, _ in walk.stamps) if by_time else None
     return Index(len(walk.prints), walk.size, walk.changes, starts, times)
 
 
 class _Walk:
     """A file decoded from end to end: a fingerprint and the stamps of each frame, and its key packets.
 
-    seekable: the container says where packets are; ordered: every stamp is above the one before; changes: frames are turned, or differ in size.
+    seekable: the container says where packets are; ordered: every stamp is above the one before; changes: frames have
+    to be turned, or differ in size.
     """
 
     def __init__(self, path):
