@@ -3,9 +3,10 @@
 The release decodes every file by OpenCV from its first frame to its last, and augments frame by frame on the host with
 torchvision's functions on PIL images, in the worker processes of a data loader; those functions are written out here,
 as torchvision does them. The trainer reads the 64-frame window alone, and augments clip by clip, in threads. Both work
-on two videos at a time, each with one PyTorch thread. The index of each file is there before (index_ms: what making
-it takes, on one thread). With --before, the trainer as it was at another commit is measured too, in the same rounds.
-Rounds of all alternate; what is written is the median.
+on two videos at a time, each with one PyTorch thread. The index of each file is there before (index_cpu_ms: what
+making it takes). With --before, the trainer as it was at another commit is measured too, in the same rounds.
+Rounds of all alternate; what is written is the median. The columns with cpu go by the processor's time that all
+threads and processes took, which other work on the machine hardly changes.
 """
 
 import argparse
@@ -39,8 +40,8 @@ FRAMES, HEIGHT, WIDTH, SIDE = 180, 240, 320, 112
 PLAN = clips.ClipPlan()
 CASES = {"window": "frames of the 64-frame window", "clips": "window + 2 global and 8 local augmented clips"}
 COLUMNS = [
-    *("case", "files", "key_frames_every", "release_per_s", "trainer_per_s", "ratio", "ratio_lowest", "index_ms"),
-    *("before", "before_per_s", "of_before", "of_before_lowest", "rounds", "videos"),
+    *("case", "files", "key_frames_every", "release_per_s", "trainer_per_s", "ratio", "ratio_lowest", "cpu_ratio"),
+    *("index_cpu_ms", "before", "before_per_s", "of_before", "of_before_lowest", "cpu_of_before", "rounds", "videos"),
     *("decoder", "opencv", "pillow", "cpu", "threads", "torch", "python", "commit", "date"),
 ]
 
@@ -123,11 +124,14 @@ def augmented(frame, parameters):
 
 def release_work(case, path):
     """In a worker process; what it made stays there, so that carrying it over is not counted against the release."""
-    return len({"window": release_window, "clips": release_clips}[case](path))
+    started = time.process_time()
+    assert len({"window": release_window, "clips": release_clips}[case](path))
+    return time.process_time() - started
 
 
 def release_round(case, pool, paths):
-    assert all(pool.map(partial(release_work, case), paths))
+    """Returns the processor's seconds."""
+    return sum(pool.map(partial(release_work, case), paths))
 
 
 def trainer_work(case, found, i, seed):
@@ -142,13 +146,23 @@ def trainer_work(case, found, i, seed):
 
 
 def trainer_round(case, pool, found, seeds):
+    """Returns the processor's seconds."""
+    started = time.process_time()
     assert all(pool.map(partial(trainer_work, case, found), range(len(found)), seeds))
+    return time.process_time() - started
 
 
-def timed(function, count):
+def timed(work, count):
+    """(videos a second, videos in a second of the processor)"""
     started = time.perf_counter()
-    function()
-    return count / (time.perf_counter() - started)
+    busy = work()
+    return count / (time.perf_counter() - started), count / busy
+
+
+def index_work(path):
+    started = time.process_time()
+    index.make(path)
+    return 1000 * (time.process_time() - started)
 
 
 def measure(folder, decoder, before, rounds, processes, threads):
@@ -156,7 +170,7 @@ def measure(folder, decoder, before, rounds, processes, threads):
     listing = annotations.read("folder", folder, "all")
     found = videos.Files(listing, decoder=decoder)
     paths = [str(folder / name) for name in found.names]
-    index_ms = statistics.median(1000 / timed(partial(index.make, path), 1) for path in paths)
+    index_ms = statistics.median(map(index_work, paths))
     seeds = itertools.count()
     for case in CASES:
         works = [
@@ -169,13 +183,19 @@ def measure(folder, decoder, before, rounds, processes, threads):
         for work in works:
             work()
         rates = [[timed(work, len(paths)) for work in works] for _ in range(rounds)]
-        values = dict(case=CASES[case], index_ms=f"{index_ms:.0f}", rounds=rounds, videos=len(paths), decoder=decoder)
-        theirs, ours, *earlier = (statistics.median(rate) for rate in zip(*rates, strict=True))
+        values = dict(
+            case=CASES[case], index_cpu_ms=f"{index_ms:.0f}", rounds=rounds, videos=len(paths), decoder=decoder
+        )
+        walls, busy = ([[rate[kind] for rate in rates_of] for rates_of in rates] for kind in (0, 1))
+        theirs, ours, *earlier = (statistics.median(rate) for rate in zip(*walls, strict=True))
+        cpu = [statistics.median(rate) for rate in zip(*busy, strict=True)]
         values.update(release_per_s=f"{theirs:.1f}", trainer_per_s=f"{ours:.1f}", ratio=f"{ours / theirs:.2f}")
+        values.update(cpu_ratio=f"{cpu[1] / cpu[0]:.2f}")
         if earlier:
             values.update(before_per_s=f"{earlier[0]:.1f}", of_before=f"{ours / earlier[0]:.2f}")
-            values.update(of_before_lowest=f"{min(rate[1] / rate[2] for rate in rates):.2f}")
-        yield dict(values, ratio_lowest=f"{min(rate[1] / rate[0] for rate in rates):.2f}")
+            values.update(of_before_lowest=f"{min(rate[1] / rate[2] for rate in walls):.2f}")
+            values.update(cpu_of_before=f"{cpu[1] / cpu[2]:.2f}")
+        yield dict(values, ratio_lowest=f"{min(rate[1] / rate[0] for rate in walls):.2f}")
 
 
 def package_at(commit, folder):
@@ -213,7 +233,7 @@ def main():
                 for values in measure(folder, decoder, before, arguments.rounds, processes, threads):
                     values.update(here | values, files=f"{KINDS[kind][0]} in {kind}", key_frames_every=every)
                     done.append({name: value for name, value in values.items() if name in COLUMNS})
-                    print({name: done[-1].get(name) for name in COLUMNS[:14]}, flush=True)
+                    print({name: done[-1].get(name) for name in COLUMNS[:16]}, flush=True)
     with open(arguments.out, "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()

@@ -55,7 +55,7 @@ def size(path):
     with index.Video(path) as video:
         for frame in video.all_frames():
             return index.upright_size(frame)
-    raise Unreadable("found 0 frames, wanted 2 or more")
+    return index.enough(0)
 
 
 def packets(path):
@@ -64,14 +64,20 @@ def packets(path):
         found = [packet for packet in video.packets() if packet.size]
     if any(packet.is_corrupt for packet in found):
         raise Unreadable("truncated: a packet is cut short")
-    if len(found) < 2:
-        raise Unreadable(f"found {len(found)} frames, wanted 2 or more")
-    return len(found)
+    return index.enough(len(found))
 
 
 def decode(path, decoder=DECODER):
-    """Every frame of a file: uint8 [F, 3, H, W]. Raises Unreadable with the reason."""
-    return read(path, range(length(path)), decoder)[0]
+    """Every frame of a file: uint8 [F, 3, H, W]. Raises Unreadable with the reason. PyAV needs no index for it."""
+    if decoder != PYAV:
+        return read(path, range(length(path)), decoder)[0]
+    size, frames = None, []
+    with index.Video(path) as video:
+        for frame in video.all_frames():
+            size = size or index.upright_size(frame)
+            frames.append(_upright(frame, size).copy())
+    index.enough(len(frames))
+    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
 
 
 def _by_torchcodec(path, found, positions):

@@ -144,6 +144,13 @@ def find(path):
     return index
 
 
+def enough(frames):
+    """The number of frames, if a clip can be taken from them. Raises Unreadable."""
+    if frames < 2:
+        raise Unreadable(f"found {frames} frames, wanted 2 or more")
+    return frames
+
+
 def reason(error):
     return getattr(error, "strerror", None) or type(error).__name__
 
@@ -169,12 +176,11 @@ def make(path):
     """The index of a file by decoding it, about three times in all. An error of the disk or network is raised."""
     try:
         walk = _Walk(path)
+        enough(len(walk.prints))
     except Unreadable as error:
         if isinstance(error.__cause__, OSError):
             raise
         return Index(reason=str(error))
-    if len(walk.prints) < 2:
-        return Index(reason=f"found {len(walk.prints)} frames, wanted 2 or more")
     starts = tuple(_proven(path, walk))
     exact = len(starts) == len(walk.keys) and not any(start.skip for start in starts)
     by_time = exact and walk.seekable and walk.ordered and not walk.changes
