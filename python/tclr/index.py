@@ -50,8 +50,8 @@ class Start:
 class Index:
     """What is known about a file. reason: why it cannot be read, or None; size: (H, W) of the first frame, upright.
 
-    changes: frames have to be turned, or differ in size;
-    times: the stamp of each frame, in seconds, where stamps alone identify every frame and every seek is exact.
+    changes: frames have to be turned, or differ in size. times: the stamp of each frame, in seconds, where stamps alone
+    identify every frame and every seek lands on its key frame; None elsewhere.
     """
 
     frames: int = 0
@@ -159,7 +159,7 @@ def stamps(packet):
     return packet.pts, packet.dts, packet.size
 
 
-@lru_cache(1 << 16)
+@lru_cache(1 << 13)
 def _known(path, size, modified):
     key = dict(format=FORMAT, path=os.fsencode(path).hex(), size=size, modified=modified, libraries=_libraries())
     file = _folder() / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:40]}.json"
@@ -345,7 +345,7 @@ def _load(file, key):
         if checksum != _checksum(text):
             return None
         plain = json.loads(text)
-        if plain.pop("key") != key:
+        if plain.pop("key") != key or plain.keys() != Index.__dataclass_fields__.keys():
             return None
         starts = tuple(Start(**{**start, "landing": tuple(start["landing"])}) for start in plain.pop("starts"))
         times = plain.pop("times")
