@@ -109,7 +109,7 @@ def against_the_program(chosen, folder, count):
     wrong = {}
     for film in chosen:
         path = films.shoot(film, folder)
-        turned = films.sequential(path).rot90(-film.turn // 90, (2, 3))
+        turned = films.sequential(path).rot90(film.turn // 90, (2, 3))
         expected = films.numbers(films.oracle(path) if film.alike_in_all_versions else turned)
         wrong[film.name] = wrong_windows(path, expected, count, decode.DECODER)
     assert not any(wrong.values()), {name: count for name, count in wrong.items() if count}
