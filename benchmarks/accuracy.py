@@ -1,14 +1,12 @@
 """The gradient's error against the temperature: every provider of NT-Xent, every dtype, on views that nearly match."""
 
-import csv
-
 import torch
 
 from . import cases, oracle, providers, rows
 
 TAUS = 1.0, 0.3, 0.1, 0.05, 0.03, 0.02, 0.01
 NAMES = "native", "dense", "written", "solo", "lightly", "pml"
-COLUMNS = "provider", "dtype", "tau", "loss_error", "grad_error", "torch", "commit", "date"
+COLUMNS = "provider", "dtype", "tau", "status", "loss_error", "grad_error", "torch", "commit", "date"
 N, D, COSINE = 128, 128, 0.9
 
 
@@ -17,11 +15,9 @@ def path():
 
 
 def run():
-    """Writes a row a provider, dtype and temperature; no error where a provider does not return a number."""
+    """Writes a row a provider, dtype and temperature, with the error where a provider fails."""
     place = rows.here()
-    with open(path(), "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
+    with rows.writing(path(), COLUMNS) as add:
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             for tau in TAUS:
                 case = cases.nt_xent(2 * N, "accuracy", D, dtype=dtype, tau=tau)
@@ -30,7 +26,7 @@ def run():
                 for name in NAMES:
                     row = dict(provider=name, dtype=str(dtype).removeprefix("torch."), tau=tau)
                     row |= {key: place[key] for key in ("torch", "commit", "date")}
-                    writer.writerow(row | _errors(providers.PROVIDERS[name], case, inputs, right))
+                    add(row | rows.attempted(_errors, providers.PROVIDERS[name], case, inputs, right))
 
 
 def _views(dtype):
@@ -39,8 +35,5 @@ def _views(dtype):
 
 
 def _errors(provider, case, inputs, right):
-    try:
-        loss_error, grad_error = oracle.errors(provider.step(case, inputs)(), right)
-    except Exception:  # a peer without this dtype
-        return {}
+    loss_error, grad_error = oracle.errors(provider.step(case, inputs)(), right)
     return dict(loss_error=f"{loss_error:.2e}", grad_error=f"{grad_error:.2e}")

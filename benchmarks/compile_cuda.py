@@ -5,7 +5,6 @@ warning or a spill is an error. Shared memory is asked for at the launch: `share
 """
 
 import argparse
-import csv
 import re
 import subprocess
 import sys
@@ -14,10 +13,12 @@ from pathlib import Path
 
 import setup
 from benchmarks.compile_triton import CLASSES, NVIDIA
+from benchmarks.rows import reason, writing
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "cuda-compiled.csv"
 TARGETS = "80", "90a", "100"
+COLUMNS = "target", "kernel", "status", "registers", "spills", *(f"{name}_instructions" for name in CLASSES)
 USED = re.compile(
     r"Function properties for (\S+)\s+\d+ bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\s+"
     r".*?Used (\d+) registers"
@@ -49,7 +50,8 @@ def rows(target):
         command = [setup.nvcc(), *flags, ROOT / "csrc/cuda/kernels.cu", "-o", cubin]
         log = subprocess.run(list(map(str, command)), capture_output=True, text=True)
         if log.returncode != 0:
-            raise SystemExit(log.stderr)
+            print(log.stderr, file=sys.stderr)
+            raise RuntimeError(f"nvcc ended with status {log.returncode}")
         counts = instructions(cubin)
     found = USED.findall(log.stderr.replace("\n", " "))
     names = demangled([name for name, *_ in found])
@@ -60,22 +62,31 @@ def rows(target):
         yield facts | counts[name]
 
 
+def tried(target):
+    """The rows of a target, or one with the error that it ended with."""
+    try:
+        yield from (dict(row, status="ok") for row in rows(target))
+    except Exception as error:
+        yield dict(target=f"sm_{target}", status=reason(error))
+
+
 def main(arguments=None):
     how = argparse.RawDescriptionHelpFormatter
     argparse.ArgumentParser(description=__doc__, formatter_class=how).parse_args(arguments)
     if setup.nvcc() is None:
         raise SystemExit("error: nvcc is neither in CUDA_HOME/bin nor in PATH")
-    made = [row for target in TARGETS for row in rows(target)]
-    for row in made:
-        print(" ".join(f"{k}={v}" for k, v in row.items()))
-    with open(RESULTS, "w", newline="") as file:
-        writer = csv.DictWriter(file, made[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(made)
-    spilling = [row for row in made if row["spills"]]
-    for row in spilling:
-        print(f"{row['kernel']} spills on {row['target']}", file=sys.stderr)
-    return 1 if spilling else 0
+    wrong = []
+    with writing(RESULTS, COLUMNS) as add:
+        for target in TARGETS:
+            for row in tried(target):
+                add(row)
+                print(" ".join(f"{k}={v}" for k, v in row.items()), flush=True)
+                if row["status"] != "ok" or row["spills"]:
+                    wrong.append(row)
+    for row in wrong:
+        fault = f"{row['kernel']} spills" if row["status"] == "ok" else row["status"]
+        print(f"{fault} on {row['target']}", file=sys.stderr)
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ docs/triton.md. TRITON_INTERPRET must not be set.
 """
 
 import argparse
+import contextlib
 import csv
 import itertools
 import re
@@ -21,6 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.rows import attempted, write, writing
 from tclr_kernels.triton import large, sets, small
 
 RESULTS = Path(__file__).parent / "results" / "triton-compiled.csv"
@@ -245,21 +247,39 @@ def rows(cases, targets):
                 seen.add(key)
                 tile = {k: launch.arguments[k] for k in ("BM", "BN", "DP", "BK", "DC") if k in launch.arguments}
                 tile |= dict(warps=launch.options["num_warps"], stages=launch.options.get("num_stages", ""))
-                facts = compiled(launch, TARGETS[target])
-                prediction = predicted(launch, facts) if target == "sm_90" else {}
+                facts = attempted(compiled, launch, TARGETS[target])
+                foreseen = target == "sm_90" and facts["status"] == "ok"
+                prediction = predicted(launch, facts) if foreseen else {}
                 yield dict(target=target, case=str(case), kernel=launch.kernel.__name__, **tile) | facts | prediction
 
 
 def too_large(row):
-    """What of a row would not start, or would spill where none may; None if nothing."""
+    """What of a row did not compile, would not start, or would spill where none may; None if nothing."""
     target = row["target"]
+    if row["status"] != "ok":
+        return f"{row['status']}, on {target}"
     if row["shared"] > SHARED[target] * 1024:
         return f"{row['shared']} bytes of shared memory on {target}, which has {SHARED[target]} KiB"
     return f"spills on {target}" if row["spills"] and target == "sm_90" else None
 
 
 COLUMNS = [
-    *("target", "case", "kernel", "BM", "BN", "DP", "BK", "DC", "warps", "stages", "registers", "spills", "shared"),
+    *(
+        "target",
+        "case",
+        "kernel",
+        "BM",
+        "BN",
+        "DP",
+        "BK",
+        "DC",
+        "warps",
+        "stages",
+        "status",
+        "registers",
+        "spills",
+        "shared",
+    ),
     *(f"{name}_instructions" for name in CLASSES),
     *(f"predicted_{name}" for name in (*PIPES, "limit", "programs", "floor_share", "serial_share")),
 ]
@@ -376,20 +396,22 @@ def main(arguments=None):
         parser.error("TRITON_INTERPRET=1 is set: nothing would be compiled")
     cases = [case for case in CASES if options.only in str(case)]
     targets = options.target or list(TARGETS)
-    made = []
-    for row in rows(cases, targets):
-        made.append(row)
-        print(" ".join(f"{k}={v}" for k, v in row.items()), flush=True)
-    if cases == CASES:
-        others = [row for row in read(RESULTS) if row["target"] not in targets] if RESULTS.exists() else []
-        with open(RESULTS, "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", restval="")
-            writer.writeheader()
-            writer.writerows(sorted(others + made, key=lambda row: list(TARGETS).index(row["target"])))
-        PAGE.write_text(page(read(RESULTS)))
+    made, whole = [], cases == CASES
+    others = [row for row in read(RESULTS) if row["target"] not in targets] if whole and RESULTS.exists() else []
+    with writing(RESULTS, COLUMNS) if whole else contextlib.nullcontext(lambda row: None) as add:
+        for row in others:
+            add(row)
+        for row in rows(cases, targets):
+            add(row)
+            made.append(row)
+            print(" ".join(f"{k}={v}" for k, v in row.items()), flush=True)
     wrong = [row for row in made if too_large(row)]
     for row in wrong:
         print(f"{too_large(row)}: {row['kernel']}, {row['case']}", file=sys.stderr)
+    if whole:
+        write(RESULTS, COLUMNS, sorted(others + made, key=lambda row: list(TARGETS).index(row["target"])))
+    if whole and all(row["status"] == "ok" for row in made):  # the page needs them all
+        PAGE.write_text(page(read(RESULTS)))
     return 1 if wrong else 0
 
 

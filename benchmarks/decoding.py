@@ -10,7 +10,6 @@ threads and processes took, which other work on the machine hardly changes.
 """
 
 import argparse
-import csv
 import importlib
 import itertools
 import os
@@ -40,8 +39,18 @@ FRAMES, HEIGHT, WIDTH, SIDE = 180, 240, 320, 112
 PLAN = clips.ClipPlan()
 CASES = {"window": "frames of the 64-frame window", "clips": "window + 2 global and 8 local augmented clips"}
 COLUMNS = [
-    *("case", "files", "key_frames_every", "release_per_s", "trainer_per_s", "ratio", "ratio_lowest", "cpu_ratio"),
-    *("index_cpu_ms", "before", "before_per_s", "of_before", "of_before_lowest", "cpu_of_before", "rounds", "videos"),
+    *("case", "files", "key_frames_every", "status", "release_per_s", "trainer_per_s", "ratio", "ratio_lowest"),
+    *(
+        "cpu_ratio",
+        "index_cpu_ms",
+        "before",
+        "before_per_s",
+        "of_before",
+        "of_before_lowest",
+        "cpu_of_before",
+        "rounds",
+        "videos",
+    ),
     *("decoder", "opencv", "pillow", "cpu", "threads", "torch", "python", "commit", "date"),
 ]
 
@@ -165,37 +174,30 @@ def index_work(path):
     return 1000 * (time.process_time() - started)
 
 
-def measure(folder, decoder, before, rounds, processes, threads):
-    """A row of each case, without what the caller knows. before: the module `videos` of another commit, or None."""
+def measure(case, folder, decoder, before, rounds, processes, threads):
+    """The row of a case, over all files of a folder. before: the module `videos` of another commit, or None."""
     listing = annotations.read("folder", folder, "all")
     found = videos.Files(listing, decoder=decoder)
     paths = [str(folder / name) for name in found.names]
     index_ms = statistics.median(map(index_work, paths))
     seeds = itertools.count()
-    for case in CASES:
-        works = [
-            partial(release_round, case, processes, paths),
-            partial(trainer_round, case, threads, found, seeds),
-        ]
-        if before:
-            earlier = before.Files(listing, decoder=decoder)
-            works.append(partial(trainer_round, case, threads, earlier, seeds))
-        for work in works:
-            work()
-        rates = [[timed(work, len(paths)) for work in works] for _ in range(rounds)]
-        values = dict(
-            case=CASES[case], index_cpu_ms=f"{index_ms:.0f}", rounds=rounds, videos=len(paths), decoder=decoder
-        )
-        walls, busy = ([[rate[kind] for rate in rates_of] for rates_of in rates] for kind in (0, 1))
-        theirs, ours, *earlier = (statistics.median(rate) for rate in zip(*walls, strict=True))
-        cpu = [statistics.median(rate) for rate in zip(*busy, strict=True)]
-        values.update(release_per_s=f"{theirs:.1f}", trainer_per_s=f"{ours:.1f}", ratio=f"{ours / theirs:.2f}")
-        values.update(cpu_ratio=f"{cpu[1] / cpu[0]:.2f}")
-        if earlier:
-            values.update(before_per_s=f"{earlier[0]:.1f}", of_before=f"{ours / earlier[0]:.2f}")
-            values.update(of_before_lowest=f"{min(rate[1] / rate[2] for rate in walls):.2f}")
-            values.update(cpu_of_before=f"{cpu[1] / cpu[2]:.2f}")
-        yield dict(values, ratio_lowest=f"{min(rate[1] / rate[0] for rate in walls):.2f}")
+    works = [partial(release_round, case, processes, paths), partial(trainer_round, case, threads, found, seeds)]
+    if before:
+        works.append(partial(trainer_round, case, threads, before.Files(listing, decoder=decoder), seeds))
+    for work in works:
+        work()
+    rates = [[timed(work, len(paths)) for work in works] for _ in range(rounds)]
+    walls, busy = ([[rate[kind] for rate in rates_of] for rates_of in rates] for kind in (0, 1))
+    theirs, ours, *earlier = (statistics.median(rate) for rate in zip(*walls, strict=True))
+    cpu = [statistics.median(rate) for rate in zip(*busy, strict=True)]
+    values = dict(rounds=rounds, videos=len(paths), index_cpu_ms=f"{index_ms:.0f}", cpu_ratio=f"{cpu[1] / cpu[0]:.2f}")
+    values.update(release_per_s=f"{theirs:.1f}", trainer_per_s=f"{ours:.1f}", ratio=f"{ours / theirs:.2f}")
+    values.update(ratio_lowest=f"{min(rate[1] / rate[0] for rate in walls):.2f}")
+    if earlier:
+        values.update(before_per_s=f"{earlier[0]:.1f}", of_before=f"{ours / earlier[0]:.2f}")
+        values.update(of_before_lowest=f"{min(rate[1] / rate[2] for rate in walls):.2f}")
+        values.update(cpu_of_before=f"{cpu[1] / cpu[2]:.2f}")
+    return values
 
 
 def package_at(commit, folder):
@@ -219,26 +221,30 @@ def main():
     )
     arguments = parser.parse_args()
     here = dict(rows.here(), opencv=cv2.__version__, pillow=PIL.__version__, before=arguments.before)
-    done = []
+    failures = 0
     torch.set_num_threads(1)
     alone = partial(ProcessPoolExecutor, initializer=torch.set_num_threads, initargs=(1,))  # as a data loader does
-    with alone(2) as processes, ThreadPoolExecutor(2) as threads, tempfile.TemporaryDirectory() as scratch:
+    with (
+        alone(2) as processes,
+        ThreadPoolExecutor(2) as threads,
+        tempfile.TemporaryDirectory() as scratch,
+        rows.writing(arguments.out, COLUMNS) as add,
+    ):
         os.environ["TCLR_INDEX"] = f"{scratch}/indices"
         before = package_at(arguments.before, scratch) if arguments.before else None
         for kind, every in itertools.product(arguments.files, arguments.key_frames_every):
             folder = Path(scratch) / f"{kind}-{every}"
             folder.mkdir()
             write_files(folder, arguments.videos, kind, every)
-            for decoder in KINDS[kind][2]:
-                for values in measure(folder, decoder, before, arguments.rounds, processes, threads):
-                    values.update(here | values, files=f"{KINDS[kind][0]} in {kind}", key_frames_every=every)
-                    done.append({name: value for name, value in values.items() if name in COLUMNS})
-                    print({name: done[-1].get(name) for name in COLUMNS[:16]}, flush=True)
-    with open(arguments.out, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(done)
+            for decoder, case in itertools.product(KINDS[kind][2], CASES):
+                made = rows.attempted(measure, case, folder, decoder, before, arguments.rounds, processes, threads)
+                files = f"{KINDS[kind][0]} in {kind}"
+                made = dict(case=CASES[case], files=files, key_frames_every=every, decoder=decoder) | made
+                print(made, flush=True)
+                add(here | made)
+                failures += made["status"] != "ok"
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,16 +1,19 @@
 """Device times of the GPU's backends against the bars of their plans: python -m benchmarks.gpu [--results FOLDER]
 
+Every row is written as soon as it is made. A row that fails says so in its column `status`, and the next one is made.
+
 Each row is checked first, then timed by events around CUDA-graph replays, the median of several. Beside the operation
 stand the three dense products that materialising would take (S, and the two of the gradient), by cuBLAS, where they
 fit; beside the whole objective its time when called eagerly, its launches, and the structure of TCLR's release.
 """
 
 import argparse
-import csv
+import concurrent.futures
 import datetime
 import itertools
+import multiprocessing
+import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,7 +23,7 @@ import torch
 
 import tclr_kernels as tk
 
-from . import baselines
+from . import baselines, rows
 
 
 class Shape(NamedTuple):
@@ -48,24 +51,43 @@ SHAPES = [
 ]
 
 
+VIDEOS = 8, 40, 256, 4096  # of the whole objective
+PLACE = "device", "torch", "triton", "commit", "date"
+OPERATION = *PLACE, "loss", "backend", "M", "D", "dtype", "status"
+OPERATION += "forward_us", "both_us", "three_products_us", "extra_MiB"
+OBJECTIVE = *PLACE, "B", "T", "D", "status", "eager_us", "graph_us", "launches", "release_us"
+SPAWN = multiprocessing.get_context("spawn")  # a process that is forked cannot use a GPU
+SECONDS_A_ROW = 60  # at most
+
+
 def inputs(shape):
     generator = torch.Generator("cuda").manual_seed(0)
     common, *own = torch.randn(3, shape.N, shape.D, device="cuda", generator=generator)
     return [(common + x).to(shape.dtype).requires_grad_() for x in own]
 
 
-def check(shape):
+def with_gradient(shape, sets):
+    """The loss of sets in the way of a shape, and its gradient."""
+    torch.set_float32_matmul_precision("high" if shape.tf32 else "highest")
+    loss = getattr(tk, shape.loss)(*sets, backend=shape.backend)
+    return loss, torch.autograd.grad(loss, sets)
+
+
+def slice_of(sets):
+    return [x.detach()[:1024].requires_grad_() for x in sets]
+
+
+def check(shape, sets):
     """Raises unless loss and gradient of a slice of the rows agree with the reference."""
-    few = [x.detach()[:1024].requires_grad_() for x in inputs(shape)]
-    function = getattr(tk, shape.loss)
-    found = function(*few, backend=shape.backend)
-    grads = torch.autograd.grad(found, few)
-    exact = [x.detach().double().requires_grad_() for x in few]
-    wanted = function(*exact, backend="reference")
+    few = slice_of(sets)
+    found, grads = with_gradient(shape, few)
+    doubled = [x.detach().double().requires_grad_() for x in few]
+    wanted, exact = with_gradient(shape._replace(backend="reference"), doubled)
     torch.testing.assert_close(found.double(), wanted, rtol=1e-3, atol=1e-3)
-    for g, w in zip(grads, torch.autograd.grad(wanted, exact), strict=True):
+    for g, w in zip(grads, exact, strict=True):
         cosine = torch.cosine_similarity(g.double().flatten(), w.flatten(), dim=0)
-        assert cosine > 1 - 1e-4, f"{shape}: the gradient points elsewhere, cosine {cosine.item()}"
+        same = torch.ones_like(cosine)
+        torch.testing.assert_close(cosine, same, rtol=0, atol=1e-4, msg="the gradient points elsewhere: {}".format)
 
 
 def microseconds(step, repeats=5):
@@ -108,13 +130,11 @@ def products(shape):
 
 
 def row(shape):
-    torch.set_float32_matmul_precision("high" if shape.tf32 else "highest")
-    check(shape)
     sets = inputs(shape)
-    function = getattr(tk, shape.loss)
+    check(shape, sets)
 
     def both():
-        torch.autograd.grad(function(*sets, backend=shape.backend), sets)
+        with_gradient(shape, sets)
 
     both()
     torch.cuda.synchronize()
@@ -123,14 +143,9 @@ def row(shape):
     both()
     extra = torch.cuda.max_memory_allocated() - before
     with torch.no_grad():
-        forward = microseconds(lambda: function(*sets, backend=shape.backend))
+        forward = microseconds(lambda: getattr(tk, shape.loss)(*sets, backend=shape.backend))
     dense = products(shape)
     return dict(
-        loss=shape.loss,
-        backend=shape.backend,
-        M=2 * shape.N,
-        D=shape.D,
-        dtype=str(shape.dtype)[6:] + (" tf32" if shape.tf32 else ""),
         forward_us=round(forward, 1),
         both_us=round(microseconds(both), 1),
         three_products_us="" if dense is None else round(dense, 1),
@@ -138,10 +153,16 @@ def row(shape):
     )
 
 
+def name_of(shape):
+    """The columns that say which row it is."""
+    dtype = str(shape.dtype)[6:] + (" tf32" if shape.tf32 else "")
+    return dict(loss=shape.loss, backend=shape.backend, M=2 * shape.N, D=shape.D, dtype=dtype)
+
+
 def wall_microseconds(step, repeats=50):
-    """The median time of a step as its caller sees it, its work on the device included."""
+    """The median time of a step as its caller sees it, its work on the device included; about two seconds at most."""
     times = []
-    for _ in range(repeats):
+    while len(times) < repeats and sum(times) < 2e6:
         torch.cuda.synchronize()
         start = time.perf_counter()
         step()
@@ -158,30 +179,33 @@ def launches(step):
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
 
 
-def objective_row(B, T=4, D=128):
-    """TCLR's own sizes, in the release's form."""
+def videos(B, T=4, D=128):
+    """The tensors g, s, x of TCLR's own sizes."""
     shapes = (2, B, D), (2, B, T, D), (2, B, T, D)
     generator = torch.Generator("cuda").manual_seed(0)
-    sets = [torch.randn(shape, device="cuda", generator=generator, requires_grad=True) for shape in shapes]
-    exact = [x.detach().double().requires_grad_() for x in sets]
+    return [torch.randn(shape, device="cuda", generator=generator, requires_grad=True) for shape in shapes]
 
-    def total(inputs, **settings):
-        return tk.tclr(*inputs, temperature=0.1, form="release", **settings).total
+
+def objective(sets, **settings):
+    """The gradient of the whole objective, in the release's form."""
+    torch.set_float32_matmul_precision("highest")
+    return torch.autograd.grad(tk.tclr(*sets, temperature=0.1, form="release", **settings).total, sets)
+
+
+def objective_row(B):
+    sets = videos(B)
 
     def ours():
-        return torch.autograd.grad(total(sets), sets)
+        return objective(sets)
 
     def release():
         torch.autograd.grad(baselines.release(*sets, 0.1), sets)
 
     if B <= 256:
-        wanted = torch.autograd.grad(total(exact, backend="reference"), exact)
+        wanted = objective([x.detach().double().requires_grad_() for x in sets], backend="reference")
         torch.testing.assert_close(ours(), tuple(w.float() for w in wanted), rtol=1e-3, atol=1e-5)
     ours()
     return dict(
-        B=B,
-        T=T,
-        D=D,
         eager_us=round(wall_microseconds(ours), 1),
         graph_us=round(microseconds(ours), 1),
         launches=launches(ours),
@@ -190,69 +214,179 @@ def objective_row(B, T=4, D=128):
 
 
 def facts():
-    """What a row is worth nothing without."""
-    import triton
-
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    """What a row is worth nothing without. The variable COMMIT names the commit where git does not know it."""
     return dict(
         device=torch.cuda.get_device_name(),
         torch=torch.__version__,
-        triton=triton.__version__,
-        commit=commit,
+        triton=tk.backends.triton.version(),
+        commit=os.environ.get("COMMIT") or rows.commit(),
         date=datetime.date.today().isoformat(),
     )
 
 
+SMALL = [  # problems of every kernel, for a sanitizer to watch
+    Shape(loss, N, 136, dtype, tf32, backend)
+    for N, dtype, tf32 in ((4, torch.float32, False), (77, torch.bfloat16, False), (77, torch.float32, True))
+    for loss, backend in itertools.product(("nt_xent", "clip_loss"), ("triton", "native"))
+]
+
+
+def small(shape):
+    """A small problem at a usual temperature, and at one that takes the kernels' other way through the exponentials."""
+    sets = inputs(shape)
+    with_gradient(shape, sets)
+    getattr(tk, shape.loss)(*sets, temperature=0.005, backend=shape.backend).backward()
+    return {}
+
+
+def small_objective():
+    objective(videos(9, 4, 24))
+    return {}
+
+
+def compile_row(shape):
+    """Has Triton compile what the row of a shape will need."""
+    sets = inputs(shape)
+    with_gradient(shape, slice_of(sets))
+    with_gradient(shape, sets)
+    return {}
+
+
+def compile_objective(B):
+    objective(videos(B))
+    return {}
+
+
+def served(shapes):
+    return [shape for shape in shapes if tk.available_backends("cuda")[shape.backend] is None]
+
+
+def small_problems():
+    return [*((small, shape) for shape in served(SMALL)), (small_objective,)]
+
+
 def sanitize():
-    """A few small problems of every kernel, for a sanitizer to watch."""
-    served = [name for name in ("triton", "native") if tk.available_backends("cuda")[name] is None]
-    cases = (
-        (4, 0.1, torch.float32, False),
-        (77, 0.1, torch.bfloat16, False),
-        (77, 0.005, torch.float32, False),
-        (77, 0.1, torch.float32, True),
-    )
-    for N, tau, dtype, tf32 in cases:
-        torch.set_float32_matmul_precision("high" if tf32 else "highest")
-        for function, backend in itertools.product((tk.nt_xent, tk.clip_loss), served):
-            sets = [torch.randn(N, 136, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2)]
-            function(*sets, temperature=tau, backend=backend).backward()
-    sets = [
-        torch.randn(*shape, device="cuda", requires_grad=True) for shape in ((2, 9, 24), (2, 9, 4, 24), (2, 9, 4, 24))
-    ]
-    tk.tclr(*sets, temperature=0.1).total.backward()
+    """The small problems, in this process. Returns how many failed."""
+    return sum(failed(job, attempt(*job)) for job in small_problems())
+
+
+def compile_all(processes):
+    """Has Triton compile, by several processes at once, what the rows and the small problems need; they find it in its
+    cache. Returns how many problems failed."""
+    jobs = [(compile_row, shape) for shape in served(SHAPES)]
+    jobs += [*((compile_objective, B) for B in VIDEOS), *small_problems()]
+    with concurrent.futures.ProcessPoolExecutor(processes, SPAWN) as pool:
+        made = [pool.submit(attempt, *job) for job in jobs]
+        return sum(failed(job, future.result()) for job, future in zip(jobs, made, strict=True))
+
+
+def failed(job, result):
+    """Whether a problem failed, which is said."""
+    status = result[0]["status"]
+    if status != "ok":
+        print(job[0].__name__, *job[1:], status, flush=True)
+    return status != "ok"
+
+
+def attempt(make, *arguments):
+    """The row that a function makes, and whether the device still answers after it."""
+    made = rows.attempted(finished, make, *arguments)
+    return made, made["status"] == "ok" or rows.attempted(recover)["status"] == "ok"
+
+
+def finished(make, *arguments):
+    """The row, once the device has done all that was asked of it: an error there is this row's."""
+    made = make(*arguments)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return made
+
+
+def recover():
     torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return {}
 
 
-def write(path, rows):
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+class Worker:
+    """A process that makes rows one after another. A new one takes its place when a row breaks it or takes too long."""
+
+    process = None
+
+    def row(self, *job):
+        """The row that the function of a job makes, or its error."""
+        if self.process is None:
+            self.start()
+        self.connection.send(job)
+        try:
+            if not self.connection.poll(SECONDS_A_ROW):
+                raise TimeoutError(f"no answer within {SECONDS_A_ROW} s")
+            made, usable = self.connection.recv()
+        except (EOFError, OSError) as error:  # a TimeoutError is an OSError
+            made, usable = {"status": rows.reason(error)}, False
+        if not usable:
+            self.stop()
+        return made
+
+    def start(self):
+        self.connection, theirs = SPAWN.Pipe()
+        self.process = SPAWN.Process(target=serve, args=(theirs,), daemon=True)
+        self.process.start()
+        theirs.close()  # so that the end of the process is the end of what comes from it
+
+    def stop(self):
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+        self.process = None
 
 
-def show(row):
-    print(" ".join(f"{value!s:>12}" for value in list(row.values())[5:]), flush=True)
-    return row
+def serve(connection):
+    while True:
+        connection.send(attempt(*connection.recv()))
+
+
+def times(folder):
+    """Writes the rows of the objective and of the operation. Returns how many failed."""
+    place, worker, usable = facts(), Worker(), tk.available_backends("cuda")
+    device = place["device"].lower().replace(" ", "-")
+    statuses = []
+
+    def report(add, made):
+        add(made)
+        statuses.append(made["status"])
+        print(" ".join(f"{value!s:>12}" for name, value in made.items() if name not in PLACE), flush=True)
+
+    with rows.writing(folder / f"objective-{device}.csv", OBJECTIVE) as add:
+        for B in VIDEOS:
+            report(add, place | dict(B=B, T=4, D=128) | worker.row(objective_row, B))
+    with rows.writing(folder / f"operation-{device}.csv", OPERATION) as add:
+        for shape in SHAPES:
+            missing = usable[shape.backend]
+            made = worker.row(row, shape) if missing is None else {"status": f"error: {missing}"}
+            report(add, place | name_of(shape) | made)
+    return sum(status != "ok" for status in statuses)
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--sanitize", action="store_true", help="only run small problems")
+    parser.add_argument("--results", type=Path, default=rows.RESULTS, help="the folder of the rows")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--compile", type=int, metavar="PROCESSES", help="only fill Triton's cache, for the other runs"
+    )
+    instead.add_argument("--sanitize", action="store_true", help="only run small problems")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("skipped: no CUDA or HIP device")
         return 0
     if options.sanitize:
-        sanitize()
-        return 0
-    options.results.mkdir(parents=True, exist_ok=True)
-    name = torch.cuda.get_device_name().lower().replace(" ", "-")
-    shapes = [shape for shape in SHAPES if tk.available_backends("cuda")[shape.backend] is None]
-    write(options.results / f"objective-{name}.csv", [show(facts() | objective_row(B)) for B in (8, 40, 256, 4096)])
-    write(options.results / f"operation-{name}.csv", [show(facts() | row(shape)) for shape in shapes])
-    return 0
+        failures = sanitize()
+    elif options.compile:
+        failures = compile_all(options.compile)
+    else:
+        failures = times(options.results)
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

@@ -1,15 +1,28 @@
 #!/usr/bin/env bash
-# Everything that a GPU shows, in one call of less than 9 minutes; each step without a GPU says so.
-# Wants torch >= 2.11, Triton >= 3.6 and pytest in PYTHON's environment. Results go to OUT; the table comes last.
+# Everything that a GPU shows, in one call of less than 9 minutes on 16 cores; each step without a GPU says so.
+# Wants torch >= 2.11, Triton >= 3.6 and pytest in PYTHON's environment; with pytest-xdist the tests share the cores.
+# Rows go to the folder OUT as they are made, and the seconds of each step to steps.csv there.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-benchmarks/results}
+CORES=${CORES:-$(nproc)}
 failed=0
+mkdir -p "$OUT" build
+cache=$(mktemp -d "$PWD/build/gpu-cache-XXXXXX") && trap 'rm -rf "$cache"' EXIT
+export TRITON_CACHE_DIR=$cache/triton TORCHINDUCTOR_CACHE_DIR=$cache/inductor  # one for all steps, empty at the start
+export TORCHINDUCTOR_COMPILE_THREADS=1                                         # else every test process starts a pool
+export TCLR_KERNELS_REQUIRE_NATIVE=1 TCLR_KERNELS_CUDA=1  # a build without some kernels fails
+limits=$("$PYTHON" -m benchmarks.budget "$CORES") || exit 1
+declare -A limits="($limits)"
+echo "step,status,seconds,limit" > "$OUT/steps.csv"
 
-step() { # name, seconds, command
+step() { # name, command; without a limit in benchmarks/budget.py it is not run
   echo "== $1"
-  timeout "$2" "${@:3}" || { echo "FAILED: $1, status $?"; failed=1; }
+  local start=$SECONDS status=0
+  GPU_STEP=$1 timeout -k 2 "${limits[$1]}" "${@:2}" || status=$?
+  if [ $status -ne 0 ]; then echo "FAILED: $1, status $status"; failed=1; fi
+  echo "$1,$status,$((SECONDS - start)),${limits[$1]}" >> "$OUT/steps.csv"
 }
 
 on_gpu() {
@@ -17,13 +30,19 @@ on_gpu() {
 }
 
 missing=$("$PYTHON" -c 'import torch; print("" if torch.cuda.is_available() else "no CUDA or HIP device")') || exit 1
-step "build" 110 "$PYTHON" setup.py --quiet build_ext --inplace
-step "what is here" 30 "$PYTHON" -m tclr_kernels.info
-on_gpu "tests on the GPU" 190 "$PYTHON" -m pytest -q -rs -p no:cacheprovider tests/gpu
-on_gpu "small problems, compiled for the sanitizers" 30 "$PYTHON" -m benchmarks.gpu --sanitize
+parallel=()
+if "$PYTHON" -c 'import xdist' 2>/dev/null; then parallel=(-n "$CORES" --dist loadgroup); fi
+
+step "build" "$PYTHON" setup.py --quiet build_ext --inplace
+step "what is here" "$PYTHON" -m tclr_kernels.info
+on_gpu "compile for the times and the sanitizers" "$PYTHON" -m benchmarks.gpu --compile "$CORES"
+on_gpu "times" "$PYTHON" -m benchmarks.gpu --results "$OUT"
+on_gpu "tests on the GPU" "$PYTHON" -m pytest -q -rs -p no:cacheprovider "${parallel[@]}" tests/gpu
 command -v compute-sanitizer >/dev/null || missing=${missing:-no compute-sanitizer}
 for tool in memcheck racecheck initcheck synccheck; do
-  on_gpu "compute-sanitizer $tool" 22 compute-sanitizer --tool "$tool" --error-exitcode 1 "$PYTHON" -m benchmarks.gpu --sanitize
+  on_gpu "compute-sanitizer $tool" \
+    compute-sanitizer --tool "$tool" --error-exitcode 1 "$PYTHON" -m benchmarks.gpu --sanitize
 done
-step "times" 90 "$PYTHON" -m benchmarks.gpu --results "$OUT"
+echo "== steps: status, seconds, limit"
+cat "$OUT/steps.csv"
 exit $failed

@@ -6,6 +6,7 @@ for them after the first call. The driver's own launch, a few microseconds each,
 """
 
 import statistics
+import sys
 import time
 
 import pytest
@@ -22,10 +23,10 @@ CASES = {  # name -> N, D, G, temperature
     "nt_xent, 8,192 rows": (4096, 128, 1, 0.1),
     "nt_xent, 8,192 rows, temperature on the device": (4096, 128, 1, torch.tensor(0.1)),
 }
-COLUMNS = "case", "launches", "operations", "host_us", "cpu", "torch", "triton", "commit", "date"
+COLUMNS = "case", "status", "launches", "operations", "host_us", "cpu", "torch", "triton", "commit", "date"
 
 
-def row(name, N, D, G, tau, repeats=200):
+def row(N, D, G, tau, repeats=200):
     shape = (N, D) if G == 1 else (G, N, D)
     inputs = [torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True) for _ in range(2)]
 
@@ -42,18 +43,22 @@ def row(name, N, D, G, tau, repeats=200):
             start = time.perf_counter()
             step()
             times.append(1e6 * (time.perf_counter() - start))
-    counts = dict(case=name, launches=len(launches), operations=len(operations))
-    return counts | dict(host_us=round(statistics.median(times), 1)) | rows.here()
+    host_us = round(statistics.median(times), 1)
+    return dict(launches=len(launches), operations=len(operations), host_us=host_us)
 
 
 def main():
     torch.set_num_threads(1)
     path = rows.default_path().with_name(rows.default_path().name.replace("cpu-", "host-", 1))
-    made = [row(name, *case) for name, case in CASES.items()]
-    rows.write(path, COLUMNS, made)
-    for one in made:
-        print(*(one[name] for name in COLUMNS[:4]), sep="\t")
+    failures = 0
+    with rows.writing(path, COLUMNS) as add:
+        for name, case in CASES.items():
+            made = rows.here() | dict(case=name) | rows.attempted(row, *case)
+            add(made)
+            print(*(made.get(column, "") for column in COLUMNS[:5]), sep="\t", flush=True)
+            failures += made["status"] != "ok"
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

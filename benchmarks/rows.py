@@ -1,7 +1,9 @@
 """The result rows: one tidy CSV a device, from which every plot, table and README number comes."""
 
+import contextlib
 import csv
 import datetime
+import os
 import platform
 import re
 import subprocess
@@ -71,6 +73,47 @@ def read(path):
         return list(csv.DictReader(file))
 
 
+@contextlib.contextmanager
+def writing(path, columns):
+    """Gives a function that adds one row to a new file at once, so that an interrupted run keeps the rows it has made.
+
+    Columns that a row lacks stay empty, and what it has beyond the columns is left out.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n", extrasaction="ignore")
+
+        def add(row):
+            writer.writerow(row)
+            file.flush()
+
+        writer.writeheader()
+        file.flush()
+        yield add
+
+
+def attempted(make, *arguments):
+    """The row that a function makes, with the status "ok", or else with the error as its only column, the status."""
+    try:
+        return {"status": "ok"} | make(*arguments)
+    except Exception as error:
+        return {"status": reason(error)}
+
+
+def reason(error):
+    """An error in one line, as it stands in the status column."""
+    return f"error: {type(error).__name__}: {' '.join(str(error).split())[:100]}"
+
+
+def write(path, columns, made):
+    """Puts rows in the place of those of a file; whatever happens, the file holds either the old ones or the new."""
+    unfinished = path.with_suffix(".unfinished")
+    with writing(unfinished, columns) as add:
+        for row in made:
+            add(row)
+    os.replace(unfinished, path)
+
+
 def is_scaling(row):
     """Whether a row is of the cases that differ in their number of rows alone."""
     return (row["case"], row["dtype"], row["mode"]) == ("nt_xent", "float32", "forward+backward") and row[
@@ -83,12 +126,3 @@ def add(path, new):
     rows = {tuple(row[k] for k in KEY): row for row in read(path)}
     rows.update({tuple(row[k] for k in KEY): row for row in new})
     write(path, COLUMNS, sorted(rows.values(), key=lambda row: (row["case"], int(row["rows"]))))
-
-
-def write(path, columns, rows):
-    """Writes a file of rows; of each, the given columns."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)

@@ -11,7 +11,7 @@ WEIGHED = "native", "dense", "compile", "lightly"  # each takes a process
 
 
 def run(path, keys=None, providers=None, seconds=1.0, memory=True):
-    """Runs the cases and writes their rows after each one. keys, providers: names to keep; None for all."""
+    """Runs the cases and writes each row as soon as it is made. keys, providers: names to keep; None for all."""
     if os.getloadavg()[0] > 0.5:
         print(f"warning: the load is {os.getloadavg()[0]:.1f}; times from a busy machine are no results")
     place = rows.here()
@@ -20,8 +20,8 @@ def run(path, keys=None, providers=None, seconds=1.0, memory=True):
             continue
         chosen = {name: p for name, p in serving(case).items() if not providers or name in providers}
         print(f"{case.key}: {case.regime}", flush=True)
-        new = [{**place, **row} for row in measured(case, chosen, seconds, memory)]
-        rows.add(path, new)
+        for row in measured(case, chosen, seconds, memory):
+            rows.add(path, [{**place, **row}])
 
 
 class Tried(NamedTuple):
@@ -34,9 +34,12 @@ class Tried(NamedTuple):
 
 def measured(case, providers, seconds, memory):
     """The rows of a case: every provider is checked, those that are right are timed in turns and weighed."""
-    inputs = case.inputs()
-    right = oracle.truth(case, inputs)
-    tried = {name: checked(case, provider, inputs, right) for name, provider in providers.items()}
+    try:
+        inputs = case.inputs()
+        right = oracle.truth(case, inputs)
+        tried = {name: checked(case, provider, inputs, right) for name, provider in providers.items()}
+    except Exception as error:  # such as too little memory
+        tried = dict.fromkeys(providers, Tried({"status": rows.reason(error)}))
     timed = {name: t for name, t in tried.items() if t.step is not None}
     steps, first = {n: t.step for n, t in timed.items()}, {n: t.seconds for n, t in timed.items()}
     times = measure.interleaved(steps, first, seconds) if steps else {}
@@ -58,12 +61,12 @@ def checked(case, provider, inputs, right):
     try:
         step = provider.step(case, inputs)
         seconds, result = measure.once(step)
+        found = None if case.loss in provider.floors else oracle.errors(result, right)
     except Exception as error:  # a peer that cannot: its row says so
-        reason = " ".join(str(error).split())[:100]
-        return Tried({"status": f"error: {type(error).__name__}: {reason}"})
-    if case.loss in provider.floors:
+        return Tried({"status": rows.reason(error)})
+    if found is None:
         return Tried({"status": "floor"}, step, seconds)
-    loss_error, grad_error = oracle.errors(result, right)
+    loss_error, grad_error = found
     holds = oracle.holds(loss_error, grad_error, case.dtype)
     row = dict(status="ok" if holds else "wrong", loss_error=f"{loss_error:.1e}")
     row["grad_error"] = "" if result[1] is None else f"{grad_error:.1e}"

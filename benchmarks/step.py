@@ -5,7 +5,6 @@ losses see the same embeddings, and their rounds alternate; what is written is t
 """
 
 import argparse
-import csv
 import statistics
 import sys
 import time
@@ -29,7 +28,7 @@ LOSSES = {
     "release": lambda *z: baselines.release(*z, 0.1),
 }
 COLUMNS = [
-    *("case", "videos", "rest_ms", "loss_ms", "share", "release_loss_ms", "release_share", "rounds"),
+    *("case", "videos", "status", "rest_ms", "loss_ms", "share", "release_loss_ms", "release_share", "rounds"),
     *("cpu", "threads", "torch", "python", "commit", "date"),
 ]
 
@@ -69,14 +68,15 @@ def main():
     parser.add_argument("--out", type=Path, default=rows.RESULTS / rows.default_path().name.replace("cpu-", "step-"))
     arguments = parser.parse_args()
     here = rows.here()
-    with open(arguments.out, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", extrasaction="ignore")
-        writer.writeheader()
+    failures = 0
+    with rows.writing(arguments.out, COLUMNS) as add:
         for case in CASES:
-            found = measure(case, arguments.rounds)
+            found = dict(case=case) | rows.attempted(measure, case, arguments.rounds)
             print(found, flush=True)
-            writer.writerow(here | found)
+            add(here | found)
+            failures += found["status"] != "ok"
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -24,7 +24,16 @@ def embeddings(dims, **tensors):
             raise ValueError(f"{first} is on {a.device} and {name} on {x.device}: wanted one device")
         if x.shape != a.shape:
             raise ValueError(f"{first} has shape {list(a.shape)} and {name} {list(x.shape)}: wanted the same shape")
-    return same_dtype(**tensors)
+    return [saveable(x) for x in same_dtype(**tensors)]
+
+
+def saveable(x):
+    """The tensor, copied if it was made in inference mode and autograd, which saves no such tensor, may need it.
+
+    torch.compile cannot ask a tensor for that: there PyTorch's own error says what to do.
+    """
+    asks = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return x.clone() if asks and x.is_inference() else x
 
 
 def same_dtype(**tensors):
@@ -81,10 +90,13 @@ def _embedding(name, x, dims, check_values):
 
 
 def temperature(value, device=None):
-    """The temperature: a float > 0, or a 0-d floating tensor on the CPU or the inputs' device, its value not read."""
-    wanted = "a finite float > 0 or a 0-d floating-point tensor"
+    """The temperature as the losses use it: a float > 0, or a 0-d floating-point tensor, whose value is not read.
+
+    value: a number > 0, or a tensor of one element, of any shape, on the CPU or the inputs' device.
+    """
+    wanted = "a finite float > 0 or a floating-point tensor of one element"
     if isinstance(value, torch.Tensor):
-        if value.dim() != 0 or not value.is_floating_point():
+        if value.numel() != 1 or not value.is_floating_point():
             raise ValueError(
                 f"temperature: found a tensor of shape {list(value.shape)}, dtype {value.dtype}, wanted {wanted}"
             )
@@ -97,12 +109,31 @@ def temperature(value, device=None):
             )
         if _check_values() and not (value > 0).logical_and(value.isfinite()):
             raise ValueError(f"temperature: found {value.item()}, wanted {wanted} (TCLR_KERNELS_CHECK=1)")
-        return value
+        return saveable(value).reshape(())  # autograd gives the gradient the shape that the tensor had
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"temperature: found {value!r}, wanted {wanted}")
-    if not 0 < value < math.inf or math.isinf(1 / float(value)):
+    try:
+        number = float(value)
+    except OverflowError:  # of an integer
+        number = math.inf
+    # comparisons alone, which torch.compile can trace where the float may change from call to call
+    if not 0 < number < math.inf or 1 / number == math.inf:
         raise ValueError(f"temperature: found {value}, wanted {wanted}")
-    return float(value)
+    return number
+
+
+def kept_temperature(value):
+    """The temperature as a module keeps it: as it was given, unless it would bring the graph of one step along."""
+    number = temperature(value)
+    if not isinstance(value, torch.Tensor):
+        return number
+    if value.requires_grad and not isinstance(value, torch.nn.Parameter):
+        found = "that requires a gradient" if value.is_leaf else "computed from one that requires a gradient"
+        raise ValueError(
+            f"temperature: found a tensor {found}, wanted a float, an nn.Parameter or a tensor without gradient; "
+            "to learn it, pass an nn.Parameter, or compute it at every step and pass it to the loss's function"
+        )
+    return value
 
 
 def _capturing():

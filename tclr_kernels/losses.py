@@ -3,10 +3,11 @@
 Throughout, h(u, v) = exp sim(u, v) with sim(u, v) = <u, v> / (|u| |v| tau), or <u, v> / tau with `normalize=False`;
 every denominator holds the positive and leaves out only the anchor itself. Inputs are float64, float32, bfloat16 or
 float16 with any strides; losses are float32 (float64 for float64 inputs), in nats; gradients have the inputs' dtype.
-A row that is exactly zero has similarity 0 and gradient 0. `temperature` is a finite float > 0 or a 0-d tensor, which
-may require a gradient and whose value is never read on the host; `backend` is one of `available_backends()`, or None
-for the default. Every function raises TypeError or ValueError, naming the argument, for a wrong type, rank, size, dtype
-or device, and for an empty tensor.
+A row that is exactly zero has similarity 0 and gradient 0. `temperature` is a finite float > 0 or a floating-point
+tensor of one element, whatever its shape: it may require a gradient, which has its shape and dtype, and its value is
+never read on the host. Inputs and temperature may be tensors made in `torch.inference_mode()`. `backend` is one of
+`available_backends()`, or None for the default. Every function raises TypeError or ValueError, naming the argument, for
+a wrong type, rank, size, dtype or device, and for an empty tensor.
 
 Source: TCLR, Dave et al., CVIU 2022, https://arxiv.org/abs/2101.07974, section 3, and its official release.
 """

@@ -7,13 +7,18 @@ from . import checks, losses
 
 
 class _Loss(nn.Module):
-    """A loss with its settings; an `nn.Parameter` as temperature is registered, any other tensor becomes a buffer."""
+    """A loss with its settings.
+
+    temperature: a float; an `nn.Parameter` of one element, which is learnt; or a tensor of one element that requires no
+    gradient, which becomes a buffer. ValueError for a tensor that requires one and is no Parameter: a module would
+    keep the graph of one step for all the others, and an optimizer would not find it.
+    """
 
     function = None
 
     def __init__(self, temperature, **settings):
         super().__init__()
-        temperature = checks.temperature(temperature)
+        temperature = checks.kept_temperature(temperature)
         if isinstance(temperature, torch.Tensor) and not isinstance(temperature, nn.Parameter):
             self.register_buffer("temperature", temperature)
         else:

@@ -1,11 +1,12 @@
 """The benchmark suite: what is timed computes the same loss, what is wrong gets no time, the pages follow the rows."""
 
 import shutil
+import sys
 
 import pytest
 import torch
 
-from benchmarks import cases, oracle, providers, rows, run, table
+from benchmarks import accuracy, cases, oracle, providers, rows, run, step, table
 
 CHEAP = [name for name, provider in providers.PROVIDERS.items() if not provider.compiled]
 
@@ -61,6 +62,60 @@ def test_a_row_takes_the_place_of_the_one_before(tmp_path):
     rows.add(path, [{**row, "p50_ms": "3"}, {**row, "provider": "dense", "p50_ms": "6"}])
     assert [(r["provider"], r["p50_ms"]) for r in rows.read(path)] == [("native", "3"), ("dense", "6")]
     assert "| PyTorch, fastest form | 6 |" in table.page([path]) and "2x" in table.page([path])
+
+
+def test_a_case_without_a_truth_gets_rows_with_the_error(monkeypatch):
+    def truth(case, inputs):
+        raise MemoryError("not enough")
+
+    monkeypatch.setattr(oracle, "truth", truth)
+    tried = {name: providers.PROVIDERS[name] for name in ("dense", "written")}
+    made = list(run.measured(cases.WARM_UP["nt_xent"], tried, seconds=0.01, memory=False))
+    assert [row["status"] for row in made] == ["error: MemoryError: not enough"] * 2
+
+
+def fails_at_first():
+    """A function that fails when it is first called, and then returns an empty row."""
+    calls = []
+
+    def make(*_):
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("no luck")
+        return {}
+
+    return make
+
+
+def test_other_tables_have_a_row_for_an_error_too(tmp_path, monkeypatch):
+    path = tmp_path / "rows.csv"
+    monkeypatch.setattr(step, "measure", fails_at_first())
+    monkeypatch.setattr(sys, "argv", ["step", "--out", str(path)])
+    assert step.main() == 1
+    assert [row["status"] for row in rows.read(path)] == ["error: RuntimeError: no luck", "ok"]
+
+    monkeypatch.setattr(accuracy, "path", lambda: path)
+    monkeypatch.setattr(accuracy, "TAUS", (0.1,))
+    monkeypatch.setattr(accuracy, "_errors", fails_at_first())
+    accuracy.run()
+    statuses = [row["status"] for row in rows.read(path)]
+    assert statuses == ["error: RuntimeError: no luck"] + ["ok"] * (3 * len(accuracy.NAMES) - 1)
+
+
+def test_the_tables_of_compiled_kernels_have_a_row_for_an_error_too(tmp_path, monkeypatch):
+    pytest.importorskip("triton")
+    from benchmarks import compile_cuda
+
+    path = tmp_path / "rows.csv"
+    made = fails_at_first()
+    monkeypatch.setattr(compile_cuda, "RESULTS", path)
+    monkeypatch.setattr(compile_cuda.setup, "nvcc", lambda: "nvcc")
+    monkeypatch.setattr(
+        compile_cuda, "rows", lambda target: [made() | dict(target=f"sm_{target}", kernel="k", spills=0)]
+    )
+    assert compile_cuda.main([]) == 1
+    found = [(row["target"], row["status"]) for row in rows.read(path)]
+    assert found == [("sm_80", "error: RuntimeError: no luck"), ("sm_90a", "ok"), ("sm_100", "ok")]
 
 
 def test_the_readme_shows_the_committed_rows():

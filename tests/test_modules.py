@@ -82,6 +82,44 @@ def test_temperature_as_tensor_is_a_buffer_and_as_float_neither(name):
     assert not module().state_dict() and not list(module().parameters())
 
 
+def kept(name):
+    """A parameter of one dimension, as FSDP wants it, and a tensor that is only stored."""
+    module, _, _ = MODULES[name]
+    return module(temperature=nn.Parameter(torch.tensor([0.3]))), module(temperature=torch.tensor([[0.3]]))
+
+
+@each
+def test_a_temperature_of_any_shape_is_copied_moved_and_saved(name):
+    inputs = LOSSES[name].inputs((4, 3, 5), torch.float32)
+    for loss in kept(name):
+        learnt = loss.temperature.requires_grad
+        wanted = values(loss(*inputs))
+        file = io.BytesIO()
+        torch.save(loss.state_dict(), file)
+        file.seek(0)
+        loaded = MODULES[name][0](temperature=type(loss.temperature)(torch.full_like(loss.temperature, 9.0)))
+        loaded.load_state_dict(torch.load(file, weights_only=True))
+        moved = copy.deepcopy(loss).to(torch.float64)
+        assert moved.temperature.dtype == torch.float64
+        for other in (loss, loaded, moved, copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+            torch.testing.assert_close(values(other(*inputs)), wanted)
+            for _ in range(2) if learnt else ():
+                values(other(*inputs)).sum().backward()
+                assert other.temperature.grad.shape == loss.temperature.shape
+            assert f"temperature={'learnable' if learnt else 'tensor'}" in repr(copy.deepcopy(other))
+
+
+@each
+def test_a_temperature_with_the_graph_of_one_step_is_refused(name):
+    module, _, _ = MODULES[name]
+    s = nn.Parameter(torch.tensor(1.5))
+    for tensor, found in ((1 / s.exp(), "computed from"), (s.detach().requires_grad_(), "that requires")):
+        with pytest.raises(ValueError, match=f"temperature: found a tensor {found}.*nn.Parameter.*every step"):
+            module(temperature=tensor)
+    with torch.no_grad():
+        assert not module(temperature=1 / s.exp()).temperature.requires_grad
+
+
 @each
 def test_wrong_settings_are_errors_at_construction(name):
     module, _, _ = MODULES[name]

@@ -1,6 +1,7 @@
 """D1-D10: what the losses promise beyond the formulas. The names say which promise."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -163,12 +164,47 @@ def test_d5_temperature_may_be_a_tensor_of_any_dtype(name, dtype, backend):
 
 
 @pytest.mark.parametrize(
-    "wrong", [0.0, 0, -0.1, math.nan, math.inf, "0.1", None, True, 1j, [0.1], torch.ones(1), torch.tensor(1)], ids=repr
+    "wrong",
+    [0.0, 0, -0.1, math.nan, math.inf, "0.1", None, True, 1j, [0.1], torch.ones(2), torch.ones(0), torch.tensor(1)],
+    ids=repr,
 )
 @pytest.mark.parametrize("function", TAKES)
 def test_d5_wrong_temperature_is_named(function, wrong, backend):
     with pytest.raises((ValueError, TypeError), match="temperature: found"):
         function(**tensors(function), temperature=wrong, backend=backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1,), (1, 1)], ids=str)
+@pytest.mark.parametrize("name", KINDS)
+def test_d5_temperature_may_be_any_tensor_of_one_element(name, shape, dtype, backend):
+    """FSDP asks for parameters of one dimension. The gradient has the tensor's own shape and dtype."""
+    inputs = LOSSES[name].inputs((5, 3, 8), torch.float32)
+    want, want_grads = run(temperature_first(name, backend), [torch.tensor(0.25, dtype=dtype), *inputs])
+    out, grads = run(temperature_first(name, backend), [torch.full(shape, 0.25, dtype=dtype), *inputs])
+    assert torch.equal(out, want) and grads[0].shape == shape and grads[0].dtype == dtype
+    assert all(torch.equal(g, w.expand_as(g)) for g, w in zip(grads, want_grads, strict=True))
+
+
+def temperature_first(name, backend):
+    return lambda tau, *z: LOSSES[name].call(*z, temperature=tau, backend=backend)
+
+
+def test_d5_one_element_of_a_larger_tensor_may_be_the_temperature(pair, backend):
+    table = torch.tensor([[0.1, 0.2], [0.3, 0.4]], requires_grad=True)
+    tk.nt_xent(*pair, temperature=table[:1, 1:], backend=backend).backward()
+    _, (d_tau,) = run(lambda tau: tk.nt_xent(*pair, temperature=tau, backend=backend), [torch.tensor(0.2)])
+    assert torch.equal(table.grad, torch.tensor([[0, d_tau], [0, 0]]))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [10**400, 5e-324, np.float32(np.inf), Fraction(1, 10**400)],
+    ids=["a large integer", "5e-324", "float32 inf", "a small fraction"],
+)
+def test_d5_numbers_beyond_the_range_of_a_float_are_named(value, pair):
+    with pytest.raises(ValueError, match="temperature: found"):
+        tk.nt_xent(*pair, temperature=value)
 
 
 def test_d5_temperature_on_another_device_is_named(pair, backend):
@@ -182,6 +218,46 @@ def test_d5_value_of_a_tensor_is_checked_on_request(wrong, pair, backend, monkey
     monkeypatch.setenv("TCLR_KERNELS_CHECK", "1")
     with pytest.raises(ValueError, match="temperature: found"):
         tk.nt_xent(*pair, temperature=torch.tensor(wrong), backend=backend)
+
+
+# ---- tensors made in inference mode
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("frozen", ["the last", "all but the temperature", "the temperature"])
+@pytest.mark.parametrize("name", KINDS)
+def test_inference_tensors_are_inputs_like_others(name, frozen, dtype, backend):
+    """As the keys of a network that is not trained; autograd itself cannot save them."""
+    call, inputs = temperature_first(name, backend), LOSSES[name].inputs((5, 3, 8), dtype)
+    inputs = [torch.tensor(0.25, dtype=dtype), *inputs]
+    n = len(inputs)
+    which = {"the last": [n - 1], "all but the temperature": range(1, n), "the temperature": [0]}[frozen]
+    learnt = [k for k in range(n) if k not in which]
+
+    def loss(*z):
+        with torch.inference_mode():
+            made = [x.clone() for x in inputs]
+        return call(*(made[k] if k in which else z[learnt.index(k)] for k in range(n)))
+
+    out, grads = run(loss, [inputs[k] for k in learnt])
+    want, want_grads = run(call, inputs)
+    assert torch.equal(out, want)
+    assert all(torch.equal(g, want_grads[k]) for g, k in zip(grads, learnt, strict=True))
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+@pytest.mark.parametrize("name", KINDS)
+def test_inference_tensors_where_no_gradient_is_made(name, mode, backend):
+    with torch.inference_mode():
+        made = [torch.tensor([0.25]), *LOSSES[name].inputs((5, 3, 8), torch.float32)]
+    plain = [torch.tensor([0.25]), *LOSSES[name].inputs((5, 3, 8), torch.float32)]
+    leaves = [x.requires_grad_() for x in plain]
+    call = temperature_first(name, backend)
+    with mode():
+        out = call(*made)
+        assert not out.requires_grad
+        assert torch.equal(out, call(*leaves)) and torch.equal(out, call(made[0], *leaves[1:]))
+    assert torch.equal(call(*made), out)
 
 
 # ---- D6, D7: nothing, and one row

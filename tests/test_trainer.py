@@ -150,7 +150,7 @@ def test_plateau_is_the_release_s():
 
 def test_every_video_once_an_epoch_and_a_share_a_rank(videos, monkeypatch):
     recipe = train.Recipe(**RECIPE | dict(batch=4, accumulate=1))
-    run = train.Run(embedder(), videos, recipe, "cpu")
+    run = train.Run(embedder(), videos, PLAN, recipe, "cpu")
     whole = []
     for step in range(run.epoch_steps):
         whole.append(run.batch(step, 0))
@@ -203,4 +203,4 @@ def test_the_release_s_augmentation_trains_too(videos):
 
 def test_a_batch_larger_than_the_data_is_refused(videos):
     with pytest.raises(ValueError, match="batch: found 6 x 2 a step, wanted at most the 10 videos"):
-        train.Run(embedder(), videos, train.Recipe(batch=6, accumulate=2), "cpu")
+        train.Run(embedder(), videos, PLAN, train.Recipe(batch=6, accumulate=2), "cpu")

@@ -2,7 +2,7 @@
 
 A row = one subset and seed: pretrain, extract the features of both splits once, then retrieval and linear accuracy with
 1 .. all clips a video. "IC" is the paper's: ic_global of form="paper". A row is a file of its own, written when it is
-finished, so that the table can be made in any number of sittings:
+finished, so that the table can be made in any number of sittings; one of other code is left aside, and measured again:
 
     python -m tclr.ablation --out runs/ablation            # the rows that are missing, then the table and the pictures
     python -m tclr.ablation --out runs/ablation --row 5    # one of them
@@ -27,10 +27,12 @@ from jsonargparse import auto_cli
 from . import evaluate, linear, motions, train
 from .checkpoint import whole
 from .clips import ClipPlan
+from .features import code_hash
 from .models import TinyResNet3d
 from .videos import Loaded
 
 TERMS = dict(IC="ic_global", LL="ll", GL="gl")
+CODE = "ablation", "augment", "clips", "evaluate", "linear", "models", "motions", "train"  # what a row depends on
 SUBSETS = ("random init", "LL", "GL", "LL + GL", "IC", "IC + LL", "IC + GL", "IC + LL + GL")
 
 
@@ -76,7 +78,7 @@ def rows(seeds):
 
 
 def row_file(out, ablation, subset, seed):
-    return out / f"{subset.replace(' ', '')}-seed{seed}-{ablation.hash}.json"
+    return out / f"{subset.replace(' ', '')}-seed{seed}-{ablation.hash}-{code_hash(*CODE)[:8]}.json"
 
 
 def weights(subset):
@@ -87,7 +89,7 @@ def weights(subset):
 
 def data(out, ablation):
     """(train, test), of different groups: no test video's looks are trained on. Rendered once, for all rows."""
-    a, path = ablation, out / f"videos-{ablation.data_hash}.npz"
+    a, path = ablation, out / f"videos-{ablation.data_hash}-{code_hash('motions')[:8]}.npz"
     if not path.exists():
         size = dict(classes=motions.CHANGES, takes=a.takes, frames=a.video_frames, side=a.video_side, seed=a.data_seed)
         groups = dict(test=(1, a.test_groups), train=(1 + a.test_groups, a.groups))

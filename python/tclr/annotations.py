@@ -1,6 +1,7 @@
 """What a data set's own annotation files say: which videos, in which part, of which class.
 
-A line that cannot be meant seriously (a path that leaves the root, an unknown class, a bad label) is refused with its
+Labels go by the classes' names: one list of names, made from the training part, numbers the classes of every part. A
+line that cannot be meant seriously (a path that leaves the root, an unknown class, a bad label) is refused with its
 file and number. What annotation files met in practice do hold is handled: CRLF, a byte order mark, blank lines,
 duplicates, odd names, videos that are not there.
 """
@@ -9,7 +10,7 @@ import csv
 import json
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 SUFFIXES = {".avi", ".mp4", ".mkv", ".webm", ".mov", ".mpg", ".mpeg", ".m4v", ".ts", ".m2ts", ".mts", ".vob"}
@@ -29,7 +30,10 @@ class Entry:
 
 @dataclass
 class Listing:
-    """Videos that are there; `missing` holds the paths of those that are not, `counts` how the reading went."""
+    """Videos that are there; `missing` holds the paths of those that are not, `counts` how the reading went.
+
+    classes: the name of each label, in the order of the labels; None where the videos have no classes.
+    """
 
     root: Path
     entries: list
@@ -38,29 +42,50 @@ class Listing:
     counts: Counter
 
 
-def read(dataset, root, part="train", split=1):
+def read(dataset, root, part="train", split=1, *, train=None, classes=None):
     """The videos of one part of a data set.
 
     dataset: "ucf101", "hmdb51", "kinetics400", "diving48" or "folder"; part: "train", "val" or "test" as the data set
-    has it, and for a folder of videos also "all"; split: 1 to 3, of UCF101 and HMDB51. Raises ValueError naming file
-    and line where an annotation is refused, and where no video is left.
+    has it, and for a folder of videos also "all"; split: 1 to 3, of UCF101 and HMDB51. train: the part whose classes
+    give the labels of every part; without it "train", and for a folder that has no such part, `part` itself. classes:
+    the names that labels stand for, such as those of a trained classifier, in place of the data set's own. Raises
+    ValueError naming file and line where an annotation is refused, and where no video is left.
     """
     if dataset not in READERS:
         raise ValueError(f"dataset: found {dataset!r}, wanted one of {', '.join(READERS)}")
     reader, parts = READERS[dataset]
-    if part not in parts:
-        raise ValueError(f"part: found {part!r}, wanted one of {', '.join(parts)} for {dataset}")
+    for argument, name in dict(part=part, train=train or part).items():
+        if name not in parts:
+            raise ValueError(f"{argument}: found {name!r}, wanted one of {', '.join(parts)} for {dataset}")
     if split not in (1, 2, 3):
         raise ValueError(f"split: found {split!r}, wanted 1, 2 or 3")
     root = Path(root)
     if not root.is_dir():
         raise ValueError(f"root: found {str(root)!r}, wanted a folder that is there")
     draft = Draft(root.resolve())
-    classes = reader(draft, part, split)
+    own = reader(draft, part, split, train)
     counts = Counter(listed=len(draft.entries), missing=len(draft.missing), duplicates=draft.duplicates)
     if not draft.entries:
         raise ValueError(f"root: found none of the {counts['missing']} videos of {dataset} {part} below {root}")
-    return Listing(draft.root, list(draft.entries.values()), classes, draft.missing, +counts)
+    listing = Listing(draft.root, list(draft.entries.values()), own, draft.missing, +counts)
+    return listing if classes is None else labelled(listing, classes)
+
+
+def labelled(listing, classes):
+    """The listing with labels that stand for these names; a video of any other class is refused."""
+    if listing.classes is None:
+        raise ValueError(f"{listing.entries[0].path}: found no class, wanted one of {shortened(classes)}")
+    labels = {name: label for label, name in enumerate(classes)}
+    for entry in listing.entries:
+        if (name := listing.classes[entry.label]) not in labels:
+            raise ValueError(f"{entry.path}: found the unknown class {name!r}, wanted one of {shortened(classes)}")
+    entries = [replace(entry, label=labels[listing.classes[entry.label]]) for entry in listing.entries]
+    return replace(listing, entries=entries, classes=list(classes))
+
+
+def shortened(names, most=8):
+    """The first names of a list, and how many there are."""
+    return ", ".join(names[:most]) + (f", ... ({len(names)} classes)" if len(names) > most else "")
 
 
 class Draft:
@@ -110,7 +135,7 @@ class Draft:
                 yield f"{path}:{number}", line.strip(" \t\r")
 
 
-def ucf101(draft, part, split):
+def ucf101(draft, part, split, train):
     """ucfTrainTestlist/ and UCF-101/<Class>/<file>.avi; the class is the folder's, not the file's name."""
     lists, videos = draft.folder("ucfTrainTestlist"), draft.folder("UCF-101")
     numbers = {}
@@ -131,7 +156,7 @@ def ucf101(draft, part, split):
     return list(numbers)
 
 
-def hmdb51(draft, part, split):
+def hmdb51(draft, part, split, train):
     """<class>_test_split<n>.txt of lines '<file>.avi <flag>' (1 train, 2 test, 0 neither), and <class>/<file>."""
     lists, videos = draft.folder("testTrainMulti_7030_splits", "splits"), draft.folder("hmdb51_org", "videos")
     ending = f"_test_split{split}.txt"
@@ -149,15 +174,16 @@ def hmdb51(draft, part, split):
     return classes
 
 
-def kinetics400(draft, part, split):
+def kinetics400(draft, part, split, train):
     """<part>.csv: label,youtube_id,time_start,time_end,split[,is_cc]; <id>_<start>_<end>.mp4, often below <label>/."""
     folder = draft.folder("annotations")
-    rows = {name: list(_kinetics_rows(draft, f"{folder}{name}.csv")) for name in {"train", part}}
-    classes = sorted({row["label"] for _, row in rows["train"]})
+    train = train or "train"
+    rows = {name: list(_kinetics_rows(draft, f"{folder}{name}.csv")) for name in {train, part}}
+    classes = sorted({row["label"] for _, row in rows[train]})
     labels = {name: label for label, name in enumerate(classes)}
     for where, row in rows[part]:
         if row["label"] not in labels:
-            raise ValueError(f"{where}: found the unknown class {row['label']!r}, wanted one of train.csv")
+            raise ValueError(f"{where}: found the unknown class {row['label']!r}, wanted one of {train}.csv")
         if KINETICS_PARTS.get(row["split"]) != part:
             raise ValueError(f"{where}: found the split {row['split']!r}, wanted that of {part}")
         try:
@@ -184,7 +210,7 @@ def _kinetics_rows(draft, path):
             yield f"{path}:{lines.line_num}", dict(zip(header, (cell.strip() for cell in row), strict=False))
 
 
-def diving48(draft, part, split):
+def diving48(draft, part, split, train):
     """Diving48_V2_<part>.json: [{vid_name, label, start_frame, end_frame}, ...], and rgb/<vid_name>.mp4."""
     path = f"{draft.folder('annotations')}Diving48_V2_{part}.json"
     try:
@@ -204,19 +230,29 @@ def diving48(draft, part, split):
     return [str(label) for label in range(DIVING48_CLASSES)]
 
 
-def folder(draft, part, split):
+def folder(draft, part, split, train):
     """Any folder of videos, <class>/<file> or flat, or such a folder for each part. Flat: no labels, no classes."""
-    top = draft.root if part == "all" else draft.inside("root", part)
+    train = train or ("train" if part != "all" and draft.inside("root", "train").is_dir() else part)
+    classes, own = (_classes(draft, name) for name in (train, part))
+    labels = {name: label for label, name in enumerate(classes or [])}
+    prefix = "" if part == "all" else f"{part}/"
+    for name in own or [""]:
+        subfolder = f"{prefix}{name}/" if own else prefix
+        for file in _videos(draft, subfolder):
+            if own and name not in labels:
+                known = f"one of {shortened(classes)}" if classes else "none"
+                raise ValueError(f"{subfolder}{file}: found the unknown class {name!r}, wanted {known} of {train}/")
+            draft.add(subfolder + file, [subfolder + file], labels[name] if own else None)
+    return classes if own else None
+
+
+def _classes(draft, part):
+    """The names of a part's subfolders that hold videos, None where there are none."""
+    top, prefix = (draft.root, "") if part == "all" else (draft.inside("root", part), f"{part}/")
     if not top.is_dir():
         raise ValueError(f"part: found no folder {part!r} below {draft.root}; 'all' takes the videos of the root")
-    prefix = "" if part == "all" else f"{part}/"
     below = sorted(name for name in os.listdir(top) if draft.inside(f"{prefix}{name}", prefix + name).is_dir())
-    classes = [name for name in below if _videos(draft, f"{prefix}{name}/")] or None
-    for label, name in enumerate(classes or [""]):
-        subfolder = f"{prefix}{name}/" if classes else prefix
-        for file in _videos(draft, subfolder):
-            draft.add(subfolder + file, [subfolder + file], label if classes else None)
-    return classes
+    return [name for name in below if _videos(draft, f"{prefix}{name}/")] or None
 
 
 def _videos(draft, subfolder):

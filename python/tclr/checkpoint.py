@@ -1,6 +1,7 @@
 """Files that are whole or not there, the checkpoint of a run, and the signal that asks for one."""
 
 import os
+import re
 import signal
 from contextlib import contextmanager
 
@@ -10,9 +11,12 @@ STOPPED = 128 + signal.SIGTERM  # the shell's exit status of a process that ende
 
 
 @contextmanager
-def whole(path):
-    """A binary file that appears under its name when it is complete and on the disk, or not at all."""
-    unfinished = path.with_name(path.name + ".part")
+def whole(path, *, shared=False):
+    """A binary file that appears under its name when it is complete and on the disk, or not at all.
+
+    shared: another process may write the same file meanwhile; each then writes one of its own, and the last one stays.
+    """
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.part" if shared else f"{path.name}.part")
     try:
         with unfinished.open("wb") as file:
             yield file
@@ -30,15 +34,40 @@ def save(path, **state):
 
 
 def load(path):
-    """What `save` wrote; a file that holds anything but tensors and plain values is refused, not run."""
-    return torch.load(path, map_location="cpu", weights_only=True)
+    """What `save` wrote; a file that holds anything but tensors and plain values is refused, not run.
+
+    Raises ValueError with the reason in one sentence.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file raises errors of every kind
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        raise ValueError(f"{path}: {refusal(error)}") from None  # torch's own message advises to run the file's code
+
+
+def refusal(error):
+    """Why torch.load did not load a file, in one sentence."""
+    if found := re.search(r"GLOBAL (\S+)", str(error)):
+        what = f"found an object of {found[1]}, and loading such an object can run code, so nothing was loaded"
+        return f"{what}; wanted weights alone, as torch.save(model.state_dict(), file) writes them"
+    if "TorchScript" in str(error):
+        return "found a TorchScript program, and nothing was loaded; wanted weights alone, as a state dict"
+    return "found no file of weights alone: it is cut short, damaged, of another kind, or holds more than weights"
 
 
 def claim(out, *, resume, overwrite):
     """Makes sure that a run's folder is new, or that the user said what is to happen with what lies there."""
+    vacant(out, resume=resume, overwrite=overwrite)
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def vacant(out, *, resume, overwrite):
+    """Refuses a folder in use unless the user said what is to happen with what lies there; writes nothing."""
+    if resume and overwrite:
+        raise SystemExit("found both resume and overwrite, wanted one: overwriting deletes what would be resumed")
     if out.exists() and any(out.iterdir()) and not (resume or overwrite):
         raise SystemExit(f"{out} is not empty: choose another --out, or pass --resume true or --overwrite true")
-    out.mkdir(parents=True, exist_ok=True)
 
 
 class StopRequest:

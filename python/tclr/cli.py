@@ -1,6 +1,7 @@
 """tclr <command>: pretraining and every evaluation; each command is a function here with the same arguments."""
 
 import csv
+import dataclasses
 import json
 import time
 from datetime import timedelta
@@ -38,38 +39,47 @@ def pretrain(
     first = train.rank() == 0
     if train.ranks() > 1:
         torch.distributed.init_process_group()
-    device = config.device(device)
-    if resume and (out / "last.pt").exists() and "done" not in checkpoint.load(out / "last.pt"):
-        raise SystemExit(f"{out / 'last.pt'} holds weights alone: wanted the checkpoint of a pretraining to resume")
+    device, last = config.device(device), out / "last.pt"
+    checkpoint.vacant(out, resume=resume, overwrite=overwrite)
+    videos = config.open_videos(data, data.train, clips.window, out, recipe.seed)
+    run = train.Run(config.build(net, recipe.seed), videos, clips, recipe, device, net=net, data=data)
+    if resume and last.exists():
+        restore(run, last)
+    if train.ranks() > 1:
+        torch.distributed.barrier()  # the folder changes when every process has restored from it
     if first:
         checkpoint.claim(out, resume=resume, overwrite=overwrite)
         if overwrite:
-            (out / "last.pt").unlink(missing_ok=True)
+            last.unlink(missing_ok=True)
         config.write(out / "config.yaml", dict(data=data, net=net, clips=clips, recipe=recipe, device=device))
-    if train.ranks() > 1:
-        torch.distributed.barrier()  # nobody reads the folder before it is claimed
-    videos = config.open_videos(data, data.train, clips.window, out, recipe.seed)
-    embedder = config.build(net, recipe.seed)
-    with Log(out if first else None, recipe, train.length(recipe, videos)[1]) as log:
-        train.pretrain(embedder, videos, clips, recipe, log, file=out / "last.pt", device=device)
+    with Log(out if first else None, recipe, run.steps, run.done) as log:
+        train.carry_on(run, log, file=last)
     if first:
         print("reading: " + ", ".join(f"{count} {what}" for what, count in videos.counts.items()))
+
+
+def restore(run, file):
+    state = checkpoint.load(file)
+    if "done" not in state:
+        raise SystemExit(f"{file} holds weights alone: wanted the checkpoint of a pretraining to resume")
+    state.setdefault("settings", config.saved_settings(file.parent))  # earlier versions kept them in config.yaml alone
+    run.restore(state)
 
 
 class Log:
     """metrics.jsonl, TensorBoard, a progress bar with videos a second and the time left, and a line now and then."""
 
-    def __init__(self, out, recipe, steps):
-        self.out, self.each, self.steps, self.told = out, recipe.batch * recipe.accumulate, steps, None
+    def __init__(self, out, recipe, steps, done=0):
+        self.out, self.each, self.steps, self.done, self.told = out, recipe.batch * recipe.accumulate, steps, done, None
 
     def __enter__(self):
         if self.out:
             from torch.utils.tensorboard import SummaryWriter
 
-            path, last = self.out / "metrics.jsonl", self.out / "last.pt"
-            done = checkpoint.load(last)["done"] if last.exists() else 0
+            path, done = self.out / "metrics.jsonl", self.done
             kept = path.read_text().splitlines()[:done] if path.exists() else []  # the steps after it come again
-            path.write_text("".join(line + "\n" for line in kept))
+            with checkpoint.whole(path) as file:
+                file.write("".join(line + "\n" for line in kept).encode())
             self.file, self.board = path.open("a"), SummaryWriter(self.out / "tensorboard", purge_step=done)
             columns = MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[pace]}"), TimeRemainingColumn()
             self.bar = Progress(*columns, speed_estimate_period=300)
@@ -107,8 +117,9 @@ def retrieval(run: Path, evaluation: Evaluation = Evaluation(), data: Data | Non
     ranks = evaluate.ranking(gallery.clips, queries.clips, evaluation.clips)
     figures = {f"r{k}": evaluate.recall(ranks, gallery.labels, queries.labels, k) for k in KS}
     chosen = torch.linspace(0, len(queries.labels) - 1, min(8, len(queries.labels))).long().tolist()
+    result(run, "retrieval", gallery.hash, figures)  # before the picture, whose failure loses no figures
     report.plot_gallery(queries.videos, gallery.videos, ranks, chosen, run / "gallery.png")
-    return result(run, "retrieval", gallery.hash, figures)
+    return figures
 
 
 def linear(run: Path, evaluation: Evaluation = Evaluation(), data: Data | None = None, device: str = "auto",  # noqa: B008
@@ -117,7 +128,9 @@ def linear(run: Path, evaluation: Evaluation = Evaluation(), data: Data | None =
     gallery, queries = both(run, data, evaluation, device)
     layer = fitted(gallery, share, seed)
     figures = dict(accuracy=probe.accuracy(layer, queries.clips, queries.labels, evaluation.clips), share=share)
-    return result(run, "linear" if share == 1 else f"linear-{share:g}", gallery.hash, figures)
+    name = "linear" if share == 1 else f"linear-{share:g}"
+    tuning.save(run / f"{name}.pt", layer, gallery.videos.classes, evaluation, backbone=gallery.weights)
+    return result(run, name, gallery.hash, figures)
 
 
 def multiclip(run: Path, evaluation: Evaluation = Evaluation(), data: Data | None = None, device: str = "auto"):  # noqa: B008
@@ -130,15 +143,16 @@ def multiclip(run: Path, evaluation: Evaluation = Evaluation(), data: Data | Non
             r1=evaluate.recall(ranks, gallery.labels, queries.labels, 1),
             linear=probe.accuracy(layer, queries.clips, queries.labels, clips),
         )
+    result(run, "multiclip", gallery.hash, dict(by_clips=curve))
     report.plot_curves(curve, run / "multiclip.png")
-    return result(run, "multiclip", gallery.hash, dict(by_clips=curve))
+    return dict(by_clips=curve)
 
 
 def confusion(run: Path, evaluation: Evaluation = Evaluation(), data: Data | None = None, device: str = "auto",  # noqa: B008
               classes: list[str] | None = None):  # fmt: skip
     """The confusion matrix of the linear layer, of all or of the chosen classes."""
     gallery, queries = both(run, data, evaluation, device)
-    names = queries.videos.classes
+    names = gallery.videos.classes
     unknown = sorted(set(classes or []) - set(names))
     if unknown:
         raise SystemExit(f"classes: found {', '.join(unknown)}, wanted some of {', '.join(names)}")
@@ -146,8 +160,9 @@ def confusion(run: Path, evaluation: Evaluation = Evaluation(), data: Data | Non
     counts = torch.zeros(len(names), len(names), dtype=torch.long)
     counts.index_put_((queries.labels, found), torch.tensor(1), accumulate=True)
     chosen = [names.index(name) for name in classes or names]
+    result(run, "confusion", gallery.hash, dict(classes=names, counts=counts.tolist()))
     report.plot_confusion(counts[chosen][:, chosen], [names[i] for i in chosen], run / "confusion.png")
-    return result(run, "confusion", gallery.hash, dict(classes=names, counts=counts.tolist()))
+    return dict(classes=names, counts=counts.tolist())
 
 
 def finetune(run: Path, evaluation: Evaluation = Evaluation(), data: Data | None = None, device: str = "auto",  # noqa: B008
@@ -155,7 +170,7 @@ def finetune(run: Path, evaluation: Evaluation = Evaluation(), data: Data | None
     """Trains backbone and classifier on the labels, or a share of them; accuracy with all clips a video."""
     data, device = data or config.read_run(run)[1], config.device(device)
     span = (evaluation.frames - 1) * evaluation.stride + 1
-    trained, test = (config.open_videos(data, part, span, run) for part in (data.train, data.test))
+    trained, test = (config.open_labelled(data, part, span, run) for part in (data.train, data.test))
     torch.manual_seed(seed)
     model = tuning.Classifier(embedder_of(run).backbone, len(trained.classes))
     losses = []
@@ -163,9 +178,39 @@ def finetune(run: Path, evaluation: Evaluation = Evaluation(), data: Data | None
     chosen = tuning.subset(trained.labels, share, seed)
     record = lambda **row: (losses.append(row["loss"]), print(row, flush=True))  # noqa: E731
     tuning.finetune(model, trained, chosen, evaluation, **settings, device=device, record=record)
-    figures = dict(accuracy=tuning.accuracy(model, test, evaluation, device), share=share, losses=losses, **settings)
     name = "finetune" if share == 1 else f"finetune-{share:g}"
+    tuning.save(run / f"{name}.pt", model, trained.classes, evaluation)
+    figures = dict(accuracy=tuning.accuracy(model, test, evaluation, device), share=share, losses=losses, **settings)
     return result(run, name, config.digest(data, evaluation, share, settings), figures)
+
+
+def classify(run: Path, classifier: str = "finetune", data: Data | None = None, device: str = "auto"):
+    """Accuracy of a classifier that `finetune` or `linear` left in the run, on the test part of its data or of other.
+
+    classifier: its file's name without .pt, such as linear-0.1. Labels go by the names of the classes it was trained
+    on; a video of any other class is refused. The clips are those of its own evaluation.
+    """
+    data, device = data or config.read_run(run)[1], config.device(device)
+    file = run / f"{classifier}.pt"
+    if not file.exists():
+        raise SystemExit(f"classifier: found no {file}, wanted a classifier that finetune or linear left there")
+    state = checkpoint.load(file)
+    if "evaluation" not in state:
+        raise SystemExit(f"classifier: found another kind of checkpoint in {file}, wanted one of finetune or linear")
+    e, embedder, classes = Evaluation(**state["evaluation"]), embedder_of(run), state["classes"]
+    if "backbone" in state:
+        queries = features(run, embedder, data, data.test, e, device, classes)
+        if state["backbone"] != queries.weights:
+            raise SystemExit(f"{file} was fitted on other weights than those of {run / 'last.pt'}: run linear again")
+        layer = torch.nn.Linear(queries.clips.shape[2], len(classes))
+        layer.load_state_dict(state["model"])
+        accuracy = probe.accuracy(layer, queries.clips, queries.labels, e.clips)
+    else:
+        videos = config.open_labelled(data, data.test, (e.frames - 1) * e.stride + 1, run, classes)
+        model = tuning.Classifier(embedder.backbone, len(classes))
+        model.load_state_dict(state["model"])
+        accuracy = tuning.accuracy(model.to(device).eval(), videos, e, device)
+    return result(run, f"classify-{classifier}", config.digest(data, e, classifier), dict(accuracy=accuracy))
 
 
 def export(run: Path, file: Path, format: Literal["torch", "safetensors"] = "safetensors"):
@@ -197,13 +242,13 @@ def load(
         missing = models.load_torchvision(embedder.backbone, file)
     checkpoint.claim(out, resume=False, overwrite=overwrite)
     config.write(out / "config.yaml", dict(data=data, net=net, weights=str(file)))
-    checkpoint.save(out / "last.pt", embedder=embedder.state_dict())
+    checkpoint.save(out / "last.pt", embedder=embedder.state_dict(), settings=dict(net=dataclasses.asdict(net)))
     print(f"{file} to {out}" + f"; not in it, so as drawn: {', '.join(missing)}" * bool(missing))
 
 
 def page(run: Path):
     """One self-contained HTML page of a run's figures and pictures: report.html."""
-    print(report.page(run))
+    print(report.shown(str(report.page(run))))
 
 
 def check(dataset: str, root: Path, part: str = "train", split: int = 1, out: Path = Path("data_check.csv"),  # noqa: B008
@@ -241,8 +286,10 @@ def result(run, name, digest, figures):
 
 
 def main(arguments=None):
-    commands = dict(pretrain=pretrain, retrieval=retrieval, linear=linear, finetune=finetune, multiclip=multiclip)
-    commands |= dict(confusion=confusion, ablation=ablation.run, export=export, load=load, report=page)
+    commands = dict(pretrain=pretrain, retrieval=retrieval, linear=linear, finetune=finetune, classify=classify)
+    commands |= dict(
+        multiclip=multiclip, confusion=confusion, ablation=ablation.run, export=export, load=load, report=page
+    )
     commands |= dict(data=dict(check=check))
     auto_cli(commands, args=arguments, prog="tclr", as_positional=False)
 

@@ -45,10 +45,10 @@ class Evaluation:
     pooled: bool = False
 
 
-def digest(*values):
-    """Eight hexadecimal digits that stand for a configuration."""
+def digest(*values, digits=8):
+    """Hexadecimal digits that stand for a configuration."""
     plain = [dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value for value in values]
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:digits]
 
 
 def write(path, values):
@@ -60,6 +60,13 @@ def write(path, values):
         file.write(text.encode())
 
 
+def saved_settings(run):
+    """The settings a pretraining was last written under: {name: {key: value}}, as its config.yaml has them."""
+    path = Path(run) / "config.yaml"
+    plain = yaml.safe_load(path.read_text()) if path.exists() else {}
+    return {name: values for name, values in plain.items() if isinstance(values, dict)}
+
+
 def read_run(run):
     """(net, data) of a pretraining's folder, as its config.yaml has them."""
     path = Path(run) / "config.yaml"
@@ -69,18 +76,28 @@ def read_run(run):
     return Net(**plain["net"]), Data(**plain["data"])
 
 
-def open_videos(data, part, shortest, out=None, seed=0):
+def open_videos(data, part, shortest, out=None, seed=0, classes=None):
     """The videos of one part; those that cannot be read are replaced and listed in `out`/bad_videos.csv.
 
-    Raises ValueError, naming two of them, where sizes differ and `data.size` does not bring them to one.
+    Labels stand for the classes of the training part, or for `classes` where they are given. Raises
+    ValueError, naming two of them, where sizes differ and `data.size` does not bring them to one.
     """
-    listing = annotations.read(data.dataset, data.root, part, data.split)
+    train = part if classes else data.train
+    listing = annotations.read(data.dataset, data.root, part, data.split, train=train, classes=classes)
     print(f"{data.dataset}, {part}: " + ", ".join(f"{count} {what}" for what, count in listing.counts.items()))
     size = tuple(data.size) if data.size else None
     bad = out / "bad_videos.csv" if out else None
     found = videos.Files(listing, shortest=shortest, size=size, seed=seed, bad_videos=bad)
     if size is None:
         videos.check_sizes(found)
+    return found
+
+
+def open_labelled(data, part, shortest, out=None, classes=None):
+    """The videos of one part, which must have classes."""
+    found = open_videos(data, part, shortest, out, classes=classes)
+    if found.labels is None:
+        raise ValueError(f"data: found videos without classes in {data.root}, part {part!r}, wanted <class>/<file>")
     return found
 
 

@@ -5,27 +5,34 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
 from . import checkpoint, config, evaluate
+
+CODE = "augment", "clips", "decode", "evaluate", "features", "index", "models", "videos"  # from a file to its features
 
 
 @dataclass
 class Features:
-    """clips: [videos, clips, C]; labels: [videos]; and what they came from: videos, the configuration's hash."""
+    """clips: [videos, clips, C]; labels: [videos]; and what they came from: videos, weights, and a hash of it all."""
 
     clips: torch.Tensor
     labels: torch.Tensor
     videos: object
     hash: str
+    weights: str
 
 
 def embedder_of(run, seed=0):
     """The pretrained embedder of a run's folder, or the one it starts from where nothing was trained yet."""
-    embedder = config.build(config.read_run(run)[0], seed).eval()
     file = Path(run) / "last.pt"
-    if file.exists():
-        embedder.load_state_dict(checkpoint.load(file)["embedder"])
+    if not file.exists():
+        return config.build(config.read_run(run)[0], seed).eval()
+    state = checkpoint.load(file)
+    net = config.Net(**state["settings"]["net"]) if "settings" in state else config.read_run(run)[0]
+    embedder = config.build(net, seed).eval()
+    embedder.load_state_dict(state["embedder"])
     return embedder
 
 
@@ -36,18 +43,60 @@ def weights_hash(embedder):
     return digest.hexdigest()
 
 
-def features(run, embedder, data, part, evaluation, device="cpu"):
-    """Features of every video of `part`, from the run's cache where checkpoint and configuration are the same."""
+def features(run, embedder, data, part, evaluation, device="cpu", classes=None):
+    """Features of every video of `part`, from the run's cache where nothing that they depend on has changed since.
+
+    classes: what labels stand for, in place of the classes of the data's training part.
+    """
     run, e = Path(run), evaluation
-    videos = config.open_videos(data, part, (e.frames - 1) * e.stride + 1, run)
-    if videos.labels is None:
-        raise ValueError(f"{data.root}: found videos without classes, wanted a labelled data set to evaluate on")
-    key = config.digest(weights_hash(embedder), data, part, evaluation)
-    path = run / "features" / f"{key}.safetensors"
-    if not path.exists():
+    videos = config.open_labelled(data, part, (e.frames - 1) * e.stride + 1, run, classes)
+    settings = data.size, evaluation, videos.shortest, videos.decoder, torch.device(device).type, torch.__version__
+    read = files(videos)
+    weights = weights_hash(embedder)
+    key = config.digest(weights, code_hash(*CODE), *settings, read, digits=64)
+    path, labels = run / "features" / f"{key}.safetensors", config.digest(videos.labels.tolist(), digits=64)
+    clips = cached(path, len(videos), labels)
+    if clips is None:
         describe = evaluate.backbone_features(embedder.to(device).backbone, e.pooled)
         plan = dict(clips=e.clips, frames=e.frames, stride=e.stride, side=e.side, device=device)
+        clips = evaluate.clip_features(describe, videos, **plan).contiguous()
+        if files(videos) != read:
+            raise ValueError(f"{data.root}: found videos of {part} that changed while they were read, wanted none")
         path.parent.mkdir(exist_ok=True)
-        with checkpoint.whole(path) as file:
-            file.write(save(dict(clips=evaluate.clip_features(describe, videos, **plan).contiguous())))
-    return Features(load_file(path)["clips"], videos.labels, videos, key)
+        with checkpoint.whole(path, shared=True) as file:
+            file.write(save(dict(clips=clips), metadata=dict(labels=labels if videos.bad else "any")))
+    return Features(clips, videos.labels, videos, key[:8], weights)
+
+
+def files(videos):
+    """[path, size, time of the last change, first and last frame] of every video of a set, in its order."""
+    found = []
+    for entry in videos.entries:
+        stat = (videos.root / entry.path).stat()
+        found.append([entry.path, stat.st_size, stat.st_mtime_ns, entry.start, entry.end])
+    return found
+
+
+def code_hash(*modules):
+    """Stands for the source of these modules, where there are such."""
+    digest = hashlib.sha256()
+    for name in modules:
+        if (source := Path(__file__).with_name(f"{name}.py")).exists():
+            digest.update(source.read_bytes())
+    return digest.hexdigest()
+
+
+def cached(path, videos, labels):
+    """The features a file holds, None where it is not there, damaged, or of other labels than it depends on.
+
+    They depend on labels only where a video could not be read: one of its class stands in for it.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            clips, made_for = file.get_tensor("clips"), file.metadata()["labels"]
+    except FileNotFoundError:
+        return None
+    except (SafetensorError, KeyError, TypeError):
+        print(f"{path}: found no features that can be read; they are extracted again")
+        return None
+    return clips if made_for in ("any", labels) and len(clips) == videos else None

@@ -1,10 +1,12 @@
 """Full finetuning with a classifier on the backbone, from all labels or a share of them."""
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import train
+from . import checkpoint, train
 from .augment import ReleaseAugment, centre_crop
 from .clips import read_even_clips
 
@@ -61,6 +63,12 @@ def random_clip(videos, i, evaluation, generator):
     span = (evaluation.frames - 1) * evaluation.stride + 1
     start = int(torch.randint(videos.length(i) - span + 1, (), generator=generator))
     return videos.read(i, start + torch.arange(evaluation.frames) * evaluation.stride)
+
+
+def save(path, model, classes, evaluation, **more):
+    """Writes a classifier with the names its labels stand for, so that no other data set's order changes them."""
+    state = dict(model=model.state_dict(), classes=list(classes), evaluation=dataclasses.asdict(evaluation))
+    checkpoint.save(path, **state, **more)
 
 
 @torch.no_grad()

@@ -4,11 +4,18 @@ R3D-18 and R(2+1)D-18 have torchvision's parameter names, so that its checkpoint
 last stage strides over space alone and dilates time instead: 16 frames leave 4 slices. `width` is the first stage's.
 """
 
-from collections import defaultdict
+import argparse
+import pathlib
+import types
+from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import nn
 
+from . import checkpoint
+
+WRAPPERS = "state_dict", "model_state_dict", "model_state", "model", "module", "net", "network", "weights", "embedder"
 TORCHVISION_MEAN, TORCHVISION_STD = (0.43216, 0.394666, 0.37645), (0.22803, 0.22145, 0.216989)
 
 
@@ -202,10 +209,11 @@ def load_torchvision(model, path):
 
     Returns the names of our parameters that it does not have: R(2+1)D-18's `layer4.0.conv1.0`, which is no (2+1)D here.
     """
-    weights = torch.load(path, map_location="cpu", weights_only=True)
+    weights = unprefixed(read_weights(path), first_name(model), path)
     weights = {name: value for name, value in weights.items() if not name.startswith("fc.")}
-    weights["inputs.mean"], weights["inputs.std"] = torch.tensor(TORCHVISION_MEAN), torch.tensor(TORCHVISION_STD)
-    return _load(model, weights, path, may_lack=("inputs.channels", "layer4.0.conv1.0."))
+    weights.setdefault("inputs.mean", torch.tensor(TORCHVISION_MEAN))  # what `tclr export` wrote has its own
+    weights.setdefault("inputs.std", torch.tensor(TORCHVISION_STD))
+    return _load(model, weights, path, may_lack=("inputs.", "layer4.0.conv1.0."))
 
 
 def load_release(embedder, path):
@@ -214,9 +222,7 @@ def load_release(embedder, path):
     It was trained on blue-green-red frames; the bias of its first linear layer stands before a batch normalisation,
     where it cancels: the normalisation's running mean takes it.
     """
-    with torch.serialization.safe_globals(_grad_scaler()):
-        weights = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    weights = unprefixed(read_weights(path), f"0.{first_name(embedder.backbone)}", path)
     trunk = {name[2:]: value for name, value in weights.items() if name.startswith("0.") and name[2:5] != "fc."}
     missing = _load(embedder.backbone, trunk, path, may_lack=("inputs.",))
     embedder.backbone.inputs.channels.copy_(torch.tensor([2, 1, 0]))
@@ -225,16 +231,91 @@ def load_release(embedder, path):
     for name, value in weights.items():
         if name.startswith("1."):
             layer, _, what = name[2:].partition(".")
-            head[f"{order[layer]}.{what}"] = value
-    head["1.running_mean"] = head["1.running_mean"] - head.pop("0.bias", 0)
+            head[f"{order.get(layer, layer)}.{what}"] = value
+    if {"0.bias", "1.running_mean"} <= head.keys():
+        head["1.running_mean"] = head["1.running_mean"] - head.pop("0.bias")
     return missing + _load(embedder.head, head, path)
+
+
+def first_name(module):
+    return next(name for name, _ in module.named_parameters())
+
+
+def read_weights(path):
+    """{name: tensor} of a checkpoint, wherever in it they lie: at its top, or below "model", "state_dict" and so on.
+
+    Options, paths and counts may stand beside them; an object of any other class is refused unread. Raises ValueError.
+    """
+    path = pathlib.Path(path)
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    with torch.serialization.safe_globals([*_grad_scaler(), *_plain_values()]):
+        weights = _unwrapped(checkpoint.load(path), path)
+    if not weights:
+        raise ValueError(f"{path}: found no tensors by name, wanted a state dict")
+    return {name.replace("_orig_mod.", ""): value for name, value in weights.items()}  # torch.compile's
+
+
+def _read_safetensors(path):
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: found no safetensors: {error}") from None
+
+
+def _unwrapped(found, path, depth=4):
+    """The state dict within a checkpoint, {} where there is none; several that are no less likely are refused."""
+    if not isinstance(found, Mapping) or depth == 0:
+        return {}
+    inner = {name: value for name, value in found.items() if isinstance(name, str) and isinstance(value, Mapping)}
+    tensors = {name: value for name, value in found.items() if isinstance(name, str) and torch.is_tensor(value)}
+    known = {name: value for name, value in inner.items() if name in WRAPPERS}
+    for some in (known,) if tensors else (known, inner):
+        found = {name: each for name, value in some.items() if (each := _unwrapped(value, path, depth - 1))}
+        if len(found) > 1:
+            raise ValueError(f"{path}: found weights below {', '.join(found)}, wanted one of them alone")
+        if found:
+            return next(iter(found.values()))
+    return tensors
+
+
+def unprefixed(weights, anchor, path):
+    """Weights without what stands before `anchor`, such as `module.` or `model.backbone.`; others are left out."""
+    prefixes = {name[: -len(anchor)] for name in weights if f".{name}".endswith(f".{anchor}")} or {""}
+    if len(prefixes) > 1 and "" not in prefixes:
+        names = ", ".join(sorted(prefix + anchor for prefix in prefixes))
+        raise ValueError(f"{path}: found {names}: wanted the weights of one network alone")
+    prefix = "" if "" in prefixes else prefixes.pop()
+    return {name[len(prefix) :]: value for name, value in weights.items() if name.startswith(prefix)}
+
+
+def _plain_values():
+    """Classes that hold plain values, met beside weights in checkpoints; making one of them runs no code of the file.
+
+    With the names under which other versions of Python and NumPy, and Windows, pickle them.
+    """
+    scalar, rebuilt = np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]
+    paths = [pathlib.PosixPath, pathlib.PurePosixPath, (pathlib.PurePosixPath, "pathlib._local.PosixPath")]
+    paths += [(pathlib.PureWindowsPath, f"{module}.WindowsPath") for module in ("pathlib", "pathlib._local")]
+    numbers = [np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in "?bhilqBHILQefdU")]
+    for module in "numpy.core.multiarray", "numpy._core.multiarray":
+        numbers += [(scalar, f"{module}.scalar"), (rebuilt, f"{module}._reconstruct")]
+    builtin = [bool, int, float, complex, str, bytes, list, tuple, dict, set, frozenset, slice, range]
+    return [argparse.Namespace, types.SimpleNamespace, *builtin, *paths, *numbers]
 
 
 def _grad_scaler():
     """What the pickled GradScaler beside the release's weights consists of, under its names of then and of now."""
     old, new = "torch.cuda.amp.grad_scaler", torch.amp.grad_scaler
     parts = new.GradScaler, new.OptState, new._refresh_per_optimizer_state
-    return [defaultdict, *parts, *((part, f"{old}.{part.__name__}") for part in parts)]
+    return [
+        (lambda factory=None: {}, "collections.defaultdict"),
+        *parts,
+        *((part, f"{old}.{part.__name__}") for part in parts),
+    ]
 
 
 def _load(module, weights, path, may_lack=()):

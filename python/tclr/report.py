@@ -4,11 +4,14 @@ import base64
 import csv
 import html
 import json
+import unicodedata
 from pathlib import Path
 
 import matplotlib
 import torch
 from rich.table import Table
+
+from .checkpoint import whole
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -16,6 +19,25 @@ import matplotlib.pyplot as plt  # noqa: E402
 TERMS = dict(total="total", ic_global="IC", ll="LL", gl="GL")
 STYLE = "body{font:15px sans-serif;max-width:60em;margin:2em auto}img{max-width:100%}td,th{padding:.2em 1em}"
 RIGHT, WRONG = "#2a7f3f", "#b3261e"
+LONGEST = 40  # characters of a name in a picture; more leave no room for what the picture shows
+TURNING = set("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # they reorder what follows
+PLAIN = {"text.parse_math": False, "text.usetex": False}  # names are drawn as they are, `$`, `_` and `\` too
+
+
+def shown(name, longest=None):
+    r"""A name as it can be drawn: bytes that are no UTF-8, line ends and the like as \xff, too long a one cut short."""
+    text = "".join(map(_visible, name))
+    if longest and len(text) > longest:
+        text = text[: longest // 2] + "…" + text[-(longest - longest // 2 - 1) :]
+    return text
+
+
+def _visible(character):
+    if "\udc80" <= character <= "\udcff":  # how Python holds a byte of a file's name that is no UTF-8
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") or character in TURNING:
+        return character.encode("unicode_escape").decode()
+    return character
 
 
 class Metrics:
@@ -49,6 +71,7 @@ def table(metrics, runs, counts, title):
     return result
 
 
+@matplotlib.rc_context(PLAIN)
 def plot_losses(metrics, runs, path):
     """One panel a run: each term the run was trained with, against the step."""
     figure, axes = plt.subplots(1, len(runs), figsize=(5 * len(runs), 3.6), squeeze=False, layout="constrained")
@@ -62,6 +85,7 @@ def plot_losses(metrics, runs, path):
     _save(figure, path)
 
 
+@matplotlib.rc_context(PLAIN)
 def plot_clips(metrics, runs, chance, path):
     """R@1 against the number of clips a video."""
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
@@ -77,11 +101,11 @@ def plot_clips(metrics, runs, chance, path):
     _save(figure, path)
 
 
+@matplotlib.rc_context(PLAIN)
 def plot_gallery(queries, gallery, ranks, chosen, path, *, nearest=3, strip=6):
     """A row a query: its frames over time, then its nearest videos', named in green where the class is the query's."""
-    figure, axes = plt.subplots(
-        len(chosen), 1 + nearest, figsize=(3.4 * (1 + nearest), 0.85 * len(chosen) + 0.3), layout="constrained"
-    )
+    size = 3.4 * (1 + nearest), 0.85 * len(chosen) + 0.3
+    figure, axes = plt.subplots(len(chosen), 1 + nearest, figsize=size, layout="constrained", squeeze=False)
     for row, query in zip(axes, chosen, strict=True):
         _strip(row[0], queries, query, strip, "query: ", "black")
         for axis, found in zip(row[1:], ranks[query].tolist(), strict=False):
@@ -90,6 +114,7 @@ def plot_gallery(queries, gallery, ranks, chosen, path, *, nearest=3, strip=6):
     _save(figure, path)
 
 
+@matplotlib.rc_context(PLAIN)
 def plot_curves(curve, path):
     """R@1 and linear accuracy against the number of clips a video. curve: {clips: {r1, linear}}"""
     figure, axis = plt.subplots(figsize=(5, 3.6), layout="constrained")
@@ -100,10 +125,11 @@ def plot_curves(curve, path):
     _save(figure, path)
 
 
+@matplotlib.rc_context(PLAIN)
 def plot_confusion(counts, names, path):
     """Rows: the true class; columns: the predicted one; each row's shares in %. counts: [classes, classes]"""
     shares = 100 * counts / counts.sum(1, keepdim=True).clamp_min(1)
-    side = 2 + 0.35 * len(names)
+    names, side = [shown(name, LONGEST) for name in names], 2 + 0.35 * len(names)
     figure, axis = plt.subplots(figsize=(side + 1, side), layout="constrained")
     figure.colorbar(
         axis.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=100), label="% of the true class", shrink=0.8
@@ -129,9 +155,10 @@ def page(run):
         parts.append(f"<h2>configuration</h2><pre>{html.escape((run / 'config.yaml').read_text())}</pre>")
     if not parts:
         raise SystemExit(f"{run}: found no results, pictures or configuration, wanted a run's folder")
-    title = html.escape(run.name)
+    title = html.escape(shown(run.resolve().name))
     head = f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{STYLE}</style><h1>{title}</h1>"
-    (run / "report.html").write_text(head + "\n".join(parts) + "\n")
+    with whole(run / "report.html") as file:
+        file.write((head + "\n".join(parts) + "\n").encode(errors="backslashreplace"))
     return run / "report.html"
 
 
@@ -140,10 +167,20 @@ def _strip(axis, videos, index, count, prefix, colour):
     frames = videos.read(index, torch.linspace(0, videos.length(index) - 1, count).long())
     frames = torch.nn.functional.pad(frames, (0, 2), value=255).permute(2, 0, 3, 1).flatten(1, 2)
     axis.imshow(frames[:, :-2].numpy())
-    axis.set_title(prefix + Path(videos.names[index]).parent.name, fontsize=9, color=colour, pad=3)
+    axis.set_title(prefix + shown(_class_of(videos, index), LONGEST), fontsize=9, color=colour, pad=3)
     axis.axis("off")
 
 
+def _class_of(videos, index):
+    if videos.classes:
+        return videos.classes[videos.labels[index]]
+    return Path(videos.names[index]).parent.name
+
+
 def _save(figure, path):
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    """Writes a picture whole or not at all, of at most 2^15 pixels a side: matplotlib draws no more than 2^16."""
+    try:
+        with whole(path) as file:
+            figure.savefig(file, dpi=min(130, 2**15 / max(figure.get_size_inches())), format="png")
+    finally:
+        plt.close(figure)

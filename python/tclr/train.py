@@ -4,6 +4,7 @@ What a step draws (its videos, windows and augmentations) is a function of the s
 run that goes on from a checkpoint, in the middle of an epoch too, draws what the uninterrupted one would have.
 """
 
+import dataclasses
 import hashlib
 import math
 import os
@@ -11,7 +12,6 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Literal
 
 import torch
@@ -27,6 +27,10 @@ from .models import Projector
 IC_ONLY = dict(ic_global=1.0, ll=0.0, gl=0.0)
 AUGMENTS = {"demo": Augment, "release": ReleaseAugment}
 AMP = {"fp16": torch.float16, "bf16": torch.bfloat16}
+# What a checkpoint's state, or the meaning of its number of steps, hangs on: the rest may change as a run goes on.
+FIXED = "net.", "clips.", "data.dataset", "data.split", "data.train", "recipe.optimizer", "recipe.batch"
+FIXED += "recipe.accumulate", "recipe.learn_temperature", "recipe.seed"
+OBJECTIVE = "recipe.weights", "recipe.form", "recipe.temperature"
 WARM = 0.01, 0.05, 0.1, 0.5, 1.0  # the release's factors of the learning rate, an epoch each
 
 
@@ -80,29 +84,37 @@ def pretrain(embedder, videos, plan: ClipPlan, recipe: Recipe, record, progress=
     """Trains `embedder` in place. videos: the protocol of videos.py; record(step=, total=, ...) follows each step.
 
     file: the checkpoint, read if it is there and written every `checkpoint_every` steps, at the end and on SIGTERM,
-    after which the process exits with 143; of several processes, the first writes and all read. A loss that is not
-    finite raises FloatingPointError with the videos' names.
+    after which the process exits with 143; of several processes, the first writes and all read. A setting that differs
+    from the checkpoint's is applied, or refused by a ValueError that names it. A loss that is not finite raises
+    FloatingPointError with the videos' names.
     """
-    run = Run(embedder, videos, recipe, device)
+    run = Run(embedder, videos, plan, recipe, device)
     if file and file.exists():
         run.restore(checkpoint.load(file))
-    embedder.train()
+    carry_on(run, record, progress, file=file)
+
+
+def carry_on(run, record, progress=iter, *, file=None):
+    """Takes the steps that are left of a run, as `pretrain` describes."""
+    run.embedder.train()
     with checkpoint.StopRequest() if file else nullcontext(False) as stop:
         for step in progress(range(run.done, run.steps)):
-            record(step=step, **run.step(plan))
+            record(step=step, **run.step())
             finished = run.done == run.steps
-            if file and rank() == 0 and (stop or finished or run.done % recipe.checkpoint_every == 0):
+            if file and rank() == 0 and (stop or finished or run.done % run.recipe.checkpoint_every == 0):
                 checkpoint.save(file, **run.state())
             if stop:
                 raise SystemExit(checkpoint.STOPPED)
-    embedder.eval()
+    run.embedder.eval()
 
 
 class Run:
-    """A pretraining at some step: everything that a checkpoint holds."""
+    """A pretraining at some step: everything that a checkpoint holds; `more` are settings to keep, such as net=Net()"""
 
-    def __init__(self, embedder, videos, recipe, device):
-        self.embedder, self.videos, self.recipe, self.device = embedder.to(device), videos, recipe, device
+    def __init__(self, embedder, videos, plan, recipe, device, **more):
+        self.embedder, self.videos, self.device = embedder.to(device), videos, device
+        self.plan, self.recipe = plan, recipe
+        self.settings = {name: dataclasses.asdict(each) for name, each in dict(more, clips=plan, recipe=recipe).items()}
         self.epoch_steps, self.steps = length(recipe, videos)
         self.done = 0
         self.ahead = Ahead(recipe.readers) if recipe.readers else None
@@ -116,13 +128,13 @@ class Run:
         self.scaler = torch.amp.GradScaler(device, enabled=recipe.amp == "fp16")
         self.embed = torch.compile(embed) if recipe.compile else embed
 
-    def step(self, plan):
+    def step(self):
         """One step of the optimizer; returns the terms, averaged over its batches."""
         self.optimizer.param_groups[0]["lr"] = self.recipe.lr * self.factor()
         self.optimizer.zero_grad()
         sums = Counter()
         for part in range(self.recipe.accumulate):
-            terms = self.backward(plan, part)
+            terms = self.backward(part)
             for name, term in terms._asdict().items():
                 sums[name] += term.item() / self.recipe.accumulate
         self.scaler.unscale_(self.optimizer)
@@ -138,19 +150,19 @@ class Run:
             self.plateau.end_epoch(counts=self.done // self.epoch_steps > len(WARM))
         return dict(sums)
 
-    def backward(self, plan, part):
+    def backward(self, part):
         """The terms of one batch, their gradients added to what is there."""
         recipe = self.recipe
         if self.ahead:
             following = divmod(self.done * recipe.accumulate + part + 1, recipe.accumulate)
             following = following if following[0] < self.steps else None
-            chosen, windows, generator = self.ahead.take(partial(self.read, plan), (self.done, part), following)
+            chosen, windows, generator = self.ahead.take(self.read, (self.done, part), following)
         else:
-            chosen, windows, generator = self.read(plan, self.done, part)
+            chosen, windows, generator = self.read(self.done, part)
         windows = windows.to(self.device)
         augment = AUGMENTS[recipe.augment](recipe.side, generator)
         with torch.autocast(torch.device(self.device).type, AMP.get(recipe.amp), enabled=recipe.amp != "off"):
-            g, s, x = self.embed(self.embedder, windows, plan, augment, local=recipe.weights != IC_ONLY)
+            g, s, x = self.embed(self.embedder, windows, self.plan, augment, local=recipe.weights != IC_ONLY)
         terms = self.loss(g.float(), s.float(), x.float())
         if not math.isfinite(terms.total.item()):
             names = ", ".join(self.videos.names[i] for i in chosen)
@@ -158,11 +170,11 @@ class Run:
         self.scaler.scale(terms.total / recipe.accumulate).backward()
         return terms
 
-    def read(self, plan, step, part, threads=None):
+    def read(self, step, part, threads=None):
         """A batch's videos, its windows, and the generator that draws its augmentations."""
         generator = drawn(self.recipe.seed, "step", step, part, rank())
         chosen = self.batch(step, part)
-        return chosen, random_windows(self.videos, chosen, plan.window, generator, threads), generator
+        return chosen, random_windows(self.videos, chosen, self.plan.window, generator, threads), generator
 
     def batch(self, step, part):
         """The videos of a batch: an epoch's random order, cut; its remainder is left out, and each rank has a share."""
@@ -183,13 +195,43 @@ class Run:
         parts = self.embedder, self.loss, self.optimizer, self.scaler
         names = "embedder", "loss", "optimizer", "scaler"
         states = {name: part.state_dict() for name, part in zip(names, parts, strict=True)}
-        return dict(done=self.done, plateau=vars(self.plateau).copy(), **states)
+        kept = dict(settings=self.settings, videos=listing_digest(self.videos), classes=self.videos.classes)
+        return dict(done=self.done, plateau=vars(self.plateau).copy(), **kept, **states)
 
     def restore(self, state):
+        """Takes a checkpoint's state under the settings of now; one that cannot be applied is a ValueError by name."""
+        settings = state.get("settings", {})
+        self.refuse(settings, state)
         self.done = state["done"]
+        try:
+            self.embedder.load_state_dict(state["embedder"])
+        except RuntimeError as error:
+            raise ValueError(f"net: found another network than the checkpoint's: {error}") from None
+        if self.recipe.learn_temperature:
+            self.loss.load_state_dict(state["loss"])
+        now = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group, given in zip(self.optimizer.param_groups, now, strict=True):
+            group.update(given)  # load_state_dict brings the checkpoint's weight decay back
+        if self.scaler.is_enabled() and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
         vars(self.plateau).update(state["plateau"])
-        for name in "embedder", "loss", "optimizer", "scaler":
-            getattr(self, name).load_state_dict(state[name])
+        before, now = flat(settings), flat(self.settings)
+        if any(before.get(name, now[name]) != now[name] for name in OBJECTIVE):
+            self.plateau.restart()
+
+    def refuse(self, settings, state):
+        """Raises ValueError that names every setting that differs from the checkpoint's and cannot change."""
+        before, now = flat(settings), flat(self.settings)
+        fixed = FIXED + ("recipe.temperature",) * self.recipe.learn_temperature
+        names = [name for name in before.keys() & now.keys() if before[name] != now[name] and name.startswith(fixed)]
+        found = [f"{name}: found {now[name]!r}, wanted {before[name]!r}" for name in sorted(names)]
+        if not found and state.get("videos", listing_digest(self.videos)) != listing_digest(self.videos):
+            found = [f"data: found {len(self.videos)} videos that are not those of the checkpoint, or not in its order"]
+        if not found and state["done"] > self.steps:
+            found = [f"recipe.steps: found {self.steps}, wanted at least the {state['done']} that are done"]
+        if found:
+            raise ValueError("; ".join(found) + ", to go on from the checkpoint: a changed one needs a new run")
 
 
 @dataclass
@@ -204,6 +246,10 @@ class Plateau:
 
     def add(self, loss):
         self.losses.append(loss)
+
+    def restart(self):
+        """Forgets the losses there were, which those of another objective cannot be compared with."""
+        self.best, self.stale, self.losses = math.inf, 0, []
 
     def end_epoch(self, counts):
         """`counts` is False during the warm-up, whose epochs are remembered but not held against the rate."""
@@ -226,6 +272,17 @@ class Ahead:
         if following:
             self.coming[following] = self.one.submit(read, *following, self.readers)
         return found.result()
+
+
+def flat(settings):
+    """{"recipe.lr": 1e-3, ...} of {"recipe": {"lr": 1e-3, ...}, ...}"""
+    return {f"{part}.{name}": value for part, values in settings.items() for name, value in values.items()}
+
+
+def listing_digest(videos):
+    """Stands for which videos there are, their labels and their order, on which what a step draws depends."""
+    listed = [dataclasses.astuple(entry) for entry in getattr(videos, "entries", [])] or list(videos.names)
+    return hashlib.sha256(repr((listed, videos.classes)).encode()).hexdigest()
 
 
 def length(recipe, videos):

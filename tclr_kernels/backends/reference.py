@@ -39,20 +39,26 @@ def gram(sets, tau, normalize, cross):
 
 
 def _gram(z, tau, normalize, cross):
-    """z: [G, V, N, D]"""
+    """z: [G, V, N, D]
+
+    Diagonals are copied by an index, not taken as views. torch.compile overwrites a tensor saved for the backward in
+    place once it is used up, even where a view of it, saved too, is still to be read (`donated_buffer` in
+    torch/_functorch/config.py, PyTorch 2.13): with `neg.diagonal()` the compiled gradient was wrong. The masks compare
+    integers, since inductor cannot generate code for a comparison of two boolean index expressions.
+    """
     if isinstance(tau, torch.Tensor):
         tau = tau.to(device=z.device, dtype=z.dtype)
     V, N = z.shape[1:3]
     z = unit_rows(z) if normalize else z
     rows = z.flatten(1, 2)
     S = (rows @ rows.mT / tau).unflatten(2, (V, N)).unflatten(1, (V, N)).transpose(2, 3)  # [G, V, V, N, N]
-    half = torch.arange(V, device=z.device) >= (V + 1) // 2
-    exists = (half[:, None] != half[None, :]) if cross else torch.ones(V, V, dtype=torch.bool, device=z.device)
-    paired = (exists & ~torch.eye(V, dtype=torch.bool, device=z.device))[:, :, None]  # [V, V, 1]
-    pos = S.diagonal(dim1=3, dim2=4).masked_fill(~paired, 0)
+    a, i = torch.arange(V, device=z.device), torch.arange(N, device=z.device)
+    half = a // ((V + 1) // 2)  # which half of the sets, 0 or 1
+    paired = (half[:, None] != half if cross else a[:, None] != a)[:, :, None]  # [V, V, 1]
+    pos = S[:, :, :, i, i].masked_fill(~paired, 0)
     if N == 1:  # no negatives: neg is -inf, and the term 0 with no -inf - -inf on the way, nor g - g in pos's gradient
         return 0 * (pos - pos.detach()), torch.full_like(pos, -torch.inf), pos
-    neg = S.masked_fill(torch.eye(N, dtype=torch.bool, device=z.device), -torch.inf).logsumexp(-1)
-    negatives = neg if cross else torch.logaddexp(neg.diagonal(dim1=1, dim2=2).mT[:, :, None], neg)
+    neg = S.masked_fill(i[:, None] == i, -torch.inf).logsumexp(-1)
+    negatives = neg if cross else torch.logaddexp(neg[:, a, a][:, :, None], neg)
     term = -F.logsigmoid(pos - negatives)  # softplus, without its threshold
-    return term.masked_fill(~paired, 0), neg.masked_fill(~exists[:, :, None], -torch.inf), pos
+    return term.masked_fill(~paired, 0), neg.masked_fill(~paired, -torch.inf) if cross else neg, pos

@@ -12,6 +12,9 @@ the gradient takes two exponentials. The symmetric sums go by super-blocks of a 
 and adds its tiles' row sums and column sums, in a fixed order, to slots that no other program writes.
 
 Unit rows of half precision are carried as float16, with eleven bits more exact than bfloat16 and as fast.
+
+Triton compiles a kernel anew for an int argument that is 1 (then a constant, no tensor) or divisible by 16. It does not
+for the arguments named in do_not_specialize; N, G and D are left to it where the registers would spill otherwise.
 """
 
 import functools
@@ -149,7 +152,7 @@ def pair_of_supers(program, supers, left, CROSS: tl.constexpr):
     return p, q
 
 
-@triton.jit(do_not_specialize=["V", "N", "supers", "left", "supers_a_set", "programs"])
+@triton.jit(do_not_specialize=["V", "supers", "left", "supers_a_set", "programs"])
 def sums_kernel(
     z, tau, limit, sums, largest, pos, V, N, NP, supers, left, supers_a_set, rows_a_super, programs,
     BOUNDED: tl.constexpr, TENSOR: tl.constexpr, CROSS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
@@ -430,7 +433,7 @@ def store_gradient(
         tl.store(to + (row + d[None, :]), gradient, mask=(i < N)[:, None] & (d < D)[None, :])
 
 
-@triton.jit(do_not_specialize=["programs", "G", "V", "blocks"])
+@triton.jit(do_not_specialize=["programs", "V", "blocks"])
 def gradient_kernel(
     z, tau, limit, norms, neg, pos, alpha, beta, exponents, partial, partial_along, dx, zdz, programs, columns_a_split,
     G, V, N, NP, D, blocks, BOUNDED: tl.constexpr, TENSOR: tl.constexpr, NORMALIZE: tl.constexpr,
@@ -515,7 +518,7 @@ def gradient_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["splits", "G", "V", "N", "blocks"])
+@triton.jit(do_not_specialize=["splits", "G", "V", "blocks"])
 def join_kernel(
     z, tau, norms, pos, beta, exponents, partial, partial_along, dx, zdz, splits, G, V, N, NP, D, blocks,
     TENSOR: tl.constexpr, NORMALIZE: tl.constexpr, CROSS: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr,

@@ -149,7 +149,8 @@ def test_gram_of_more_than_two_to_the_31_entries(dtype, backend):
         assert abs(found[i] - (s.logsumexp(0) - positive)) < 1e-3
 
 
-def test_offsets_of_more_than_two_to_the_31(backend):
+@pytest.mark.xdist_group("much memory")
+def test_offsets_of_more_than_two_to_the_31(backend, much_memory):
     """Rows whose entries, and whose groups' entries, lie beyond."""
     if torch.cuda.get_device_properties(0).total_memory < 60 * 2**30:
         pytest.skip("takes 40 GiB of memory")

@@ -1,0 +1,134 @@
+"""What torch.compile makes of the losses by its default compiler, inductor: the values and gradients of eager mode.
+
+Generating code takes seconds a case, so most cases run with --full alone.
+"""
+
+import functools
+
+import pytest
+import torch
+from torch import nn
+
+import tclr_kernels as tk
+
+from .conftest import USABLE
+from .oracle import LOSSES, run, tclr_terms
+
+NAMES = [name for name in LOSSES if not name.endswith("total")]  # compiled, the total is the sum of the same terms
+full = pytest.mark.full
+WORST = ("nt_xent", "reference", False, "float")  # its gradient was wrong by a tenth
+CASES = [
+    pytest.param(*case, marks=() if case == WORST else full, id=f"{name}-{backend}-{size}-{tau}")
+    for name in NAMES
+    for backend in USABLE
+    for dynamic, size in ((False, "static"), (True, "dynamic"))
+    for tau in ("float", "learnt")
+    for case in [(name, backend, dynamic, tau)]
+]
+
+
+def agree(call, inputs, compiled=None, **settings):
+    """The compiled call gives the values and gradients of eager mode; returns the compiled call, for further sizes."""
+    compiled = compiled or torch.compile(call, fullgraph=True, **settings)
+    (out, grads), (want, want_grads) = run(compiled, inputs), run(call, inputs)
+    torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-6)
+    for grad, wanted in zip(grads, want_grads, strict=True):
+        assert grad.shape == wanted.shape and grad.dtype == wanted.dtype
+        eps = 4 * torch.finfo(wanted.dtype).eps
+        torch.testing.assert_close(grad, wanted, rtol=1e-5 + eps, atol=(1e-6 + eps) * wanted.abs().max().item())
+    return compiled
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name, backend, dynamic, tau", CASES)
+def test_every_loss(name, backend, dynamic, tau):
+    def call(*z):
+        settings, z = (dict(temperature=z[0]), z[1:]) if tau == "learnt" else ({}, z)
+        return LOSSES[name].call(*z, backend=backend, **settings)
+
+    compiled = None
+    for B in (5, 8, 33) if dynamic else (8,):
+        inputs = LOSSES[name].inputs((B, 3, 7), torch.float32)
+        inputs = [torch.tensor([0.25]), *inputs] if tau == "learnt" else inputs
+        compiled = agree(call, inputs, compiled, dynamic=dynamic)
+
+
+def test_the_total_of_the_objective_by_the_reference():
+    """It could not be compiled: there was no code for masks that compare booleans."""
+    call = functools.partial(LOSSES["tclr total"].call, backend="reference")
+    agree(call, LOSSES["tclr"].inputs((8, 4, 16), torch.float32))
+
+
+@full
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["nt_xent", "tclr release"])
+def test_other_dtypes(name, dtype, backend):
+    agree(functools.partial(LOSSES[name].call, backend=backend), LOSSES[name].inputs((8, 3, 7), dtype))
+
+
+@full
+@pytest.mark.parametrize("sizes", [(1, 1, 4), (2, 2, 1), (1, 5, 3), (40, 4, 128)], ids=str)
+@pytest.mark.parametrize("name", ["nt_xent", "clip_loss", "instance_contrastive", "local_local"])
+def test_other_sizes(name, sizes, backend):
+    if name == "instance_contrastive":
+        sizes = sizes[0], max(sizes[1], 2), sizes[2]
+    agree(functools.partial(LOSSES[name].call, backend=backend), LOSSES[name].inputs(sizes, torch.float32))
+
+
+@full
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("tclr")])
+def test_reductions_and_plain_products(name, backend):
+    inputs = LOSSES[name].inputs((8, 3, 7), torch.float32)
+    for settings in (dict(reduction="mean"), dict(reduction="sum", normalize=False)):
+        agree(functools.partial(LOSSES[name].call, backend=backend, **settings), inputs)
+
+
+@full
+def test_weights_of_the_objective(backend):
+    inputs = LOSSES["tclr"].inputs((8, 3, 7), torch.float32)
+    for weights in (dict(ic_local=2.0, ll=0), dict(ic_global=0, gl=0), dict(ic_local=0.5, ll=0.25)):
+        agree(functools.partial(tclr_terms, form="release", weights=weights, backend=backend), inputs)
+
+
+@full
+def test_a_temperature_that_changes_at_every_call(backend):
+    """torch.compile makes it a symbol."""
+    inputs = LOSSES["nt_xent"].inputs((8, 2, 7), torch.float32)
+    compiled = torch.compile(lambda tau, *z: tk.nt_xent(*z, temperature=tau, backend=backend), fullgraph=True)
+    for tau in (0.5, 0.4, 0.3, 0.2):
+        agree(
+            functools.partial(tk.nt_xent, temperature=tau, backend=backend),
+            inputs,
+            functools.partial(compiled, tau),
+        )
+
+
+@full
+def test_a_network_and_its_loss_in_one_graph(backend):
+    torch.manual_seed(0)
+    net, loss = nn.Linear(7, 6), tk.NTXentLoss(temperature=nn.Parameter(torch.tensor([0.3])), backend=backend)
+    parameters = [*net.parameters(), *loss.parameters()]
+
+    def call(x):
+        z = nn.functional.normalize(net(x).relu(), dim=-1)
+        return loss(*z.chunk(2))
+
+    x = torch.randn(16, 7)
+    wanted = torch.autograd.grad(call(x), parameters)
+    found = torch.autograd.grad(torch.compile(call, fullgraph=True)(x), parameters)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+@full
+def test_a_second_derivative_is_an_error(backend):
+    a, b = (x.requires_grad_() for x in LOSSES["nt_xent"].inputs((5, 2, 4), torch.float32))
+    out = torch.compile(functools.partial(tk.nt_xent, backend=backend))(a, b)
+    (slope,) = torch.autograd.grad(out, a, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward|second derivative"):
+        slope.sum().backward()
