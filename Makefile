@@ -1,5 +1,6 @@
-# make demo | test | test-all | test-core | test-triton | test-triton-versions | triton-compiled | cuda-compiled | lint |
-# bench | selftest | wheel | wheel-check | clean. Every target sets up what it needs, once, in $(VENV).
+# make demo | test | test-all | test-core | test-oldest | test-triton | test-triton-versions | triton-compiled |
+# cuda-compiled | lint | bench | selftest | wheel | wheel-check | clean. Every target sets up what it needs, once, in
+# $(VENV).
 #
 # The install is editable, so the package the tests import, the one the benchmarks import and the one in this folder
 # are the same files, with the compiled libraries beside them: a copy in site-packages would be shadowed by this folder.
@@ -19,8 +20,8 @@ ifeq ($(NATIVE),0)
 export TCLR_KERNELS_REQUIRE_NATIVE := 0
 endif
 
-.PHONY: demo test test-all test-core test-triton test-triton-versions triton-compiled cuda-compiled torch-headers lint
-.PHONY: bench plots selftest setup wheel wheel-check clean
+.PHONY: demo test test-all test-core test-oldest test-triton test-triton-versions triton-compiled cuda-compiled
+.PHONY: torch-headers lint bench plots selftest setup wheel wheel-check clean
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -60,6 +61,12 @@ test-triton-versions: setup $(TRITONS:%=.cache/triton-%)
 # the oldest and the newest supported PyTorch's headers and names, for tests/test_stable_abi.py; 130 MB are read, once
 torch-headers: setup
 	$(BIN)/python -m tests.torch_headers
+
+# with the oldest release of each dependency that pyproject.toml allows, in an environment of its own
+test-oldest:
+	mkdir -p build && python3 tests/oldest.py > build/oldest.txt
+	PIP_CONSTRAINT=$(CURDIR)/build/oldest.txt $(MAKE) VENV=$(VENV)-oldest setup
+	$(VENV)-oldest/bin/python -m pytest $(PARALLEL) tests $(ARGS)
 
 triton-compiled: setup
 	$(BIN)/python -m benchmarks.compile_triton

@@ -3,13 +3,19 @@
 The release decodes every file by OpenCV from its first frame to its last, and augments frame by frame on the host with
 torchvision's functions on PIL images, in the worker processes of a data loader; those functions are written out here,
 as torchvision does them. The trainer reads the 64-frame window alone, and augments clip by clip, in threads. Both work
-on two videos at a time, each with one PyTorch thread. Rounds of the two alternate; what is written is the median.
+on two videos at a time, each with one PyTorch thread. The index of each file is there before (index_cpu_ms: what
+making it takes). With --before, the trainer as it was at another commit is measured too, in the same rounds.
+Rounds of all alternate; what is written is the median. The columns with cpu go by the processor's time that all
+threads and processes took, which other work on the machine hardly changes.
 """
 
 import argparse
+import importlib
 import itertools
+import os
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,27 +33,43 @@ from PIL import Image, ImageEnhance
 from . import rows
 
 sys.path.insert(0, str(rows.ROOT / "python"))
-from tclr import annotations, augment, clips, decode, motions, videos  # noqa: E402
+from tclr import annotations, augment, clips, decode, index, motions, videos  # noqa: E402
 
 FRAMES, HEIGHT, WIDTH, SIDE = 180, 240, 320, 112
 PLAN = clips.ClipPlan()
 CASES = {"window": "frames of the 64-frame window", "clips": "window + 2 global and 8 local augmented clips"}
 COLUMNS = [
-    *("case", "key_frames_every", "status", "release_per_s", "trainer_per_s"),
-    *("ratio", "ratio_lowest", "rounds", "videos"),
+    *("case", "files", "key_frames_every", "status", "release_per_s", "trainer_per_s", "ratio", "ratio_lowest"),
+    *(
+        "cpu_ratio",
+        "index_cpu_ms",
+        "before",
+        "before_per_s",
+        "of_before",
+        "of_before_lowest",
+        "cpu_of_before",
+        "rounds",
+        "videos",
+    ),
     *("decoder", "opencv", "pillow", "cpu", "threads", "torch", "python", "commit", "date"),
 ]
 
 
-def write_files(folder, count, key_frames_every):
-    """320x240 MPEG-4 in AVI, as UCF101 is."""
+KINDS = {  # file's ending -> codec, options, decoders; UCF101 is 320x240 MPEG-4 in AVI
+    "avi": ("mpeg4", dict(qmin="4"), [decode.PYAV]),
+    "mp4": ("libx264", dict(preset="fast", bf="2"), list(dict.fromkeys([decode.PYAV, decode.DECODER]))),
+}
+
+
+def write_files(folder, count, kind, key_frames_every):
+    codec, options, _ = KINDS[kind]
     for i in range(count):
         rng = np.random.default_rng(i)
         track = motions.draw_track(motions.CLASSES[i % len(motions.CLASSES)], FRAMES, rng)
         pictures = motions.render(motions.draw_actor(rng), track, WIDTH)[:, :HEIGHT]
-        with av.open(str(folder / f"{i}.avi"), "w") as container:
-            options = {"g": str(key_frames_every), "sc_threshold": "1000000000", "qmin": "4"}
-            stream = container.add_stream("mpeg4", rate=25, options=options)
+        with av.open(str(folder / f"{i}.{kind}"), "w") as container:
+            always = {"g": str(key_frames_every), "sc_threshold": "1000000000"}
+            stream = container.add_stream(codec, rate=25, options=options | always)
             stream.height, stream.width, stream.pix_fmt = HEIGHT, WIDTH, "yuv420p"
             for picture in pictures:
                 picture = (picture + rng.integers(-6, 7, (HEIGHT, WIDTH, 1))).clip(0, 255).astype(np.uint8)
@@ -111,11 +133,14 @@ def augmented(frame, parameters):
 
 def release_work(case, path):
     """In a worker process; what it made stays there, so that carrying it over is not counted against the release."""
-    return len({"window": release_window, "clips": release_clips}[case](path))
+    started = time.process_time()
+    assert len({"window": release_window, "clips": release_clips}[case](path))
+    return time.process_time() - started
 
 
 def release_round(case, pool, paths):
-    assert all(pool.map(partial(release_work, case), paths))
+    """Returns the processor's seconds."""
+    return sum(pool.map(partial(release_work, case), paths))
 
 
 def trainer_work(case, found, i, seed):
@@ -130,26 +155,58 @@ def trainer_work(case, found, i, seed):
 
 
 def trainer_round(case, pool, found, seeds):
+    """Returns the processor's seconds."""
+    started = time.process_time()
     assert all(pool.map(partial(trainer_work, case, found), range(len(found)), seeds))
+    return time.process_time() - started
 
 
-def timed(function, count):
+def timed(work, count):
+    """(videos a second, videos in a second of the processor)"""
     started = time.perf_counter()
-    function()
-    return count / (time.perf_counter() - started)
+    busy = work()
+    return count / (time.perf_counter() - started), count / busy
 
 
-def measure(case, folder, rounds, processes, threads):
-    """The row of a case, over all files of a folder."""
-    found = videos.Files(annotations.read("folder", folder, "all"))
+def index_work(path):
+    started = time.process_time()
+    index.make(path)
+    return 1000 * (time.process_time() - started)
+
+
+def measure(case, folder, decoder, before, rounds, processes, threads):
+    """The row of a case, over all files of a folder. before: the module `videos` of another commit, or None."""
+    listing = annotations.read("folder", folder, "all")
+    found = videos.Files(listing, decoder=decoder)
     paths = [str(folder / name) for name in found.names]
-    release = partial(release_round, case, processes, paths)
-    trainer = partial(trainer_round, case, threads, found, itertools.count())
-    release(), trainer()
-    rates = [(timed(release, len(paths)), timed(trainer, len(paths))) for _ in range(rounds)]
-    theirs, ours = (statistics.median(rate) for rate in zip(*rates, strict=True))
-    values = dict(release_per_s=f"{theirs:.1f}", trainer_per_s=f"{ours:.1f}", ratio=f"{ours / theirs:.2f}")
-    return values | dict(ratio_lowest=f"{min(b / a for a, b in rates):.2f}", rounds=rounds, videos=len(paths))
+    index_ms = statistics.median(map(index_work, paths))
+    seeds = itertools.count()
+    works = [partial(release_round, case, processes, paths), partial(trainer_round, case, threads, found, seeds)]
+    if before:
+        works.append(partial(trainer_round, case, threads, before.Files(listing, decoder=decoder), seeds))
+    for work in works:
+        work()
+    rates = [[timed(work, len(paths)) for work in works] for _ in range(rounds)]
+    walls, busy = ([[rate[kind] for rate in rates_of] for rates_of in rates] for kind in (0, 1))
+    theirs, ours, *earlier = (statistics.median(rate) for rate in zip(*walls, strict=True))
+    cpu = [statistics.median(rate) for rate in zip(*busy, strict=True)]
+    values = dict(rounds=rounds, videos=len(paths), index_cpu_ms=f"{index_ms:.0f}", cpu_ratio=f"{cpu[1] / cpu[0]:.2f}")
+    values.update(release_per_s=f"{theirs:.1f}", trainer_per_s=f"{ours:.1f}", ratio=f"{ours / theirs:.2f}")
+    values.update(ratio_lowest=f"{min(rate[1] / rate[0] for rate in walls):.2f}")
+    if earlier:
+        values.update(before_per_s=f"{earlier[0]:.1f}", of_before=f"{ours / earlier[0]:.2f}")
+        values.update(of_before_lowest=f"{min(rate[1] / rate[2] for rate in walls):.2f}")
+        values.update(cpu_of_before=f"{cpu[1] / cpu[2]:.2f}")
+    return values
+
+
+def package_at(commit, folder):
+    """The trainer's module `videos` as it was at a commit, under another name."""
+    archive = subprocess.run(["git", "archive", commit, "python/tclr"], cwd=rows.ROOT, capture_output=True, check=True)
+    subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
+    (Path(folder) / "python/tclr").rename(Path(folder) / "tclr_before")
+    sys.path.insert(0, folder)
+    return importlib.import_module("tclr_before.videos")
 
 
 def main():
@@ -157,24 +214,35 @@ def main():
     parser.add_argument("--videos", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--key-frames-every", type=int, nargs="*", default=[12, 250])
+    parser.add_argument("--files", choices=KINDS, nargs="*", default=list(KINDS))
+    parser.add_argument("--before", help="a commit whose trainer is measured too")
     parser.add_argument(
         "--out", type=Path, default=rows.RESULTS / rows.default_path().name.replace("cpu-", "decoding-")
     )
     arguments = parser.parse_args()
-    here = dict(rows.here(), decoder=decode.DECODER, opencv=cv2.__version__, pillow=PIL.__version__)
+    here = dict(rows.here(), opencv=cv2.__version__, pillow=PIL.__version__, before=arguments.before)
     failures = 0
     torch.set_num_threads(1)
     alone = partial(ProcessPoolExecutor, initializer=torch.set_num_threads, initargs=(1,))  # as a data loader does
-    with alone(2) as processes, ThreadPoolExecutor(2) as threads, rows.writing(arguments.out, COLUMNS) as add:
-        for every in arguments.key_frames_every:
-            with tempfile.TemporaryDirectory() as folder:
-                write_files(Path(folder), arguments.videos, every)
-                for case, title in CASES.items():
-                    made = rows.attempted(measure, case, Path(folder), arguments.rounds, processes, threads)
-                    made = dict(case=title, key_frames_every=every) | made
-                    print(made, flush=True)
-                    add(here | made)
-                    failures += made["status"] != "ok"
+    with (
+        alone(2) as processes,
+        ThreadPoolExecutor(2) as threads,
+        tempfile.TemporaryDirectory() as scratch,
+        rows.writing(arguments.out, COLUMNS) as add,
+    ):
+        os.environ["TCLR_INDEX"] = f"{scratch}/indices"
+        before = package_at(arguments.before, scratch) if arguments.before else None
+        for kind, every in itertools.product(arguments.files, arguments.key_frames_every):
+            folder = Path(scratch) / f"{kind}-{every}"
+            folder.mkdir()
+            write_files(folder, arguments.videos, kind, every)
+            for decoder, case in itertools.product(KINDS[kind][2], CASES):
+                made = rows.attempted(measure, case, folder, decoder, before, arguments.rounds, processes, threads)
+                files = f"{KINDS[kind][0]} in {kind}"
+                made = dict(case=CASES[case], files=files, key_frames_every=every, decoder=decoder) | made
+                print(made, flush=True)
+                add(here | made)
+                failures += made["status"] != "ok"
     return 1 if failures else 0
 
 

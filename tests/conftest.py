@@ -16,6 +16,7 @@ import torch
 import tclr_kernels as tk
 from tclr_kernels import backends
 
+os.environ["TCLR_INDEX"] = tempfile.mkdtemp(prefix="tclr-index-")  # not the user's own cache
 torch.set_num_threads(1)  # most sizes here are small; more threads have tests of their own
 if os.environ.get("TCLR_KERNELS_TEST_CUDA") == "1":
     from . import cuda

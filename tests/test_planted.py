@@ -16,15 +16,15 @@ from . import oracle
 
 SOURCE = inspect.getsource(backends.reference)
 BUGS = {
-    "dropped mask": ("S.masked_fill(torch.eye(N, dtype=torch.bool, device=z.device), -torch.inf)", "S"),
-    "tile off by one": ("pos = S.diagonal(dim1=3, dim2=4)", "pos = S.roll(1, 4).diagonal(dim1=3, dim2=4)"),
+    "dropped mask": ("S.masked_fill(i[:, None] == i, -torch.inf)", "S"),
+    "tile off by one": ("pos = S[:, :, :, i, i]", "pos = S.roll(1, 4)[:, :, :, i, i]"),
     "missing maximum": (".logsumexp(-1)", ".exp().sum(-1).log()"),
     "wrong power of tau": ("/ tau)", "/ tau**2)"),
     "missing factor 2": ("rows @ rows.mT", "rows @ rows.mT.detach()"),
     "swapped positive": ("F.logsigmoid(pos - negatives)", "F.logsigmoid(pos.roll(1, -1) - negatives)"),
     "own negatives forgotten": ("neg if cross else", "neg if True else"),
     "zero row divided": ("scaled.masked_fill(zero, 1)", "scaled"),
-    "own blocks in cross": ("if cross else torch.ones", "if False else torch.ones"),
+    "own blocks in cross": ("half[:, None] != half if cross", "half[:, None] != half if False"),
 }
 
 

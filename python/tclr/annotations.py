@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-SUFFIXES = {".avi", ".mp4", ".mkv", ".webm", ".mov", ".mpg", ".mpeg", ".m4v"}
+SUFFIXES = {".avi", ".mp4", ".mkv", ".webm", ".mov", ".mpg", ".mpeg", ".m4v", ".ts", ".m2ts", ".mts", ".vob"}
 KINETICS_PARTS = {"train": "train", "val": "val", "validate": "val", "test": "test"}
 DIVING48_CLASSES = 48  # label 30 occurs in neither part, and keeps its output
 

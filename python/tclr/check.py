@@ -34,11 +34,7 @@ def check(dataset, root, part="train", split=1, *, out="data_check.csv", window=
 def problem(root, entry, *, window=64, quick=False):
     """("unreadable" or "short", detail) of a video, None where it is fine."""
     try:
-        frames = decode.length(root / entry.path)
-        if not quick:
-            delivered = decode.delivered(root / entry.path)
-            if delivered < frames:
-                return "short", f"{delivered} frames delivered of {frames} packets"
+        frames = (decode.packets if quick else decode.length)(root / entry.path)
     except decode.Unreadable as error:
         return "unreadable", str(error)
     frames = (frames if entry.end is None else min(frames, entry.end)) - entry.start

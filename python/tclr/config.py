@@ -79,14 +79,18 @@ def read_run(run):
 def open_videos(data, part, shortest, out=None, seed=0, classes=None):
     """The videos of one part; those that cannot be read are replaced and listed in `out`/bad_videos.csv.
 
-    Labels stand for the classes of the training part, or for `classes` where they are given.
+    Labels stand for the classes of the training part, or for `classes` where they are given. Raises
+    ValueError, naming two of them, where sizes differ and `data.size` does not bring them to one.
     """
     train = part if classes else data.train
     listing = annotations.read(data.dataset, data.root, part, data.split, train=train, classes=classes)
     print(f"{data.dataset}, {part}: " + ", ".join(f"{count} {what}" for what, count in listing.counts.items()))
     size = tuple(data.size) if data.size else None
     bad = out / "bad_videos.csv" if out else None
-    return videos.Files(listing, shortest=shortest, size=size, seed=seed, bad_videos=bad)
+    found = videos.Files(listing, shortest=shortest, size=size, seed=seed, bad_videos=bad)
+    if size is None:
+        videos.check_sizes(found)
+    return found
 
 
 def open_labelled(data, part, shortest, out=None, classes=None):

@@ -1,15 +1,20 @@
-"""Frames of a video file, by torchcodec where it loads and by PyAV otherwise; both decode from the nearest key frame.
+"""Frames of a video file: any of them, as decoding the file from its first frame to its last would give them.
 
-AVI goes to PyAV in any case: it stores no times of showing, and with B frames torchcodec 0.13 then returns a neighbour.
-The container's own count of frames is never asked: frames are numbered by the time stamps of the packets there are.
+The frames are those of `ffmpeg -map 0:v:0 -fps_mode passthrough`, in its order, turned and mirrored as it does, and all
+of the first one's size. index.py finds out where in a file decoding may start; torchcodec does the work where it loads
+and the stamps of a file identify its frames, PyAV everywhere else.
 """
 
 from bisect import bisect_right
-from pathlib import Path
+from contextlib import suppress
+from itertools import islice
 
 import av
 import numpy as np
 import torch
+
+from . import index
+from .index import Unreadable  # noqa: F401
 
 try:
     import torchcodec
@@ -21,129 +26,134 @@ PYAV = f"PyAV {av.__version__}"
 DECODER = f"torchcodec {torchcodec.__version__}" if torchcodec else PYAV
 
 
-class Unreadable(ValueError):
-    """A file that is no video to learn from, and the reason in one line."""
-
-
 def read(path, positions, decoder=DECODER):
     """The frames at these positions, in any order, repeats allowed: (uint8 [P, 3, H, W], how many are held frames).
 
-    Where the decoder delivers fewer frames than there are packets, the last one it did deliver is held. Raises
-    Unreadable, with the reason, where a frame wanted is damaged or there is none to hold.
+    A position past the last frame holds the last one. Raises Unreadable, with the reason, where the file cannot be
+    decoded from end to end without an error, and ValueError for a negative position.
     """
+    found = index.find(path)
     positions = torch.as_tensor(positions)
-    if decoder != PYAV and Path(path).suffix.lower() != ".avi":
-        try:
-            return VideoDecoder(str(path)).get_frames_at(positions.tolist()).data, 0
-        except (RuntimeError, ValueError, IndexError):
-            pass  # PyAV has the last word: it holds frames, and says what is wrong
+    if len(positions) == 0 or positions.min() < 0:
+        raise ValueError(f"positions: found {positions.tolist()}, wanted one or more, none of them negative")
+    held = int((positions >= found.frames).sum())
+    positions = positions.clamp(max=found.frames - 1)
+    if decoder != PYAV and found.times and (frames := _by_torchcodec(path, found, positions.tolist())) is not None:
+        return frames, held
     wanted, order = positions.unique(return_inverse=True)
-    with _Video(path) as video:
-        frames, held = video.frames(wanted.tolist())
+    frames = _by_pyav(path, found, wanted.tolist())
     return frames if torch.equal(wanted, positions) else frames[order], held
 
 
 def length(path):
-    """How many frames the file's packets hold, without decoding one. Raises Unreadable with the reason."""
-    with _Video(path) as video:
-        return len(video.times)
+    """How many frames the file holds: as many as decoding gives. Raises Unreadable with the reason."""
+    return index.find(path).frames
+
+
+def size(path):
+    """(H, W) of the file's frames, by the first one alone. Raises Unreadable with the reason."""
+    with index.Video(path) as video:
+        for frame in video.all_frames():
+            return index.upright_size(frame)
+    return index.enough(0)
+
+
+def packets(path):
+    """How many packets the file holds, none of them decoded. Raises Unreadable with the reason."""
+    with index.Video(path) as video:
+        found = [packet for packet in video.packets() if packet.size]
+    if any(packet.is_corrupt for packet in found):
+        raise Unreadable("truncated: a packet is cut short")
+    return index.enough(len(found))
 
 
 def decode(path, decoder=DECODER):
-    """Every frame of a file: uint8 [F, 3, H, W]. Raises Unreadable with the reason."""
-    return read(path, range(length(path)), decoder)[0]
+    """Every frame of a file: uint8 [F, 3, H, W]. Raises Unreadable with the reason. PyAV needs no index for it."""
+    if decoder != PYAV:
+        return read(path, range(length(path)), decoder)[0]
+    size, frames = None, []
+    with index.Video(path) as video:
+        for frame in video.all_frames():
+            size = size or index.upright_size(frame)
+            frames.append(_upright(frame, size).copy())
+    index.enough(len(frames))
+    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
 
 
-def delivered(path):
-    """How many frames the decoder delivers, every one decoded, none kept. Raises Unreadable with the reason."""
-    with _Video(path) as video:
-        frames = 0
-        for frame in video.decoded_from(0):
-            _checked(frame)
-            frames += 1
-        return frames
+def _by_torchcodec(path, found, positions):
+    """The frames, or None where torchcodec fails or returns any frame of another time than the index has."""
+    try:
+        decoder = VideoDecoder(str(path))
+        if len(decoder) != found.frames:
+            return None
+        batch = decoder.get_frames_at(positions)
+    except (RuntimeError, ValueError, IndexError):
+        return None
+    expected = torch.tensor([found.times[position] for position in positions], dtype=torch.float64)
+    return batch.data if torch.allclose(batch.pts_seconds, expected, rtol=0, atol=1e-4) else None
 
 
-class _Video:
-    """An open file by PyAV. times: the time stamp of each frame, in the order of showing; keys: those of key frames."""
-
-    def __init__(self, path):
-        try:
-            self.container = av.open(str(path))
-        except (av.FFmpegError, OSError) as error:
-            raise Unreadable(f"no video file: {_reason(error)}") from None
-
-    def __enter__(self):
-        try:
-            self._index()
-        except BaseException:
-            self.container.close()
-            raise
-        return self
-
-    def __exit__(self, *_):
-        self.container.close()
-
-    def _index(self):
-        if not self.container.streams.video:
-            raise Unreadable("no video stream: audio alone" if self.container.streams.audio else "no video stream")
-        self.stream = self.container.streams.video[0]
-        self.stream.thread_count = 1
-        try:
-            packets = [packet for packet in self.container.demux(self.stream) if packet.size]
-        except av.FFmpegError as error:
-            raise Unreadable(f"damaged: {_reason(error)}") from None
-        if any(packet.is_corrupt for packet in packets):
-            raise Unreadable("truncated: a packet is cut short")
-        if len(packets) < 2:
-            raise Unreadable(f"found {len(packets)} frames, wanted 2 or more")
-        self.times = sorted(_time(packet) for packet in packets)
-        self.keys = sorted(_time(packet) for packet in packets if packet.is_keyframe) or self.times[:1]
-
-    def frames(self, wanted):
-        """wanted: positions, ascending, each once; returns (uint8 [P, 3, H, W], how many of them are held frames)."""
-        result, done, held, position, last = None, 0, 0, -1, None
-        for frame in self.decoded_from(wanted[0]):
-            if last is None:
-                result = np.empty((len(wanted), frame.height, frame.width, 3), np.uint8)
-            time = frame.pts if frame.pts is not None else frame.dts
-            position = position + 1 if time is None else bisect_right(self.times, time) - 1
-            while done < len(wanted) and wanted[done] <= position:
-                exact = wanted[done] == position
-                result[done] = _rgb(frame if exact or last is None else last)
-                done, held = done + 1, held + (not exact)
-            last = frame
-            if done == len(wanted):
-                break
-        if held == done:
-            raise Unreadable(f"nothing could be decoded from frame {wanted[0]} on")
-        result[done:] = result[done - 1]
-        return torch.from_numpy(result).permute(0, 3, 1, 2), held + len(wanted) - done
-
-    def decoded_from(self, position):
-        """Decoded frames from the last key frame that is not after `position`."""
-        start = self.keys[max(0, bisect_right(self.keys, self.times[position]) - 1)]
-        try:
-            self.container.seek(start, stream=self.stream)
-            yield from self.container.decode(self.stream)
-        except av.FFmpegError as error:
-            raise Unreadable(f"damaged: {_reason(error)}") from None
+def _by_pyav(path, found, wanted):
+    """wanted: positions, ascending, each once."""
+    start = bisect_right(found.starts, wanted[0], key=lambda start: start.frame) - 1
+    if start >= 0:
+        with suppress(Unreadable):
+            if (frames := _from(path, found, wanted, found.starts[start])) is not None:
+                return frames
+    if (frames := _from(path, found, wanted)) is None:
+        raise Unreadable(f"found fewer than the {found.frames} frames that were there when its index was made")
+    return frames
 
 
-def _time(packet):
-    return packet.pts if packet.pts is not None else packet.dts if packet.dts is not None else 0
+def _from(path, found, wanted, start=None):
+    """The frames by decoding from `start` or the beginning; None where a seek lands elsewhere or frames run out."""
+    result = np.empty((len(wanted), *found.size, 3), np.uint8)
+    with index.Video(path) as video:
+        frames = video.all_frames() if start is None else islice(video.frames_after(start.seek), start.skip, None)
+        done = 0
+        for position, frame in enumerate(frames, start.frame if start else 0):
+            if start and video.landing != start.landing:
+                return None
+            if position == wanted[done]:
+                result[done] = _upright(frame, found.size) if found.changes else _rgb(frame)
+                done += 1
+                if done == len(wanted):
+                    return torch.from_numpy(result).permute(0, 3, 1, 2)
+    return None
 
 
-def _rgb(frame):
-    """uint8 [H, W, 3]. One thread: handing the rows of small frames out takes 20 times as long as converting them."""
-    return _checked(frame).to_ndarray(format="rgb24", threads=1)
+def _rgb(frame, **options):
+    """uint8 [H, W, 3], not copied. One thread: for small frames, many take 20 times as long."""
+    frame = frame.reformat(format="rgb24", threads=1, **options)
+    (plane,) = frame.planes
+    rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: frame.height, : 3 * frame.width]
+    return rows.reshape(frame.height, frame.width, 3)
 
 
-def _checked(frame):
-    if frame.is_corrupt:
-        raise Unreadable("damaged: the decoder reports errors in a frame")
-    return frame
+def _upright(frame, size):
+    """A frame as it is shown, brought to that size: uint8 [H, W, 3]"""
+    steps = index.turn(frame)
+    height, width = index.swapped(size, steps)
+    other = (height, width) != (frame.height, frame.width)
+    picture = _rgb(frame, **(dict(width=width, height=height, interpolation="BICUBIC") if other else {}))
+    for step in steps:
+        picture = TURNS[step](picture) if step in TURNS else _rotated(picture, step)
+    return picture
 
 
-def _reason(error):
-    return getattr(error, "strerror", None) or type(error).__name__
+TURNS = {
+    "hflip": lambda picture: picture[:, ::-1],
+    "vflip": lambda picture: picture[::-1],
+    "clock": lambda picture: np.rot90(picture, -1),
+    "cclock": np.rot90,
+    "transpose": lambda picture: picture.transpose(1, 0, 2),
+}
+
+
+def _rotated(picture, degrees):
+    """Rotated clockwise within its own size, by the filter that ffmpeg uses."""
+    graph, picture = av.filter.Graph(), av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+    first = graph.add_buffer(width=picture.width, height=picture.height, format=picture.format, time_base=1)
+    graph.link_nodes(first, graph.add("rotate", f"{degrees}*PI/180"), graph.add("buffersink")).configure()
+    graph.vpush(picture)
+    return _rgb(graph.vpull())

@@ -7,6 +7,7 @@ length(i) -> frames of video i, and read(i, positions) -> uint8 [P, 3, H, W].
 import csv
 import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,8 +46,8 @@ class Files:
     on what was read before: a resumed run sees what the uninterrupted one would have seen. `size` = (H, W) brings
     videos of different sizes to one, covered and cut around the centre; without it they stay as they are.
 
-    counts: decoded, replaced, held (reads; "held" where the decoder delivered too few frames and the last one was
-    repeated); padded, unreadable (videos).
+    counts: decoded, replaced, held (reads; "held" where a file has become shorter since its frames were counted, and
+    its last one was repeated); padded, unreadable (videos).
     """
 
     def __init__(self, listing, *, shortest=64, size=None, seed=0, bad_videos=None, decoder=decode.DECODER):
@@ -92,7 +93,7 @@ class Files:
                 yield j
 
     def _own_length(self, j):
-        """Frames of video j itself; its packets are counted once."""
+        """Frames of video j itself."""
         if j not in self._frames:
             entry = self.entries[j]
             frames = decode.length(self.root / entry.path)
@@ -128,6 +129,27 @@ class Files:
                 fresh = not self.bad_videos.exists()
                 with open(self.bad_videos, "a", newline="", errors="surrogateescape") as file:
                     csv.writer(file).writerows([["video", "reason"]] * fresh + [[self.names[j], reason]])
+
+
+def check_sizes(found, threads=8):
+    """Raises ValueError where two readable videos of the set `found` differ in size: batches need one size."""
+    seen = {}
+    with ThreadPoolExecutor(threads) as pool:
+        paths = dict.fromkeys(entry.path for entry in found.entries)
+        for path, size in zip(paths, pool.map(lambda path: _size(found.root / path), paths), strict=True):
+            if size:
+                seen.setdefault(size, path)
+            if len(seen) > 1:
+                pool.shutdown(wait=False, cancel_futures=True)
+                named = " and ".join(f"{path} of {h} x {w}" for (h, w), path in seen.items())
+                raise ValueError(f"data.size: found none, but {named}, wanted one size: set data.size = [H, W]")
+
+
+def _size(path):
+    try:
+        return decode.size(path)
+    except decode.Unreadable:
+        return None
 
 
 def _listed(path):
