@@ -50,6 +50,7 @@ test-triton: setup
 # The versions that PyTorch 2.11, 2.12 and 2.13, and 2.14 bring, beside the newest, which the other targets test.
 test-triton-versions: setup $(TRITONS:%=.cache/triton-%)
 	for version in $(TRITONS); do echo "== Triton $$version"; export PYTHONPATH=.cache/triton-$$version; \
+	  $(BIN)/python -m benchmarks.compile_triton --version && \
 	  $(BIN)/python -m pytest $(PARALLEL) tests/test_standin.py tests/test_triton_compiled.py $(ARGS) && \
 	  TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests/test_triton.py $(ARGS) || exit 1; done
 

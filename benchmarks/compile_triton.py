@@ -26,6 +26,7 @@ from benchmarks.rows import attempted, write, writing
 from tclr_kernels.triton import large, sets, small
 
 RESULTS = Path(__file__).parent / "results" / "triton-compiled.csv"
+VERSIONS = Path(__file__).parent / "results" / "triton-versions.csv"
 PAGE = Path(__file__).parents[1] / "docs" / "triton.md"
 NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGETS = {
@@ -377,8 +378,30 @@ def page(made):
         kernels,
         "\n## Every kernel of every case\n",
         targets,
+        "\n## A selection of cases on sm_90, by other versions of Triton\n",
+        "The tiles were chosen with the newest one.\n",
+        versions_page(read(VERSIONS)),
     ]
     return "\n".join(parts) + "\n"
+
+
+def versions_page(made):
+    """A table of the versions of Triton, of the rows that --version wrote."""
+    lines = []
+    for version in sorted({row["triton"] for row in made}):
+        own = [row for row in made if row["triton"] == version]
+        spilling = [int(row["spills"]) for row in own if row["spills"] != "0"]
+        lines.append([version, len(own), len(spilling), max(spilling, default=0)])
+    return markdown(["Triton", "variants", "that spill", "spills at most"], lines)
+
+
+def add_version():
+    """Writes the rows of the installed Triton for a selection of cases on sm_90, in place of its older ones."""
+    others = [row for row in read(VERSIONS) if row["triton"] != triton.__version__] if VERSIONS.exists() else []
+    made = [dict(row, triton=triton.__version__) for row in rows(SELECTED, ["sm_90"])]
+    columns = "triton", "case", "kernel", "BM", "BN", "DP", "BK", "DC", "warps", "stages", "registers", "spills"
+    write(VERSIONS, columns, sorted(others + made, key=lambda row: row["triton"]))
+    PAGE.write_text(page(read(RESULTS)))
 
 
 def main(arguments=None):
@@ -388,12 +411,16 @@ def main(arguments=None):
     )
     parser.add_argument("--only", default="", help="cases whose text contains this, and no table")
     parser.add_argument("--page", action="store_true", help="only write the page, from the table as it is")
+    parser.add_argument("--version", action="store_true", help="only count the spills of the Triton that is installed")
     options = parser.parse_args(arguments)
     if options.page:
         PAGE.write_text(page(read(RESULTS)))
         return 0
     if sets.INTERPRETED:
         parser.error("TRITON_INTERPRET=1 is set: nothing would be compiled")
+    if options.version:
+        add_version()
+        return 0
     cases = [case for case in CASES if options.only in str(case)]
     targets = options.target or list(TARGETS)
     made, whole = [], cases == CASES
