@@ -3,14 +3,15 @@
 import math
 import numbers
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 DTYPES = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
 
-def embeddings(dims, **tensors):
+def embeddings(dims: str, **tensors: Tensor) -> list[Tensor]:
     """The tensors, checked to be embeddings of one shape, dtype and device.
 
     dims: the dimensions' names, in brackets the leading ones that may be any number: "... N D".
@@ -27,7 +28,7 @@ def embeddings(dims, **tensors):
     return [saveable(x) for x in same_dtype(**tensors)]
 
 
-def saveable(x):
+def saveable(x: Tensor) -> Tensor:
     """The tensor, copied if it was made in inference mode and autograd, which saves no such tensor, may need it.
 
     torch.compile cannot ask a tensor for that: there PyTorch's own error says what to do.
@@ -36,7 +37,7 @@ def saveable(x):
     return x.clone() if asks and x.is_inference() else x
 
 
-def same_dtype(**tensors):
+def same_dtype(**tensors: Tensor) -> list[Tensor]:
     """The tensors in one dtype: under autocast the one they promote to, elsewhere a mixture is an error."""
     (first, a), *others = tensors.items()
     dtype = a.dtype
@@ -47,7 +48,7 @@ def same_dtype(**tensors):
     return [x if x.dtype == dtype else x.to(dtype) for x in tensors.values()]
 
 
-def autocast_type(device):
+def autocast_type(device: torch.device) -> str:
     """The device type whose autocast applies: the CPU's where there is none of its own, as for meta."""
     return device.type if torch.amp.is_autocast_available(device.type) else "cpu"
 
@@ -55,7 +56,7 @@ def autocast_type(device):
 autocast_type._dynamo_marked_constant = True  # PyTorch 2.11 cannot trace what it calls; see tf32_allowed below
 
 
-def tf32_allowed():
+def tf32_allowed() -> bool:
     """Whether the user lets CUDA devices round products of float32 to TF32; by either of PyTorch's ways to say so.
 
     `torch.get_float32_matmul_precision` and `allow_tf32` raise where the newer way was used.
@@ -68,11 +69,11 @@ def tf32_allowed():
 tf32_allowed._dynamo_marked_constant = True
 
 
-def _check_values():
+def _check_values() -> bool:
     return os.environ.get("TCLR_KERNELS_CHECK") == "1"
 
 
-def _embedding(name, x, dims, check_values):
+def _embedding(name: str, x: object, dims: Sequence[str], check_values: bool) -> None:
     wanted = f"[{', '.join(dims)}]"
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name}: found {type(x).__module__}.{type(x).__name__}, wanted a torch.Tensor {wanted}")
@@ -92,7 +93,7 @@ def _embedding(name, x, dims, check_values):
             raise ValueError(f"{name}: found a NaN or Inf in row {row}, wanted finite entries (TCLR_KERNELS_CHECK=1)")
 
 
-def temperature(value, device=None):
+def temperature(value: object, device: torch.device | None = None) -> float | Tensor:
     """The temperature as the losses use it: a float > 0, or a 0-d floating-point tensor, whose value is not read.
 
     value: a number > 0, or a tensor of one element, of any shape, on the CPU or the inputs' device.
@@ -125,7 +126,7 @@ def temperature(value, device=None):
     return number
 
 
-def kept_temperature(value):
+def kept_temperature(value: object) -> float | Tensor:
     """The temperature as a module keeps it: as it was given, unless it would bring the graph of one step along."""
     number = temperature(value)
     if not isinstance(value, torch.Tensor):
@@ -139,21 +140,21 @@ def kept_temperature(value):
     return value
 
 
-def _capturing():
+def _capturing() -> bool:
     return not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
 
 
-def one_of(name, value, choices):
+def one_of(name: str, value: object, choices: Collection[str]) -> None:
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name}: found {value!r}, wanted one of {', '.join(map(repr, choices))}")
 
 
-def flag(name, value):
+def flag(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name}: found {value!r}, wanted True or False")
 
 
-def weights(given, defaults):
+def weights(given: Mapping[str, float] | None, defaults: dict[str, float]) -> dict[str, float]:
     """The defaults, with the given weights in their place."""
     if given is None:
         return defaults

@@ -16,15 +16,26 @@ normalize, cross, neg, pos, g_term, g_neg, g_pos) -> (dz of each set, <z, dz> of
 does not use arrives there as None.
 """
 
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from . import backends, checks
 
 _transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 
-def gram(sets, tau, *, normalize=True, cross=False, backend=None):
+def gram(
+    sets: Sequence[Tensor],
+    tau: float | Tensor,
+    *,
+    normalize: bool = True,
+    cross: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Contrast every set of rows with every other, without holding their Gram matrix.
 
     sets: V tensors [G, N, D] of one dtype and device; tau: a float or a 0-d tensor; normalize: cosine similarity, else
@@ -43,11 +54,11 @@ def gram(sets, tau, *, normalize=True, cross=False, backend=None):
         return backends.reference.gram(sets, tau, normalize, cross)
 
 
-def wants_gradient(*inputs):
+def wants_gradient(*inputs: float | Tensor) -> bool:
     return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
 
 
-def ordered_sum(x):
+def ordered_sum(x: Tensor) -> Tensor:
     """The sum of all elements, in an order that does not depend on the number of threads."""
     x = x.flatten()
     while x.numel() > 32768:  # up to here ATen adds in one thread, and beyond it one thread a row
@@ -57,11 +68,13 @@ def ordered_sum(x):
 
 class Gram(torch.autograd.Function):
     @staticmethod
-    def forward(name, tau, normalize, cross, *sets):
+    def forward(
+        name: str, tau: float | Tensor, normalize: bool, cross: bool, *sets: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         return backends.BACKENDS[name].forward(sets, tau, normalize, cross)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         ctx.name, tau, ctx.normalize, ctx.cross, *sets = inputs
         _, neg, pos = output
         ctx.tau = None if isinstance(tau, torch.Tensor) else tau
@@ -69,7 +82,9 @@ class Gram(torch.autograd.Function):
         ctx.save_for_backward(tau if ctx.tau is None else None, neg, pos, *sets)
 
     @staticmethod
-    def backward(ctx, g_term, g_neg, g_pos):
+    def backward(
+        ctx: Any, g_term: Tensor | None, g_neg: Tensor | None, g_pos: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         tau, neg, pos, *sets = ctx.saved_tensors
         tau = tau if ctx.tau is None else ctx.tau
         settings = ctx.name, ctx.normalize, ctx.cross, ctx.needs_input_grad[1]
@@ -83,18 +98,18 @@ class Eager:
     """For functions whose first argument is the backend's name: errors that name the way out, and a direct `apply`."""
 
     @classmethod
-    def apply(cls, *arguments):
+    def apply(cls, *arguments: Any) -> Any:
         if _transforms_active():
             return super().apply(*arguments)
         # past Function.apply, which inspects forward's signature on every call: longer than a small loss takes
         return super(torch.autograd.Function, cls).apply(*arguments)
 
     @staticmethod
-    def jvp(ctx, *_):
+    def jvp(ctx: Any, *_: Any) -> NoReturn:
         raise _only_reference("forward mode differentiation", ctx.name)
 
     @staticmethod
-    def vmap(info, in_dims, name, *_):
+    def vmap(info: Any, in_dims: Any, name: str, *_: Any) -> NoReturn:
         raise _only_reference("vmap", name)
 
 
@@ -102,15 +117,15 @@ class Once:
     """The same, for a gradient that is a function of its own, so that a second derivative is never a silent zero."""
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.name = inputs[0]
 
     @staticmethod
-    def backward(ctx, *_):
+    def backward(ctx: Any, *_: Any) -> NoReturn:
         raise _only_reference("a second derivative", ctx.name)
 
     @staticmethod
-    def vmap(info, in_dims, name, *_):
+    def vmap(info: Any, in_dims: Any, name: str, *_: Any) -> NoReturn:
         raise _only_reference("vmap", name)
 
 
@@ -120,11 +135,23 @@ class EagerGram(Eager, Gram):
 
 class GramBackward(Once, torch.autograd.Function):
     @staticmethod
-    def forward(name, normalize, cross, tau_needs_grad, tau, neg, pos, g_term, g_neg, g_pos, *sets):
+    def forward(
+        name: str,
+        normalize: bool,
+        cross: bool,
+        tau_needs_grad: bool,
+        tau: float | Tensor,
+        neg: Tensor,
+        pos: Tensor,
+        g_term: Tensor | None,
+        g_neg: Tensor | None,
+        g_pos: Tensor | None,
+        *sets: Tensor,
+    ) -> tuple[Tensor | None, ...]:
         d_sets, zdz = backends.BACKENDS[name].backward(sets, tau, normalize, cross, neg, pos, g_term, g_neg, g_pos)
         d_tau = (ordered_sum(zdz) / (-2 * tau)).to(tau) if tau_needs_grad else None
         return d_tau, *d_sets
 
 
-def _only_reference(what, name):
+def _only_reference(what: str, name: str) -> NotImplementedError:
     return NotImplementedError(f'{what} is not provided by backend {name!r}: use backend="reference"')

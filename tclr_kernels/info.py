@@ -3,6 +3,8 @@
 import argparse
 import math
 import platform
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -14,7 +16,7 @@ from .backends.native import build_facts
 NEWEST_TESTED = 2, 15
 
 
-def versions():
+def versions() -> dict[str, str | None]:
     """Name -> version, of this package and of what it runs on; None where a package is not installed."""
     return {
         "tclr-kernels": tclr_kernels.__version__,
@@ -24,7 +26,7 @@ def versions():
     }
 
 
-def cpu_model():
+def cpu_model() -> str:
     """The processor's name, as /proc/cpuinfo has it where that exists."""
     try:
         with open("/proc/cpuinfo") as lines:
@@ -33,13 +35,13 @@ def cpu_model():
         return platform.processor() or platform.machine()
 
 
-def devices():
+def devices() -> list[str]:
     """The devices worth asking about: the CPU, and every kind of accelerator that PyTorch sees."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return ["cpu"] if accelerator is None else ["cpu", accelerator.type]
 
 
-def serves(shape, device, dtype):
+def serves(shape: Sequence[int], device: str, dtype: str) -> str:
     """One line on who serves the operation for sets of a shape. shape: (G, V, N, D)"""
     G, V, N, D = shape
     torch.empty(0, device=device)  # raises where there is no such device
@@ -49,7 +51,7 @@ def serves(shape, device, dtype):
     return f"G={G} V={V} N={N} D={D} {dtype} on {device}: {name} (the Gram matrix itself would take {gram:,.1f} MiB)"
 
 
-def untested():
+def untested() -> str | None:
     """One line where this PyTorch is newer than those the package was tested with, else None."""
     version = tuple(map(int, torch.__version__.split("+")[0].split(".")[:2]))
     if version <= NEWEST_TESTED:
@@ -58,7 +60,7 @@ def untested():
     return f"torch {torch.__version__} is newer than the newest tested, {newest}; the self-test tells whether it works"
 
 
-def lines(facts):
+def lines(facts: dict[str, Any] | None) -> Iterator[tuple[str, str]]:
     """The report, as (name, value) pairs. facts: of `build_facts`"""
     yield from ((name, version or "not installed") for name, version in versions().items())
     yield "cpu", f"{cpu_model()}, {torch.get_num_threads()} threads"
@@ -77,7 +79,7 @@ def lines(facts):
     yield "CUDA targets", backends.native.cuda_targets() or "none compiled"
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tclr_kernels.info", description=__doc__.split(":")[0])
     parser.add_argument("--shape", type=int, nargs=4, metavar=("G", "V", "N", "D"), default=(1, 2, 512, 128))
     parser.add_argument("--device", default=str(torch.get_default_device()))

@@ -13,7 +13,7 @@ Source: TCLR, Dave et al., CVIU 2022, https://arxiv.org/abs/2101.07974, section 
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -220,7 +220,16 @@ def tclr(
     return TCLRTerms(*objective(name, compose, normalize, scales, weights, tau, g, s, x))
 
 
-def _compose(backend, normalize, scales, weights, tau, g, s, x):
+def _compose(
+    backend: str | None,
+    normalize: bool,
+    scales: list[float],
+    weights: list[float],
+    tau: float | Tensor,
+    g: Tensor,
+    s: Tensor,
+    x: Tensor,
+) -> tuple[Tensor, ...]:
     """total, ic_global, ic_local, ll, gl from the one operation."""
 
     def contrast(sets, cross=False):
@@ -246,7 +255,14 @@ def _compose(backend, normalize, scales, weights, tau, g, s, x):
     return sum(weight * term for weight, term in zip(weights, terms, strict=True)), *terms
 
 
-def _terms(sets, temperature, normalize, cross, backend, reduction):
+def _terms(
+    sets: Sequence[Tensor],
+    temperature: Temperature,
+    normalize: bool,
+    cross: bool,
+    backend: str | None,
+    reduction: Reduction,
+) -> Tensor:
     """The operation's terms, [G, V, V, N], of the sets: [..., N, D]"""
     checks.one_of("reduction", reduction, REDUCTIONS)
     checks.flag("normalize", normalize)
@@ -256,18 +272,18 @@ def _terms(sets, temperature, normalize, cross, backend, reduction):
     return gram(sets, tau, normalize=normalize, cross=cross, backend=backend)[0]
 
 
-def _off_diagonal(term):
+def _off_diagonal(term: Tensor) -> Tensor:
     """The blocks (0, 1) and (1, 0) of two sets: [G, 2, N]"""
     return term.flatten(1, 2)[:, 1:3]
 
 
-def _reduce(term, reduction, count):
+def _reduce(term: Tensor, reduction: Reduction, count: int) -> Tensor:
     """The sum or the mean of `count` terms; what is no term reads 0."""
     total = ordered_sum(term)
     return total / count if reduction == "mean" else total
 
 
-def _local_local_from(pos):
+def _local_local_from(pos: Tensor) -> Tensor:
     """LL from the similarities of the same video in different sets.
 
         l_ai = log sum_{c != a} exp pos[a,c] - pos[a,mate] = softplus(logsumexp_{c not in {a, mate}} pos - pos[mate])
@@ -285,6 +301,6 @@ def _local_local_from(pos):
     return -torch.nn.functional.logsigmoid(positive - negatives)
 
 
-def _zero(x):
+def _zero(x: Tensor) -> Tensor:
     """A zero that gives x a gradient of zeros, whatever x holds: the sum of no elements."""
     return x[:0].sum(dtype=torch.promote_types(x.dtype, torch.float32))

@@ -11,13 +11,29 @@ it is multiplied by may be small.
 scales, weights: term_k = scale_k times the sum over its anchors, total = sum_k weight_k term_k.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from . import backends
 from .gram import Eager, Once, wants_gradient
 
+Compose = Callable[..., tuple[Tensor, ...]]
 
-def objective(name, compose, normalize, scales, weights, tau, g, s, x):
+
+def objective(
+    name: str,
+    compose: Compose,
+    normalize: bool,
+    scales: list[float],
+    weights: list[float],
+    tau: float | Tensor,
+    g: Tensor,
+    s: Tensor,
+    x: Tensor,
+) -> tuple[Tensor, ...]:
     """total, ic_global, ic_local, ll, gl by the backend of that name.
 
     compose: the same from (tau, g, s, x) by single losses, for a gradient of anything but the total alone.
@@ -28,12 +44,23 @@ def objective(name, compose, normalize, scales, weights, tau, g, s, x):
 
 class Objective(Eager, torch.autograd.Function):
     @staticmethod
-    def forward(name, compose, normalize, scales, weights, gradient, tau, g, s, x):
+    def forward(
+        name: str,
+        compose: Compose,
+        normalize: bool,
+        scales: list[float],
+        weights: list[float],
+        gradient: bool,
+        tau: float | Tensor,
+        g: Tensor,
+        s: Tensor,
+        x: Tensor,
+    ) -> tuple[Tensor, ...]:
         terms, kept = backends.BACKENDS[name].objective(g, s, x, tau, normalize, scales, weights, gradient)
         return *terms, *kept
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.name, ctx.compose, *ctx.settings, _, tau, g, s, x = inputs
         kept = output[5:]
         ctx.mark_non_differentiable(*kept)
@@ -42,7 +69,7 @@ class Objective(Eager, torch.autograd.Function):
         ctx.save_for_backward(tau if ctx.tau is None else None, g, s, x, *kept)
 
     @staticmethod
-    def backward(ctx, g_total, *others):
+    def backward(ctx: Any, g_total: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
         tau, g, s, x, *kept = ctx.saved_tensors
         tau = tau if ctx.tau is None else ctx.tau
         call = ObjectiveBackward.apply if torch.is_grad_enabled() else ObjectiveBackward.forward
@@ -53,7 +80,16 @@ class Objective(Eager, torch.autograd.Function):
 
 class ObjectiveBackward(Once, torch.autograd.Function):
     @staticmethod
-    def forward(name, compose, settings, tau, g, s, x, *others):
+    def forward(
+        name: str,
+        compose: Compose,
+        settings: Sequence[Any],
+        tau: float | Tensor,
+        g: Tensor,
+        s: Tensor,
+        x: Tensor,
+        *others: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
         upstream, kept = others[:5], others[5:]
         variables = [z for z in (tau, g, s, x) if isinstance(z, torch.Tensor)]  # a float tau is none
         reached = [k for k, u in enumerate(upstream) if u is not None]

@@ -8,15 +8,21 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 import tclr_kernels as tk
 
 from .backends import missing
 from .info import devices
 
-LOSSES = {  # name -> (function of the tensors, their shapes for B rows or videos of width D)
+Check = Callable[[str, str], None]  # of a backend and a device
+Shapes = list[tuple[int, ...]]
+# name -> (function of the tensors, their shapes for B rows or videos of width D)
+LOSSES: dict[str, tuple[Callable[..., Tensor], Callable[[int, int], Shapes]]] = {
     "nt_xent": (tk.nt_xent, lambda B, D: [(B, D), (B, D)]),
     "clip_loss": (tk.clip_loss, lambda B, D: [(B, D), (B, D)]),
     "instance_contrastive": (tk.instance_contrastive, lambda B, D: [(5, B, D)]),
@@ -36,12 +42,18 @@ class Failed(Exception):
     """A check that did not hold, in one line."""
 
 
-def expect(holds, message):
+def expect(holds: bool | Tensor, message: str) -> None:
     if not holds:
         raise Failed(message)
 
 
-def raises(kinds, words, function, *args, **kwargs):
+def raises(
+    kinds: type[Exception] | tuple[type[Exception], ...],
+    words: Sequence[str],
+    function: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
+) -> None:
     """Expects an error of one of the kinds, whose message holds every word."""
     try:
         function(*args, **kwargs)
@@ -53,7 +65,7 @@ def raises(kinds, words, function, *args, **kwargs):
 
 
 @contextlib.contextmanager
-def environment(name, value):
+def environment(name: str, value: str) -> Iterator[None]:
     """An environment variable, set for a while."""
     before = os.environ.get(name)
     os.environ[name] = value
@@ -63,7 +75,7 @@ def environment(name, value):
         os.environ.pop(name) if before is None else os.environ.update({name: before})
 
 
-def views(shapes, dtype, device, scale=1.0, noise=1.0):
+def views(shapes: Shapes, dtype: torch.dtype, device: str, scale: float = 1.0, noise: float = 1.0) -> list[Tensor]:
     """Random tensors, the same on every run; those of one shape share a part, as views of the same videos do."""
     made = []
     for i, shape in enumerate(shapes):
@@ -73,14 +85,16 @@ def views(shapes, dtype, device, scale=1.0, noise=1.0):
     return made
 
 
-def run(function, inputs, **settings):
+def run(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], **settings: Any
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The loss and its gradients for the inputs."""
     inputs = [x.detach().clone().requires_grad_() for x in inputs]
     loss = function(*inputs, **settings)
     return loss.detach(), torch.autograd.grad(loss.sum(), inputs)
 
 
-def compare(name, inputs, settings, backend):
+def compare(name: str, inputs: Sequence[Tensor], settings: dict[str, Any], backend: str) -> None:
     """Expects loss and gradients as the float64 reference has them for the same, already rounded, inputs."""
     function, dtype, tau = LOSSES[name][0], inputs[0].dtype, settings.get("temperature", 0.1)
     loss, grads = run(function, inputs, backend=backend, **settings)
@@ -96,7 +110,7 @@ def compare(name, inputs, settings, backend):
         expect(bool(worst <= allowed), f"{where}: gradient off by {worst:.1e}, its largest entry is {largest:.1e}")
 
 
-def parity(dtype, backend, device):
+def parity(dtype: torch.dtype, backend: str, device: str) -> None:
     """Every loss at sizes that fill, miss and split the tiles, and at temperatures from easy to hard."""
     for name, (B, D) in itertools.product(LOSSES, SIZES):
         shapes = LOSSES[name][1](B if B < 100 or name in ("nt_xent", "clip_loss") else 40, D)
@@ -106,7 +120,7 @@ def parity(dtype, backend, device):
         compare("nt_xent", views(shapes, dtype, device, noise=0.3), dict(temperature=tau), backend)
 
 
-def gradcheck(backend, device):
+def gradcheck(backend: str, device: str) -> None:
     """The gradients against finite differences, the temperature's too."""
     for name, (function, shapes) in LOSSES.items():
         inputs = [x.requires_grad_() for x in views(shapes(3, 5), torch.float64, device)]
@@ -116,11 +130,11 @@ def gradcheck(backend, device):
         expect(holds, f"{name}: gradcheck")
 
 
-def _with_temperature(function, backend, tau, *inputs):
+def _with_temperature(function: Callable[..., Tensor], backend: str, tau: Tensor, *inputs: Tensor) -> Tensor:
     return function(*inputs, temperature=tau, backend=backend)
 
 
-def d1_zero_row(backend, device):
+def d1_zero_row(backend: str, device: str) -> None:
     """A zero row has gradient 0 and leaves the others finite."""
     for dtype in (torch.float32, torch.float16):
         a, b = views([(6, 16)] * 2, dtype, device)
@@ -130,7 +144,7 @@ def d1_zero_row(backend, device):
         expect(bool(torch.isfinite(torch.cat([da, db])).all() and torch.isfinite(loss)), f"{dtype}: not finite")
 
 
-def d2_scales(backend, device):
+def d2_scales(backend: str, device: str) -> None:
     """Rows of 1e-38 .. 1e38 give the loss of the same rows at 1."""
     for scale in (1e-38, 1e-30, 1e-19, 1e19, 1e30, 1e37):
         inputs = views([(9, 16)] * 2, torch.float32, device, scale)
@@ -141,7 +155,7 @@ def d2_scales(backend, device):
             compare("nt_xent", inputs, {}, backend)
 
 
-def d3_nan(backend, device):
+def d3_nan(backend: str, device: str) -> None:
     """NaN and Inf reach loss and gradients of their own video only, and TCLR_KERNELS_CHECK=1 names the row."""
     for bad in (math.nan, math.inf):
         x1, x2 = views([(3, 4, 8)] * 2, torch.float32, device)
@@ -154,7 +168,7 @@ def d3_nan(backend, device):
             raises(ValueError, ["x1", "[1, 2]"], tk.local_local, x1, x2, backend=backend)
 
 
-def d4_dtypes(backend, device):
+def d4_dtypes(backend: str, device: str) -> None:
     """The loss is float32, float64 for float64; gradients have the input's dtype."""
     for dtype in TOLERANCE:
         loss, grads = run(tk.nt_xent, views([(5, 8)] * 2, dtype, device), backend=backend)
@@ -162,7 +176,7 @@ def d4_dtypes(backend, device):
         expect(loss.dtype == wanted and grads[0].dtype == dtype, f"{dtype}: loss {loss.dtype}, grad {grads[0].dtype}")
 
 
-def d5_temperature(backend, device):
+def d5_temperature(backend: str, device: str) -> None:
     """A tensor temperature gives the float's loss and a gradient; a wrong one is an error naming it."""
     a, b = views([(5, 8)] * 2, torch.float32, device)
     tau = torch.tensor(0.25, dtype=torch.float64, requires_grad=True)
@@ -175,7 +189,7 @@ def d5_temperature(backend, device):
         raises((ValueError, TypeError), ["temperature"], tk.nt_xent, a, b, temperature=wrong, backend=backend)
 
 
-def d6_empty(backend, device):
+def d6_empty(backend: str, device: str) -> None:
     """B = 0, T = 0 and D = 0 are errors naming the argument."""
     for shape in ((0, 8), (3, 0)):
         raises(ValueError, ["a"], tk.nt_xent, *views([shape] * 2, torch.float32, device), backend=backend)
@@ -184,14 +198,14 @@ def d6_empty(backend, device):
         raises(ValueError, ["x1"], tk.local_local, x, x, backend=backend)
 
 
-def d7_one_row(backend, device):
+def d7_one_row(backend: str, device: str) -> None:
     """B = 1: the loss is exactly 0, and so are the gradients."""
     for function, dtype in itertools.product((tk.nt_xent, tk.clip_loss), TOLERANCE):
         loss, grads = run(function, views([(1, 8)] * 2, dtype, device), backend=backend)
         expect(loss == 0 and all((g == 0).all() for g in grads), f"{function.__name__} {dtype}: loss {loss}")
 
 
-def d8_misuse(backend, device):
+def d8_misuse(backend: str, device: str) -> None:
     """Mixed dtypes, devices, shapes and kinds are errors naming both sides."""
     a, b = views([(5, 8)] * 2, torch.float32, device)
     for wrong, words in (
@@ -208,7 +222,7 @@ def d8_misuse(backend, device):
         raises((ValueError, TypeError), words, tk.nt_xent, a, wrong, backend=backend)
 
 
-def d9_deterministic(backend, device):
+def d9_deterministic(backend: str, device: str) -> None:
     """The same bits on every run, on the CPU for any number of threads."""
     inputs = views([(300, 64)] * 2, torch.float32, device)
     threads = torch.get_num_threads()
@@ -223,7 +237,7 @@ def d9_deterministic(backend, device):
         torch.set_num_threads(threads)
 
 
-def d10_second_derivative(backend, device):
+def d10_second_derivative(backend: str, device: str) -> None:
     """Exact by the reference, and elsewhere an error that names it."""
     a, b = (x.requires_grad_() for x in views([(4, 3)] * 2, torch.float64, device))
     call = functools.partial(tk.nt_xent, temperature=0.5, backend=backend)
@@ -234,7 +248,7 @@ def d10_second_derivative(backend, device):
     raises(RuntimeError, ["reference"], grad.sum().backward)
 
 
-CHECKS = {
+CHECKS: dict[str, Check] = {
     **{f"parity {str(dtype)[6:]}": functools.partial(parity, dtype) for dtype in TOLERANCE},
     "gradcheck": gradcheck,
     "D1 zero row": d1_zero_row,
@@ -250,7 +264,7 @@ CHECKS = {
 }
 
 
-def outcome(check, backend, device):
+def outcome(check: Check, backend: str, device: str) -> str | None:
     """None if the check holds, else one line that says what did not."""
     try:
         check(backend, device)
@@ -261,7 +275,7 @@ def outcome(check, backend, device):
     return None
 
 
-def columns(wanted):
+def columns(wanted: Iterable[str]) -> tuple[list[tuple[str, str]], list[str], list[str]]:
     """The (device, backend) pairs to check; those that cannot be; and those that should. wanted: device names
 
     Both of the latter as lines of text, with the reason.
@@ -277,16 +291,16 @@ def columns(wanted):
     return usable, unusable, absent
 
 
-def colour(text, code):
+def colour(text: str, code: int) -> str:
     plain = not sys.stdout.isatty() or "NO_COLOR" in os.environ
     return text if plain else f"\033[{code}m{text}\033[0m"
 
 
-def cell(reason, width):
+def cell(reason: str | None, width: int) -> str:
     return colour(f"{'ok' if reason is None else 'FAIL':<{width}}", 32 if reason is None else 31)
 
 
-def table(usable):
+def table(usable: Sequence[tuple[str, str]]) -> list[str]:
     """Prints a row a check and a column a (device, backend), as they come; returns what failed, one line each."""
     width = max(len(f"{device}/{backend}") for device, backend in usable) + 2
     print(f"{'':<24}" + "".join(f"{f'{device}/{backend}':<{width}}" for device, backend in usable))
@@ -301,7 +315,7 @@ def table(usable):
     return failures
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tclr_kernels.selftest", description=__doc__.split(":")[0])
     parser.add_argument("--device", action="append", help="default: the CPU, and CUDA if present")
     parser.add_argument(

@@ -3,6 +3,7 @@
 import math
 import os
 import warnings
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -16,10 +17,10 @@ class Regime(NamedTuple):
     """Problems on a kind of device, up to so many rows V N of all groups together and so many features D."""
 
     device: str
-    dtypes: tuple  # of the rows; empty: any
+    dtypes: tuple[torch.dtype, ...]  # of the rows; empty: any
     rows: float
     features: float
-    order: tuple
+    order: tuple[str, ...]
 
 
 # By default the first regime that holds the problem decides, and elsewhere the order of BACKENDS. On a GPU they are
@@ -43,7 +44,7 @@ def available_backends(device: torch.device | str | None = None) -> dict[str, st
     return {name: _why_not(name, device) for name in BACKENDS}
 
 
-def _why_not(name, device):
+def _why_not(name: str, device: torch.device) -> str | None:
     """Why a backend does not serve a device; None where it does."""
     return BACKENDS[name].why_not(device)
 
@@ -53,7 +54,7 @@ def _why_not(name, device):
 _why_not._dynamo_marked_constant = True
 
 
-def missing(device):
+def missing(device: torch.device) -> dict[str, str]:
     """The backends that should have kernels for a device and cannot serve it. Returns a dict: name -> the reason."""
     belonging = (name for name, backend in BACKENDS.items() if hasattr(backend, "belongs") and backend.belongs(device))
     return {name: reason for name in belonging if (reason := _why_not(name, device)) is not None}
@@ -62,7 +63,7 @@ def missing(device):
 _warned = set()
 
 
-def _warn_of_missing(device_type):
+def _warn_of_missing(device_type: str) -> None:
     """Says once why the reference backend is the default on a device that should have kernels."""
     if device_type not in _warned:
         _warned.add(device_type)
@@ -73,7 +74,9 @@ def _warn_of_missing(device_type):
 _warn_of_missing._dynamo_marked_constant = True  # as above
 
 
-def choose(backend, device, rows=0, features=0, dtype=None):
+def choose(
+    backend: str | None, device: torch.device, rows: int = 0, features: int = 0, dtype: torch.dtype | None = None
+) -> str:
     """The backend's name. One named by argument or environment must serve the device; only the default falls back."""
     source = "backend" if backend is not None else "TCLR_KERNELS_BACKEND"
     backend = backend if backend is not None else os.environ.get("TCLR_KERNELS_BACKEND") or None
@@ -90,7 +93,7 @@ def choose(backend, device, rows=0, features=0, dtype=None):
     return backend
 
 
-def _order(device, rows, features, dtype):
+def _order(device: torch.device, rows: int, features: int, dtype: torch.dtype | None) -> Iterable[str]:
     for regime in REGIMES:
         fits = rows <= regime.rows and features <= regime.features and (not regime.dtypes or dtype in regime.dtypes)
         if fits and regime.device == device.type:

@@ -8,7 +8,7 @@ OLDEST = 8, 0  # compute capability: of older devices the kernels would spill re
 
 
 @functools.cache
-def why_not(device):
+def why_not(device: torch.device) -> str | None:
     """Why kernels cannot run on a CUDA or HIP device; None where they can."""
     if torch.version.cuda is None and torch.version.hip is None:
         return "this PyTorch is built without CUDA"

@@ -10,9 +10,12 @@ import importlib.metadata
 import json
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..checks import tf32_allowed
 from . import cuda
@@ -21,7 +24,7 @@ PACKAGE = Path(__file__).parents[1]
 CPU, CUDA = PACKAGE / "_cpu.so", PACKAGE / "_cuda.so"
 
 
-def _load_cpu():
+def _load_cpu() -> str | None:
     """Registers the operators and the CPU kernels; returns None, or the reason why there are none."""
     if sys.platform != "linux":
         return f"it has no kernels for {sys.platform}"
@@ -34,7 +37,7 @@ def _load_cpu():
     return None
 
 
-def _not_built():
+def _not_built() -> str:
     installed = shadowed()
     if installed is None:
         return "the CPU kernels are not built: install the package again, without TCLR_KERNELS_REQUIRE_NATIVE=0"
@@ -46,7 +49,7 @@ def _not_built():
     return reason
 
 
-def shadowed():
+def shadowed() -> Path | None:
     """The folder of an installed package with kernels, where it is not the one that is imported; else None."""
     for distribution in importlib.metadata.distributions(name="tclr-kernels"):
         folder = Path(distribution.locate_file("tclr_kernels")).resolve()
@@ -58,7 +61,7 @@ def shadowed():
 _missing = _load_cpu()
 
 
-def why_not(device):
+def why_not(device: torch.device) -> str | None:
     if _missing is not None:
         return _missing
     if device.type == "cuda":
@@ -68,14 +71,14 @@ def why_not(device):
     return None
 
 
-def belongs(device):
+def belongs(device: torch.device) -> bool:
     """Whether the package has kernels for such a device, so that their absence is a fault of the installation."""
     return sys.platform == "linux" and (
         device.type == "cpu" or (device.type == "cuda" and cuda.why_not(device) is None)
     )
 
 
-def build_facts():
+def build_facts() -> dict[str, Any] | None:
     """How the CPU kernels were built, and the instruction set they use here; None without them."""
     if _missing is not None:
         return None
@@ -88,7 +91,7 @@ def build_facts():
 
 
 @functools.cache
-def _load_cuda():
+def _load_cuda() -> str | None:
     """Registers the CUDA kernels; returns None, or the reason why there are none."""
     if not CUDA.exists():
         return "the CUDA kernels are not built: from the sources, where nvcc is: TCLR_KERNELS_CUDA=1 pip install -v ."
@@ -99,7 +102,7 @@ def _load_cuda():
     return None
 
 
-def cuda_targets():
+def cuda_targets() -> str:
     """What the CUDA kernels were compiled for, as TCLR_KERNELS_CUDA_ARCHS named it; "" where there are none."""
     if not CUDA.exists() or _load_cuda() is not None:
         return ""
@@ -108,31 +111,60 @@ def cuda_targets():
     return name().decode()
 
 
-def forward(sets, tau, normalize, cross):
+def forward(sets: Sequence[Tensor], tau: float | Tensor, normalize: bool, cross: bool) -> tuple[Tensor, Tensor, Tensor]:
     return torch.ops.tclr_kernels.gram_forward(sets, *_split(tau), normalize, cross, tf32_allowed())
 
 
-def backward(sets, tau, normalize, cross, neg, pos, g_term, g_neg, g_pos):
+def backward(
+    sets: Sequence[Tensor],
+    tau: float | Tensor,
+    normalize: bool,
+    cross: bool,
+    neg: Tensor,
+    pos: Tensor,
+    g_term: Tensor | None,
+    g_neg: Tensor | None,
+    g_pos: Tensor | None,
+) -> tuple[list[Tensor], Tensor]:
     gradients = g_term, g_neg, g_pos
     call = torch.ops.tclr_kernels.gram_backward
     return call(sets, *_split(tau), normalize, cross, neg, pos, *gradients, tf32_allowed())
 
 
-def objective(g, s, x, tau, normalize, scales, weights, gradient):
+def objective(
+    g: Tensor,
+    s: Tensor,
+    x: Tensor,
+    tau: float | Tensor,
+    normalize: bool,
+    scales: list[float],
+    weights: list[float],
+    gradient: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
     return torch.ops.tclr_kernels.objective(g, s, x, *_split(tau), normalize, scales, weights, gradient)
 
 
-def objective_backward(g, s, x, tau, normalize, scales, weights, kept, upstream):
+def objective_backward(
+    g: Tensor,
+    s: Tensor,
+    x: Tensor,
+    tau: float | Tensor,
+    normalize: bool,
+    scales: list[float],
+    weights: list[float],
+    kept: Sequence[Tensor],
+    upstream: Tensor,
+) -> list[Tensor]:
     call = torch.ops.tclr_kernels.objective_backward
     return call(g, s, x, *_split(tau), normalize, scales, weights, kept, upstream)
 
 
-def _split(tau):
+def _split(tau: float | Tensor) -> tuple[Tensor | None, float]:
     """The temperature as the operators take it: a tensor that is never read on the host, or a float."""
     return (tau, 0.0) if isinstance(tau, torch.Tensor) else (None, tau)
 
 
-def register_fakes(namespace):
+def register_fakes(namespace: str) -> None:
     """What the operators return, without values, for the compiler to trace."""
 
     @torch.library.register_fake(f"{namespace}::gram_forward")

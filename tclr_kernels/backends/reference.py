@@ -9,15 +9,18 @@ With `cross` only the blocks between the first and the second half of the sets e
 term are 0, and the term is softplus(neg - pos).
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 
-def why_not(device):
+def why_not(device: torch.device) -> None:
     return None
 
 
-def unit_rows(z):
+def unit_rows(z: Tensor) -> Tensor:
     """Rows of length one; a zero row stays zero and takes no gradient. z: [..., D]"""
     largest = z.detach().abs().amax(-1, keepdim=True)
     scaled = z / largest.where(largest != 0, 1)  # z / |z| does not depend on this scale, so neither do its derivatives
@@ -26,7 +29,7 @@ def unit_rows(z):
     return (scaled / norm).masked_fill(zero, 0)
 
 
-def gram(sets, tau, normalize, cross):
+def gram(sets: Sequence[Tensor], tau: float | Tensor, normalize: bool, cross: bool) -> tuple[Tensor, Tensor, Tensor]:
     """term, neg, pos: [G, V, V, N] of the sets: V tensors [G, N, D]; tau: a float or a 0-d tensor.
 
     On the CPU all arithmetic is float64: the weights of very confident pairs lie below float32's range, the gradients
@@ -38,7 +41,7 @@ def gram(sets, tau, normalize, cross):
     return tuple(x.to(wide) for x in results)
 
 
-def _gram(z, tau, normalize, cross):
+def _gram(z: Tensor, tau: float | Tensor, normalize: bool, cross: bool) -> tuple[Tensor, Tensor, Tensor]:
     """z: [G, V, N, D]
 
     Diagonals are copied by an index, not taken as views. torch.compile overwrites a tensor saved for the backward in

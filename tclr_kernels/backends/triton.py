@@ -10,9 +10,11 @@ a launch more.
 import importlib.util
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from . import cuda
 
@@ -20,7 +22,7 @@ OLDEST = 3, 6
 NAMESPACE = "tclr_kernels_triton"
 
 
-def version():
+def version() -> str | None:
     """Triton's version, without importing it; None where there is none.
 
     Read from the module, since not every distribution that brings it is called triton: ROCm's is pytorch-triton-rocm.
@@ -32,7 +34,7 @@ def version():
     return said[1] if said else "of unknown version"
 
 
-def _unusable():
+def _unusable() -> str | None:
     """Why there is no Triton to use."""
     if (found := version()) is None:
         return "Triton is not installed"
@@ -44,7 +46,7 @@ _missing = _unusable()
 _interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def why_not(device):
+def why_not(device: torch.device) -> str | None:
     if _missing is not None:
         return _missing
     if device.type == "cpu":
@@ -54,22 +56,32 @@ def why_not(device):
     return "it is interpreted, TRITON_INTERPRET=1, which is for the CPU" if _interpreted else cuda.why_not(device)
 
 
-def belongs(device):
+def belongs(device: torch.device) -> bool:
     """Whether the package has kernels for such a device, so that their absence is a fault of the installation."""
     return not _interpreted and device.type == "cuda" and cuda.why_not(device) is None
 
 
-def forward(sets, tau, normalize, cross):
+def forward(sets: Sequence[Tensor], tau: float | Tensor, normalize: bool, cross: bool) -> tuple[Tensor, Tensor, Tensor]:
     return torch.ops.tclr_kernels_triton.gram_forward(sets, *_split(tau), normalize, cross)
 
 
-def backward(sets, tau, normalize, cross, neg, pos, g_term, g_neg, g_pos):
+def backward(
+    sets: Sequence[Tensor],
+    tau: float | Tensor,
+    normalize: bool,
+    cross: bool,
+    neg: Tensor,
+    pos: Tensor,
+    g_term: Tensor | None,
+    g_neg: Tensor | None,
+    g_pos: Tensor | None,
+) -> tuple[list[Tensor], Tensor]:
     gradients = g_term, g_neg, g_pos
     dx, zdz = torch.ops.tclr_kernels_triton.gram_backward(sets, *_split(tau), normalize, cross, neg, pos, *gradients)
     return list(dx.unbind(0)), zdz
 
 
-def _split(tau):
+def _split(tau: float | Tensor) -> tuple[Tensor | None, float]:
     """The temperature as the operators take it: a tensor that is never read on the host, or a float."""
     return (tau, 0.0) if isinstance(tau, torch.Tensor) else (None, tau)
 

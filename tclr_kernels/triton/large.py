@@ -19,10 +19,13 @@ for the arguments named in do_not_specialize; N, G and D are left to it where th
 
 import functools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from tclr_kernels.checks import tf32_allowed
 
@@ -44,6 +47,7 @@ from .epilogue import (
     widened,
 )
 from .sets import INTERPRETED, accumulator, launch, one_array, pointer, temperature
+from .tiles import Tile
 
 LIMITS = {torch.float32: 60.0, torch.float64: 300.0}  # of 1 / tau, for exp S and its sums to stay within the range
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -544,14 +548,14 @@ def join_kernel(
     )  # fmt: skip
 
 
-def table_of(x):
+def table_of(x: Tensor) -> tuple[str, int]:
     """The name of the table of tiles, and the number of processors."""
     if INTERPRETED:
         return "interpreter", 1
     return tiles.device_class(x.device.index)
 
 
-def carrier(x, normalize):
+def carrier(x: Tensor, normalize: bool) -> torch.dtype:
     """The dtype of the packed rows: of half precision, unit rows are more exact in float16.
 
     With fewer features, fewer roundings average out: a loss would be off by 1e-3 and more.
@@ -561,7 +565,7 @@ def carrier(x, normalize):
     return x.dtype
 
 
-def ranges(tau, dtype, normalize):
+def ranges(tau: float | Tensor, dtype: torch.dtype, normalize: bool) -> list[tuple[bool, float]]:
     """(BOUNDED, limit) of the launches. Each serves 1 / tau <= limit or the rest, and returns at once elsewhere."""
     limit = LIMITS[torch.promote_types(dtype, torch.float32)]
     if normalize and isinstance(tau, torch.Tensor):
@@ -570,7 +574,7 @@ def ranges(tau, dtype, normalize):
     return [(bounded, math.inf if bounded else -math.inf)]
 
 
-def packed(sets, normalize, DP, whole):
+def packed(sets: Sequence[Tensor], normalize: bool, DP: int, whole: int) -> tuple[Tensor, Tensor]:
     """z: [G, V, NP, DP] in the dtype of the products, NP a multiple of whole; and norms: [G, V, NP]; by one launch"""
     x, strides = one_array(sets)
     G, N, D = sets[0].shape
@@ -586,12 +590,12 @@ def packed(sets, normalize, DP, whole):
     return z, norms
 
 
-def precision(z):
+def precision(z: Tensor) -> str:
     """Of the products of packed rows, as Triton names it."""
     return "tf32" if z.dtype == torch.float32 and tf32_allowed() else "ieee"
 
 
-def of_tiles(z, tile):
+def of_tiles(z: Tensor, tile: Tile) -> dict[str, Any]:
     """What the kernels that make tiles have in common."""
     return dict(
         ACC=accumulator(z),
@@ -606,7 +610,7 @@ def of_tiles(z, tile):
     )
 
 
-def super_blocks(V, blocks, groups, enough):
+def super_blocks(V: int, blocks: int, groups: int, enough: int) -> tuple[int, int]:
     """Blocks a super-block, and super-blocks a set: as few as keep the device busy, since each is a slot of every row.
 
     blocks: of a set; enough: programs, of which a pair of super-blocks is one
@@ -617,7 +621,7 @@ def super_blocks(V, blocks, groups, enough):
 
 
 @functools.lru_cache(maxsize=1024)
-def splits_of(programs, processors, alone, tiles, partners):
+def splits_of(programs: int, processors: int, alone: float, tiles: int, partners: int) -> tuple[int, int]:
     """(splits, tiles a split) of the columns: what leaves the busiest processor the least to do, if that saves a tenth.
 
     Never more splits than make four programs a processor, so that what they leave does not grow with the rows.
@@ -637,7 +641,7 @@ def splits_of(programs, processors, alone, tiles, partners):
     return -(-tiles // best), best
 
 
-def kind_of(sets, tau, normalize, cross):
+def kind_of(sets: Sequence[Tensor], tau: float | Tensor, normalize: bool, cross: bool) -> tuple[Any, ...]:
     """What calls have in common that one tile shall serve."""
     first = sets[0]
     G, N, D = first.shape
@@ -651,13 +655,15 @@ def kind_of(sets, tau, normalize, cross):
     return first.device, first.dtype, tiles.padded(D), rows, settings
 
 
-def tile_of(kernel, x, normalize, bounded):
+def tile_of(kernel: str, x: Tensor, normalize: bool, bounded: bool) -> Tile:
     """The table's tile of "sums" or "gradient". x: a set"""
     name = kernel if bounded else f"{kernel} unbounded"
     return tiles.choose(table_of(x)[0], name, carrier(x, normalize), x.shape[-1], tf32_allowed())
 
 
-def forward(sets, tau, normalize, cross, tile=None):
+def forward(
+    sets: Sequence[Tensor], tau: float | Tensor, normalize: bool, cross: bool, tile: Tile | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """term, neg, pos by three launches, four if tau is a tensor. tile: one for all, in place of the table's"""
     first = sets[0]
     G, N, D = first.shape
@@ -693,7 +699,18 @@ def forward(sets, tau, normalize, cross, tile=None):
     return term, neg, pos
 
 
-def backward(sets, tau, normalize, cross, neg, pos, g_term, g_neg, g_pos, tile=None):
+def backward(
+    sets: Sequence[Tensor],
+    tau: float | Tensor,
+    normalize: bool,
+    cross: bool,
+    neg: Tensor,
+    pos: Tensor,
+    g_term: Tensor | None,
+    g_neg: Tensor | None,
+    g_pos: Tensor | None,
+    tile: Tile | None = None,
+) -> tuple[Tensor, Tensor]:
     """dx [V, G, N, D] and <z, dz> [G, V, N] by three launches; one more if tau is a tensor, one if rows are few."""
     first = sets[0]
     G, N, D = first.shape

@@ -2,14 +2,17 @@
 
 import contextlib
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton.language as tl
+from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton itself decides, once
 
 
-def one_array(sets):
+def one_array(sets: Sequence[Tensor]) -> tuple[Tensor, tuple[int, ...]]:
     """A tensor and the strides (g, v, n, d) by which it reaches all sets: [G, N, D] each, of one dtype.
 
     Sets of equal strides whose addresses are in arithmetic progression, as two always are, are taken as they lie;
@@ -26,18 +29,18 @@ def one_array(sets):
     return first, (g, step // first.element_size(), n, d)
 
 
-def accumulator(x):
+def accumulator(x: Tensor) -> tl.dtype:
     return tl.float64 if x.dtype == torch.float64 else tl.float32
 
 
-def temperature(tau, x):
+def temperature(tau: float | Tensor, x: Tensor) -> float | Tensor:
     """As a number, or a tensor on the device of x. A kernel's numbers are float32, so those of float64 are tensors."""
     if isinstance(tau, torch.Tensor):
         return tau.to(x.device, non_blocking=True)
     return tau if x.dtype != torch.float64 else torch.full((), tau, dtype=torch.float64, device=x.device)
 
 
-def pointer(x, stand_in):
+def pointer(x: Tensor | None, stand_in: Tensor) -> Tensor:
     """A tensor without gaps; a kernel that was told there is none does not touch the one in its place."""
     return stand_in if x is None else x.contiguous()
 
@@ -46,7 +49,7 @@ def pointer(x, stand_in):
 COMPILER_OPTIONS = dict(enable_fp_fusion=True)
 
 
-def launch(kernel, programs, first, *arguments, **settings):
+def launch(kernel: Any, programs: int, first: Tensor, *arguments: Any, **settings: Any) -> None:
     on_device = torch.cuda.device(first.device) if first.device.type == "cuda" else contextlib.nullcontext()
     with on_device:
         kernel[(programs,)](first, *arguments, **settings, **COMPILER_OPTIONS)

@@ -7,9 +7,13 @@
 Rows stay in float32 (float64): there is no speed to be had from less. One launch forward, one backward.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .epilogue import (
     exists,
@@ -199,11 +203,11 @@ ROWS = 128 if INTERPRETED else LARGEST  # of a tile; with 64, the backward would
 FEATURES = 128 if INTERPRETED else 32  # read at a time; an interpreted operation costs the same for any size
 
 
-def serves(V, N):
+def serves(V: int, N: int) -> bool:
     return V * N <= LARGEST
 
 
-def settings(x, tau, normalize, cross):
+def settings(x: Tensor, tau: float | Tensor, normalize: bool, cross: bool) -> dict[str, Any]:
     return dict(
         TENSOR=isinstance(tau, torch.Tensor) or x.dtype == torch.float64,
         NORMALIZE=normalize,
@@ -216,7 +220,7 @@ def settings(x, tau, normalize, cross):
     )
 
 
-def forward(sets, tau, normalize, cross):
+def forward(sets: Sequence[Tensor], tau: float | Tensor, normalize: bool, cross: bool) -> tuple[Tensor, Tensor, Tensor]:
     """term, neg, pos by one launch."""
     x, strides = one_array(sets)
     G, N, D = sets[0].shape
@@ -229,7 +233,17 @@ def forward(sets, tau, normalize, cross):
     return tuple(outputs)
 
 
-def backward(sets, tau, normalize, cross, neg, pos, g_term, g_neg, g_pos):
+def backward(
+    sets: Sequence[Tensor],
+    tau: float | Tensor,
+    normalize: bool,
+    cross: bool,
+    neg: Tensor,
+    pos: Tensor,
+    g_term: Tensor | None,
+    g_neg: Tensor | None,
+    g_pos: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     """dx [V, G, N, D] and <z, dz> [G, V, N] by one launch."""
     x, strides = one_array(sets)
     G, N, D = sets[0].shape

@@ -25,20 +25,21 @@ class Tile(NamedTuple):
     stages: int
 
 
+Table = dict[str, list[tuple[int, ...]]]
 ANY = 1 << 30
-FLOAT = {  # no tensor cores without TF32: what fits the registers
+FLOAT: Table = {  # no tensor cores without TF32: what fits the registers
     "sums": [(32, 64, 64, 16, 0, 4, 2), (ANY, 64, 64, 16, 0, 8, 2)],
     "gradient": [(256, 64, 32, 16, 0, 8, 2), (ANY, 64, 32, 16, 256, 8, 2)],
 }
-DOUBLE = {"sums": [(ANY, 32, 32, 16, 0, 4, 2)], "gradient": [(ANY, 32, 32, 16, 16, 4, 1)]}
-INTERPRETED = {
+DOUBLE: Table = {"sums": [(ANY, 32, 32, 16, 0, 4, 2)], "gradient": [(ANY, 32, 32, 16, 16, 4, 1)]}
+INTERPRETED: Table = {
     "sums": [(512, 64, 64, 0, 0, 4, 1), (ANY, 64, 64, 256, 0, 4, 1)],
     "gradient": [(512, 64, 64, 0, 0, 4, 1), (ANY, 64, 64, 256, 256, 4, 1)],
 }
 # (largest DP, BM, BN, BK, DC, warps, stages); BK or DC of 0: all of DP. Where "unbounded" is missing, it is as bounded;
 # where "tf32" is, which the user has to allow, it is "float". Of the gradient, bounded and unbounded have the same BM,
 # BN and DC, as one launch of the coefficients serves both; a test holds that.
-TABLES = {
+TABLES: dict[str, dict[str, Table]] = {
     "hopper": {  # sm_90: 227 KiB of shared memory, wgmma
         "half": {
             "sums": [(128, 128, 64, 0, 0, 4, 3), (256, 128, 64, 0, 0, 4, 1), (ANY, 128, 128, 64, 0, 8, 3)],
@@ -127,7 +128,7 @@ TABLES = {
 
 
 @functools.lru_cache
-def device_class(index):
+def device_class(index: int | None) -> tuple[str, int]:
     """Which table serves a CUDA or HIP device; and its number of processors."""
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip is not None:
@@ -139,12 +140,12 @@ def device_class(index):
     return name, properties.multi_processor_count
 
 
-def padded(D):
+def padded(D: int) -> int:
     """Features of a packed row: a power of two, or several times 256."""
     return max(16, triton.next_power_of_2(D)) if D <= 512 else -(-D // 256) * 256
 
 
-def choose(table, kernel, dtype, D, tf32=False):
+def choose(table: str, kernel: str, dtype: torch.dtype, D: int, tf32: bool = False) -> Tile:
     """The tile of "sums" or "gradient", or of either's "unbounded". table: of TABLES; dtype: of the packed rows"""
     kind = {2: "half", 4: "tf32" if tf32 else "float", 8: "double"}[dtype.itemsize]
     DP = padded(D)

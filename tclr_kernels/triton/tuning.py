@@ -5,16 +5,20 @@ That takes seconds and waits for the device. Another process may find another ti
 
 import math
 import os
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 import triton
 from triton.errors import TritonError
 
+from .tiles import Tile
+
 ENABLED = os.environ.get("TCLR_KERNELS_AUTOTUNE") == "1"
-fastest = {}  # kind of call -> tile
+fastest: dict[Hashable, Tile] = {}  # kind of call -> tile
 
 
-def neighbours(tile):
+def neighbours(tile: Tile) -> list[Tile]:
     """The tile, and those that differ from it in one setting.
 
     Not from 64 rows to fewer: Hopper has other instructions for those, and S need not have the same bits by both.
@@ -28,7 +32,7 @@ def neighbours(tile):
     return [t for t in near if fewest <= t.BM <= 256 and 32 <= t.BN <= 256 and 4 <= t.warps <= 8 and t.stages > 0]
 
 
-def milliseconds(step):
+def milliseconds(step: Callable[[], Any]) -> float:
     """On its device; infinite for what does not compile, or fits no processor."""
     try:
         return triton.testing.do_bench(step, warmup=5, rep=20, return_mode="median")
@@ -36,7 +40,7 @@ def milliseconds(step):
         return math.inf
 
 
-def by_trial(kind, tile, run):
+def by_trial(kind: Hashable, tile: Tile, run: Callable[[Tile], Any]) -> Tile | None:
     """The fastest tile for a kind of call; None while a CUDA graph is captured, which allows no trial.
 
     tile: the first to try; run: does the call with one
