@@ -4,8 +4,9 @@ The release decodes every file by OpenCV from its first frame to its last, and a
 torchvision's functions on PIL images, in the worker processes of a data loader; those functions are written out here,
 as torchvision does them. The trainer reads the 64-frame window alone, and augments clip by clip, in threads. Both work
 on two videos at a time, each with one PyTorch thread. The index of each file is there before (index_cpu_ms: what
-making it takes). OpenCV decodes each file on several threads, so it gets more of a machine that others use too than the
-trainer does; one_thread_ratio is against OpenCV on one decoding thread for each file. With --before, the trainer as it was at another commit is measured too, in the same rounds.
+making it takes). OpenCV decodes each file on several threads, so where others use the machine too it gets a larger
+share of it than the trainer does; one_thread_ratio is against OpenCV on one decoding thread for each file. With
+--before, the trainer as it was at another commit is measured too, in the same rounds.
 Rounds of all alternate; what is written is the median. The columns with cpu go by the processor's time that all
 threads and processes took, which other work on the machine hardly changes.
 """
@@ -195,7 +196,8 @@ def measure(case, folder, decoder, before, rounds, processes, threads):
     cpu = [statistics.median(rate) for rate in zip(*busy, strict=True)]
     values = dict(rounds=rounds, videos=len(paths), index_cpu_ms=f"{index_ms:.0f}", cpu_ratio=f"{cpu[1] / cpu[0]:.2f}")
     values.update(release_per_s=f"{theirs:.1f}", trainer_per_s=f"{ours:.1f}", ratio=f"{ours / theirs:.2f}")
-    values.update(ratio_lowest=f"{min(rate[1] / rate[0] for rate in walls):.2f}", one_thread_ratio=f"{ours / single:.2f}")
+    values.update(ratio_lowest=f"{min(rate[1] / rate[0] for rate in walls):.2f}")
+    values.update(one_thread_ratio=f"{ours / single:.2f}")
     if earlier:
         values.update(before_per_s=f"{earlier[0]:.1f}", of_before=f"{ours / earlier[0]:.2f}")
         values.update(of_before_lowest=f"{min(rate[1] / rate[3] for rate in walls):.2f}")
