@@ -4,7 +4,9 @@ The release decodes every file by OpenCV from its first frame to its last, and a
 torchvision's functions on PIL images, in the worker processes of a data loader; those functions are written out here,
 as torchvision does them. The trainer reads the 64-frame window alone, and augments clip by clip, in threads. Both work
 on two videos at a time, each with one PyTorch thread. The index of each file is there before (index_cpu_ms: what
-making it takes). With --before, the trainer as it was at another commit is measured too, in the same rounds.
+making it takes). OpenCV decodes each file on several threads, so where others use the machine too it gets a larger
+share of it than the trainer does; one_thread_ratio is against OpenCV on one decoding thread for each file. With
+--before, the trainer as it was at another commit is measured too, in the same rounds.
 Rounds of all alternate; what is written is the median. The columns with cpu go by the processor's time that all
 threads and processes took, which other work on the machine hardly changes.
 """
@@ -42,6 +44,7 @@ COLUMNS = [
     *("case", "files", "key_frames_every", "status", "release_per_s", "trainer_per_s", "ratio", "ratio_lowest"),
     *(
         "cpu_ratio",
+        "one_thread_ratio",
         "index_cpu_ms",
         "before",
         "before_per_s",
@@ -77,9 +80,9 @@ def write_files(folder, count, kind, key_frames_every):
             container.mux(stream.encode())
 
 
-def release_window(path):
-    """Every frame of the file, of which a window is kept."""
-    capture, frames = cv2.VideoCapture(path), []
+def release_window(path, decoding=()):
+    """Every frame of the file, of which a window is kept. decoding: options of OpenCV."""
+    capture, frames = cv2.VideoCapture(path, cv2.CAP_FFMPEG, decoding), []
     while True:
         found, frame = capture.read()
         if not found:
@@ -89,8 +92,8 @@ def release_window(path):
     return frames[start : start + PLAN.window]
 
 
-def release_clips(path):
-    window = release_window(path)
+def release_clips(path, decoding=()):
+    window = release_window(path, decoding)
     chosen = [range(0, PLAN.window, PLAN.stride), *PLAN.local_frames().tolist()]
     return [torch.stack([augmented(window[p], drawn) for p in clip]) for clip in chosen for drawn in (draw(), draw())]
 
@@ -131,16 +134,16 @@ def augmented(frame, parameters):
     return pixels
 
 
-def release_work(case, path):
+def release_work(case, decoding, path):
     """In a worker process; what it made stays there, so that carrying it over is not counted against the release."""
     started = time.process_time()
-    assert len({"window": release_window, "clips": release_clips}[case](path))
+    assert len({"window": release_window, "clips": release_clips}[case](path, decoding))
     return time.process_time() - started
 
 
-def release_round(case, pool, paths):
+def release_round(case, pool, paths, decoding=()):
     """Returns the processor's seconds."""
-    return sum(pool.map(partial(release_work, case), paths))
+    return sum(pool.map(partial(release_work, case, decoding), paths))
 
 
 def trainer_work(case, found, i, seed):
@@ -182,21 +185,23 @@ def measure(case, folder, decoder, before, rounds, processes, threads):
     index_ms = statistics.median(map(index_work, paths))
     seeds = itertools.count()
     works = [partial(release_round, case, processes, paths), partial(trainer_round, case, threads, found, seeds)]
+    works.append(partial(release_round, case, processes, paths, (cv2.CAP_PROP_N_THREADS, 1)))
     if before:
         works.append(partial(trainer_round, case, threads, before.Files(listing, decoder=decoder), seeds))
     for work in works:
         work()
     rates = [[timed(work, len(paths)) for work in works] for _ in range(rounds)]
     walls, busy = ([[rate[kind] for rate in rates_of] for rates_of in rates] for kind in (0, 1))
-    theirs, ours, *earlier = (statistics.median(rate) for rate in zip(*walls, strict=True))
+    theirs, ours, single, *earlier = (statistics.median(rate) for rate in zip(*walls, strict=True))
     cpu = [statistics.median(rate) for rate in zip(*busy, strict=True)]
     values = dict(rounds=rounds, videos=len(paths), index_cpu_ms=f"{index_ms:.0f}", cpu_ratio=f"{cpu[1] / cpu[0]:.2f}")
     values.update(release_per_s=f"{theirs:.1f}", trainer_per_s=f"{ours:.1f}", ratio=f"{ours / theirs:.2f}")
     values.update(ratio_lowest=f"{min(rate[1] / rate[0] for rate in walls):.2f}")
+    values.update(one_thread_ratio=f"{ours / single:.2f}")
     if earlier:
         values.update(before_per_s=f"{earlier[0]:.1f}", of_before=f"{ours / earlier[0]:.2f}")
-        values.update(of_before_lowest=f"{min(rate[1] / rate[2] for rate in walls):.2f}")
-        values.update(cpu_of_before=f"{cpu[1] / cpu[2]:.2f}")
+        values.update(of_before_lowest=f"{min(rate[1] / rate[3] for rate in walls):.2f}")
+        values.update(cpu_of_before=f"{cpu[1] / cpu[3]:.2f}")
     return values
 
 

@@ -149,7 +149,9 @@ def test_a_cut_counts_the_frames_that_are_shown(tmp_path):
     whole = films.write(tmp_path / "whole.mp4", 100, "libx264", dict(g="10", bf="2"), side=films.SIDE)
     path = films.copied(whole, tmp_path / "data" / "cut.mp4", lambda pts, dts: (pts - 23000, dts - 23000))
     found = videos.Files(annotations.read("folder", path.parent, "all"), shortest=16)
-    assert found.length(0) == 77 == decode.length(path) < decode.packets(path)
+    with av.open(str(path)) as container:
+        packets = sum(packet.size > 0 for packet in container.demux(video=0))
+    assert found.length(0) == 77 == decode.length(path) < packets
     assert films.numbers(found.read(0, range(60, 77))) == list(range(83, 100)) and found.counts["held"] == 0
     assert check.problem(path.parent, found.entries[0]) is None
 
@@ -268,8 +270,25 @@ def test_files_of_different_sizes_stop_before_training(tmp_path):
         decode.length(path)
     with pytest.raises(ValueError, match=r"data\.size"):
         config.open_videos(data, "all", 16)  # from the cache too
+    content = films.write(tmp_path / "a.avi", 200, side=32).read_bytes()
+    (tmp_path / "a.avi").write_bytes(content[: len(content) * 2 // 3])
+    assert decode.size(tmp_path / "a.avi") == (32, 32), "damaged behind its first frame, so it is replaced"
+    assert config.open_videos(data, "all", 16).read(0, [0]).shape == (1, 3, 64, 64)
     (tmp_path / "a.avi").write_bytes(b"<html>")
     assert config.open_videos(data, "all", 16).read(0, [0]).shape == (1, 3, 64, 64)
+
+
+def test_the_walk_names_files_of_another_size(tmp_path):
+    """They stop a run without data.size, so they are not fine; nor does one that cannot be read set the size."""
+    (tmp_path / "a.avi").write_bytes(b"<html>")
+    for name, side in ("b.avi", 32), ("c.avi", 64), ("d.avi", 32):
+        films.write(tmp_path / name, side=side)
+    counts = check.check("folder", tmp_path, "all", out=tmp_path / "check.csv", window=16)
+    assert counts == dict(videos=4, fine=2, unreadable=1, size=1)
+    lines = (tmp_path / "check.csv").read_text().splitlines()
+    detail = "64 x 64, the first readable video has 32 x 32: set data.size = [H, W]"
+    assert len(lines) == 3 and lines[1].startswith("a.avi,unreadable,") and lines[2] == f'c.avi,size,"{detail}"'
+    assert "1 of another size" in check.summary("folder", counts, "check.csv")
 
 
 def test_frames_that_look_alike(tmp_path):

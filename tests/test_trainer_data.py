@@ -335,7 +335,6 @@ def test_the_walk_lists_what_is_wrong(tmp_path, capsys):
     rows = {Path(row["video"]).name: row for row in table(tmp_path / "bad.csv")}
     assert rows["gone.avi"]["problem"] == "missing" and rows["brief.avi"]["problem"] == "short"
     assert {name for name, row in rows.items() if row["problem"] == "unreadable"} == set(reasons)
-    assert check.check("ucf101", root, out=tmp_path / "quick.csv", quick=True)["unreadable"] < len(reasons)
 
 
 def moving(N=6, frames=4, size=(60, 80)):

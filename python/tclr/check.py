@@ -1,4 +1,4 @@
-"""Walks a data set before a run does: which videos are missing, unreadable or shorter than the window."""
+"""Walks a data set before a run does: which videos are missing, unreadable, too short or of another size."""
 
 import csv
 import sys
@@ -6,35 +6,50 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from . import annotations, decode
+from . import annotations, decode, index
 
 COLUMNS = "video", "problem", "detail"
 
 
-def check(dataset, root, part="train", split=1, *, out="data_check.csv", window=64, quick=False, threads=4):
-    """Lists the videos of a data set that a run would skip, replace or pad.
+def check(dataset, root, part="train", split=1, *, out="data_check.csv", window=64, threads=4):
+    """Lists the videos of a data set that a run would skip, replace or pad, or that need `data.size`.
 
-    Writes `out`, a CSV of (video, problem, detail) in the order of the annotations, and returns the counts: videos,
-    fine, missing, unreadable, short (fewer frames than `window`). Every frame is decoded; `quick` counts packets alone,
-    and so finds what is truncated or no video at all, but no damage within.
+    Every frame is decoded. Writes `out`, a CSV of (video, problem, detail) in the order of the annotations, and returns
+    the counts: videos, fine, missing, unreadable, short (fewer frames than `window`), size (another one than the first
+    readable video has, so that a run without `data.size` stops).
     """
     listing = annotations.read(dataset, root, part, split)
     with ThreadPoolExecutor(threads) as pool:
-        found = pool.map(partial(problem, listing.root, window=window, quick=quick), listing.entries)
-        rows = [(path, "missing", "no such file") for path in listing.missing]
-        rows += [(entry.path, *bad) for entry, bad in zip(listing.entries, found, strict=True) if bad]
+        found = list(pool.map(partial(problems, listing.root, window=window), listing.entries))
+    rows = [(path, "missing", "no such file") for path in listing.missing]
+    first = next((size for size, _ in found if size), None)
+    fine = 0
+    for entry, (size, bad) in zip(listing.entries, found, strict=True):
+        if size and size != first:
+            wanted = "{} x {}, the first readable video has {} x {}: set data.size = [H, W]".format(*size, *first)
+            bad = [*bad, ("size", wanted)]
+        rows += [(entry.path, *each) for each in bad]
+        fine += not bad
     with open(out, "w", newline="", errors="surrogateescape") as file:
         csv.writer(file).writerows([COLUMNS, *rows])
     counts = Counter(name for _, name, _ in rows)
     counts["videos"] = len(listing.entries) + len(listing.missing)
-    counts["fine"] = counts["videos"] - len(rows)
+    counts["fine"] = fine
     return counts
 
 
-def problem(root, entry, *, window=64, quick=False):
+def problems(root, entry, *, window=64):
+    """((H, W) or None, a list of ("unreadable" or "short", detail)) of a video; the list is empty where it is fine."""
+    bad = problem(root, entry, window=window)
+    if bad and bad[0] == "unreadable":
+        return None, [bad]
+    return index.find(root / entry.path).size, [bad] if bad else []
+
+
+def problem(root, entry, *, window=64):
     """("unreadable" or "short", detail) of a video, None where it is fine."""
     try:
-        frames = (decode.packets if quick else decode.length)(root / entry.path)
+        frames = decode.length(root / entry.path)
     except decode.Unreadable as error:
         return "unreadable", str(error)
     frames = (frames if entry.end is None else min(frames, entry.end)) - entry.start
@@ -46,13 +61,14 @@ def problem(root, entry, *, window=64, quick=False):
 def summary(dataset, counts, out):
     """The counts in one line."""
     bad = ", ".join(f"{counts[name]} {name}" for name in ("missing", "unreadable", "short"))
+    bad += f", {counts['size']} of another size"
     return f"{dataset}: {counts['videos']} videos, {counts['fine']} fine, {bad}; listed in {out}"
 
 
-def main(dataset, root, part="train", split=1, *, out="data_check.csv", window=64, quick=False):
+def main(dataset, root, part="train", split=1, *, out="data_check.csv", window=64):
     """`tclr data check`: prints the decoder and the summary; exits 1 where a video is missing or unreadable."""
     print(f"decoding by {decode.DECODER}")
-    counts = check(dataset, root, part, split, out=out, window=window, quick=quick)
+    counts = check(dataset, root, part, split, out=out, window=window)
     print(summary(dataset, counts, out))
     if counts["missing"] + counts["unreadable"]:
         sys.exit(1)

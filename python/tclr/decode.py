@@ -58,15 +58,6 @@ def size(path):
     return index.enough(0)
 
 
-def packets(path):
-    """How many packets the file holds, none of them decoded. Raises Unreadable with the reason."""
-    with index.Video(path) as video:
-        found = [packet for packet in video.packets() if packet.size]
-    if any(packet.is_corrupt for packet in found):
-        raise Unreadable("truncated: a packet is cut short")
-    return index.enough(len(found))
-
-
 def decode(path, decoder=DECODER):
     """Every frame of a file: uint8 [F, 3, H, W]. Raises Unreadable with the reason. PyAV needs no index for it."""
     if decoder != PYAV:

@@ -137,8 +137,8 @@ def check_sizes(found, threads=8):
     with ThreadPoolExecutor(threads) as pool:
         paths = dict.fromkeys(entry.path for entry in found.entries)
         for path, size in zip(paths, pool.map(lambda path: _size(found.root / path), paths), strict=True):
-            if size:
-                seen.setdefault(size, path)
+            if size and size not in seen and _readable(found.root / path):
+                seen[size] = path
             if len(seen) > 1:
                 pool.shutdown(wait=False, cancel_futures=True)
                 named = " and ".join(f"{path} of {h} x {w}" for (h, w), path in seen.items())
@@ -150,6 +150,14 @@ def _size(path):
         return decode.size(path)
     except decode.Unreadable:
         return None
+
+
+def _readable(path):
+    """By the whole file: one that is damaged behind its first frame is replaced, whatever its size."""
+    try:
+        return decode.length(path) > 0
+    except decode.Unreadable:
+        return False
 
 
 def _listed(path):
