@@ -341,7 +341,8 @@ def test_an_index_of_another_file_or_library_is_not_trusted(tmp_path, monkeypatc
     status = path.stat()
     (file,) = (tmp_path / "indices").iterdir()
     checksum, text = file.read_text().split("\n")
-    for name, value in ("size", status.st_size - 1), ("modified", status.st_mtime_ns - 1), ("libraries", ["1.0"]):
+    times = ("modified", status.st_mtime_ns - 1), ("changed", status.st_ctime_ns - 1)
+    for name, value in ("size", status.st_size - 1), *times, ("libraries", ["1.0"]):
         plain = json.loads(text)
         plain["key"][name], plain["frames"] = value, 7
         stale = json.dumps(plain)
@@ -353,6 +354,21 @@ def test_an_index_of_another_file_or_library_is_not_trusted(tmp_path, monkeypatc
     file.write_text(other.read_text())
     forget()
     assert decode.length(path) == 50, "the index of another file under this one's name"
+
+
+def test_an_index_of_a_file_of_the_same_size_and_time_is_not_trusted(tmp_path):
+    """Files that come out of one archive can have the same time, and those of one size can take each other's place."""
+    path, other = write(tmp_path, "mpeg4_b.avi", 40), write(tmp_path, "mpeg4.avi", 50)
+    size = max(path.stat().st_size, other.stat().st_size)
+    for each in path, other:
+        os.truncate(each, size)
+        os.utime(each, (1, 1))
+    lengths = decode.length(path), decode.length(other)
+    other.replace(path)
+    for forgotten in False, True:
+        if forgotten:
+            forget()
+        assert decode.length(path) == lengths[1] != lengths[0]
 
 
 def test_a_folder_that_cannot_be_written_is_told_once(tmp_path, monkeypatch):

@@ -258,6 +258,14 @@ def longer(root):
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
+def rewritten_unseen(root):
+    """As long and as old as before: as a copy that keeps times leaves it."""
+    path = root / "train/a/0.avi"
+    content, stat = path.read_bytes(), path.stat()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
 def swapped(root):
     first, second = root / "train/a/0.avi", root / "train/b/0.avi"
     first.rename(root / "x")
@@ -269,7 +277,7 @@ def moved(root):
     (root / "train/b").rename(root / "train/0b")
 
 
-@pytest.mark.parametrize("change", [added, removed, rewritten, longer, swapped, moved])
+@pytest.mark.parametrize("change", [added, removed, rewritten, longer, rewritten_unseen, swapped, moved])
 def test_features_of_other_videos_are_not_taken(cache, change):
     cache.fresh()
     change(Path(cache.data.root))

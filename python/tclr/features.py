@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from . import checkpoint, config, evaluate
+from . import checkpoint, config, evaluate, index
 
 CODE = "augment", "clips", "decode", "evaluate", "features", "index", "models", "videos"  # from a file to its features
 
@@ -69,12 +69,8 @@ def features(run, embedder, data, part, evaluation, device="cpu", classes=None):
 
 
 def files(videos):
-    """[path, size, time of the last change, first and last frame] of every video of a set, in its order."""
-    found = []
-    for entry in videos.entries:
-        stat = (videos.root / entry.path).stat()
-        found.append([entry.path, stat.st_size, stat.st_mtime_ns, entry.start, entry.end])
-    return found
+    """[path, size, times of the last change, first and last frame] of every video of a set, in its order."""
+    return [[each.path, *index.state(videos.root / each.path), each.start, each.end] for each in videos.entries]
 
 
 def code_hash(*modules):

@@ -135,13 +135,22 @@ def find(path):
     """The index of a file, from memory, from the cache, or made now. Raises Unreadable with the reason."""
     try:
         path = Path(path).resolve()
-        status = path.stat()
+        now = state(path)
     except OSError as error:
         raise Unreadable(f"no video file: {reason(error)}") from None
-    index = _known(path, status.st_size, status.st_mtime_ns)
+    index = _known(path, now)
     if index.reason:
         raise Unreadable(index.reason)
     return index
+
+
+def state(path):
+    """(size, time of the last change, the same of its entry) of a file: together they differ after every change.
+
+    `cp -p`, archives and `touch -r` set the first time to what it was; the second one cannot be set.
+    """
+    status = Path(path).stat()
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def enough(frames):
@@ -160,14 +169,14 @@ def stamps(packet):
 
 
 @lru_cache(1 << 13)
-def _known(path, size, modified):
-    key = dict(format=FORMAT, path=os.fsencode(path).hex(), size=size, modified=modified, libraries=_libraries())
+def _known(path, now):
+    known = dict(zip(("size", "modified", "changed"), now, strict=True))
+    key = dict(format=FORMAT, path=os.fsencode(path).hex(), **known, libraries=_libraries())
     file = _folder() / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:40]}.json"
     index = _load(file, key)
     if index is None:
         index = make(path)
-        status = path.stat()
-        if (status.st_size, status.st_mtime_ns) == (size, modified):
+        if state(path) == now:
             _save(file, key, index)
     return index
 

@@ -266,7 +266,7 @@ def _read_safetensors(path):
         raise ValueError(f"{path}: found no safetensors: {error}") from None
 
 
-def _unwrapped(found, path, depth=4):
+def _unwrapped(found, path, depth=6):
     """The state dict within a checkpoint, {} where there is none; several that are no less likely are refused."""
     if not isinstance(found, Mapping) or depth == 0:
         return {}
