@@ -199,7 +199,7 @@ def oracle(path):
     """What the program shows of a file, from end to end: uint8 [F, 3, H, W]"""
     done = subprocess.run(
         [FFMPEG, "-v", "error", "-i", str(path), "-map", "0:v:0", "-fps_mode", "passthrough",
-         "-f", "image2pipe", "-c:v", "ppm", "-"], capture_output=True, check=False,
+         "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "-"], capture_output=True, check=False,
     )  # fmt: skip
     frames, rest = [], done.stdout
     while rest:

@@ -115,6 +115,38 @@ def against_the_program(chosen, folder, count):
     assert not any(wrong.values()), {name: count for name, count in wrong.items() if count}
 
 
+RAW = f"-f rawvideo -pix_fmt rgb24 -s {films.SIDE}x{films.SIDE} -r 25 -i -"
+H264 = "-c:v libx264 -preset veryfast -pix_fmt yuv420p -g 12 -bf 3 -x264-params open-gop=1:scenecut=0"
+OTHER = "-f lavfi -i testsrc=s=96x80:r=10:d=3"
+ODD = {  # what a film is written by, and what it is copied by afterwards
+    "wrapped.ts": (f"{RAW} {H264} -output_ts_offset 95442", ""),  # the 33 bits of a stamp run over within it
+    "wrapped.mpg": (f"{RAW} -c:v mpeg2video -q:v 3 -g 12 -bf 2 -output_ts_offset 95442 -f vob", ""),
+    "cover.mp4": (f"{RAW} {OTHER} {H264} -map 0 -map 1 -c:v:1 png -frames:v:1 1",
+                  "-map 0:1 -map 0:0 -c copy -disposition:v:0 attached_pic"),
+    "two.ts": (f"{RAW} {OTHER} {H264} -map 0 -map 1", ""),
+    "dropped.avi": (f"{RAW} -vf select=lt(n\\,5)+gt(n\\,30) -fps_mode vfr -c:v mpeg4 -q:v 3 -g 12", ""),
+    "interlaced.ts": (f"{RAW} -c:v mpeg2video -q:v 3 -g 12 -bf 2 -flags +ildct+ilme", ""),
+    "ten_bits.mp4": (f"{RAW} {H264.replace('yuv420p', 'yuv420p10le')}", ""),
+    "joined.ts": (f"{RAW} {H264}", "joined"),
+}  # fmt: skip
+
+
+@pytest.mark.skipif(not films.FFMPEG, reason="no ffmpeg program to write and judge these films: apt-get install ffmpeg")
+@pytest.mark.parametrize("name", ODD)
+def test_odd_files_against_the_ffmpeg_program(tmp_path, name):
+    writing, copying = ODD[name]
+    path = films.run(writing, tmp_path / name, films.pictures(films.FRAMES).tobytes())
+    if copying == "joined":  # stamps start again in the middle
+        later = films.run(writing, tmp_path / "later.ts", films.pictures(2 * films.FRAMES)[films.FRAMES :].tobytes())
+        path.write_bytes(path.read_bytes() + later.read_bytes())
+    elif copying:
+        path = films.run(f"-i {path} {copying}", tmp_path / f"copy_of_{name}")
+    whole = films.oracle(path)
+    assert torch.allclose(decode.decode(path, decode.PYAV).float(), whole.float(), rtol=0, atol=16)
+    for decoder in DECODERS:
+        assert wrong_windows(path, films.numbers(whole), 12, decoder) == 0
+
+
 REPEATED = {"repeated.mkv": lambda pts, dts: (pts // 3000 * 3000, dts // 3000 * 3000)}
 STAMPS = {  # pts and dts in thousandths of a frame
     **REPEATED,

@@ -148,6 +148,15 @@ def test_data_check(dataset, tmp_path, capsys):
     assert "10 videos" in capsys.readouterr().out
     problems = {line.split(",")[1] for line in out.read_text().splitlines()[1:]}
     assert problems <= {"short", "unreadable"} and "short" in problems
+    listed = (dataset / "ucfTrainTestlist/trainlist01.txt").read_text().split()[0]
+    (path,) = dataset.rglob(Path(listed).name)
+    path.rename(dataset / "away")
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["data", "check", "--dataset", "ucf101", "--root", str(dataset), "--out", str(out)])
+    finally:
+        (dataset / "away").rename(path)
+    assert ended.value.code == 1 and "1 missing" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)

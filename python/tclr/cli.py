@@ -253,11 +253,10 @@ def page(run: Path):
 
 def check(dataset: str, root: Path, part: str = "train", split: int = 1, out: Path = Path("data_check.csv"),  # noqa: B008
           window: int = 64):  # fmt: skip
-    """Walks a data set and lists its missing, unreadable and short videos."""
+    """Lists missing, unreadable and short videos, and those of another size; exits 1 where one cannot be read."""
     from . import check
 
-    counts = check.check(dataset, root, part, split, out=out, window=window)
-    print(", ".join(f"{count} {what}" for what, count in sorted(counts.items())) + f"; listed in {out}")
+    check.main(dataset, root, part, split, out=out, window=window)
 
 
 def both(run, data, evaluation, device):
