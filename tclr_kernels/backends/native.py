@@ -40,7 +40,11 @@ def _load_cpu() -> str | None:
 def _not_built() -> str:
     installed = shadowed()
     if installed is None:
-        return "the CPU kernels are not built: install the package again, without TCLR_KERNELS_REQUIRE_NATIVE=0"
+        # without these options pip keeps what is there, or installs the wheel without kernels again, from its cache
+        return (
+            "the CPU kernels are not built: install the package again, without TCLR_KERNELS_REQUIRE_NATIVE=0 and with "
+            "pip's options --force-reinstall --no-deps --no-cache-dir"
+        )
     reason = (
         f"the CPU kernels are not built in {PACKAGE}, which hides the installed package {installed}: run from another "
         "folder, or build them by `make setup`"
