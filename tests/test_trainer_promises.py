@@ -612,6 +612,23 @@ def test_nothing_is_overwritten_before_the_new_run_can_start(run, tmp_path):
     assert contents(run) == before
 
 
+IMPOSSIBLE = [
+    "recipe.backend=another", "recipe.steps=-1", "recipe.batch=0", "recipe.accumulate=0", "recipe.lr=.nan",
+    "recipe.weight_decay=-1", "recipe.warmup=-5", "recipe.side=0", "recipe.readers=-1", "recipe.checkpoint_every=0",
+    "data.size=[12]", "data.size=[0, 12]", "data.size=[]",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("way", ["resume", "overwrite"])
+def test_a_value_that_no_run_can_have_is_refused_by_name_and_nothing_is_written(videos_root, run, way):
+    """Some were found out at the first step, when config.yaml was written and, to overwrite, last.pt was deleted."""
+    before = contents(run)
+    for given in IMPOSSIBLE:
+        with pytest.raises(ValueError, match=f"{given.partition('=')[0].removeprefix('recipe.')}: found "):
+            pretrain(videos_root, run, f"--{way}=true", f"--{given}", steps=2)
+        assert contents(run) == before, given
+
+
 # Checkpoints of others
 
 
