@@ -130,6 +130,18 @@ def write_folder(root):
     return [root / part / name / "0.avi" for part in ("train", "test") for name in "ab"]
 
 
+def test_a_class_of_which_hmdb51_trains_on_no_video_is_refused_with_its_file(tmp_path):
+    for path in (*write_hmdb51(tmp_path), tmp_path / "a0/0.avi"):
+        video(path, frames=2)
+    (tmp_path / "a0_test_split1.txt").write_text("0.avi 0\n")
+    train, test = (annotations.read("hmdb51", tmp_path, part) for part in ("train", "test"))
+    assert train.classes == test.classes == ["a", "b"] and [entry.label for entry in test.entries] == [0, 1]
+    (tmp_path / "a0_test_split1.txt").write_text("0.avi 2\n")
+    with pytest.raises(ValueError, match="a0_test_split1.txt:1: found the class 'a0' without a video of train"):
+        annotations.read("hmdb51", tmp_path, "test")
+    assert annotations.read("hmdb51", tmp_path, "test", train="test").classes == ["a", "a0", "b"]
+
+
 WRITERS = dict(ucf101=write_ucf101, hmdb51=write_hmdb51, kinetics400=write_kinetics400, diving48=write_diving48)
 WRITERS["folder"] = write_folder
 
