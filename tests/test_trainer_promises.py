@@ -130,6 +130,18 @@ def write_folder(root):
     return [root / part / name / "0.avi" for part in ("train", "test") for name in "ab"]
 
 
+def test_a_class_of_which_hmdb51_trains_on_no_video_is_refused_with_its_file(tmp_path):
+    for path in (*write_hmdb51(tmp_path), tmp_path / "a0/0.avi"):
+        video(path, frames=2)
+    (tmp_path / "a0_test_split1.txt").write_text("0.avi 0\n")
+    train, test = (annotations.read("hmdb51", tmp_path, part) for part in ("train", "test"))
+    assert train.classes == test.classes == ["a", "b"] and [entry.label for entry in test.entries] == [0, 1]
+    (tmp_path / "a0_test_split1.txt").write_text("0.avi 2\n")
+    with pytest.raises(ValueError, match="a0_test_split1.txt:1: found the class 'a0' without a video of train"):
+        annotations.read("hmdb51", tmp_path, "test")
+    assert annotations.read("hmdb51", tmp_path, "test", train="test").classes == ["a", "a0", "b"]
+
+
 WRITERS = dict(ucf101=write_ucf101, hmdb51=write_hmdb51, kinetics400=write_kinetics400, diving48=write_diving48)
 WRITERS["folder"] = write_folder
 
@@ -610,6 +622,23 @@ def test_nothing_is_overwritten_before_the_new_run_can_start(run, tmp_path):
     with pytest.raises(SystemExit, match="both resume and overwrite"):
         pretrain(tmp_path, run, "--overwrite=true", "--resume=true")
     assert contents(run) == before
+
+
+IMPOSSIBLE = [
+    "recipe.backend=another", "recipe.steps=-1", "recipe.batch=0", "recipe.accumulate=0", "recipe.lr=.nan",
+    "recipe.weight_decay=-1", "recipe.warmup=-5", "recipe.side=0", "recipe.readers=-1", "recipe.checkpoint_every=0",
+    "data.size=[12]", "data.size=[0, 12]", "data.size=[]",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("way", ["resume", "overwrite"])
+def test_a_value_that_no_run_can_have_is_refused_by_name_and_nothing_is_written(videos_root, run, way):
+    """Some were found out at the first step, when config.yaml was written and, to overwrite, last.pt was deleted."""
+    before = contents(run)
+    for given in IMPOSSIBLE:
+        with pytest.raises(ValueError, match=f"{given.partition('=')[0].removeprefix('recipe.')}: found "):
+            pretrain(videos_root, run, f"--{way}=true", f"--{given}", steps=2)
+        assert contents(run) == before, given
 
 
 # Checkpoints of others

@@ -160,18 +160,29 @@ def hmdb51(draft, part, split, train):
     """<class>_test_split<n>.txt of lines '<file>.avi <flag>' (1 train, 2 test, 0 neither), and <class>/<file>."""
     lists, videos = draft.folder("testTrainMulti_7030_splits", "splits"), draft.folder("hmdb51_org", "videos")
     ending = f"_test_split{split}.txt"
-    classes = sorted(name.removesuffix(ending) for name in os.listdir(draft.root / lists) if name.endswith(ending))
-    if not classes:
+    names = sorted(name.removesuffix(ending) for name in os.listdir(draft.root / lists) if name.endswith(ending))
+    if not names:
         raise ValueError(f"root: found no <class>{ending} below {draft.root / lists}")
-    for label, name in enumerate(classes):
-        for where, line in draft.lines(f"{lists}{name}{ending}"):
-            file, _, flag = line.rpartition(" ")
-            if flag not in ("0", "1", "2") or not file:
-                raise ValueError(f"{where}: found {line!r}, wanted '<file> <flag>' with the flag 0, 1 or 2")
-            draft.inside(where, file)
-            if flag == dict(train="1", test="2")[part]:
-                draft.add(where, [f"{videos}{name}/{file.rstrip()}"], label)
+    flags, train = dict(train="1", test="2"), train or "train"
+    rows = {name: list(_hmdb51_rows(draft, f"{lists}{name}{ending}")) for name in names}
+    classes = [name for name in names if any(flag == flags[train] for *_, flag in rows[name])]
+    for name in names:
+        for where, file, flag in rows[name]:
+            if flag != flags[part]:
+                continue
+            if name not in classes:
+                raise ValueError(f"{where}: found the class {name!r} without a video of {train}, wanted one at least")
+            draft.add(where, [f"{videos}{name}/{file}"], classes.index(name))
     return classes
+
+
+def _hmdb51_rows(draft, path):
+    for where, line in draft.lines(path):
+        file, _, flag = line.rpartition(" ")
+        if flag not in ("0", "1", "2") or not file:
+            raise ValueError(f"{where}: found {line!r}, wanted '<file> <flag>' with the flag 0, 1 or 2")
+        draft.inside(where, file)
+        yield where, file.rstrip(), flag
 
 
 def kinetics400(draft, part, split, train):

@@ -82,6 +82,8 @@ def open_videos(data, part, shortest, out=None, seed=0, classes=None):
     Labels stand for the classes of the training part, or for `classes` where they are given. Raises
     ValueError, naming two of them, where sizes differ and `data.size` does not bring them to one.
     """
+    if data.size is not None and (len(data.size) != 2 or min(data.size) < 1):
+        raise ValueError(f"data.size: found {data.size}, wanted [H, W] of at least 1")
     train = part if classes else data.train
     listing = annotations.read(data.dataset, data.root, part, data.split, train=train, classes=classes)
     print(f"{data.dataset}, {part}: " + ", ".join(f"{count} {what}" for what, count in listing.counts.items()))

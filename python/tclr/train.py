@@ -18,6 +18,7 @@ import torch
 from torch import distributed, nn
 
 import tclr_kernels as tk
+from tclr_kernels import backends
 
 from . import checkpoint
 from .augment import Augment, ReleaseAugment
@@ -31,6 +32,8 @@ AMP = {"fp16": torch.float16, "bf16": torch.bfloat16}
 FIXED = "net.", "clips.", "data.dataset", "data.split", "data.train", "recipe.optimizer", "recipe.batch"
 FIXED += "recipe.accumulate", "recipe.learn_temperature", "recipe.seed"
 OBJECTIVE = "recipe.weights", "recipe.form", "recipe.temperature"
+LEAST = dict(steps=0, epochs=0, batch=1, accumulate=1, lr=0, warmup=0, weight_decay=0, side=1, readers=0)
+LEAST |= dict(checkpoint_every=1)
 WARM = 0.01, 0.05, 0.1, 0.5, 1.0  # the release's factors of the learning rate, an epoch each
 
 
@@ -112,6 +115,7 @@ class Run:
     """A pretraining at some step: everything that a checkpoint holds; `more` are settings to keep, such as net=Net()"""
 
     def __init__(self, embedder, videos, plan, recipe, device, **more):
+        check(recipe, device)
         self.embedder, self.videos, self.device = embedder.to(device), videos, device
         self.plan, self.recipe = plan, recipe
         self.settings = {name: dataclasses.asdict(each) for name, each in dict(more, clips=plan, recipe=recipe).items()}
@@ -272,6 +276,17 @@ class Ahead:
         if following:
             self.coming[following] = self.one.submit(read, *following, self.readers)
         return found.result()
+
+
+def check(recipe, device):
+    """Raises ValueError, or RuntimeError for a backend that does not serve the device, that names a key of the recipe.
+
+    Found out here, before a run's folder is touched, and not at the first step.
+    """
+    for name, least in LEAST.items():
+        if not getattr(recipe, name) >= least:  # so that NaN is refused too
+            raise ValueError(f"recipe.{name}: found {getattr(recipe, name)}, wanted at least {least}")
+    backends.choose(recipe.backend, torch.device(device))
 
 
 def flat(settings):
