@@ -171,6 +171,16 @@ def test_an_evaluation_of_videos_without_classes_says_so(run, tmp_path, command)
         cli.main([command, f"--run={run}", *OPTIONS, *data])
 
 
+def test_an_evaluation_changes_the_data_that_it_names_alone(run, tmp_path):
+    """With other videos named, their kind, split and parts stay those of the pretraining."""
+    other = dataset(tmp_path / "other", each=1)
+    cli.main(["retrieval", f"--run={run}", *OPTIONS, f"--data.root={other}"])
+    assert (run / "retrieval.json").exists()
+    found = config.data_of(run, config.OtherData(root=str(other), size=[8, 8]))
+    assert found == dataclasses.replace(config.read_run(run)[1], root=str(other), size=[8, 8])
+    assert found.dataset == "folder" and config.data_of(run) == config.read_run(run)[1]
+
+
 @pytest.mark.parametrize("command", ["linear", "finetune"])
 def test_a_classifier_keeps_its_classes_on_another_listing(run, tmp_path, command):
     """Another data set's classes stand at other places, and it has no training part to take them from."""

@@ -16,7 +16,7 @@ from . import ablation, checkpoint, config, evaluate, models, report, train
 from . import finetune as tuning
 from . import linear as probe
 from .clips import ClipPlan
-from .config import Data, Evaluation, Net
+from .config import Data, Evaluation, Net, OtherData
 from .features import embedder_of, features
 
 KS = 1, 5, 10, 20
@@ -111,7 +111,7 @@ class Log:
             self.bar.console.print(f"step {step}: " + ", ".join(filter(None, shown)), highlight=False, soft_wrap=True)
 
 
-def retrieval(run: Path, evaluation: Evaluation = Evaluation(), data: Data | None = None, device: str = "auto"):  # noqa: B008
+def retrieval(run: Path, evaluation: Evaluation = Evaluation(), data: OtherData | None = None, device: str = "auto"):  # noqa: B008
     """Nearest neighbours by the backbone's features, gallery = train, query = test: R@1, 5, 10, 20, and a picture."""
     gallery, queries = both(run, data, evaluation, device)
     ranks = evaluate.ranking(gallery.clips, queries.clips, evaluation.clips)
@@ -122,7 +122,7 @@ def retrieval(run: Path, evaluation: Evaluation = Evaluation(), data: Data | Non
     return figures
 
 
-def linear(run: Path, evaluation: Evaluation = Evaluation(), data: Data | None = None, device: str = "auto",  # noqa: B008
+def linear(run: Path, evaluation: Evaluation = Evaluation(), data: OtherData | None = None, device: str = "auto",  # noqa: B008
            share: float = 1.0, seed: int = 0):  # fmt: skip
     """Accuracy of one linear layer on the frozen backbone's features; share: of the labels, balanced over classes."""
     gallery, queries = both(run, data, evaluation, device)
@@ -133,7 +133,7 @@ def linear(run: Path, evaluation: Evaluation = Evaluation(), data: Data | None =
     return result(run, name, gallery.hash, figures)
 
 
-def multiclip(run: Path, evaluation: Evaluation = Evaluation(), data: Data | None = None, device: str = "auto"):  # noqa: B008
+def multiclip(run: Path, evaluation: Evaluation = Evaluation(), data: OtherData | None = None, device: str = "auto"):  # noqa: B008
     """Retrieval and linear accuracy against 1 .. all clips a video."""
     gallery, queries = both(run, data, evaluation, device)
     layer, curve = fitted(gallery), {}
@@ -148,7 +148,7 @@ def multiclip(run: Path, evaluation: Evaluation = Evaluation(), data: Data | Non
     return dict(by_clips=curve)
 
 
-def confusion(run: Path, evaluation: Evaluation = Evaluation(), data: Data | None = None, device: str = "auto",  # noqa: B008
+def confusion(run: Path, evaluation: Evaluation = Evaluation(), data: OtherData | None = None, device: str = "auto",  # noqa: B008
               classes: list[str] | None = None):  # fmt: skip
     """The confusion matrix of the linear layer, of all or of the chosen classes."""
     gallery, queries = both(run, data, evaluation, device)
@@ -165,10 +165,10 @@ def confusion(run: Path, evaluation: Evaluation = Evaluation(), data: Data | Non
     return dict(classes=names, counts=counts.tolist())
 
 
-def finetune(run: Path, evaluation: Evaluation = Evaluation(), data: Data | None = None, device: str = "auto",  # noqa: B008
+def finetune(run: Path, evaluation: Evaluation = Evaluation(), data: OtherData | None = None, device: str = "auto",  # noqa: B008
              share: float = 1.0, epochs: int = 16, batch: int = 16, lr: float = 1e-4, seed: int = 0):  # fmt: skip
     """Trains backbone and classifier on the labels, or a share of them; accuracy with all clips a video."""
-    data, device = data or config.read_run(run)[1], config.device(device)
+    data, device = config.data_of(run, data), config.device(device)
     span = (evaluation.frames - 1) * evaluation.stride + 1
     trained, test = (config.open_labelled(data, part, span, run) for part in (data.train, data.test))
     torch.manual_seed(seed)
@@ -184,13 +184,13 @@ def finetune(run: Path, evaluation: Evaluation = Evaluation(), data: Data | None
     return result(run, name, config.digest(data, evaluation, share, settings), figures)
 
 
-def classify(run: Path, classifier: str = "finetune", data: Data | None = None, device: str = "auto"):
+def classify(run: Path, classifier: str = "finetune", data: OtherData | None = None, device: str = "auto"):
     """Accuracy of a classifier that `finetune` or `linear` left in the run, on the test part of its data or of other.
 
     classifier: its file's name without .pt, such as linear-0.1. Labels go by the names of the classes it was trained
     on; a video of any other class is refused. The clips are those of its own evaluation.
     """
-    data, device = data or config.read_run(run)[1], config.device(device)
+    data, device = config.data_of(run, data), config.device(device)
     file = run / f"{classifier}.pt"
     if not file.exists():
         raise SystemExit(f"classifier: found no {file}, wanted a classifier that finetune or linear left there")
@@ -261,7 +261,7 @@ def check(dataset: str, root: Path, part: str = "train", split: int = 1, out: Pa
 
 def both(run, data, evaluation, device):
     """Features of both parts, of the pretraining's data or of other."""
-    data, embedder = data or config.read_run(run)[1], embedder_of(run)
+    data, embedder = config.data_of(run, data), embedder_of(run)
     return [features(run, embedder, data, part, evaluation, config.device(device)) for part in (data.train, data.test)]
 
 

@@ -26,6 +26,18 @@ class Data:
 
 
 @dataclass(frozen=True)
+class OtherData:
+    """What an evaluation changes of the data that the run was pretrained on; what is not given stays as it is there."""
+
+    dataset: Literal["ucf101", "hmdb51", "kinetics400", "diving48", "folder"] | None = None
+    root: str | None = None
+    split: int | None = None
+    train: str | None = None
+    test: str | None = None
+    size: list[int] | None = None
+
+
+@dataclass(frozen=True)
 class Net:
     """The backbone, the width of its first stage, and the embedding's."""
 
@@ -74,6 +86,12 @@ def read_run(run):
         raise SystemExit(f"{path} is not there: wanted the folder of a pretraining")
     plain = yaml.safe_load(path.read_text())
     return Net(**plain["net"]), Data(**plain["data"])
+
+
+def data_of(run, other=None):
+    """The data of a pretraining's folder, with what OtherData gives in its place."""
+    given = dataclasses.asdict(other) if other else {}
+    return dataclasses.replace(read_run(run)[1], **{k: v for k, v in given.items() if v is not None})
 
 
 def open_videos(data, part, shortest, out=None, seed=0, classes=None):
