@@ -25,16 +25,17 @@ def embeddings(dims: str, **tensors: Tensor) -> list[Tensor]:
             raise ValueError(f"{first} is on {a.device} and {name} on {x.device}: wanted one device")
         if x.shape != a.shape:
             raise ValueError(f"{first} has shape {list(a.shape)} and {name} {list(x.shape)}: wanted the same shape")
-    return [saveable(x) for x in same_dtype(**tensors)]
+    return saveable(*same_dtype(**tensors))
 
 
-def saveable(x: Tensor) -> Tensor:
-    """The tensor, copied if it was made in inference mode and autograd, which saves no such tensor, may need it.
+def saveable(*tensors: Tensor) -> list[Tensor]:
+    """The tensors; those made in inference mode copied, where autograd, which saves no such tensor, may need them.
 
     torch.compile cannot ask a tensor for that: there PyTorch's own error says what to do.
     """
-    asks = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    return x.clone() if asks and x.is_inference() else x
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return list(tensors)
+    return [x.clone() if x.is_inference() else x for x in tensors]
 
 
 def same_dtype(**tensors: Tensor) -> list[Tensor]:
@@ -113,7 +114,7 @@ def temperature(value: object, device: torch.device | None = None) -> float | Te
             )
         if _check_values() and not (value > 0).logical_and(value.isfinite()):
             raise ValueError(f"temperature: found {value.item()}, wanted {wanted} (TCLR_KERNELS_CHECK=1)")
-        return saveable(value).reshape(())  # autograd gives the gradient the shape that the tensor had
+        return saveable(value)[0].reshape(())  # autograd gives the gradient the shape that the tensor had
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"temperature: found {value!r}, wanted {wanted}")
     try:

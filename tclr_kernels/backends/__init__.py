@@ -81,8 +81,8 @@ def choose(
     source = "backend" if backend is not None else "TCLR_KERNELS_BACKEND"
     backend = backend if backend is not None else os.environ.get("TCLR_KERNELS_BACKEND") or None
     if backend is None:
-        names = [name for name in _order(device, rows, features, dtype) if name in BACKENDS]
-        chosen = next(name for name in names if _why_not(name, device) is None)
+        names = _order(device, rows, features, dtype)
+        chosen = next(name for name in names if name in BACKENDS and _why_not(name, device) is None)
         if chosen == "reference":
             _warn_of_missing(device.type)
         return chosen
@@ -94,8 +94,9 @@ def choose(
 
 
 def _order(device: torch.device, rows: int, features: int, dtype: torch.dtype | None) -> Iterable[str]:
+    kind = device.type
     for regime in REGIMES:
-        fits = rows <= regime.rows and features <= regime.features and (not regime.dtypes or dtype in regime.dtypes)
-        if fits and regime.device == device.type:
+        fits = regime.device == kind and rows <= regime.rows and features <= regime.features
+        if fits and (not regime.dtypes or dtype in regime.dtypes):
             return regime.order
     return BACKENDS
