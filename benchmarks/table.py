@@ -9,6 +9,8 @@ BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 SHOWN = "native", "dense", "compile", "written", "lightly", "products", "floor"  # in the README
 LIMITS = "products", "floor"  # no loss, only part of its work
 OURS = "native", "reference"
+ROWS = "Time and memory against rows"
+ACCURACY = "Gradient error against temperature", accuracy.path().with_suffix(".png")  # the same on every device
 NAMES = {
     "nt_xent": "NT-Xent",
     "views": "instance contrast of V views",
@@ -21,7 +23,8 @@ NAMES = {
 
 def markdown(paths):
     """The README's tables of all devices."""
-    return "\n\n".join(summary(path) for path in paths) or "Not measured yet."
+    parts = [summary(path) for path in paths] + picture(*ACCURACY)
+    return "\n\n".join(parts) if paths else "Not measured yet."
 
 
 def summary(path):
@@ -30,14 +33,12 @@ def summary(path):
     scaling = {size: found for size, found in by_case(every).items() if rows.is_scaling(next(iter(found.values())))}
     others = {size: found for size, found in by_case(every).items() if size not in scaling}
     parts = [heading(every), nt_xent(scaling), other_losses(others)]
-    parts += [f"![{title}](benchmarks/results/{p.name})" for title, p in pictures(path)]
-    return "\n\n".join(parts)
+    return "\n\n".join(parts + picture(ROWS, path.with_suffix(".png")))
 
 
-def pictures(path):
-    """Titles and paths of what was drawn."""
-    drawn = [("Time and memory against rows", path), ("Gradient error against temperature", accuracy.path())]
-    return [(title, p.with_suffix(".png")) for title, p in drawn if p.with_suffix(".png").exists()]
+def picture(title, path, results="benchmarks/results"):
+    """The line that shows a picture, in a list; none where it was not drawn. results: as the page sees the folder"""
+    return [f"![{title}]({results}/{path.name})"] if path.exists() else []
 
 
 def by_case(every):
@@ -97,9 +98,9 @@ def page(paths):
     for path in paths:
         every = rows.read(path)
         parts += [heading(every)]
-        parts += [f"![{title}](../benchmarks/results/{p.name})" for title, p in pictures(path)]
+        parts += picture(ROWS, path.with_suffix(".png"), "../benchmarks/results")
         parts += [case_table(key, found) for key, found in by_case(every).items()]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts + picture(*ACCURACY, "../benchmarks/results")) + "\n"
 
 
 def case_table(key, found):
