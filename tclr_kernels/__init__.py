@@ -1,6 +1,7 @@
 """Contrastive losses that never hold the similarity matrix: NT-Xent, CLIP, and the three losses of TCLR."""
 
 from .backends import available_backends
+from .gram import Blocks, LabelledBlocks, LabelledRows, gram, pair_sum, rectangle
 from .losses import TCLRTerms, clip_loss, global_local, instance_contrastive, local_local, nt_xent, tclr
 from .modules import (
     CLIPLoss,
@@ -14,9 +15,12 @@ from .modules import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "Blocks",
     "CLIPLoss",
     "GlobalLocalLoss",
     "InstanceContrastiveLoss",
+    "LabelledBlocks",
+    "LabelledRows",
     "LocalLocalLoss",
     "NTXentLoss",
     "TCLRLoss",
@@ -24,8 +28,11 @@ __all__ = [
     "available_backends",
     "clip_loss",
     "global_local",
+    "gram",
     "instance_contrastive",
     "local_local",
     "nt_xent",
+    "pair_sum",
+    "rectangle",
     "tclr",
 ]

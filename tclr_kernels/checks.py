@@ -16,16 +16,24 @@ def embeddings(dims: str, **tensors: Tensor) -> list[Tensor]:
 
     dims: the dimensions' names, in brackets the leading ones that may be any number: "... N D".
     """
-    dims, check_values = dims.split(), _check_values()
+    return _alike(dims, tensors)
+
+
+def _alike(dims: str, tensors: Mapping[str, Tensor], empty: bool = False) -> list[Tensor]:
+    names, check_values = dims.split(), _check_values()
     for name, x in tensors.items():
-        _embedding(name, x, dims, check_values)
+        _embedding(name, x, names, check_values, empty)
     (first, a), *others = tensors.items()
     for name, x in others:
-        if x.device != a.device:
-            raise ValueError(f"{first} is on {a.device} and {name} on {x.device}: wanted one device")
+        _one_device(first, a, name, x)
         if x.shape != a.shape:
             raise ValueError(f"{first} has shape {list(a.shape)} and {name} {list(x.shape)}: wanted the same shape")
     return saveable(*same_dtype(**tensors))
+
+
+def _one_device(first: str, a: Tensor, name: str, x: Tensor) -> None:
+    if x.device != a.device:
+        raise ValueError(f"{first} is on {a.device} and {name} on {x.device}: wanted one device")
 
 
 def saveable(*tensors: Tensor) -> list[Tensor]:
@@ -36,6 +44,73 @@ def saveable(*tensors: Tensor) -> list[Tensor]:
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return list(tensors)
     return [x.clone() if x.is_inference() else x for x in tensors]
+
+
+def sets(given: Sequence[Tensor]) -> list[Tensor]:
+    """The sets of the operation: V >= 1 tensors [G, N, D] of one shape, dtype and device, perhaps empty."""
+    if isinstance(given, torch.Tensor) or not isinstance(given, Sequence) or not given:
+        found = f"a tensor of shape {list(given.shape)}" if isinstance(given, torch.Tensor) else repr(given)
+        raise TypeError(f"sets: found {found}, wanted a list or tuple of at least one tensor [G, N, D]")
+    return _alike("G N D", {f"sets[{a}]": x for a, x in enumerate(given)}, empty=True)
+
+
+def sides(rows: Tensor, columns: Tensor) -> list[Tensor]:
+    """The two sides of a rectangle: rows [..., n, D], and columns [K, D] or [..., K, D] with the same leading ones."""
+    check_values = _check_values()
+    _embedding("rows", rows, ["...", "n", "D"], check_values)
+    _embedding("columns", columns, ["...", "K", "D"], check_values)
+    _one_device("rows", rows, "columns", columns)
+    if columns.shape[-1] != rows.shape[-1] or (columns.dim() > 2 and columns.shape[:-2] != rows.shape[:-2]):
+        leading = list(rows.shape[:-2])
+        wanted = f"[K, {rows.shape[-1]}]" + (
+            f" or [{', '.join(map(str, leading))}, K, {rows.shape[-1]}]" * bool(leading)
+        )
+        raise ValueError(
+            f"columns: found shape {list(columns.shape)}, wanted {wanted} beside rows of shape {list(rows.shape)}"
+        )
+    return saveable(*same_dtype(rows=rows, columns=columns))
+
+
+def keys(name: str, value: object, beside: Tensor) -> Tensor:
+    """Labels of the rows of a tensor [..., N, D], as int64 [..., N]; given so, or as [N] for all groups."""
+    shape = list(beside.shape[:-1])
+    wanted = f"integers of shape {shape[-1:]}" + (f" or {shape}" * (len(shape) > 1))
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: found {value!r}, wanted a tensor of {wanted}")
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name}: found dtype {value.dtype}, wanted {wanted}")
+    if list(value.shape) not in (shape, shape[-1:]):
+        raise ValueError(f"{name}: found shape {list(value.shape)}, wanted {wanted}")
+    _one_device("the embeddings", beside, name, value)
+    return value.to(torch.int64).expand(shape)
+
+
+def keys_of_both(rows: object, columns: object) -> None:
+    if (rows is None) != (columns is None):
+        missing = "row_keys" if rows is None else "column_keys"
+        raise ValueError(f"{missing}: found None, wanted keys of the rows and of the columns, or of neither")
+
+
+def span(name: str, value: object, size: int) -> tuple[int, int]:
+    """(o, n) with 0 <= o, 0 <= n, o + n <= size."""
+    wanted = f"two integers (o, n) with 0 <= o, 0 <= n and o + n <= N = {size}"
+    if not isinstance(value, Sequence) or len(value) != 2 or not all(isinstance(x, int) for x in value):
+        raise TypeError(f"{name}: found {value!r}, wanted {wanted}")
+    o, n = value
+    if not (o >= 0 and n >= 0 and o + n <= size):
+        raise ValueError(f"{name}: found {value!r}, wanted {wanted}")
+    return o, n
+
+
+def beside(name: str, value: object, rows: Tensor) -> Tensor:
+    """A floating-point number for each of the rows [..., n, D], on their device: [..., n]"""
+    wanted = f"a floating-point tensor of shape {list(rows.shape[:-1])}"
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        raise TypeError(f"{name}: found {value!r}, wanted {wanted}")
+    if value.shape != rows.shape[:-1]:
+        raise ValueError(f"{name}: found shape {list(value.shape)}, wanted {wanted}")
+    _one_device("rows", rows, name, value)
+    return saveable(value)[0]
 
 
 def same_dtype(**tensors: Tensor) -> list[Tensor]:
@@ -74,7 +149,7 @@ def _check_values() -> bool:
     return os.environ.get("TCLR_KERNELS_CHECK") == "1"
 
 
-def _embedding(name: str, x: object, dims: Sequence[str], check_values: bool) -> None:
+def _embedding(name: str, x: object, dims: Sequence[str], check_values: bool, empty: bool = False) -> None:
     wanted = f"[{', '.join(dims)}]"
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name}: found {type(x).__module__}.{type(x).__name__}, wanted a torch.Tensor {wanted}")
@@ -85,7 +160,7 @@ def _embedding(name: str, x: object, dims: Sequence[str], check_values: bool) ->
     fixed = [d for d in dims if d != "..."]
     if x.dim() < len(fixed) or ("..." not in dims and x.dim() > len(fixed)):
         raise ValueError(f"{name}: found {x.dim()} dimensions, shape {list(x.shape)}, wanted {wanted}")
-    if 0 in x.shape:
+    if 0 in x.shape and not empty:
         raise ValueError(f"{name}: found an empty tensor, shape {list(x.shape)}, wanted every size of {wanted} >= 1")
     if check_values:
         finite = torch.isfinite(x).all(-1)

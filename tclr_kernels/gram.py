@@ -1,157 +1,244 @@
-"""THE operation under every loss, and its gradient.
+"""The operation itself, for losses of one's own: blocks of the Gram matrix, its rectangles, and labels.
 
-For V sets of rows in each of G groups, S[(a,i),(c,j)] = sim(z_(a,i), z_(c,j)), one predicate, j != i, in every block:
+Rows and columns are float64, float32, bfloat16 or float16 with any strides; sim(u, v) = <u, v> / (|u| |v| tau), or
+<u, v> / tau with `normalize=False`. Results are float32 (float64 for float64 inputs) and can be differentiated by rows,
+columns and temperature. The matrix of similarities is never held. Each function raises TypeError or ValueError, naming
+the argument, for a wrong type, rank, size, dtype or device.
 
-    neg[g,a,c,i]  = log sum_{j != i} exp S[(a,i),(c,j)]
-    pos[g,a,c,i]  = S[(a,i),(c,i)],  c != a
-    term[g,a,c,i] = log(1 + (exp neg[g,a,a,i] + exp neg[g,a,c,i]) / exp pos[g,a,c,i]),  c != a
-
-(the first exponential is absent where only cross blocks exist). The gradient, both sides at once:
-
-    W[(a,i),(c,j)] = [j != i] g_neg[a,c,i] exp(S - neg[a,c,i]) + [j = i, c != a] g_pos[a,c,i]
-    dz_(a,i) = 1/tau sum_(c,j) (W + W^T)[(a,i),(c,j)] z_(c,j)              dL/dtau = -<z, dz> / (2 tau)
-
-A kernel backend is two functions, `forward(sets, tau, normalize, cross) -> (term, neg, pos)` and `backward(sets, tau,
-normalize, cross, neg, pos, g_term, g_neg, g_pos) -> (dz of each set, <z, dz> of each row: [G, V, N])`; what a loss
-does not use arrives there as None.
+Source: the losses of TCLR, https://arxiv.org/abs/2101.07974, and of Khosla et al., https://arxiv.org/abs/2004.11362,
+are functions of these outputs.
 """
 
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import NamedTuple, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import backends, checks
+from . import backends, checks, general
+from .symmetric import blocks
 
-_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+Temperature = float | Tensor
 
 
+class Blocks(NamedTuple):
+    """What `gram` returns: tensors [G, V, V, n], of the anchor (a, i) and the set c."""
+
+    term: Tensor
+    neg: Tensor
+    pos: Tensor
+
+
+class LabelledBlocks(NamedTuple):
+    """What `gram` returns with keys: tensors [G, V, V, n], of the anchor (a, i) and the set c."""
+
+    term: Tensor
+    neg: Tensor
+    pos: Tensor
+    pos_lse: Tensor
+    spread: Tensor
+    count: Tensor
+
+
+class LabelledRows(NamedTuple):
+    """What `rectangle` returns with keys: tensors [..., n]."""
+
+    neg: Tensor
+    pos_lse: Tensor
+    spread: Tensor
+    count: Tensor
+
+
+@overload
 def gram(
     sets: Sequence[Tensor],
-    tau: float | Tensor,
+    temperature: Temperature = ...,
+    *,
+    normalize: bool = ...,
+    cross: bool = ...,
+    rows: tuple[int, int] | None = ...,
+    keys: None = ...,
+    backend: str | None = ...,
+) -> Blocks: ...
+@overload
+def gram(
+    sets: Sequence[Tensor],
+    temperature: Temperature = ...,
+    *,
+    normalize: bool = ...,
+    cross: bool = ...,
+    rows: tuple[int, int] | None = ...,
+    keys: Tensor,
+    backend: str | None = ...,
+) -> LabelledBlocks: ...
+def gram(
+    sets: Sequence[Tensor],
+    temperature: Temperature = 0.1,
     *,
     normalize: bool = True,
     cross: bool = False,
+    rows: tuple[int, int] | None = None,
+    keys: Tensor | None = None,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Contrast every set of rows with every other, without holding their Gram matrix.
+) -> Blocks | LabelledBlocks:
+    """Every set of rows against every other: the blocks of their Gram matrix S, each row an anchor.
 
-    sets: V tensors [G, N, D] of one dtype and device; tau: a float or a 0-d tensor; normalize: cosine similarity, else
-    the plain dot product; cross: only the blocks between the first and the second half of the sets.
-    Returns term, neg, pos: [G, V, V, N], float32 (float64 for float64 sets).
+        neg[g,a,c,i]     = log sum exp S[(a,i),(c,j)] over j != i; with keys, over key_j != key_i as well
+        pos[g,a,c,i]     = S[(a,i),(c,i)],  c != a                                            0 where a = c
+        term[g,a,c,i]    = log(1 + (exp neg[g,a,a,i] + exp neg[g,a,c,i]) / exp pos[g,a,c,i])  0 where a = c
+        pos_lse[g,a,c,i] = log sum exp S[(a,i),(c,j)] over the positives: key_j = key_i, (c, j) != (a, i)
+        spread[g,a,c,i]  = pos_lse - mean of S over the positives, whose gradient is exact where they are alike
+        count[g,a,c,i]   = the number of positives, which takes no gradient
+
+    sets: V tensors [G, N, D] of one dtype and device: V sets of N rows in each of G independent groups.
+    cross: only the blocks between the first and the second half of the sets exist, and the term is without
+    neg[g,a,a,i]; elsewhere neg and pos_lse are -inf, the other outputs 0.
+    rows: (o, n): the anchors are rows o .. o + n of each set, the candidates all rows. None: all are anchors, n = N.
+    keys: integers [N] or [G, N], the rows' labels in every set; a negative one is equal to nothing.
+    Without negatives neg is -inf, the term and its gradient 0; without positives pos_lse is -inf, the spread 0.
+    Returns Blocks, or LabelledBlocks with keys.
     """
-    device, (G, N, D) = sets[0].device, sets[0].shape
-    name = backends.choose(backend, device, G * len(sets) * N, D, sets[0].dtype)
-    if name != "reference":
-        if not torch.compiler.is_compiling():
-            return EagerGram.apply(name, tau, normalize, cross, *sets)
-        if wants_gradient(tau, *sets):
-            return Gram.apply(name, tau, normalize, cross, *sets)
-        return backends.BACKENDS[name].forward(sets, tau, normalize, cross)  # its tracer takes no Function here
-    with torch.autocast(checks.autocast_type(device), enabled=False):
-        return backends.reference.gram(sets, tau, normalize, cross)
+    sets = checks.sets(sets)
+    checks.flag("normalize", normalize)
+    checks.flag("cross", cross)
+    tau = checks.temperature(temperature, sets[0].device)
+    if rows is None and keys is None:
+        return Blocks(*blocks(sets, tau, normalize=normalize, cross=cross, backend=backend))
+    G, N, D = sets[0].shape
+    first, n = (0, N) if rows is None else checks.span("rows", rows, N)
+    of_columns = None if keys is None else checks.keys("keys", keys, sets[0])
+    of_rows = None if of_columns is None else of_columns.narrow(1, first, n)
+    anchors = [] if rows is None else [z.narrow(1, first, n) for z in sets]
+    name = backends.choose(backend, sets[0].device, G * len(sets) * N, D, sets[0].dtype)
+    settings = general.Settings(name, normalize, cross, first)
+    neg, pos, *labelled = general.rectangle(settings, tau, (of_rows, of_columns), anchors, sets)
+    outputs = _narrowed(sets[0], general.terms(neg, pos, cross), neg, pos, *labelled)
+    return Blocks(*outputs) if keys is None else LabelledBlocks(*outputs)
 
 
-def wants_gradient(*inputs: float | Tensor) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
+@overload
+def rectangle(
+    rows: Tensor,
+    columns: Tensor,
+    temperature: Temperature = ...,
+    *,
+    row_keys: None = ...,
+    column_keys: None = ...,
+    normalize: bool = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def rectangle(
+    rows: Tensor,
+    columns: Tensor,
+    temperature: Temperature = ...,
+    *,
+    row_keys: Tensor,
+    column_keys: Tensor,
+    normalize: bool = ...,
+    backend: str | None = ...,
+) -> LabelledRows: ...
+def rectangle(
+    rows: Tensor,
+    columns: Tensor,
+    temperature: Temperature = 0.1,
+    *,
+    row_keys: Tensor | None = None,
+    column_keys: Tensor | None = None,
+    normalize: bool = True,
+    backend: str | None = None,
+) -> Tensor | LabelledRows:
+    """Rows against other columns, none of them left out: a queue of negatives, hard negatives, reference embeddings.
+
+        neg[i]     = log sum_j exp sim(r_i, z_j); with keys, over column_key_j != row_key_i
+        pos_lse[i] = log sum_j exp sim(r_i, z_j) over the positives, column_key_j = row_key_i
+        spread[i]  = pos_lse[i] - mean of sim(r_i, z_j) over the positives, whose gradient is exact where they are alike
+        count[i]   = the number of positives, which takes no gradient
+
+    rows: [..., n, D]; columns: [K, D] for all rows, or [..., K, D] with the rows' leading dimensions, which are groups.
+    row_keys: integers [n] or [..., n]; column_keys: integers [K] or [..., K]; a negative one is equal to nothing.
+    Several rectangles of the same rows are merged by torch.logaddexp. Where the columns require no gradient, that of
+    the rows is made along with the result, by two products in the place of three.
+    Returns neg [..., n], or LabelledRows with keys.
+    """
+    call = _call(rows, columns, temperature, normalize, row_keys, column_keys, backend)
+    neg, _, *labelled = general.rectangle(call.settings, call.tau, call.keys, call.rows, call.columns)
+    outputs = [x.reshape(rows.shape[:-1]) for x in _narrowed(rows, neg, *labelled)]
+    return LabelledRows(*outputs) if labelled else outputs[0]
 
 
-def ordered_sum(x: Tensor) -> Tensor:
-    """The sum of all elements, in an order that does not depend on the number of threads."""
-    x = x.flatten()
-    while x.numel() > 32768:  # up to here ATen adds in one thread, and beyond it one thread a row
-        x = F.pad(x, (0, -x.numel() % 4096)).view(-1, 4096).sum(1)
-    return x.sum()
+def pair_sum(
+    negatives: Tensor,
+    rows: Tensor,
+    columns: Tensor | None = None,
+    temperature: Temperature = 0.1,
+    *,
+    row_keys: Tensor,
+    column_keys: Tensor | None = None,
+    normalize: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """A term for every positive pair, each against the same negatives of its anchor, and their sum.
+
+        pairs[i] = sum_j log(1 + exp negatives[i] / exp sim(r_i, z_j)) over the positives, column_key_j = row_key_i
+
+    negatives: [..., n], the log-sum-exp of each anchor's negatives, as `gram` or `rectangle` gives it, or several of
+    them merged; it may require a gradient. rows: [..., n, D], row_keys: integers [n] or [..., n].
+    columns, column_keys: as for `rectangle`; both None: the rows against themselves, each row itself left out.
+    Returns the sums: [..., n], 0 where there is no positive.
+    """
+    call = _call(rows, columns, temperature, normalize, row_keys, column_keys, backend)
+    negatives = checks.beside("negatives", negatives, rows)
+    wide = negatives.to(torch.promote_types(negatives.dtype, general.wide_dtype(call.settings.name, rows)))
+    wide = wide.reshape(len(call.columns[0]), 1, 1, -1)
+    sums = general.pairs(call.settings, call.tau, call.keys, wide, call.rows, call.columns)
+    return _narrowed(rows, sums)[0].reshape(rows.shape[:-1])
 
 
-class Gram(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        name: str, tau: float | Tensor, normalize: bool, cross: bool, *sets: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return backends.BACKENDS[name].forward(sets, tau, normalize, cross)
+class _Call(NamedTuple):
+    """A rectangle as `general.py` takes it."""
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        ctx.name, tau, ctx.normalize, ctx.cross, *sets = inputs
-        _, neg, pos = output
-        ctx.tau = None if isinstance(tau, torch.Tensor) else tau
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(tau if ctx.tau is None else None, neg, pos, *sets)
-
-    @staticmethod
-    def backward(
-        ctx: Any, g_term: Tensor | None, g_neg: Tensor | None, g_pos: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        tau, neg, pos, *sets = ctx.saved_tensors
-        tau = tau if ctx.tau is None else ctx.tau
-        settings = ctx.name, ctx.normalize, ctx.cross, ctx.needs_input_grad[1]
-        call = GramBackward.apply if torch.is_grad_enabled() else GramBackward.forward
-        d_tau, *d_sets = call(*settings, tau, neg, pos, g_term, g_neg, g_pos, *sets)
-        d_sets = [d if needed else None for d, needed in zip(d_sets, ctx.needs_input_grad[4:], strict=True)]
-        return None, d_tau, None, None, *d_sets
+    settings: general.Settings
+    tau: float | Tensor
+    keys: general.Keys
+    rows: list[Tensor]  # a set [G, n, D], or none where the rows are the columns
+    columns: list[Tensor]  # a set [G, K, D]
 
 
-class Eager:
-    """For functions whose first argument is the backend's name: errors that name the way out, and a direct `apply`."""
-
-    @classmethod
-    def apply(cls, *arguments: Any) -> Any:
-        if _transforms_active():
-            return super().apply(*arguments)
-        # past Function.apply, which inspects forward's signature on every call: longer than a small loss takes
-        return super(torch.autograd.Function, cls).apply(*arguments)
-
-    @staticmethod
-    def jvp(ctx: Any, *_: Any) -> NoReturn:
-        raise _only_reference("forward mode differentiation", ctx.name)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, name: str, *_: Any) -> NoReturn:
-        raise _only_reference("vmap", name)
-
-
-class Once:
-    """The same, for a gradient that is a function of its own, so that a second derivative is never a silent zero."""
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.name = inputs[0]
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> NoReturn:
-        raise _only_reference("a second derivative", ctx.name)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, name: str, *_: Any) -> NoReturn:
-        raise _only_reference("vmap", name)
-
-
-class EagerGram(Eager, Gram):
-    """Gram, but for torch.compile, which traces no function that has these methods."""
+def _call(
+    rows: Tensor,
+    columns: Tensor | None,
+    temperature: Temperature,
+    normalize: bool,
+    row_keys: Tensor | None,
+    column_keys: Tensor | None,
+    backend: str | None,
+) -> _Call:
+    """The arguments of a rectangle, checked. Columns that are the same for all groups make one group of them."""
+    checks.flag("normalize", normalize)
+    itself = columns is None
+    if columns is None:
+        (rows,) = checks.embeddings("... n D", rows=rows)
+        if column_keys is not None:
+            raise ValueError("column_keys: found a value without columns, wanted None")
+        columns, column_keys = rows, row_keys
+    else:
+        rows, columns = checks.sides(rows, columns)
+        checks.keys_of_both(row_keys, column_keys)
+    tau = checks.temperature(temperature, rows.device)
+    D = rows.shape[-1]
+    keys = general.NO_KEYS
+    if row_keys is not None:
+        keys = checks.keys("row_keys", row_keys, rows), checks.keys("column_keys", column_keys, columns)
+    if columns.dim() == 2:
+        rows, columns = rows.reshape(1, -1, D), columns[None]
+    rows, columns = (x.reshape(-1, *x.shape[-2:]) for x in (rows, columns))
+    keys = tuple(k if k is None else k.reshape(len(x), -1) for k, x in zip(keys, (rows, columns), strict=True))
+    name = backends.choose(backend, rows.device, rows.shape[:-1].numel() + columns.shape[:-1].numel(), D, rows.dtype)
+    settings = general.Settings(name, normalize, False, 0 if itself else -1)
+    return _Call(settings, tau, keys, [] if itself else [rows], [columns])
 
 
-class GramBackward(Once, torch.autograd.Function):
-    @staticmethod
-    def forward(
-        name: str,
-        normalize: bool,
-        cross: bool,
-        tau_needs_grad: bool,
-        tau: float | Tensor,
-        neg: Tensor,
-        pos: Tensor,
-        g_term: Tensor | None,
-        g_neg: Tensor | None,
-        g_pos: Tensor | None,
-        *sets: Tensor,
-    ) -> tuple[Tensor | None, ...]:
-        d_sets, zdz = backends.BACKENDS[name].backward(sets, tau, normalize, cross, neg, pos, g_term, g_neg, g_pos)
-        d_tau = (ordered_sum(zdz) / (-2 * tau)).to(tau) if tau_needs_grad else None
-        return d_tau, *d_sets
-
-
-def _only_reference(what: str, name: str) -> NotImplementedError:
-    return NotImplementedError(f'{what} is not provided by backend {name!r}: use backend="reference"')
+def _narrowed(like: Tensor, *outputs: Tensor) -> list[Tensor]:
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return [x.to(dtype) for x in outputs]

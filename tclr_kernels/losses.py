@@ -1,4 +1,4 @@
-"""The losses: each one arranges its sets, calls the one operation (`gram.py`), and reduces.
+"""The losses: each one arranges its sets, calls the one operation (`symmetric.py`), and reduces.
 
 Throughout, h(u, v) = exp sim(u, v) with sim(u, v) = <u, v> / (|u| |v| tau), or <u, v> / tau with `normalize=False`;
 every denominator holds the positive and leaves out only the anchor itself. Inputs are float64, float32, bfloat16 or
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from . import backends, checks
-from .gram import gram, ordered_sum
 from .objective import objective
+from .symmetric import blocks, ordered_sum
 
 Temperature = float | Tensor
 Reduction = Literal["mean", "sum", "none"]
@@ -233,7 +233,7 @@ def _compose(
     """total, ic_global, ic_local, ll, gl from the one operation."""
 
     def contrast(sets, cross=False):
-        return gram(sets, tau, normalize=normalize, cross=cross, backend=backend)
+        return blocks(sets, tau, normalize=normalize, cross=cross, backend=backend)
 
     V, B, T, D = x.shape
     # gradients of several terms meet in float32 at least: in float16, that of a short row may be inf - inf
@@ -269,7 +269,7 @@ def _terms(
     tau = checks.temperature(temperature, sets[0].device)
     N, D = sets[0].shape[-2:]
     sets = [z if z.dim() == 3 else z.reshape(-1, N, D) for z in sets]
-    return gram(sets, tau, normalize=normalize, cross=cross, backend=backend)[0]
+    return blocks(sets, tau, normalize=normalize, cross=cross, backend=backend)[0]
 
 
 def _off_diagonal(term: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .gram import Eager, Once, wants_gradient
+from .symmetric import Eager, Once, wants_gradient
 
 Compose = Callable[..., tuple[Tensor, ...]]
 

@@ -65,3 +65,52 @@ def _gram(z: Tensor, tau: float | Tensor, normalize: bool, cross: bool) -> tuple
     negatives = neg if cross else torch.logaddexp(neg[:, a, a][:, :, None], neg)
     term = -F.logsigmoid(pos - negatives)  # softplus, without its threshold
     return term.masked_fill(~paired, 0), neg.masked_fill(~paired, -torch.inf) if cross else neg, pos
+
+
+def rectangle(
+    rows: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    tau: float | Tensor,
+    normalize: bool,
+    cross: bool,
+    first: int,
+    row_keys: Tensor | None,
+    column_keys: Tensor | None,
+    negatives: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """What `tclr_kernels/general.py` defines: (neg, pos, pos_lse, spread, count), or the sum over the positives.
+
+    rows: sets [G, n, D], none where they are the columns; columns: sets [G, K, D]; first: the rows' place among the
+    columns, or -1; negatives: [G, A, C, n] for softplus(negatives - S), summed over the positives: the only output.
+    Results have the dtype of the arithmetic, which is that of `gram`.
+    """
+    wide = torch.promote_types(columns[0].dtype, torch.float32)
+    dtype = torch.float64 if columns[0].device.type == "cpu" else wide
+    stacked = [torch.stack([x.to(dtype) for x in sets], dim=1) for sets in (rows or columns, columns)]
+    r, z = map(unit_rows, stacked) if normalize else stacked
+    if isinstance(tau, torch.Tensor):
+        tau = tau.to(device=z.device, dtype=dtype)
+    (A, n), (C, K) = r.shape[1:3], z.shape[1:3]
+    S = (r.flatten(1, 2) @ z.flatten(1, 2).mT / tau).unflatten(2, (C, K)).unflatten(1, (A, n)).transpose(2, 3)
+
+    a, c, i, j = (torch.arange(size, device=z.device) for size in (A, C, n, K))
+    there = (a[:, None] // ((A + 1) // 2) != c // ((C + 1) // 2) if cross else a[:, None] == a[:, None])[:, :, None]
+    paired = there & (a[:, None] != c)[:, :, None]
+    same_index = (i[:, None] + first == j) & (first >= 0)  # [n, K]
+    if row_keys is None or column_keys is None:
+        left_out, positive = same_index, None
+    else:
+        same_key = (row_keys[:, :, None] == column_keys[:, None, :]) & (row_keys >= 0)[:, :, None]
+        left_out = (same_index | same_key)[:, None, None]
+        itself = same_index & (a[:, None] == c)[:, :, None, None]
+        positive = same_key[:, None, None] & ~itself & there[..., None]
+    if negatives is not None:
+        return ((-F.logsigmoid(S - negatives[..., None])).masked_fill(~positive, 0).sum(-1),)
+    neg = S.masked_fill(left_out | ~there[..., None], -torch.inf).logsumexp(-1)
+    pos = S[:, :, :, i, i + first].masked_fill(~paired, 0) if first >= 0 else torch.zeros_like(neg)
+    if positive is None:
+        return neg, pos
+    pos_lse = S.masked_fill(~positive, -torch.inf).logsumexp(-1)
+    count = positive.sum(-1)
+    mean = S.masked_fill(~positive, 0).sum(-1) / count.clamp(min=1)
+    return neg, pos, pos_lse, (pos_lse - mean).masked_fill(count == 0, 0), count.to(dtype)

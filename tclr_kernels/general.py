@@ -1,0 +1,266 @@
+"""The operation in its general form: some rows against some columns, with positives told by labels.
+
+For A sets of n rows and C sets of K columns in each of G groups, S[(a,i),(c,j)] = sim(r_(a,i), z_(c,j)). A candidate
+(c,j) of the anchor (a,i) has the same index where the rows are the columns first .. first + n and j = first + i, and
+the same key where column_key_j = row_key_i >= 0. It is itself where it has the same index and c = a, and positive
+where it has the same key and is not itself.
+
+    neg[g,a,c,i]     = log sum exp S over the candidates with neither the same index nor the same key
+    pos[g,a,c,i]     = S of the candidate with the same index, c != a
+    pos_lse[g,a,c,i] = log sum exp S over the P positives;                count = P
+    spread[g,a,c,i]  = pos_lse - 1/P sum S over the positives;             0 where P = 0
+    pairs[g,a,c,i]   = sum softplus(negatives[g,a,c,i] - S) over the positives
+
+The gradient, with those that arrive at the outputs called g_*:
+
+    W[(a,i),(c,j)] = g_neg exp(S - neg)                                     of a candidate in neg
+                   = g_pos_lse exp(S - pos_lse) + g_spread (exp(S - pos_lse) - 1/P) - g_pairs sigmoid(negatives - S)
+                                                                            of a positive one
+    and g_pos more for the same index, c != a
+    dr_(a,i) = 1/tau sum_(c,j) W z_(c,j),     dz_(c,j) = 1/tau sum_(a,i) W r_(a,i),     dL/dtau = -<r, dr> / tau
+
+A kernel backend has three functions for it. Sets are lists of tensors [G, n, D]; no rows mean that they are the
+columns, in which case the kernels use the symmetry; first is -1 where no candidate has the anchor's index.
+
+    rectangle(rows, columns, tau, normalize, cross, first, row_keys, column_keys, mean)
+        -> neg, pos, pos_lse, spread, count: [G, A, C, n] float64, and the mean of the columns, weighted by
+           exp(S - neg), if it is asked for: [G, n, D]; what does not exist without keys, or is not asked for, is empty
+    pairs(rows, columns, tau, normalize, cross, first, row_keys, column_keys, negatives)
+        -> pairs, and its derivative by the negatives
+    rectangle_backward(rows, columns, tau, normalize, cross, first, row_keys, column_keys, of_rows, of_columns,
+                       for_rows, for_columns) -> dr of each set, dz of each set, <r, dr> of each row
+        of_rows: what the weights are made of with the rows as anchors, float64 [G, A, C, n]: neg, g_neg, g_pos; with
+        keys also pos_lse, g_pos_lse, g_spread, count; or, for pairs, negatives, g_pairs. of_columns: the same with the
+        columns as anchors, [G, C, A, K]. Either may be empty. dr and dz hold the weights of both, and are empty if not
+        asked for; without dr, the last output is <z, dz> of the columns. Rows that are the columns: of_rows, for_rows
+        alone; dr holds both sides, as in `symmetric.py`.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import backends, checks
+from .symmetric import Eager, Once, ordered_sum, wants_gradient
+
+
+class Settings(NamedTuple):
+    """What a call has beside its tensors; first: the rows' place among the columns, or -1."""
+
+    name: str
+    normalize: bool
+    cross: bool = False
+    first: int = -1
+
+
+Keys = tuple[Tensor | None, Tensor | None]  # of the rows [G, n] and of the columns [G, K], int64; negative: no key
+NO_KEYS: Keys = (None, None)
+
+
+def rectangle(
+    settings: Settings, tau: float | Tensor, keys: Keys, rows: Sequence[Tensor], columns: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """neg, pos and, with keys, pos_lse, spread, count: [G, A, C, n], float64 where kernels compute."""
+    if settings.name == "reference":
+        return _reference(settings, tau, keys, rows, columns)
+    mean = keys[0] is None and settings.first < 0 and wants_gradient(tau, *rows) and not wants_gradient(*columns)
+    call = Rectangle if torch.compiler.is_compiling() else EagerRectangle
+    outputs = call.apply(settings.name, settings, tau, *keys, mean, len(rows), *rows, *columns)
+    return outputs[:2] if keys[0] is None else outputs[:5]
+
+
+def pairs(
+    settings: Settings,
+    tau: float | Tensor,
+    keys: Keys,
+    negatives: Tensor,
+    rows: Sequence[Tensor],
+    columns: Sequence[Tensor],
+) -> Tensor:
+    """The sum of softplus(negatives - S) over the positives. negatives: [G, A, C, n], of the dtype of `rectangle`'s."""
+    if settings.name == "reference":
+        return _reference(settings, tau, keys, rows, columns, negatives)[0]
+    call = Pairs if torch.compiler.is_compiling() else EagerPairs
+    return call.apply(settings.name, settings, tau, *keys, negatives, len(rows), *rows, *columns)[0]
+
+
+def _reference(settings, tau, keys, rows, columns, negatives=None):
+    with torch.autocast(checks.autocast_type(columns[0].device), enabled=False):
+        return backends.reference.rectangle(rows, columns, tau, *settings[1:], *keys, negatives)
+
+
+def wide_dtype(name: str, x: Tensor) -> torch.dtype:
+    """The dtype in which a backend gives what `rectangle` returns, and takes its gradients."""
+    computed = torch.promote_types(x.dtype, torch.float32)
+    return computed if name == "reference" and x.device.type != "cpu" else torch.float64
+
+
+def terms(neg: Tensor, pos: Tensor, cross: bool) -> Tensor:
+    """The terms that `symmetric.py` defines, from neg and pos: [G, V, V, n]; exactly 0 for a row without negatives."""
+    sets = torch.arange(neg.shape[1], device=neg.device)
+    paired = (sets[:, None] != sets)[:, :, None]
+    negatives = neg if cross else log_add(neg[:, sets, sets][:, :, None], neg)
+    none = negatives == -torch.inf
+    term = -F.logsigmoid(pos - negatives.masked_fill(none, 0))
+    return term.where(~none, 0 * (pos - pos.detach())).masked_fill(~paired, 0)
+
+
+def log_add(x: Tensor, y: Tensor) -> Tensor:
+    """log(exp x + exp y), with a gradient of 0 where both are -inf."""
+    none = (x == -torch.inf) & (y == -torch.inf)
+    return torch.logaddexp(x.masked_fill(none, 0), y).masked_fill(none, -torch.inf)
+
+
+def _keep(ctx: Any, settings: Settings, tau: float | Tensor, n_rows: int, *tensors: Tensor | None) -> None:
+    ctx.settings, ctx.n_rows = settings, n_rows
+    ctx.tau = None if isinstance(tau, torch.Tensor) else tau
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(tau if ctx.tau is None else None, *tensors)
+
+
+def _gradients(
+    ctx: Any, tau: float | Tensor, keys: Keys, of_rows: list[Tensor], sets: Sequence[Tensor]
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The gradients of tau and of every set, None where none is needed."""
+    n = ctx.n_rows
+    needed = ctx.needs_input_grad[-len(sets) :]
+    wanted = ctx.needs_input_grad[2], any(needed[:n]), any(needed[n:])
+    call = RectangleBackward.apply if torch.is_grad_enabled() else RectangleBackward.forward
+    d_tau, *d_sets = call(ctx.settings.name, ctx.settings, wanted, tau, *keys, n, len(of_rows), *of_rows, *sets)
+    return d_tau, [d if need else None for d, need in zip(d_sets, needed, strict=True)]
+
+
+class Rectangle(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        name: str,
+        settings: Settings,
+        tau: float | Tensor,
+        row_keys: Tensor | None,
+        column_keys: Tensor | None,
+        mean: bool,
+        n_rows: int,
+        *sets: Tensor,
+    ) -> tuple[Tensor, ...]:
+        call = backends.BACKENDS[name].rectangle
+        return call(sets[:n_rows], sets[n_rows:], tau, *settings[1:], row_keys, column_keys, mean)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, settings, tau, *keys, ctx.mean, n_rows = inputs[:7]
+        neg, _, pos_lse, _, count, mean = output
+        ctx.mark_non_differentiable(count, mean)
+        _keep(ctx, settings, tau, n_rows, *keys, neg, pos_lse, count, mean, *inputs[7:])
+
+    @staticmethod
+    def backward(
+        ctx: Any, g_neg: Tensor | None, g_pos: Tensor | None, g_pos_lse: Tensor | None, g_spread: Tensor | None, *_: Any
+    ) -> tuple[Any, ...]:
+        tau, row_keys, column_keys, neg, pos_lse, count, mean, *sets = ctx.saved_tensors
+        tau = tau if ctx.tau is None else ctx.tau
+        if ctx.mean and not torch.is_grad_enabled():
+            d_tau, d_rows = _from_mean(ctx, sets[0], mean, neg, g_neg, tau)
+            return None, None, d_tau, None, None, None, None, d_rows, None
+        of_rows = [neg, g_neg, g_pos]
+        if row_keys is not None:
+            of_rows += [pos_lse, g_pos_lse, g_spread, count]
+        of_rows = [torch.zeros_like(neg) if x is None else x for x in of_rows]
+        d_tau, d_sets = _gradients(ctx, tau, (row_keys, column_keys), of_rows, sets)
+        return None, None, d_tau, None, None, None, None, *d_sets
+
+
+class Pairs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        name: str,
+        settings: Settings,
+        tau: float | Tensor,
+        row_keys: Tensor,
+        column_keys: Tensor,
+        negatives: Tensor,
+        n_rows: int,
+        *sets: Tensor,
+    ) -> tuple[Tensor, ...]:
+        call = backends.BACKENDS[name].pairs
+        return call(sets[:n_rows], sets[n_rows:], tau, *settings[1:], row_keys, column_keys, negatives)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, settings, tau, *keys, negatives, n_rows = inputs[:7]
+        ctx.mark_non_differentiable(output[1])
+        _keep(ctx, settings, tau, n_rows, *keys, negatives, output[1], *inputs[7:])
+
+    @staticmethod
+    def backward(ctx: Any, g_pairs: Tensor | None, _: Any) -> tuple[Any, ...]:
+        tau, row_keys, column_keys, negatives, slope, *sets = ctx.saved_tensors
+        tau = tau if ctx.tau is None else ctx.tau
+        g_pairs = torch.zeros_like(negatives) if g_pairs is None else g_pairs
+        d_tau, d_sets = _gradients(ctx, tau, (row_keys, column_keys), [negatives, g_pairs], sets)
+        return None, None, d_tau, None, None, g_pairs * slope, None, *d_sets
+
+
+class EagerRectangle(Eager, Rectangle):
+    """Rectangle, but for torch.compile, which traces no function that has these methods."""
+
+
+class EagerPairs(Eager, Pairs):
+    """Pairs, likewise."""
+
+
+class RectangleBackward(Once, torch.autograd.Function):
+    @staticmethod
+    def forward(
+        name: str,
+        settings: Settings,
+        wanted: tuple[bool, bool, bool],
+        tau: float | Tensor,
+        row_keys: Tensor | None,
+        column_keys: Tensor | None,
+        n_rows: int,
+        n_anchors: int,
+        *tensors: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        """wanted: the gradients of tau, the rows, the columns; tensors: what the weights are made of, then the sets"""
+        of_tau, of_rows, of_columns = wanted
+        anchors, sets = list(tensors[:n_anchors]), tensors[n_anchors:]
+        rows, columns = sets[:n_rows], sets[n_rows:]
+        symmetric = not rows
+        for_rows = symmetric or of_rows or not of_columns
+        d_rows, d_columns, along = backends.BACKENDS[name].rectangle_backward(
+            rows,
+            columns,
+            tau,
+            *settings[1:],
+            row_keys,
+            column_keys,
+            anchors,
+            [],
+            for_rows,
+            of_columns and not symmetric,
+        )
+        d_tau = (ordered_sum(along) / (-2 * tau if symmetric else -tau)).to(tau) if of_tau else None
+        if symmetric:
+            return d_tau, *d_rows
+        return d_tau, *(d_rows or [None] * len(rows)), *(d_columns or [None] * len(columns))
+
+
+def _from_mean(
+    ctx: Any, x: Tensor, mean: Tensor, neg: Tensor, g_neg: Tensor | None, tau: float | Tensor
+) -> tuple[Tensor | None, Tensor]:
+    """The gradients of tau and of the rows x [G, n, D], made of the columns' weighted mean."""
+    g = torch.zeros_like(neg) if g_neg is None else g_neg.masked_fill(neg == -torch.inf, 0)
+    z, dz = x.double(), g[:, 0, 0, :, None] * mean / tau
+    along = (z * dz).sum(-1)
+    if ctx.settings.normalize:
+        largest = z.abs().amax(-1, keepdim=True)
+        zero = largest == 0
+        largest = largest.masked_fill(zero, 1)
+        length = (z / largest).norm(dim=-1, keepdim=True).masked_fill(zero, 1)
+        z = z / largest / length
+        along = (z * dz).sum(-1)
+        dz = ((dz - z * along[..., None]) / length / largest).masked_fill(zero, 0)
+    d_tau = (ordered_sum(along) / -tau).to(tau) if ctx.needs_input_grad[2] else None
+    return d_tau, dz.to(x.dtype)

@@ -1,0 +1,157 @@
+"""THE operation under every loss, and its gradient.
+
+For V sets of rows in each of G groups, S[(a,i),(c,j)] = sim(z_(a,i), z_(c,j)), one predicate, j != i, in every block:
+
+    neg[g,a,c,i]  = log sum_{j != i} exp S[(a,i),(c,j)]
+    pos[g,a,c,i]  = S[(a,i),(c,i)],  c != a
+    term[g,a,c,i] = log(1 + (exp neg[g,a,a,i] + exp neg[g,a,c,i]) / exp pos[g,a,c,i]),  c != a
+
+(the first exponential is absent where only cross blocks exist). The gradient, both sides at once:
+
+    W[(a,i),(c,j)] = [j != i] g_neg[a,c,i] exp(S - neg[a,c,i]) + [j = i, c != a] g_pos[a,c,i]
+    dz_(a,i) = 1/tau sum_(c,j) (W + W^T)[(a,i),(c,j)] z_(c,j)              dL/dtau = -<z, dz> / (2 tau)
+
+A kernel backend is two functions, `forward(sets, tau, normalize, cross) -> (term, neg, pos)` and `backward(sets, tau,
+normalize, cross, neg, pos, g_term, g_neg, g_pos) -> (dz of each set, <z, dz> of each row: [G, V, N])`; what a loss
+does not use arrives there as None.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import backends, checks
+
+_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+
+
+def blocks(
+    sets: Sequence[Tensor],
+    tau: float | Tensor,
+    *,
+    normalize: bool = True,
+    cross: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Contrast every set of rows with every other, without holding their Gram matrix.
+
+    sets: V tensors [G, N, D] of one dtype and device; tau: a float or a 0-d tensor; normalize: cosine similarity, else
+    the plain dot product; cross: only the blocks between the first and the second half of the sets.
+    Returns term, neg, pos: [G, V, V, N], float32 (float64 for float64 sets).
+    """
+    device, (G, N, D) = sets[0].device, sets[0].shape
+    name = backends.choose(backend, device, G * len(sets) * N, D, sets[0].dtype)
+    if name != "reference":
+        if not torch.compiler.is_compiling():
+            return EagerGram.apply(name, tau, normalize, cross, *sets)
+        if wants_gradient(tau, *sets):
+            return Gram.apply(name, tau, normalize, cross, *sets)
+        return backends.BACKENDS[name].forward(sets, tau, normalize, cross)  # its tracer takes no Function here
+    with torch.autocast(checks.autocast_type(device), enabled=False):
+        return backends.reference.gram(sets, tau, normalize, cross)
+
+
+def wants_gradient(*inputs: float | Tensor) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
+
+
+def ordered_sum(x: Tensor) -> Tensor:
+    """The sum of all elements, in an order that does not depend on the number of threads."""
+    x = x.flatten()
+    while x.numel() > 32768:  # up to here ATen adds in one thread, and beyond it one thread a row
+        x = F.pad(x, (0, -x.numel() % 4096)).view(-1, 4096).sum(1)
+    return x.sum()
+
+
+class Gram(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        name: str, tau: float | Tensor, normalize: bool, cross: bool, *sets: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return backends.BACKENDS[name].forward(sets, tau, normalize, cross)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        ctx.name, tau, ctx.normalize, ctx.cross, *sets = inputs
+        _, neg, pos = output
+        ctx.tau = None if isinstance(tau, torch.Tensor) else tau
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(tau if ctx.tau is None else None, neg, pos, *sets)
+
+    @staticmethod
+    def backward(
+        ctx: Any, g_term: Tensor | None, g_neg: Tensor | None, g_pos: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        tau, neg, pos, *sets = ctx.saved_tensors
+        tau = tau if ctx.tau is None else ctx.tau
+        settings = ctx.name, ctx.normalize, ctx.cross, ctx.needs_input_grad[1]
+        call = GramBackward.apply if torch.is_grad_enabled() else GramBackward.forward
+        d_tau, *d_sets = call(*settings, tau, neg, pos, g_term, g_neg, g_pos, *sets)
+        d_sets = [d if needed else None for d, needed in zip(d_sets, ctx.needs_input_grad[4:], strict=True)]
+        return None, d_tau, None, None, *d_sets
+
+
+class Eager:
+    """For functions whose first argument is the backend's name: errors that name the way out, and a direct `apply`."""
+
+    @classmethod
+    def apply(cls, *arguments: Any) -> Any:
+        if _transforms_active():
+            return super().apply(*arguments)
+        # past Function.apply, which inspects forward's signature on every call: longer than a small loss takes
+        return super(torch.autograd.Function, cls).apply(*arguments)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> NoReturn:
+        raise _only_reference("forward mode differentiation", ctx.name)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, name: str, *_: Any) -> NoReturn:
+        raise _only_reference("vmap", name)
+
+
+class Once:
+    """The same, for a gradient that is a function of its own, so that a second derivative is never a silent zero."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.name = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> NoReturn:
+        raise _only_reference("a second derivative", ctx.name)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, name: str, *_: Any) -> NoReturn:
+        raise _only_reference("vmap", name)
+
+
+class EagerGram(Eager, Gram):
+    """Gram, but for torch.compile, which traces no function that has these methods."""
+
+
+class GramBackward(Once, torch.autograd.Function):
+    @staticmethod
+    def forward(
+        name: str,
+        normalize: bool,
+        cross: bool,
+        tau_needs_grad: bool,
+        tau: float | Tensor,
+        neg: Tensor,
+        pos: Tensor,
+        g_term: Tensor | None,
+        g_neg: Tensor | None,
+        g_pos: Tensor | None,
+        *sets: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        d_sets, zdz = backends.BACKENDS[name].backward(sets, tau, normalize, cross, neg, pos, g_term, g_neg, g_pos)
+        d_tau = (ordered_sum(zdz) / (-2 * tau)).to(tau) if tau_needs_grad else None
+        return d_tau, *d_sets
+
+
+def _only_reference(what: str, name: str) -> NotImplementedError:
+    return NotImplementedError(f'{what} is not provided by backend {name!r}: use backend="reference"')
