@@ -100,6 +100,15 @@ class Host:
     def backward(self, sets, tau, *rest):
         return self.ops.gram_backward(sets, *native._split(tau), *rest, native.tf32_allowed())
 
+    def rectangle(self, rows, columns, tau, *rest):
+        return self.ops.rectangle(rows, columns, *native._split(tau), *rest, native.tf32_allowed())
+
+    def pairs(self, rows, columns, tau, *rest):
+        return self.ops.pairs(rows, columns, *native._split(tau), *rest, native.tf32_allowed())
+
+    def rectangle_backward(self, rows, columns, tau, *rest):
+        return self.ops.rectangle_backward(rows, columns, *native._split(tau), *rest, native.tf32_allowed())
+
     def objective(self, g, s, x, tau, *rest):
         return self.ops.objective(g, s, x, *native._split(tau), *rest)
 
