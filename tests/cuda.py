@@ -6,6 +6,7 @@ against the reference: a sanitizer needs a process that is started with its runt
 
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -49,28 +50,40 @@ OBJECTIVES = {"one video": (1, 3, 5), "one clip": (4, 1, 5), "ragged": (7, 3, 33
 WEIGHTS = None, dict(ic_local=0, ll=0.5, gl=2)
 
 
-def build(folder, flags=("-O2",), replace=(), binding=None):
+UNITS = "bind.cpp", "kernels.cu", "rectangle.cu"  # what is compiled by itself
+
+
+def build(folder, flags=("-O2",), replace=(), built=None):
     """The library, built in `folder`; replace: pairs of a text, which must occur in the kernels, and another for it.
 
-    binding: the object file of another build, which is the same for every text.
+    built: the folder of another build, whose objects serve where nothing is replaced.
     """
     source = folder / "csrc"
     shutil.copytree(CSRC, source, dirs_exist_ok=True)
+    changed = set()
     for old, new in replace:
         hits = [path for path in (source / "cuda").iterdir() if old in path.read_text()]
         if not hits:
             raise ValueError(f"nothing to replace: {old!r} is not in the kernels")
         for path in hits:
             path.write_text(path.read_text().replace(old, new))
-    objects = [folder / "kernels.o", binding or folder / "bind.o"]
-    compile = [kernels.compiler(), *FLAGS, *flags, "-x", "c++", "-c"]
-    _run([*compile, str(source / "cuda/kernels.cu"), "-o", str(objects[0])])
-    if binding is None:
-        _run([*compile, str(source / "cuda/bind.cpp"), "-o", str(objects[1])])
+            changed.add(path.name)
+    objects = {unit: (built or folder) / f"{Path(unit).stem}.o" for unit in UNITS}
+    for unit in UNITS:
+        if built is None or changed & included(source / "cuda" / unit):
+            objects[unit] = folder / f"{Path(unit).stem}.o"
+            compile = [kernels.compiler(), *FLAGS, *flags, "-x", "c++", "-c", str(source / "cuda" / unit)]
+            _run([*compile, "-o", str(objects[unit])])
     library = folder / "cuda_on_host.so"
-    link = [kernels.compiler(), "-shared", *flags, *map(str, objects), f"-L{TORCH}/lib", "-ltorch_cpu", "-lc10"]
-    _run([*link, "-o", str(library)])
+    link = [kernels.compiler(), "-shared", *flags, *map(str, objects.values()), f"-L{TORCH}/lib"]
+    _run([*link, "-ltorch_cpu", "-lc10", "-o", str(library)])
     return library
+
+
+def included(file):
+    """The names of a source and of what it includes of its folder."""
+    names = re.findall(r'#include "([\w.]+)"', file.read_text())
+    return {file.name}.union(*(included(file.parent / name) for name in names))
 
 
 def _run(command):

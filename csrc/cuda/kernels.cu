@@ -1,6 +1,6 @@
-// The launches.
+// The launches of the operation and of the objective.
+#include "calls.cuh"
 #include "objective.cuh"
-#include "rectangle_calls.cuh"
 
 namespace tclr {
 namespace {
@@ -149,30 +149,6 @@ const char* gram_forward(const GramCall& call, void* memory, void* stream) {
 
 const char* gram_backward(const GramCall& call, void* memory, void* stream) {
   return on_path(call, [&](auto path) { return backward<decltype(path)>(call, memory, static_cast<Stream>(stream)); });
-}
-
-size_t rectangle_memory(const RectangleCall& call, bool backward) {
-  return on_way(call, [&](auto way) {
-    RectangleLaunches<decltype(way)> launches{call, nullptr, {nullptr}};
-    backward ? launches.backward() : launches.forward();
-    return launches.arena.used;
-  });
-}
-
-const char* rectangle_forward(const RectangleCall& call, void* memory, void* stream) {
-  return on_way(call, [&](auto way) {
-    RectangleLaunches<decltype(way)> launches{call, static_cast<Stream>(stream), {static_cast<char*>(memory)}};
-    launches.forward();
-    return launches.error;
-  });
-}
-
-const char* rectangle_backward(const RectangleCall& call, void* memory, void* stream) {
-  return on_way(call, [&](auto way) {
-    RectangleLaunches<decltype(way)> launches{call, static_cast<Stream>(stream), {static_cast<char*>(memory)}};
-    launches.backward();
-    return launches.error;
-  });
 }
 
 ObjectiveMemory objective_memory(const ObjectiveCall& call) {

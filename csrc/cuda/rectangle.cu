@@ -4,7 +4,6 @@
 //   write backward  read both, note the largest coefficients, and for a side whose gradient is wanted make it, and
 //   write it;
 //             of pairs the sums again, for the size of what their gradients are made of
-#pragma once
 #include "calls.cuh"
 #include "rectangle_tensor.cuh"
 
@@ -252,4 +251,32 @@ auto on_way(const RectangleCall& call, F f) {
 }
 
 }  // namespace
+
+namespace cuda {
+
+size_t rectangle_memory(const RectangleCall& call, bool backward) {
+  return on_way(call, [&](auto way) {
+    RectangleLaunches<decltype(way)> launches{call, nullptr, {nullptr}};
+    backward ? launches.backward() : launches.forward();
+    return launches.arena.used;
+  });
+}
+
+const char* rectangle_forward(const RectangleCall& call, void* memory, void* stream) {
+  return on_way(call, [&](auto way) {
+    RectangleLaunches<decltype(way)> launches{call, static_cast<Stream>(stream), {static_cast<char*>(memory)}};
+    launches.forward();
+    return launches.error;
+  });
+}
+
+const char* rectangle_backward(const RectangleCall& call, void* memory, void* stream) {
+  return on_way(call, [&](auto way) {
+    RectangleLaunches<decltype(way)> launches{call, static_cast<Stream>(stream), {static_cast<char*>(memory)}};
+    launches.backward();
+    return launches.error;
+  });
+}
+
+}  // namespace cuda
 }  // namespace tclr
