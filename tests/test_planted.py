@@ -30,17 +30,20 @@ BUGS = {
 
 GENERAL_BUGS = {
     "a range that begins at the first row": ("i[:, None] + first == j", "i[:, None] == j"),
-    "positives of another row": ("S[:, :, :, i, i + first]", "S[:, :, :, i, i]"),
-    "unlabelled rows alike": ("& (row_keys >= 0)[:, :, None]", ""),
-    "itself a positive": ("same_key[:, None, None] & ~itself &", "same_key[:, None, None] &"),
+    "positives of another row": ("m.S[:, :, :, i, i + first]", "m.S[:, :, :, i, i]"),
+    "unlabelled rows alike": (" & (row_keys >= 0)[:, :, None]", ""),
+    "itself a positive": ("same_key & ~itself & self.there", "same_key & self.there"),
     "its other views no positives": (
-        "(a[:, None] == c)[:, :, None, None]",
-        "(a[:, None] == a[:, None])[:, :, None, None]",
+        "itself = self.same_index & (a[:, None] == c)",
+        "itself = self.same_index & (a[:, None] == a[:, None])",
     ),
-    "labels forgotten among the negatives": ("(same_index | same_key)[:, None, None]", "same_index[:, None, None]"),
+    "labels forgotten among the negatives": (
+        "self.left_out = self.same_index | same_key",
+        "self.left_out = self.same_index",
+    ),
     "the mean of one positive more": ("count.clamp(min=1)", "(count + 1)"),
-    "half of the columns' gradient": ("z.flatten(1, 2).mT", "(z + z.detach()).flatten(1, 2).mT / 2"),
-    "blocks that do not exist": ("left_out | ~there[..., None]", "left_out"),
+    "half of the columns' gradient": ("self.z.flatten(1, 2)", "(self.z / 2 + self.z.detach() / 2).flatten(1, 2)"),
+    "blocks that do not exist": ("m.left_out | ~m.there", "m.left_out"),
 }
 
 
