@@ -3,6 +3,8 @@
 import functools
 import itertools
 import math
+import re
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -269,12 +271,12 @@ def test_ranges_of_anchors_together_are_the_whole(shares, V, cross, labelled, fl
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.parametrize("shares", SHARES, ids=str)
-def test_ranks_that_know_all_coefficients_make_the_gradient_of_their_rows(shares, labelled, dtype, kernels):
+def test_ranks_that_know_all_coefficients_make_the_gradient_of_their_rows(shares, labelled, dtype, backend):
     """What a rank of many processes does: it gets every anchor's values and upstream, and sends no gradient."""
     N, V = sum(shares), 2
     sets = [x.to(dtype).requires_grad_() for x in oracle.correlated([(2, N, 6)] * V, 0.5, 0)]
     keys = (torch.arange(N) // 2).expand(2, -1) if labelled else None
-    settings = general.Settings(kernels, True, False, 0)
+    settings = general.Settings(backend, True, False, 0)
     outputs = general.rectangle(settings, 0.3, (keys, keys), [], sets)
     upstream = [oracle.some_gradient(x.shape, k).masked_fill(~x.isfinite(), 0) for k, x in enumerate(outputs[:4])]
     total = sum((x.masked_fill(~x.isfinite(), 0) * g).sum() for x, g in zip(outputs, upstream, strict=False))
@@ -287,7 +289,7 @@ def test_ranks_that_know_all_coefficients_make_the_gradient_of_their_rows(shares
     for o, n in ranges(shares):
         own = [x[..., o : o + n] for x in all_anchors]
         rows, row_keys = [x[:, o : o + n] for x in sets], None if keys is None else keys[:, o : o + n]
-        backward = backends.BACKENDS[kernels].rectangle_backward
+        backward = backends.BACKENDS[backend].rectangle_backward
         found, none, _ = backward(rows, sets, 0.3, True, False, o, row_keys, keys, own, all_anchors, True, False)
         assert not none
         for f, w in zip(found, wanted, strict=True):
@@ -486,3 +488,22 @@ WRONG = {
 def test_wrong_arguments_are_named(message):
     with pytest.raises((ValueError, TypeError), match=message):
         WRONG[message](torch.randn(2, 5, 3))
+
+
+def test_the_example_in_the_documentation_is_the_printed_formula(float64):
+    page = (Path(__file__).parents[1] / "docs/operation.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names = {}
+    exec(code, names)
+
+    def printed(a, b):
+        views, terms = [a, b], []
+        for v, i in itertools.product(range(2), range(len(a))):
+            S = [[oracle.sim(views[v][i], z, 0.1) for z in view] for view in views]
+            negatives = [S[c][j] for c in range(2) for j in range(len(a)) if j != i]
+            terms.append(torch.stack(negatives).logsumexp(0) - S[1 - v][i])
+        return [torch.stack(terms).mean()]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TCLR_KERNELS_BACKEND", float64)
+        agree(lambda a, b: [names["dcl"](a, b)], printed, oracle.correlated([(5, 4)] * 2, 0.5, 0), 1e-12)
