@@ -127,7 +127,6 @@ template <typename Way>
 struct RectangleLaunches {
   using T = typename Way::Number;
   using Path = typename Way::Path;
-  static constexpr int64_t enough_blocks = 512;
 
   const RectangleCall& call;
   Stream stream;
