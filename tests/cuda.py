@@ -82,7 +82,8 @@ RECTANGLES = {
 }
 RECTANGLES_ON_TENSOR_CORES = {
     "ragged": Case(1, 1, 70, 1, 130, 72),
-    "few rows, parts of the columns": Case(1, 1, 8, 1, 520, 64, classes=40),
+    "few rows, parts of the columns": Case(1, 1, 8, 1, 520, 64),
+    "few rows, keys": Case(1, 1, 8, 1, 520, 64, classes=40),
     "a range of sets": Case(1, 2, 66, 2, 100, 16, first=30),
     "a range, cross, two chunks": Case(1, 3, 40, 3, 130, 136, first=29, classes=3, cross=True),
     "a range's share": Case(1, 2, 33, 2, 140, 16, first=40, share=True),

@@ -46,6 +46,9 @@ struct PlainRectangle {
   }
   template <bool keyed>
   static auto gradient_kernel(const Step<T>&);
+  static bool sums_with_mean(const Step<T>&) { return false; }
+  TCLR_METHOD static void sum_with_mean(const Step<T>&, int64_t) {}
+  TCLR_METHOD static void finish_mean(const Step<T>& s, int64_t k) { write_mean(s.p, k); }
 };
 
 template <typename E>
@@ -76,6 +79,13 @@ struct RectangleOnTensorCores {
   }
   template <bool keyed>
   static auto gradient_kernel(const Step<float>&);
+  static bool sums_with_mean(const Step<float>& s) { return s.z.chunks() == 1; }
+  TCLR_METHOD static void sum_with_mean(const Step<float>& s, int64_t block) {
+    rectangle_mean_on_tensor_cores<E>(s.p, sides(s), block);
+  }
+  TCLR_METHOD static void finish_mean(const Step<float>& s, int64_t k) {
+    s.z.chunks() == 1 ? join_mean(s.p, k) : write_mean(s.p, k);
+  }
 };
 
 template <typename Way>
@@ -101,9 +111,14 @@ TCLR_KERNEL make_rectangle_gradient(TCLR_ARGUMENT StepOf<Way> s) {
   Way::template add_gradient<keyed, weighed>(s, blockIdx.x);
 }
 
-template <typename T>
-TCLR_KERNEL write_means(TCLR_ARGUMENT Step<T> s) {
-  write_mean(s.p, int64_t(blockIdx.x) * threads + threadIdx.x);
+template <typename Way>
+TCLR_KERNEL sum_rectangle_with_mean(TCLR_ARGUMENT StepOf<Way> s) {
+  Way::sum_with_mean(s, blockIdx.x);
+}
+
+template <typename Way>
+TCLR_KERNEL write_means(TCLR_ARGUMENT StepOf<Way> s) {
+  Way::finish_mean(s, int64_t(blockIdx.x) * threads + threadIdx.x);
 }
 
 template <typename T>
@@ -179,14 +194,16 @@ struct RectangleLaunches {
     over(rows, call.rows, read_sets<Path>, threads * sizeof(T));
     if (!call.symmetric) over(columns, call.columns, read_sets<Path>, threads * sizeof(T));
   }
-  void sum(Step<T>& s) {
+  void sum(Step<T>& s, bool with_mean = false) {
     int64_t sets = s.p.passing.V, tiles = Way::resident_tiles(s) * sets;
     s.p.parts = parts_of(Way::tiles_of_set(s), tiles, enough_blocks);
     int64_t size = keyed ? sizeof(SumsOf<T, true>) : sizeof(SumsOf<T, false>);
     char* sums;
     arena.take(sums, s.p.parts * s.p.anchor_count() * size);
     s.p.sums = reinterpret_cast<Sums<T>*>(sums);
-    run(keyed ? sum_rectangle<Way, true> : sum_rectangle<Way, false>, tiles * s.p.parts, Way::shared(s), s);
+    if (with_mean) arena.take(s.p.resident.dz, s.p.parts * s.p.resident.rows() * s.p.resident.ldz);
+    auto kernel = keyed ? sum_rectangle<Way, true> : sum_rectangle<Way, false>;
+    run(with_mean ? sum_rectangle_with_mean<Way> : kernel, tiles * s.p.parts, Way::shared(s), s);
     run_for_each(keyed ? finish_rectangle<T, true> : finish_rectangle<T, false>, s.p.anchor_count(), s);
   }
   void make_gradient(Step<T>& s) {
@@ -203,11 +220,12 @@ struct RectangleLaunches {
     Step<T> s = step(true);
     s.p.neg = call.neg, s.p.pos = call.pos, s.p.pos_lse = call.pos_lse, s.p.spread = call.spread;
     s.p.count = call.count, s.p.pair_sums = call.pair_sums, s.p.slope = call.slope;
-    sum(s);
+    bool together = call.mean && Way::sums_with_mean(s);
+    sum(s, together);
     if (!call.mean) return;
     s.p.mean = static_cast<T*>(call.mean), s.p.anchors.neg = call.neg;
-    make_gradient(s);
-    run_for_each(write_means<T>, s.p.resident.rows() * s.p.resident.D, s);
+    if (!together) make_gradient(s);
+    run_for_each(write_means<Way>, s.p.resident.rows() * s.p.resident.D, s);
   }
   void note(bool of_rows) {
     Step<T> s = step(of_rows);

@@ -146,6 +146,76 @@ TCLR_DEVICE void rectangle_sums_on_tensor_cores(const Rectangle<float>& p, const
   for (auto& anchor : work.anchors) join_four(anchor.sums, anchor.valid, to + anchor.at());
 }
 
+// ---- sums, and the mean of the columns
+
+// Where rows are one chunk, the columns weighted by exp(S - shift) are added beside the sums of these weights. The
+// shift follows the row's largest S; for float16 it stays so far below that small weights keep their bits.
+template <typename E>
+struct RectangleMean {
+  static constexpr float below = std::is_same_v<E, Half> ? 9 : 0;
+
+  const TwoSides& sides;
+  float inverse_tau;
+  Lane lane;
+  float largest[2] = {lowest<float>, lowest<float>};  // of a row, the same in its four lanes
+  Exponentials<float> sums[2];                        // of this lane; `largest` is the shift
+  ChunkSum<E> weighted;
+
+  TCLR_METHOD void begin(const Block&) {}
+  TCLR_METHOD void scored(const Block& b, TileOfS& S) {
+    for (auto& row : S)
+      for (float& s : row) s *= inverse_tau;
+    lane.put(S, sides.columns().of(sides.tile_of(b).index), -INFINITY);
+    for (int h = 0; h < 2; ++h) {
+      float top = largest[h];
+      for (int n = 0; n < square / 8; ++n)
+        for (int e = 2 * h; e < 2 * h + 2; ++e) top = S[n][e] > top ? S[n][e] : top;
+      for (int bits = 1; bits < 4; bits *= 2) {
+        float other = of_other_lane(top, bits);
+        top = other > top ? other : top;
+      }
+      float shift = top < INFINITY ? top - below : 0, factor = exponential(sums[h].largest - shift), sum = 0;
+      for (int n = 0; n < square / 8; ++n)
+        for (int e = 2 * h; e < 2 * h + 2; ++e) sum += S[n][e] = exponential(S[n][e] - shift);
+      for (auto& x : weighted.sum) x[2 * h] *= factor, x[2 * h + 1] *= factor;
+      largest[h] = top, sums[h] = {shift, sums[h].sum * factor + sum};
+    }
+  }
+  TCLR_METHOD void met(TileOfS& W, const uint32_t* columns, int words) { weighted.add(W, columns, words); }
+};
+
+// The sums of one tile of resident rows with one part of the only passing set, and what the mean is made of.
+template <typename E>
+TCLR_DEVICE void rectangle_mean_on_tensor_cores(const Rectangle<float>& p, const TwoSides& sides, int64_t block) {
+  const Gram<float>& R = p.resident;
+  int64_t part = block % p.parts, index = block / p.parts % sides.rows().tiles();
+  Block I{block / p.parts / sides.rows().tiles(), 0, index};
+  RectangleMean<E> work{sides, float(1 / value_of(R.tau))};
+  int64_t tiles = sides.columns().tiles();
+  meet<E>(sides, I, part_begin(part, tiles, p.parts), part_begin(part + 1, tiles, p.parts), 0, work);
+  int64_t first = R.row({I.g, 0, sides.rows().begin(index)}), rows = sides.rows().of(index);
+  auto* to = reinterpret_cast<Exponentials<float>*>(p.sums) + part * p.anchor_count() + first;
+  for (int h = 0; h < 2; ++h) {
+    int row = work.lane.row(2 * h);
+    join_four(work.sums[h], row < rows, to + (row < rows ? row : 0));
+  }
+  work.weighted.write(rows, R.ldz, R.ldz, R.dz + (part * R.rows() + first) * R.ldz);
+}
+
+// One value of the mean, from all parts.
+TCLR_DEVICE void join_mean(const Rectangle<float>& p, int64_t k) {
+  const Gram<float>& R = p.resident;
+  int64_t row = k / R.D, rows = R.rows();
+  if (row >= rows) return;
+  auto* sums = reinterpret_cast<const Exponentials<float>*>(p.sums) + row;
+  Exponentials<float> all = sums[0];
+  for (int64_t part = 1; part < p.parts; ++part) all.merge(sums[part * rows]);
+  float mean = 0;
+  for (int64_t part = 0; part < p.parts; ++part)
+    mean += exp(sums[part * rows].largest - all.largest) * R.dz[(part * rows + row) * R.ldz + k % R.D];
+  p.mean[k] = mean / all.sum;
+}
+
 // ---- gradient
 
 enum Weighed { of_resident = 1, of_passing = 2 };  // whose weights there are, with the rows of a side as the anchors
