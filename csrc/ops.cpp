@@ -114,7 +114,7 @@ struct Rectangle {
     STD_TORCH_CHECK(first < 0 || (of_rows.sets == of_columns.sets && first + of_rows.N <= of_columns.N),
                     "first: wanted the rows' place among the columns, or -1");
     STD_TORCH_CHECK(!symmetric || first == 0, "first: wanted 0 without rows");
-    input = {column_sets[0].size(0),    column_sets[0].size(2), of_rows,  of_columns, symmetric, nullptr,
+    input = {column_sets[0].size(0),    column_sets[0].size(2), of_rows,  of_columns, symmetric, bool(row_keys), nullptr,
              dtype_of(column_sets[0]), tau_of(tau, tau_value), normalize, cross};
     find_matches(row_keys, column_keys, first);
   }
@@ -140,13 +140,13 @@ struct Rectangle {
   // Sorts both sides by their keys, and finds for each row the columns with its key and its index.
   void find_matches(const Optional& row_keys, const Optional& column_keys, int64_t first) {
     int64_t n = input.rows.N, K = input.columns.N;
-    if (row_keys) row_order.resize(input.G * n), column_order.resize(input.G * K);
-    if (row_keys || first >= 0) match.resize(input.G * n, {0, 0, -1});
+    if (input.keys) row_order.resize(input.G * n), column_order.resize(input.G * K);
+    if (input.keys || first >= 0) match.resize(input.G * n, {0, 0, -1});
     std::vector<int64_t> place(first >= 0 ? K : 0);
     for (int64_t g = 0; g < input.G; ++g) {
       const int64_t *of_rows = nullptr, *of_columns = nullptr;
       Match* found = match.data() + g * n;
-      if (row_keys) {
+      if (input.keys) {
         Keys rows = keys_of(row_keys, g, input.rows), columns = keys_of(column_keys, g, input.columns);
         sort_by_key(rows, n, row_order.data() + g * n);
         sort_by_key(columns, K, column_order.data() + g * K);
@@ -155,7 +155,7 @@ struct Rectangle {
       }
       if (first >= 0) match_index(first, of_rows, n, of_columns, K, place.data(), found);
     }
-    if (row_keys) input.rows.order = row_order.data(), input.columns.order = column_order.data();
+    input.rows.order = row_order.data(), input.columns.order = column_order.data();
     if (!match.empty()) input.match = match.data();
   }
 
@@ -171,7 +171,7 @@ struct Rectangle {
 
   // neg, g_neg, g_pos and, with keys, pos_lse, g_pos_lse, g_spread, count; or negatives, g_pairs
   Anchors anchors(const Tensors& from, bool of_columns) {
-    size_t expected = input.rows.order ? 7 : 3;
+    size_t expected = input.keys ? 7 : 3;
     STD_TORCH_CHECK(from.empty() || from.size() == expected || (expected == 7 && from.size() == 2),
                     "of_rows, of_columns: found ", from.size(), " tensors, wanted none or ", expected);
     auto at = [&](size_t k) { return k < from.size() ? block(from[k], of_columns) : nullptr; };
@@ -192,7 +192,7 @@ using Blocks = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 template <typename T>
 Blocks rectangle_of(const Rectangle& r, const Tensor& beside, bool mean) {
   const RectangleInput& in = r.input;
-  bool keys = in.rows.order != nullptr;
+  bool keys = in.keys;
   auto block = [&](bool there) {
     return empty(there ? r.blocks() : std::vector<int64_t>{0}, aoti_torch_dtype_float64(), beside);
   };

@@ -50,7 +50,7 @@ struct Match {
 struct Side {
   int64_t sets, N;
   const Rows* rows;      // [sets]
-  const int64_t* order;  // [G, N] the rows sorted by their keys; null: as they are
+  const int64_t* order;  // [G, N] the rows sorted by their keys; not read without keys
 };
 
 // The operation of tclr_kernels/general.py. With keys both sides are taken in the order of their keys, so that the
@@ -58,7 +58,7 @@ struct Side {
 struct RectangleInput {
   int64_t G, D;
   Side rows, columns;
-  bool symmetric;      // the rows are the columns
+  bool symmetric, keys;  // symmetric: the rows are the columns
   const Match* match;  // [G, n] of the sorted rows; null: no row has the index or the key of a column
   Dtype dtype;
   double tau;

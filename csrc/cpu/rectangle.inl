@@ -161,7 +161,7 @@ Sheet<T> make_sheet(const RectangleInput& in, const RectangleCall<T>& call, int6
   int64_t block = large(in, sizeof(T) == sizeof(float)) ? 2 * chunk : chunk, ldz = leading<T>(in.D);
   Cut rows(in.rows.sets, in.rows.N, block, NR<T>), columns(in.columns.sets, in.columns.N, block, NR<T>);
   Meetings meetings(rows.all(), columns.all());
-  bool gradients = call.wanted == Wanted::gradients, keys = in.rows.order != nullptr;
+  bool gradients = call.wanted == Wanted::gradients, keys = in.keys;
   auto given = [](const Anchors& x) { return x.neg != nullptr || x.negatives != nullptr; };
   int64_t row_copies = in.symmetric || !meetings.rows_few ? 1 : meetings.copies;
   int64_t column_copies = in.symmetric || meetings.rows_few ? 1 : meetings.copies;
