@@ -114,8 +114,9 @@ struct Rectangle {
     STD_TORCH_CHECK(first < 0 || (of_rows.sets == of_columns.sets && first + of_rows.N <= of_columns.N),
                     "first: wanted the rows' place among the columns, or -1");
     STD_TORCH_CHECK(!symmetric || first == 0, "first: wanted 0 without rows");
-    input = {column_sets[0].size(0),    column_sets[0].size(2), of_rows,  of_columns, symmetric, bool(row_keys), nullptr,
-             dtype_of(column_sets[0]), tau_of(tau, tau_value), normalize, cross};
+    input = {
+        column_sets[0].size(0),   column_sets[0].size(2), of_rows,   of_columns, symmetric, bool(row_keys), nullptr,
+        dtype_of(column_sets[0]), tau_of(tau, tau_value), normalize, cross};
     find_matches(row_keys, column_keys, first);
   }
 
@@ -130,33 +131,41 @@ struct Rectangle {
     return {int64_t(sets.size()), sets[0].size(1), pointers.data(), nullptr};
   }
 
-  Keys keys_of(const Optional& keys, int64_t g, const Side& side) const {
+  void check(const Optional& keys, const Side& side) const {
     STD_TORCH_CHECK(keys && sizes_of(*keys) == std::vector<int64_t>({input.G, side.N}) &&
                         code_of(*keys) == aoti_torch_dtype_int64() && keys->is_cpu(),
                     "keys: wanted CPU tensors of int64, [G, n] of the rows and [G, K] of the columns");
-    return {const_data<int64_t>(*keys) + g * keys->stride(0), keys->stride(1)};
   }
 
   // Sorts both sides by their keys, and finds for each row the columns with its key and its index.
   void find_matches(const Optional& row_keys, const Optional& column_keys, int64_t first) {
-    int64_t n = input.rows.N, K = input.columns.N;
-    if (input.keys) row_order.resize(input.G * n), column_order.resize(input.G * K);
-    if (input.keys || first >= 0) match.resize(input.G * n, {0, 0, -1});
-    std::vector<int64_t> place(first >= 0 ? K : 0);
-    for (int64_t g = 0; g < input.G; ++g) {
-      const int64_t *of_rows = nullptr, *of_columns = nullptr;
+    int64_t G = input.G, n = input.rows.N, K = input.columns.N;
+    if (input.keys) {
+      check(row_keys, input.rows), check(column_keys, input.columns);
+      row_order.resize(G * n), column_order.resize(input.symmetric ? 0 : G * K);
+    }
+    bool matches = input.keys || first >= 0;
+    if (matches) match.resize(G * n, {0, 0, -1});
+    auto of_group = [&](int64_t g, int64_t* place) {
+      int64_t *of_rows = nullptr, *of_columns = nullptr;
       Match* found = match.data() + g * n;
       if (input.keys) {
-        Keys rows = keys_of(row_keys, g, input.rows), columns = keys_of(column_keys, g, input.columns);
-        sort_by_key(rows, n, row_order.data() + g * n);
-        sort_by_key(columns, K, column_order.data() + g * K);
-        of_rows = row_order.data() + g * n, of_columns = column_order.data() + g * K;
-        match_keys(rows, of_rows, n, columns, of_columns, K, found);
+        auto keys = [&](const Tensor& x) { return Keys{const_data<int64_t>(x) + g * x.stride(0), x.stride(1)}; };
+        of_rows = row_order.data() + g * n, of_columns = input.symmetric ? of_rows : column_order.data() + g * K;
+        sort_by_key(keys(*row_keys), n, of_rows);
+        if (!input.symmetric) sort_by_key(keys(*column_keys), K, of_columns);
+        match_keys(keys(*row_keys), of_rows, n, keys(*column_keys), of_columns, K, found);
       }
-      if (first >= 0) match_index(first, of_rows, n, of_columns, K, place.data(), found);
-    }
-    input.rows.order = row_order.data(), input.columns.order = column_order.data();
-    if (!match.empty()) input.match = match.data();
+      if (first >= 0) match_index(first, of_rows, n, of_columns, K, place, found);
+    };
+    int64_t at_once = 1 + 4096 / (n + K + 1);  // waking another thread takes as long
+    torch::stable::parallel_for(0, matches ? G : 0, at_once, [&](int64_t begin, int64_t end) {
+      std::vector<int64_t> place(first >= 0 ? K : 0);
+      for (int64_t g = begin; g < end; ++g) of_group(g, place.data());
+    });
+    input.rows.order = row_order.data();
+    input.columns.order = input.symmetric ? row_order.data() : column_order.data();
+    if (matches) input.match = match.data();
   }
 
   std::vector<int64_t> blocks() const { return {input.G, input.rows.sets, input.columns.sets, input.rows.N}; }
@@ -199,8 +208,8 @@ Blocks rectangle_of(const Rectangle& r, const Tensor& beside, bool mean) {
   Tensor neg = block(true), pos = block(true), pos_lse = block(keys), spread = block(keys), count = block(keys);
   STD_TORCH_CHECK(!mean || (in.rows.sets == 1 && in.columns.sets == 1 && !in.match),
                   "mean: wanted only for one set against another, without keys and first");
-  Tensor weighted = empty(mean ? std::vector<int64_t>{in.G, in.rows.N, in.D} : std::vector<int64_t>{0}, wide(beside),
-                          beside);
+  Tensor weighted =
+      empty(mean ? std::vector<int64_t>{in.G, in.rows.N, in.D} : std::vector<int64_t>{0}, wide(beside), beside);
   RectangleCall<T> call{Wanted::blocks};
   call.neg = data<double>(neg), call.pos = data<double>(pos);
   if (keys) call.pos_lse = data<double>(pos_lse), call.spread = data<double>(spread), call.count = data<double>(count);

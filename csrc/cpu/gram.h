@@ -59,7 +59,7 @@ struct RectangleInput {
   int64_t G, D;
   Side rows, columns;
   bool symmetric, keys;  // symmetric: the rows are the columns
-  const Match* match;  // [G, n] of the sorted rows; null: no row has the index or the key of a column
+  const Match* match;    // [G, n] of the sorted rows; null: no row has the index or the key of a column
   Dtype dtype;
   double tau;
   bool normalize, cross;

@@ -72,16 +72,15 @@ struct Half {
   Cut cut;
   int64_t others, copies, ldz;
   const int64_t* order;
-  T *z, *d;              // [sets, N, ldz], [copies, sets, N, ldz]: the gradient, or the weighted columns' sum
-  Norm* norms;           // [sets, N]
-  int64_t* stage;        // [copies, blocks] the round in which each block is next
-  Sums<T> neg, pos;      // [copies, size]
+  T *z, *d;               // [sets, N, ldz], [copies, sets, N, ldz]: the gradient, or the weighted columns' sum
+  Norm* norms;            // [sets, N]
+  int64_t* stage;         // [copies, blocks] the round in which each block is next
+  Sums<T> neg, pos;       // [copies, size]
   double *total, *slope;  // [copies, size] of the positives: the sum of S or softplus, and of its derivative
-  T *scale, *shift;      // [size] the weight of a negative is scale * exp(S - shift), in `unit`s
+  T *scale, *shift;       // [size] the weight of a negative is scale * exp(S - shift), in `unit`s
   double *g_pos, *lse, *g_lse, *g_spread, *share;  // [size] those of the positives; of pairs lse is `negatives`
 
-  Half(Cut cut, int64_t others, int64_t copies, int64_t ldz)
-      : cut(cut), others(others), copies(copies), ldz(ldz) {}
+  Half(Cut cut, int64_t others, int64_t copies, int64_t ldz) : cut(cut), others(others), copies(copies), ldz(ldz) {}
 
   int64_t size() const { return cut.sets * others * cut.N; }
   int64_t at(int64_t a, int64_t c, int64_t i) const { return (a * others + c) * cut.N + i; }
@@ -137,7 +136,7 @@ struct Sheet {
   int64_t g;
   bool bounded;  // |S| <= 1/tau is known to be small: no maximum is needed
   T inverse_tau;
-  double unit;  // of the gradients, a power of two
+  double unit;                     // of the gradients, a power of two
   bool keys, by_rows, by_columns;  // weights have the rows, the columns as anchors
   Problem tournament;              // of blocks with each other, where the rows are the columns
   Meetings meetings;
@@ -298,8 +297,7 @@ void add_negatives(const Sheet<T>& w, const Place& p, int64_t r, bool mirrored, 
     else
       row_exponentials(s, p.width, largest, total);
   }
-  if (!w.bounded && mirrored)
-    column_exponentials(S, patch.lds, scored, p.width, patch.column_max, patch.column_sum);
+  if (!w.bounded && mirrored) column_exponentials(S, patch.lds, scored, p.width, patch.column_max, patch.column_sum);
 }
 
 // The sum of a row's positives, and each one to its column's.
@@ -401,8 +399,7 @@ void forward_place(const Sheet<T>& w, const Place& p, const Patch<T>& patch) {
     begin = begin / lanes<T> * lanes<T>, end = (end + lanes<T> - 1) / lanes<T> * lanes<T>;
     if (w.match)
       for (int64_t q = 0; q < scored; ++q)
-        take_out(w, p, r + q, find(w.match, p, r + q), begin, end, S + q * patch.lds,
-                 patch.positives + q * patch.lds);
+        take_out(w, p, r + q, find(w.match, p, r + q), begin, end, S + q * patch.lds, patch.positives + q * patch.lds);
     if (!w.call.of_pairs()) add_negatives(w, p, r, mirrored, S, patch);
     if (begin < end) add_positives(w, p, r, mirrored, begin, end, patch);
   }
@@ -505,8 +502,8 @@ void meet(const Sheet<T>& w, int64_t row, int64_t column, int64_t row_copy, int6
   Patch<T> patch(memory, rows, columns, w.in.D);
   for (int64_t first = 0; first < n; first += chunk) {
     int64_t j = columns.begin(column) + first, count = smaller(chunk, n - first);
-    Place p{row,           column, row_copy,         column_copy,           a, c, i, j, rows.rows(row), count,
-            padded<T>(count), w.rows.at(a, c, i), w.columns.at(c, a, j)};
+    Place p{row,   column,           row_copy,           column_copy,          a, c, i, j, rows.rows(row),
+            count, padded<T>(count), w.rows.at(a, c, i), w.columns.at(c, a, j)};
     if (w.call.of_pairs() && !any_positives(w.match, p)) continue;
     pack_transposed(w.columns.z + (c * columns.N + j) * w.rows.ldz, w.rows.ldz, count, w.in.D, patch.columns);
     if (w.call.wanted == Wanted::gradients)
@@ -674,8 +671,7 @@ void close_task(void* work, int64_t b, int64_t) {
   const Sheet<T>& w = *(const Sheet<T>*)work;
   bool gradients = w.call.wanted == Wanted::gradients;
   if (b >= w.rows.cut.all()) {
-    if (gradients && w.columns.d)
-      write_gradients(w, w.columns, w.call.d_columns, !w.rows.d, b - w.rows.cut.all());
+    if (gradients && w.columns.d) write_gradients(w, w.columns, w.call.d_columns, !w.rows.d, b - w.rows.cut.all());
     return;
   }
   if (gradients) {
@@ -730,8 +726,7 @@ void run_sheet(Sheet<T>& w, const Executor& executor) {
   clear(w.rows.stage, w.rows.copies * w.rows.cut.all(), int64_t(0));
   clear(w.columns.stage, w.columns.copies * w.columns.cut.all(), int64_t(0));
   if (!w.in.symmetric)
-    for (int64_t b = 0; b < m.many; ++b)
-      (m.rows_few ? w.columns : w.rows).stage[b] = m.first_round(b % m.segment);
+    for (int64_t b = 0; b < m.many; ++b) (m.rows_few ? w.columns : w.rows).stage[b] = m.first_round(b % m.segment);
 
   int64_t blocks = w.rows.cut.all() + (w.in.symmetric ? 0 : w.columns.cut.all());
   executor.run(blocks, open_task<T>, &w);

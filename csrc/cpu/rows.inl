@@ -116,8 +116,8 @@ void write_block(const GramInput& in, const GramBackward<T>& out, const Problem&
   int64_t a = p.set(b);
   for (int64_t r = 0; r < p.rows(b); ++r) {
     int64_t i = p.begin(b) + r;
-    out.zdz[(g * in.V + a) * in.N + i] = write_row(out.dz[a], g, i, in.D, unit / in.tau, in.normalize, norms[r],
-                                                   z + r * ldz, dz + r * ldz);
+    out.zdz[(g * in.V + a) * in.N + i] =
+        write_row(out.dz[a], g, i, in.D, unit / in.tau, in.normalize, norms[r], z + r * ldz, dz + r * ldz);
   }
 }
 
