@@ -377,6 +377,6 @@ def _difference(found, wanted):
 
 if __name__ == "__main__":
     kernels = Kernels(sys.argv[1])
-    deviating = [*deviations(kernels, DTYPES), *rectangle_deviations(kernels, DTYPES)]
+    deviating = [*deviations(kernels, DTYPES), *rectangle_deviations(kernels)]
     print("\n".join(deviating) or "all agree")
     sys.exit(bool(deviating))

@@ -359,12 +359,12 @@ void add_positives(const Sheet<T>& w, const Place& p, int64_t r, bool mirrored, 
 }
 
 template <typename T>
-void clear_columns(const Sheet<T>& w, const Place& p, const Patch<T>& patch) {
+void clear_columns(const Sheet<T>& w, const Place& p, bool mirrored, const Patch<T>& patch) {
   clear(patch.column_sum, chunk, T(0)), clear(patch.column_max, chunk, T(-INFINITY));
   if (!w.keys) return;
   clear(patch.positive_sum, chunk, T(0)), clear(patch.positive_max, chunk, T(-INFINITY));
   clear(patch.total, chunk, 0.0), clear(patch.slope, chunk, 0.0);
-  for (int64_t j = 0; w.call.of_pairs() && j < p.width; ++j)
+  for (int64_t j = 0; mirrored && w.call.of_pairs() && j < p.width; ++j)
     patch.negatives[j] = j < p.count ? w.call.negatives[w.columns.source(w.g, p.c, p.a, p.j + j)] : 0;
 }
 
@@ -387,7 +387,7 @@ void add_columns(const Sheet<T>& w, const Place& p, const Patch<T>& patch) {
 template <typename T>
 void forward_place(const Sheet<T>& w, const Place& p, const Patch<T>& patch) {
   bool mirrored = w.in.symmetric && p.row_block != p.column_block, mean = w.call.mean != nullptr;
-  if (mirrored || w.keys) clear_columns(w, p, patch);
+  if (mirrored || w.keys) clear_columns(w, p, mirrored, patch);
   for (int64_t r = 0; r < p.rows; r += strip) {
     int64_t scored = smaller(strip, p.rows - r), begin = p.width, end = 0;
     T* S = patch.S + (mean ? r * patch.lds : 0);
