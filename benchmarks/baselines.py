@@ -45,6 +45,11 @@ def clip(a, b, tau):
     return (F.cross_entropy(S, own) + F.cross_entropy(S.T, own)) / 2
 
 
+def log_sum_exp(rows, columns, tau):
+    """The mean log-sum-exp of the rows' similarities to the columns: one product, of rows scaled beforehand."""
+    return ((F.normalize(rows) * (1 / tau)) @ F.normalize(columns).T).logsumexp(1).mean()
+
+
 def clip_linear(a, b, tau):
     """The same by PyTorch's fused linear cross-entropy, in both directions."""
     a, b, own = F.normalize(a) * (1 / tau), F.normalize(b), torch.arange(len(a))

@@ -15,6 +15,7 @@ class Case(NamedTuple):
     dtype: torch.dtype = torch.float32
     mode: str = "forward+backward"
     tau: float = 0.1
+    constant: int = 0  # so many of the inputs, the last ones, take no gradient
 
     @property
     def key(self):
@@ -28,6 +29,8 @@ class Case(NamedTuple):
         if self.loss in ("local_local", "global_local"):
             B, T, _ = self.shapes[0]
             return B * (2 * T) ** 2
+        if self.loss in ("rectangle", "queue"):
+            return self.shapes[0][0] * self.shapes[1][0]
         return self.rows**2
 
     @property
@@ -37,7 +40,8 @@ class Case(NamedTuple):
 
     def inputs(self):
         """Leaves that require grad, the same on every run; those of one shape share a part, as views of a video do."""
-        return [_view(i, shape).to(self.dtype).requires_grad_() for i, shape in enumerate(self.shapes)]
+        learnt = len(self.shapes) - self.constant
+        return [_view(i, shape).to(self.dtype).requires_grad_(i < learnt) for i, shape in enumerate(self.shapes)]
 
 
 def _view(i, shape):
@@ -61,6 +65,14 @@ def clips(loss, B, T):
     return Case(loss, 2 * B * T, ((B, T, 128),) * 2, f"a group of {2 * T} rows a video")
 
 
+def rectangle(n, K, regime):
+    return Case("rectangle", n + K, ((n, 128), (K, 128)), regime)
+
+
+def queue(n, K, regime):
+    return Case("queue", n + K, ((n, 128), (K, 128)), regime, constant=1)
+
+
 def tclr_release(B, regime):
     return Case("tclr_release", 8 * B, ((2, B, 128), (2, B, 4, 128), (2, B, 4, 128)), regime)
 
@@ -82,6 +94,8 @@ CASES = [
     *(clips(loss, 1024, T) for loss in ("local_local", "global_local") for T in (8, 16)),
     clip(4096, "cross candidates only: two matrices of 67 MB in plain PyTorch"),
     clip(32768, "4.3 GB a matrix"),
+    rectangle(1024, 65536, "log-sum-exp over other columns: a matrix of 268 MB in plain PyTorch"),
+    queue(1024, 65536, "the same, the columns without gradient"),
     tclr_release(8, "the objective at a small batch"),
     tclr_release(40, "the recipe's batch: every term of the objective"),
     tclr_release(256, "a batch of several machines"),
@@ -96,6 +110,8 @@ WARM_UP = {
         views(8, 4, "warm-up"),
         clips("local_local", 2, 4),
         clips("global_local", 2, 4),
+        rectangle(8, 16, "warm-up"),
+        queue(8, 16, "warm-up"),
         tclr_release(2, "warm-up"),
     )
 }

@@ -21,13 +21,13 @@ class Truth(NamedTuple):
 
 def truth(case, inputs):
     """The float64 result for the inputs as they are. inputs: tensors of the case's shapes"""
-    wide = [x.detach().double().requires_grad_() for x in inputs]
+    wide = [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
     if case.entries <= LARGEST**2 or case.loss not in ("nt_xent", "clip"):
         backend = (
             "reference" if case.entries <= LARGEST**2 else "native"
         )  # in float64, itself tested against the former
         loss = ours(backend)[case.loss](*wide, tau=case.tau)
-        return Truth(loss.detach(), torch.autograd.grad(loss, wide), None)
+        return Truth(loss.detach(), torch.autograd.grad(loss, [x for x in wide if x.requires_grad]), None)
     return _sampled(*[x.detach() for x in wide], case.tau, cross=case.loss == "clip")
 
 

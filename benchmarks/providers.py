@@ -60,7 +60,7 @@ def _forward(loss, inputs):
 def _both(loss, inputs):
     def step():
         value = loss(*inputs)
-        return value.detach(), torch.autograd.grad(value, inputs)
+        return value.detach(), torch.autograd.grad(value, [x for x in inputs if x.requires_grad])
 
     return step
 
@@ -73,6 +73,7 @@ def ours(backend):
 
     losses = dict(nt_xent=tk.nt_xent, clip=tk.clip_loss, views=tk.instance_contrastive)
     losses |= dict(local_local=tk.local_local, global_local=tk.global_local)
+    losses["rectangle"] = losses["queue"] = lambda *inputs, **settings: tk.rectangle(*inputs, **settings).mean()
     losses["tclr_release"] = lambda *inputs, **settings: tk.tclr(*inputs, form="release", **settings).total
     return {name: by(function) for name, function in losses.items()}
 
@@ -83,6 +84,8 @@ FASTEST = {
     "views": baselines.views,
     "local_local": baselines.local_local,
     "global_local": baselines.global_local,
+    "rectangle": baselines.log_sum_exp,
+    "queue": baselines.log_sum_exp,
     "tclr_release": baselines.release_batched,
 }
 WRITTEN = {

@@ -17,6 +17,8 @@ NAMES = {
     "local_local": "local-local",
     "global_local": "global-local",
     "clip": "CLIP",
+    "rectangle": "log-sum-exp of a rectangle",
+    "queue": "the same, columns without gradient",
     "tclr_release": "TCLR objective, release's form",
 }
 

@@ -187,6 +187,8 @@ def pair_sum(
     columns, column_keys: as for `rectangle`; both None: the rows against themselves, each row itself left out.
     Returns the sums: [..., n], 0 where there is no positive.
     """
+    if row_keys is None:
+        raise TypeError("row_keys: found None, wanted a tensor of integers [n] or [..., n]")
     call = _call(rows, columns, temperature, normalize, row_keys, column_keys, backend)
     negatives = checks.beside("negatives", negatives, rows)
     wide = negatives.to(torch.promote_types(negatives.dtype, general.wide_dtype(call.settings.name, rows)))
@@ -220,7 +222,7 @@ def _call(
     if columns is None:
         (rows,) = checks.embeddings("... n D", rows=rows)
         if column_keys is not None:
-            raise ValueError("column_keys: found a value without columns, wanted None")
+            raise ValueError("column_keys: found a tensor without columns, wanted None")
         columns, column_keys = rows, row_keys
     else:
         rows, columns = checks.sides(rows, columns)

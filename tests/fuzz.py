@@ -44,7 +44,11 @@ def draw(seed):
 def survives(case, backend):
     inputs = case.inputs()
     exact = oracle.run(textbook, [x.double() for x in inputs], temperature=case.tau)
-    found = oracle.run(tk.nt_xent, inputs, temperature=case.tau, backend=backend)
+    return near(oracle.run(tk.nt_xent, inputs, temperature=case.tau, backend=backend), exact, inputs, case)
+
+
+def near(found, exact, inputs, case):
+    """Whether a loss and its gradients are within TOLERANCE of the exact ones."""
     for_loss, for_gradient = TOLERANCE[case.dtype]
     if not oracle.error(found[0], exact[0]) <= for_loss * max(1, exact[0].abs().item()):
         return False
@@ -61,17 +65,22 @@ def textbook(a, b, temperature):
     return oracle.nt_xent_eager(a, b, temperature, oracle.without_positive).mean()
 
 
-def lost(seeds, backend):
+def lost(seeds, backend, draw=draw, survives=survives):
     """The draws that do not survive."""
     return [case for case in map(draw, seeds) if not survives(case, backend)]
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(about, draw, survives):
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=3000)
     parser.add_argument("--backend", default=None)
     options = parser.parse_args()
-    dead = lost(range(options.count), options.backend)
+    dead = lost(range(options.count), options.backend, draw, survives)
     print(*dead, sep="\n", end="\n" if dead else "")
     print(f"{options.backend or 'default'}: {options.count - len(dead)} of {options.count} survive")
-    sys.exit(bool(dead))
+    return bool(dead)
+
+
+if __name__ == "__main__":
+    sys.exit(main(__doc__, draw, survives))

@@ -3,6 +3,7 @@
 Those planted in the C++ kernels are in `test_kernels.py`.
 """
 
+import functools
 import inspect
 import types
 
@@ -12,7 +13,7 @@ import torch
 import tclr_kernels as tk
 from tclr_kernels import backends
 
-from . import oracle
+from . import oracle, test_general
 
 SOURCE = inspect.getsource(backends.reference)
 BUGS = {
@@ -25,6 +26,24 @@ BUGS = {
     "own negatives forgotten": ("neg if cross else", "neg if True else"),
     "zero row divided": ("scaled.masked_fill(zero, 1)", "scaled"),
     "own blocks in cross": ("half[:, None] != half if cross", "half[:, None] != half if False"),
+}
+
+GENERAL_BUGS = {
+    "a range that begins at the first row": ("i[:, None] + first == j", "i[:, None] == j"),
+    "positives of another row": ("m.S[:, :, :, i, i + first]", "m.S[:, :, :, i, i]"),
+    "unlabelled rows alike": (" & (row_keys >= 0)[:, :, None]", ""),
+    "itself a positive": ("same_key & ~itself & self.there", "same_key & self.there"),
+    "its other views no positives": (
+        "itself = self.same_index & (a[:, None] == c)",
+        "itself = self.same_index & (a[:, None] == a[:, None])",
+    ),
+    "labels forgotten among the negatives": (
+        "self.left_out = self.same_index | same_key",
+        "self.left_out = self.same_index",
+    ),
+    "the mean of one positive more": ("count.clamp(min=1)", "(count + 1)"),
+    "half of the columns' gradient": ("self.z.flatten(1, 2)", "(self.z / 2 + self.z.detach() / 2).flatten(1, 2)"),
+    "blocks that do not exist": ("m.left_out | ~m.there", "m.left_out"),
 }
 
 
@@ -62,8 +81,20 @@ def check():
     assert grad.isfinite().all() and not grad[0].any(), "a zero row has gradient 0"
 
 
+def check_general():
+    """Raises AssertionError unless the general operation is what its formulas say."""
+    for problem in test_general.PROBLEMS.values():
+        if problem.n * problem.K < 500:
+            sets = problem.sets()
+            outputs, grads = test_general.run(functools.partial(problem.call, "reference"), sets, 0.3)
+            wanted, wanted_grads = test_general.run(problem.formula, sets, 0.3)
+            for found, want in zip((*outputs, *grads), (*wanted, *wanted_grads), strict=True):
+                assert oracle.error(found, want) < 1e-11
+
+
 def test_the_definition_passes():
     check()
+    check_general()
 
 
 @pytest.mark.parametrize("bug", BUGS)
@@ -73,3 +104,12 @@ def test_planted_bug_is_found(bug, monkeypatch):
     monkeypatch.setattr(backends, "reference", backend_from(SOURCE.replace(old, new)))
     with pytest.raises(AssertionError):
         check()
+
+
+@pytest.mark.parametrize("bug", GENERAL_BUGS)
+def test_planted_bug_of_the_general_operation_is_found(bug, monkeypatch):
+    old, new = GENERAL_BUGS[bug]
+    assert old in SOURCE
+    monkeypatch.setattr(backends, "reference", backend_from(SOURCE.replace(old, new)))
+    with pytest.raises(AssertionError):
+        check_general()

@@ -9,7 +9,7 @@ With `cross` only the blocks between the first and the second half of the sets e
 term are 0, and the term is softplus(neg - pos).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +67,59 @@ def _gram(z: Tensor, tau: float | Tensor, normalize: bool, cross: bool) -> tuple
     return term.masked_fill(~paired, 0), neg.masked_fill(~paired, -torch.inf) if cross else neg, pos
 
 
+class _Matrix:
+    """The similarities S [G, A, C, n, K] of a rectangle, and which candidates are what; see `rectangle`."""
+
+    def __init__(
+        self,
+        rows: Sequence[Tensor],
+        columns: Sequence[Tensor],
+        tau: float | Tensor,
+        normalize: bool,
+        cross: bool,
+        first: int,
+        row_keys: Tensor | None,
+        column_keys: Tensor | None,
+    ) -> None:
+        self.wide = torch.promote_types(columns[0].dtype, torch.float32)
+        self.dtype = torch.float64 if columns[0].device.type == "cpu" else self.wide
+        stacked = [torch.stack([x.to(self.dtype) for x in sets], dim=1) for sets in (rows or columns, columns)]
+        self.r, self.z = map(unit_rows, stacked) if normalize else stacked
+        device = self.z.device
+        self.tau = tau.to(device=device, dtype=self.dtype) if isinstance(tau, torch.Tensor) else tau
+        (A, n), (C, K) = self.r.shape[1:3], self.z.shape[1:3]
+        S = self.r.flatten(1, 2) @ self.z.flatten(1, 2).mT / self.tau
+        self.S = S.unflatten(2, (C, K)).unflatten(1, (A, n)).transpose(2, 3)
+        a, c, i, j = (torch.arange(size, device=device) for size in (A, C, n, K))
+        there = a[:, None] // ((A + 1) // 2) != c // ((C + 1) // 2) if cross else a[:, None] == a[:, None]
+        self.there = there[:, :, None, None]
+        self.paired = self.there & (a[:, None] != c)[:, :, None, None]
+        self.same_index = (i[:, None] + first == j) & (first >= 0)  # [n, K]
+        self.left_out, self.positive = self.same_index, None
+        if row_keys is not None and column_keys is not None:
+            same_key = ((row_keys[:, :, None] == column_keys[:, None, :]) & (row_keys >= 0)[:, :, None])[:, None, None]
+            itself = self.same_index & (a[:, None] == c)[:, :, None, None]
+            self.left_out = self.same_index | same_key
+            self.positive = same_key & ~itself & self.there
+
+    def weights(self, of: Sequence[Tensor], turn: Callable[[Tensor], Tensor]) -> Tensor:
+        """W of the anchors whose values and upstream are given; turn: to their view of the matrix from the rows'."""
+        S, positive = turn(self.S.detach()), None if self.positive is None else turn(self.positive)
+        of = [x.to(self.dtype)[..., None] for x in of]
+        if len(of) == 2:
+            negatives, g_pairs = of
+            return (-g_pairs * torch.sigmoid(negatives - S)).where(positive, 0)
+        neg, g_neg, g_pos, *labelled = of
+        W = (g_neg * (S - neg).exp()).where(turn(~self.left_out & self.there) & (g_neg != 0), 0)
+        W = W + g_pos.where(turn(self.same_index & self.paired), 0)
+        if labelled:
+            pos_lse, g_pos_lse, g_spread, count = labelled
+            share = (S - pos_lse).exp()
+            off = (share - 1 / count).masked_fill(count == 1, 0)
+            W = W + (g_pos_lse * share + g_spread * off).where(positive, 0)
+        return W
+
+
 def rectangle(
     rows: Sequence[Tensor],
     columns: Sequence[Tensor],
@@ -84,33 +137,54 @@ def rectangle(
     columns, or -1; negatives: [G, A, C, n] for softplus(negatives - S), summed over the positives: the only output.
     Results have the dtype of the arithmetic, which is that of `gram`.
     """
-    wide = torch.promote_types(columns[0].dtype, torch.float32)
-    dtype = torch.float64 if columns[0].device.type == "cpu" else wide
-    stacked = [torch.stack([x.to(dtype) for x in sets], dim=1) for sets in (rows or columns, columns)]
-    r, z = map(unit_rows, stacked) if normalize else stacked
-    if isinstance(tau, torch.Tensor):
-        tau = tau.to(device=z.device, dtype=dtype)
-    (A, n), (C, K) = r.shape[1:3], z.shape[1:3]
-    S = (r.flatten(1, 2) @ z.flatten(1, 2).mT / tau).unflatten(2, (C, K)).unflatten(1, (A, n)).transpose(2, 3)
-
-    a, c, i, j = (torch.arange(size, device=z.device) for size in (A, C, n, K))
-    there = (a[:, None] // ((A + 1) // 2) != c // ((C + 1) // 2) if cross else a[:, None] == a[:, None])[:, :, None]
-    paired = there & (a[:, None] != c)[:, :, None]
-    same_index = (i[:, None] + first == j) & (first >= 0)  # [n, K]
-    if row_keys is None or column_keys is None:
-        left_out, positive = same_index, None
-    else:
-        same_key = (row_keys[:, :, None] == column_keys[:, None, :]) & (row_keys >= 0)[:, :, None]
-        left_out = (same_index | same_key)[:, None, None]
-        itself = same_index & (a[:, None] == c)[:, :, None, None]
-        positive = same_key[:, None, None] & ~itself & there[..., None]
+    m = _Matrix(rows, columns, tau, normalize, cross, first, row_keys, column_keys)
     if negatives is not None:
-        return ((-F.logsigmoid(S - negatives[..., None])).masked_fill(~positive, 0).sum(-1),)
-    neg = S.masked_fill(left_out | ~there[..., None], -torch.inf).logsumexp(-1)
-    pos = S[:, :, :, i, i + first].masked_fill(~paired, 0) if first >= 0 else torch.zeros_like(neg)
-    if positive is None:
+        return ((-F.logsigmoid(m.S - negatives[..., None])).masked_fill(~m.positive, 0).sum(-1),)
+    neg = m.S.masked_fill(m.left_out | ~m.there, -torch.inf).logsumexp(-1)
+    pos = torch.zeros_like(neg)
+    if first >= 0:
+        i = torch.arange(m.S.shape[3], device=m.S.device)
+        pos = m.S[:, :, :, i, i + first].masked_fill(~m.paired[..., 0], 0)
+    if m.positive is None:
         return neg, pos
-    pos_lse = S.masked_fill(~positive, -torch.inf).logsumexp(-1)
-    count = positive.sum(-1)
-    mean = S.masked_fill(~positive, 0).sum(-1) / count.clamp(min=1)
-    return neg, pos, pos_lse, (pos_lse - mean).masked_fill(count == 0, 0), count.to(dtype)
+    pos_lse = m.S.masked_fill(~m.positive, -torch.inf).logsumexp(-1)
+    count = m.positive.sum(-1)
+    mean = m.S.masked_fill(~m.positive, 0).sum(-1) / count.clamp(min=1)
+    return neg, pos, pos_lse, (pos_lse - mean).masked_fill(count == 0, 0), count.to(m.dtype)
+
+
+def rectangle_backward(
+    rows: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    tau: float | Tensor,
+    normalize: bool,
+    cross: bool,
+    first: int,
+    row_keys: Tensor | None,
+    column_keys: Tensor | None,
+    of_rows: Sequence[Tensor],
+    of_columns: Sequence[Tensor],
+    for_rows: bool,
+    for_columns: bool,
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """The gradient by the weights that `tclr_kernels/general.py` prints, for anchors that other processes have."""
+    with torch.enable_grad():
+        rows, columns = ([x.detach().requires_grad_() for x in side] for side in (rows, columns))
+        m = _Matrix(rows, columns, tau, normalize, cross, first, row_keys, column_keys)
+        W = m.weights(of_rows, lambda x: x) if of_rows else torch.zeros_like(m.S)
+        if of_columns:
+            W = W + _turned(m.weights(of_columns, _turned))
+        products = W * m.S
+        sides = rows if for_rows and rows else [], columns if for_columns or not rows else []
+        sizes = len(sides[0])
+        grads = torch.autograd.grad(products.sum(), [*sides[0], *sides[1]])
+    products = products.detach()
+    of_side = products.sum((2, 4)), products.sum((1, 3))
+    if not rows:
+        return list(grads), [], of_side[0] + of_side[1]
+    return list(grads[:sizes]), list(grads[sizes:]), of_side[0] if for_rows else of_side[1]
+
+
+def _turned(x: Tensor) -> Tensor:
+    """Rows and columns exchanged: [..., n, K] as [..., K, n], and so their sets."""
+    return x.mT if x.dim() < 4 else x.mT.transpose(-4, -3)
