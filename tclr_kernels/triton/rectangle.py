@@ -115,7 +115,7 @@ def rectangle_sums_kernel(
     z_i = r + ((g * A + a) * NP + begin) * DP
     rows = features(z_i, tl.arange(0, BK), BM, DP, UPCAST)
     cell = ((g * A + a) * C + c) * n + i
-    row_key, column_key = i, i
+    row_key = i
     if KEYS:
         row_key = keys_of(row_keys + g * n, i, n, ROW_KEY)
         positive_total = tl.zeros([BM], ACC)
@@ -139,6 +139,7 @@ def rectangle_sums_kernel(
                 value = tl.sum(tl.where(partner[:, None] == j[None, :], s, 0.0), 1)
                 here = (i < n) & (partner >= start) & (partner < start + BN)
                 tl.store(pos + cell, value.to(tl.float64), mask=here)
+        column_key = j
         if KEYS:
             column_key = keys_of(column_keys + g * K, j, K, COLUMN_KEY)
         s, positive = candidates(s, row_key, column_key, i, j, begin, start, first, K, a == c, INDEX, KEYS, BM, BN)
@@ -383,7 +384,7 @@ def rectangle_gradient_kernel(
     i = begin + tl.arange(0, BM)
     z_i = x + ((g * A + a) * NP + begin) * DP
     rows = features(z_i, tl.arange(0, BK), BM, DP, UPCAST)
-    x_key, y_key = i, i
+    x_key = i
     if KEYS:
         x_key = keys_of(x_keys + g * n, i, n, ROW_KEY)
     x_step = (G * A * C).to(tl.int64) * NP
@@ -400,6 +401,7 @@ def rectangle_gradient_kernel(
             z_j = y + ((g * C + c) * KP + start) * DP
             columns = features(z_j, tl.arange(0, BK), BN, DP, UPCAST)
             s = cosines(z_i, z_j, rows, columns, BM, BN, DP, BK, ACC, PRECISION, UPCAST) * inverse_tau
+            y_key = j
             if KEYS:
                 y_key = keys_of(y_keys + g * K, j, K, COLUMN_KEY)
             s, positive = candidates(s, x_key, y_key, i, j, begin, start, offset, K, a == c, INDEX, KEYS, BM, BN)
