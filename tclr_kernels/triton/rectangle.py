@@ -96,7 +96,7 @@ def more(total, largest, top, added):
     return total * exponential(largest - finite(top)) + added
 
 
-SIZES = ["G", "A", "C", "n", "K", "NP", "KP", "first", "columns_a_split"]
+SIZES = ["G", "A", "C", "n", "K", "first"]  # NP, KP and columns_a_split are always divisible by 16
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -280,7 +280,7 @@ def relative_to(level, g, ACC: tl.constexpr):
     return tl.where(none, float("inf"), shift), tl.where(none, 0.0, scale)
 
 
-@triton.jit(do_not_specialize=["G", "pairs_of_sets", "n", "NP", "all_blocks"])
+@triton.jit(do_not_specialize=["G", "pairs_of_sets", "n", "all_blocks"])
 def rectangle_coefficients_kernel(
     neg, g_neg, g_pos, pos_lse, g_pos_lse, g_spread, count, exponents, coefficients, G, pairs_of_sets, n, NP,
     all_blocks, KIND: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr, BOOST: tl.constexpr, BI: tl.constexpr,
@@ -360,7 +360,7 @@ def weights(s, positive, fields, ROWS: tl.constexpr, KIND: tl.constexpr):
     return w
 
 
-@triton.jit(do_not_specialize=["programs", "G", "A", "C", "n", "K", "NP", "KP", "offset", "columns_a_split"])
+@triton.jit(do_not_specialize=["programs", "G", "A", "C", "n", "K", "offset"])
 def rectangle_gradient_kernel(
     x, y, tau, x_keys, y_keys, of_x, of_y, partial, programs, G, A, C, n, K, NP, KP, offset, columns_a_split,
     TENSOR: tl.constexpr, CROSS: tl.constexpr, INDEX: tl.constexpr, KIND: tl.constexpr, OF_X: tl.constexpr,
@@ -420,7 +420,7 @@ def rectangle_gradient_kernel(
     tl.store(to + (tl.arange(0, BM)[:, None] * DP + tl.arange(0, DC)[None, :]), dz)
 
 
-@triton.jit(do_not_specialize=["splits", "G", "A", "C", "n", "K", "NP", "KP", "D", "offset", "all_blocks"])
+@triton.jit(do_not_specialize=["splits", "G", "A", "C", "n", "K", "D", "offset", "all_blocks"])
 def rectangle_join_kernel(
     x, y, tau, norms, of_x, of_y, exponents, partial, dx, along, splits, G, A, C, n, K, NP, KP, D, offset, all_blocks,
     TENSOR: tl.constexpr, NORMALIZE: tl.constexpr, CROSS: tl.constexpr, INDEX: tl.constexpr, LAST: tl.constexpr,
@@ -541,6 +541,8 @@ def tile_for(kernel: str, call: Any, rows: Sequence[Tensor], columns: Sequence[T
     """The table's tile of "sums" or "gradient", or with TCLR_KERNELS_AUTOTUNE=1 the fastest for such a call."""
     (tau, normalize, cross, first, row_keys), first_set = settings[:5], columns[0]
     tile = large.tile_of(kernel, first_set, normalize, False)
+    if kernel == "sums" and row_keys is not None:  # twice as much to hold for each similarity
+        tile = tile._replace(BM=min(tile.BM, 64), warps=8)
     if not tuning.ENABLED:
         return tile
     n = rows[0].shape[1].bit_length() if rows else 0
@@ -608,8 +610,8 @@ def forward(
         *(labelled or [neg] * 3), x.count, y.count, x.n, len(slots[0]), pos.numel(), CROSS=cross, INDEX=first >= 0,
         KEYS=KEYS, BI=BI, SLOTS=8, num_warps=4,
     )  # fmt: skip
-    nothing = pos.new_empty(0)
-    return neg, pos, *(labelled or [nothing] * 3), mean_of(p, neg) if mean else nothing.to(real)
+    weighted = mean_of(p, neg) if mean else x.z.new_empty(0, dtype=real)
+    return neg, pos, *(labelled or [pos.new_empty(0)] * 3), weighted
 
 
 def mean_of(p: Problem, neg: Tensor) -> Tensor:
