@@ -14,9 +14,10 @@ import torch
 import tclr_kernels as tk
 from tclr_kernels.backends import reference
 
-from . import fuzz, oracle
+from . import fuzz, oracle, test_general
 from .conftest import BACKENDS
 from .oracle import LOSSES, judge, run
+from .test_general import PROBLEMS, Problem
 
 if BACKENDS["triton"] is not None:
     pytest.skip(f"triton: {BACKENDS['triton']}", allow_module_level=True)
@@ -29,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def kernels():
     """The package of the kernels."""
-    for name in ("large", "small", "sets", "tiles", "tuning", "epilogue"):
+    for name in ("large", "small", "rectangle", "sets", "tiles", "tuning", "epilogue"):
         importlib.import_module(f"tclr_kernels.triton.{name}")
     return tk.triton
 
@@ -344,6 +345,118 @@ def test_fuzz_by_the_large_path(only_large):
     assert fuzz.lost(range(10000, 10060), "triton") == []
 
 
+# ---- the operation in its general form
+
+
+def general_deviation(module, problem, tau, dtype=torch.float32):
+    """The same as `deviation` for a problem of test_general.py: of the values, both gradients and that of tau."""
+    rows, columns = problem.sets(dtype)
+    settings = tau, problem.normalize, problem.cross, -1 if problem.first is None else problem.first, *problem.keys()
+    exact = [[x.double() for x in side] for side in (rows, columns)]
+    number = float(tau)
+    wanted, slopes = test_general.run(problem.formula, exact, number)
+    found = module.forward(rows, columns, *settings, False)
+    upstream = [oracle.some_gradient(x.shape, k).where(x.isfinite(), 0) for k, x in enumerate(wanted)]
+    of_rows = [found[0], *upstream[:2]] + ([found[2], *upstream[2:], found[4]] if problem.classes else [])
+    d_rows, d_columns, along = module.backward(rows, columns, *settings, of_rows, [], True, bool(rows))
+    d_tau = along.double().sum() / (-number if rows else -2 * number)
+    pairs = [*zip(found, wanted, strict=False), *zip([*d_rows, *d_columns, d_tau], slopes, strict=True)]
+    return max(oracle.error(f, w) / test_general.size(w) for f, w in pairs)
+
+
+GENERAL = ["rectangle", "ragged", "range of many", "range, cross", "keys, many", "keys of a range, cross", "keys of sets"]
+
+
+@pytest.mark.parametrize("processors", [1, 40])
+@pytest.mark.parametrize("name", GENERAL)
+def test_rectangles_by_many_blocks_and_splits(name, processors, kernels, monkeypatch):
+    tiny(kernels, monkeypatch)
+    monkeypatch.setattr(kernels.large, "table_of", lambda x: ("interpreter", processors))
+    problem = PROBLEMS[name]
+    problem = problem._replace(n=min(problem.n, 35), K=min(problem.K, 60), D=min(problem.D, 20))
+    problem = problem._replace(first=problem.first and min(problem.first, problem.K - problem.n))
+    assert general_deviation(kernels.rectangle, problem, 0.2) < 1e-5
+
+
+@pytest.mark.parametrize("D", [17, 600])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_rectangles_in_several_chunks_of_features(D, normalize, kernels, monkeypatch):
+    if D < 512:
+        tiny(kernels, monkeypatch)
+    for name in ("rectangle", "keys of sets"):
+        assert general_deviation(kernels.rectangle, PROBLEMS[name]._replace(D=D, normalize=normalize), 0.2) < 1e-5
+
+
+@pytest.mark.parametrize("tau", [0.2, 0.005])
+def test_temperature_of_a_rectangle_on_the_device(tau, kernels):
+    for dtype in (torch.float32, torch.float64):
+        assert general_deviation(kernels.rectangle, PROBLEMS["keys"], torch.tensor(tau, dtype=dtype)) < 1e-6 / tau
+
+
+@pytest.mark.parametrize("D", [24, 600])
+def test_mean_of_the_columns(D, kernels, monkeypatch):
+    """What the gradient of the rows is made of where the columns have none."""
+    monkeypatch.setattr(kernels.large, "table_of", lambda x: ("interpreter", 40))
+    for dtype, bound in ((torch.float32, 1e-5), (torch.float64, 1e-13), (torch.float16, 2e-3)):
+        rows, columns = Problem(2, n=40, K=150, D=D).sets(dtype)
+        neg, *_, mean = kernels.rectangle.forward(rows, columns, 0.1, True, False, -1, None, None, True)
+        r, z = (reference.unit_rows(x[0].double()) for x in (rows, columns))
+        wanted = torch.softmax(r @ z.mT / 0.1, -1) @ z
+        assert mean.dtype == torch.promote_types(dtype, torch.float32) and oracle.error(mean, wanted) < bound
+
+
+def test_gradients_of_every_size_in_one_group(kernels):
+    """In units of the largest gradient of a group, which are powers of two."""
+    problem = PROBLEMS["keys"]
+    rows, columns = problem.sets(torch.float64)
+    settings = 0.2, True, False, -1, *problem.keys()
+    neg, _, pos_lse, _, count, _ = kernels.rectangle.forward(rows, columns, *settings, False)
+    for g in (1e-250, 1e-30, 1.0, 1e200):
+        rest = torch.zeros_like(neg), pos_lse, g / 2 * torch.ones_like(neg), torch.zeros_like(neg), count
+        results = kernels.rectangle.backward(rows, columns, *settings, [neg, g * torch.ones_like(neg), *rest], [], True, True)
+        shares = torch.cat([x.flatten() / g for x in results])
+        first = shares if g == 1e-250 else first
+        torch.testing.assert_close(shares, first)
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_uninitialised_memory_changes_no_bit_of_a_rectangle(labelled, kernels, monkeypatch):
+    tiny(kernels, monkeypatch)
+    monkeypatch.setattr(kernels.large, "table_of", lambda x: ("interpreter", 40))
+    problem = Problem(2, A=2, n=21, C=2, K=50, first=9, classes=3 * labelled)
+    rows, columns = problem.sets(torch.float32)
+    settings = 0.1, True, False, 9, *problem.keys()
+    results = []
+    for fill in (False, True):
+        torch.use_deterministic_algorithms(fill)
+        try:
+            outputs = kernels.rectangle.forward(rows, columns, *settings, False)
+            ones = torch.ones_like(outputs[0])
+            of_rows = [outputs[0], ones, ones, *([outputs[2], ones, ones, outputs[4]] if labelled else [])]
+            gradients = kernels.rectangle.backward(rows, columns, *settings, of_rows, [], True, True)
+            pairs = kernels.rectangle.pairs(rows, columns, *settings, outputs[0]) if labelled else ()
+        finally:
+            torch.use_deterministic_algorithms(False)
+        results.append([*outputs, *gradients, *pairs])
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
+def test_no_columns_and_no_rows(kernels):
+    """Empty sums; gradients of nothing."""
+    for n, K in ((0, 5), (5, 0)):
+        rows, columns = [torch.ones(2, n, 3)], [torch.ones(2, K, 3)]
+        keys = torch.zeros(2, n, dtype=torch.int64), torch.zeros(2, K, dtype=torch.int64)
+        settings = rows, columns, 0.1, True, False, -1, *keys
+        neg, pos, pos_lse, spread, count, _ = tk.backends.triton.rectangle(*settings, False)
+        assert neg.shape == pos.shape == (2, 1, 1, n) and (neg == -math.inf).all() and (pos_lse == -math.inf).all()
+        assert not pos.any() and not spread.any() and not count.any()
+        assert not tk.backends.triton.pairs(*settings, neg)[0].any()
+        anchors = [neg] * 7, []
+        (d_rows,), (d_columns,), along = tk.backends.triton.rectangle_backward(*settings, *anchors, True, True)
+        assert not d_rows.any() and not d_columns.any() and along.shape == (2, 1, n)
+        assert d_rows.shape == rows[0].shape and d_columns.shape == columns[0].shape
+
+
 # ---- PyTorch's tools
 
 
@@ -357,6 +470,20 @@ def test_opcheck(N, cross, tau, kernels):
     torch.library.opcheck(ops.gram_forward.default, (sets, *tau, True, cross))
     term, neg, pos = ops.gram_forward(sets, *tau, True, cross)
     torch.library.opcheck(ops.gram_backward.default, (sets, *tau, True, cross, neg, pos, term, None, None))
+
+
+@pytest.mark.parametrize("name", ["rectangle", "keys of a range", "keys of sets"])
+def test_opcheck_of_a_rectangle(name, kernels):
+    ops, problem = torch.ops.tclr_kernels_triton, PROBLEMS[name]
+    rows, columns = problem.sets(torch.float32)
+    first = -1 if problem.first is None else problem.first
+    settings = rows, columns, torch.tensor(0.1), 0.0, True, False, first, *problem.keys()
+    torch.library.opcheck(ops.rectangle.default, (*settings, name == "rectangle"))
+    neg, pos, pos_lse, spread, count, _ = ops.rectangle(*settings, False)
+    of_rows = [neg, pos, pos, *([pos_lse, pos, spread, count] if problem.classes else [])]
+    torch.library.opcheck(ops.rectangle_backward.default, (*settings, of_rows, [], True, bool(rows)))
+    if problem.classes:
+        torch.library.opcheck(ops.pairs.default, (*settings, pos))
 
 
 # ---- planted bugs

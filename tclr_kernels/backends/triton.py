@@ -127,7 +127,8 @@ def rectangle_backward(
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
     settings = *_split(tau), normalize, cross, first, row_keys, column_keys
     rest = of_rows, of_columns, for_rows, for_columns
-    return torch.ops.tclr_kernels_triton.rectangle_backward(rows, columns, *settings, *rest)
+    d_rows, d_columns, along = torch.ops.tclr_kernels_triton.rectangle_backward(rows, columns, *settings, *rest)
+    return list(d_rows.unbind(0)), list(d_columns.unbind(0)), along
 
 
 def _split(tau: float | Tensor) -> tuple[Tensor | None, float]:
@@ -192,8 +193,7 @@ def _pairs(rows, columns, tau, tau_value, normalize, cross, first, row_keys, col
 def _rectangle_backward(rows, columns, tau, tau_value, *others):
     of_rows, of_columns = others[5:7]
     if not (of_rows or of_columns) or not _pairs_of_rows(rows, columns):
-        d_rows, d_columns, along = _empty_rectangle_backward(rows, columns, tau, tau_value, *others)
-        return [x.zero_() for x in d_rows], [x.zero_() for x in d_columns], along.zero_()
+        return tuple(x.zero_() for x in _empty_rectangle_backward(rows, columns, tau, tau_value, *others))
     from tclr_kernels.triton import rectangle
 
     return rectangle.backward(rows, columns, tau_value if tau is None else tau, *others)
@@ -223,11 +223,14 @@ def _empty_rectangle_backward(
     for_columns,
 ):  # fmt: skip
     rows = rows or columns
-    d_rows = [x.new_empty(x.shape) for x in rows] if for_rows else []
-    d_columns = [x.new_empty(x.shape) for x in columns] if for_columns else []
-    G, n, _ = (rows if for_rows else columns)[0].shape
-    count = len(rows if for_rows else columns)
-    return d_rows, d_columns, rows[0].new_empty((G, count, n), dtype=torch.promote_types(rows[0].dtype, torch.float32))
+    d_rows, d_columns = (
+        sets[0].new_empty((len(sets), *sets[0].shape) if wanted else 0)
+        for sets, wanted in ((rows, for_rows), (columns, for_columns))
+    )
+    sets = rows if for_rows else columns
+    G, n, _ = sets[0].shape
+    along = sets[0].new_empty((G, len(sets), n), dtype=torch.promote_types(sets[0].dtype, torch.float32))
+    return d_rows, d_columns, along
 
 
 _settings = "Tensor[] sets, Tensor? tau, float tau_value, bool normalize, bool cross"
@@ -247,7 +250,7 @@ _schemas = {
     "rectangle": f"({_settings}, bool mean) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     "pairs": f"({_settings}, Tensor negatives) -> (Tensor, Tensor)",
     "rectangle_backward": f"({_settings}, Tensor[] of_rows, Tensor[] of_columns, bool for_rows, bool for_columns)"
-    " -> (Tensor[], Tensor[], Tensor)",
+    " -> (Tensor, Tensor, Tensor)",
 }
 _general = {  # operator -> what computes, and what says the shapes alone
     "rectangle": (_rectangle, _empty_rectangle),

@@ -514,7 +514,7 @@ def fitted(tile: Tile, rows: int, columns: int) -> Tile:
 
 
 def problem(
-    tile: Tile,
+    tiles: Sequence[Tile],
     rows: Sequence[Tensor],
     columns: Sequence[Tensor],
     tau: float | Tensor,
@@ -524,17 +524,20 @@ def problem(
     row_keys: Tensor | None,
     column_keys: Tensor | None,
 ) -> Problem:
-    """Both sides packed, once where they are the same: no rows are the columns. Each may be a tile's rows or columns"""
+    """Both sides packed, once where they are the same: no rows are the columns. tiles: those they shall serve.
 
-    def side(sets, whole, keys):
-        z, norms = packed(sets, normalize, tile.DP, whole)
+    Each side may be the rows of a tile, or its columns.
+    """
+    n, K = (rows or columns)[0].shape[1], columns[0].shape[1]
+
+    def side(sets, size, other, keys):
+        whole = max(max(fitted(tile, size, other).BM, fitted(tile, other, size).BN) for tile in tiles)
+        z, norms = packed(sets, normalize, tiles[0].DP, whole)
         return Side(sets, z, norms, z if keys is None else keys.contiguous())
 
-    n, K = (rows or columns)[0].shape[1], columns[0].shape[1]
-    by_rows, by_columns = fitted(tile, n, K), fitted(tile, K, n)
-    of_columns = side(columns, max(by_rows.BN, by_columns.BM), column_keys)
-    of_rows = side(rows, max(by_rows.BM, by_columns.BN), row_keys) if rows else of_columns
-    return Problem(of_rows, of_columns, temperature(tau, columns[0]), tile, normalize, cross, first)
+    of_columns = side(columns, K, n, column_keys)
+    of_rows = side(rows, n, K, row_keys) if rows else of_columns
+    return Problem(of_rows, of_columns, temperature(tau, columns[0]), tiles[0], normalize, cross, first)
 
 
 def tile_for(kernel: str, call: Any, rows: Sequence[Tensor], columns: Sequence[Tensor], *settings: Any) -> Tile:
@@ -595,7 +598,8 @@ def forward(
     """
     settings = tau, normalize, cross, first, row_keys, column_keys
     tile = tile or tile_for("sums", forward, rows, columns, *settings, mean)
-    p = problem(tile, rows, columns, *settings)
+    for_mean = large.tile_of("gradient", columns[0], normalize, False)
+    p = problem([tile, for_mean] if mean else [tile], rows, columns, *settings)
     x, y, KEYS = p.rows, p.columns, row_keys is not None
     real = torch.promote_types(columns[0].dtype, torch.float32)
     shape = len(x.z), x.count, y.count, x.n
@@ -610,8 +614,8 @@ def forward(
         *(labelled or [neg] * 3), x.count, y.count, x.n, len(slots[0]), pos.numel(), CROSS=cross, INDEX=first >= 0,
         KEYS=KEYS, BI=BI, SLOTS=8, num_warps=4,
     )  # fmt: skip
-    weighted = mean_of(p, neg) if mean else x.z.new_empty(0, dtype=real)
-    return neg, pos, *(labelled or [pos.new_empty(0)] * 3), weighted
+    weighted = mean_of(p._replace(tile=for_mean), neg) if mean else x.z.new_empty(0, dtype=real)
+    return neg, pos, *(labelled or [pos.new_empty(0) for _ in range(3)]), weighted
 
 
 def mean_of(p: Problem, neg: Tensor) -> Tensor:
@@ -636,7 +640,7 @@ def pairs(
     """The sums over the positives of softplus(negatives - S) and of its derivative: [G, A, C, n]"""
     settings = tau, normalize, cross, first, row_keys, column_keys
     tile = tile or tile_for("sums", pairs, rows, columns, *settings, negatives)
-    p = problem(tile, rows, columns, *settings)
+    p = problem([tile], rows, columns, *settings)
     slots = over_pairs(rectangle_pairs_kernel, p, [negatives.contiguous()], [torch.float64] * 2)
     sums, slopes = (x.sum(0) for x in slots)
     return sums, slopes
@@ -752,14 +756,19 @@ def backward(
     for_rows: bool,
     for_columns: bool,
     tile: Tile | None = None,
-) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """dr of each set, dz of each set, and <r, dr>, or <z, dz> without dr: two launches for each side, and as many
-    before them, and the packing of the rows."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dr [A, G, n, D] and dz [C, G, K, D], empty if not asked for, and <r, dr> [G, A, n], or <z, dz> without dr.
+
+    By six launches for one side, eight for both; two more where both sides are anchors, one less where rows are columns
+    """
     settings = tau, normalize, cross, first, row_keys, column_keys
     rest = of_rows, of_columns, for_rows, for_columns
     tile = tile or tile_for("gradient", backward, rows, columns, *settings, *rest)
-    p = problem(tile, rows, columns, *settings)
+    p = problem([tile], rows, columns, *settings)
     w = coefficients(p, of_rows, of_columns)
-    dz, along = gradient(p, w, for_rows=False) if for_columns else ([], None)
-    dr, along = gradient(p, w, for_rows=True) if for_rows else ([], along)
-    return list(dr), list(dz), along
+    dr, dz = (columns[0].new_empty(0) for _ in range(2))
+    if for_columns:
+        dz, along = gradient(p, w, for_rows=False)
+    if for_rows:
+        dr, along = gradient(p, w, for_rows=True)
+    return dr, dz, along
