@@ -258,7 +258,11 @@ LABELLED = dict(row_keys=LABELS[:100], column_keys=LABELS)
 RECTANGLES = {
     "both sides": (lambda r, z: tk.rectangle(r, z, backend="triton"), [], GRADIENT * 2),
     "labels": (lambda r, z: tk.rectangle(r, z, **LABELLED, backend="triton").spread, [], GRADIENT * 2),
-    "a temperature on the device": (lambda r, z: tk.rectangle(r, z, torch.tensor(0.1), backend="triton"), [], GRADIENT * 2),
+    "a temperature on the device": (
+        lambda r, z: tk.rectangle(r, z, torch.tensor(0.1), backend="triton"),
+        [],
+        GRADIENT * 2,
+    ),
     "columns without gradient": (
         lambda r, z: tk.rectangle(r, z.detach(), backend="triton"),
         [*WEIGHTS, "rectangle_gradient_kernel"],

@@ -364,22 +364,24 @@ def general_deviation(module, problem, tau, dtype=torch.float32):
     return max(oracle.error(f, w) / test_general.size(w) for f, w in pairs)
 
 
-GENERAL = ["rectangle", "ragged", "range of many", "range, cross", "keys, many", "keys of a range, cross", "keys of sets"]
+BLOCKS = {  # several blocks of rows and of columns by tiles of 32 x 16
+    "rectangle": Problem(1, n=35, K=60),
+    "range": Problem(1, A=2, n=20, C=2, K=60, first=33),
+    "range, cross": Problem(1, A=3, n=20, C=3, K=40, first=9, cross=True),
+    "keys": Problem(2, n=35, K=50, D=20, classes=4),
+    "keys of a range": Problem(1, A=2, n=18, C=2, K=50, first=17, classes=3),
+    "keys of sets": Problem(1, A=2, n=45, C=2, K=45, first=0, classes=6, symmetric=True),
+}
 
 
-@pytest.mark.parametrize("processors", [1, 40])
-@pytest.mark.parametrize("name", GENERAL)
+@pytest.mark.parametrize("name, processors", [*((name, 40) for name in BLOCKS), ("keys", 1), ("range", 1)])
 def test_rectangles_by_many_blocks_and_splits(name, processors, kernels, monkeypatch):
     tiny(kernels, monkeypatch)
     monkeypatch.setattr(kernels.large, "table_of", lambda x: ("interpreter", processors))
-    problem = PROBLEMS[name]
-    problem = problem._replace(n=min(problem.n, 35), K=min(problem.K, 60), D=min(problem.D, 20))
-    problem = problem._replace(first=problem.first and min(problem.first, problem.K - problem.n))
-    assert general_deviation(kernels.rectangle, problem, 0.2) < 1e-5
+    assert general_deviation(kernels.rectangle, BLOCKS[name], 0.2) < 1e-5
 
 
-@pytest.mark.parametrize("D", [17, 600])
-@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("D, normalize", [(40, True), (600, False)])
 def test_rectangles_in_several_chunks_of_features(D, normalize, kernels, monkeypatch):
     if D < 512:
         tiny(kernels, monkeypatch)
@@ -411,11 +413,14 @@ def test_gradients_of_every_size_in_one_group(kernels):
     rows, columns = problem.sets(torch.float64)
     settings = 0.2, True, False, -1, *problem.keys()
     neg, _, pos_lse, _, count, _ = kernels.rectangle.forward(rows, columns, *settings, False)
+    first = None
     for g in (1e-250, 1e-30, 1.0, 1e200):
         rest = torch.zeros_like(neg), pos_lse, g / 2 * torch.ones_like(neg), torch.zeros_like(neg), count
-        results = kernels.rectangle.backward(rows, columns, *settings, [neg, g * torch.ones_like(neg), *rest], [], True, True)
+        results = kernels.rectangle.backward(
+            rows, columns, *settings, [neg, g * torch.ones_like(neg), *rest], [], True, True
+        )
         shares = torch.cat([x.flatten() / g for x in results])
-        first = shares if g == 1e-250 else first
+        first = shares if first is None else first
         torch.testing.assert_close(shares, first)
 
 
@@ -549,7 +554,55 @@ def check_not_finite_rows(planted):
         assert not dx[0, 0, 0].any() and dx[0, 0, 1:].isnan().all() and dx[1].isnan().all()
 
 
+def check_rectangle(planted):
+    """Ranges and labels, by splits of the columns."""
+    planted.large.table_of = lambda x: ("interpreter", 40)
+    for name in ("range, cross", "keys of a range"):
+        assert general_deviation(planted.rectangle, BLOCKS[name], 0.2) < 1e-5
+
+
+def check_symmetric(planted):
+    assert general_deviation(planted.rectangle, BLOCKS["keys of sets"]._replace(n=20, K=20), 0.2) < 1e-5
+
+
+def check_unlabelled(planted):
+    """Rows without labels, and those without partners."""
+    z = some_sets(1, 1, 20, 5)[0]
+    keys = torch.tensor([[-1, -2] + [0] * 3 + [1] * 3 + [2] * 5 + [3] * 3 + [5] + [4] * 3])
+    settings = 0.2, True, False, 0, keys, keys
+    neg, _, pos_lse, spread, count, _ = planted.rectangle.forward([], [z], *settings, False)
+    exact = reference.rectangle([], [z.double()], *settings)
+    assert all(
+        oracle.error(f, w) < 1e-5 for f, w in zip((neg, pos_lse, spread, count), (exact[0], *exact[2:]), strict=True)
+    )
+    ones = torch.ones_like(neg)
+    of_rows = [neg, 0 * ones, 0 * ones, pos_lse, 0 * ones, ones, count]
+    dr, *_ = planted.rectangle.backward([], [z], *settings, of_rows, [], True, False)
+    alone = count[0, 0, 0] == 0
+    assert alone.sum() == 3 and not dr[0, 0, alone].any() and dr[0, 0, ~alone].any(-1).all()
+
+
+def check_pairs(planted):
+    problem = BLOCKS["keys"]
+    rows, columns = problem.sets(torch.float32)
+    settings = 0.2, True, False, -1, *problem.keys()
+    negatives = 3 * torch.randn(2, 1, 1, 35, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    exact = [x.double().requires_grad_() for x in (*rows, *columns, negatives)]
+    (wanted,) = reference.rectangle(exact[:1], exact[1:2], *settings, exact[2])
+    upstream = oracle.some_gradient(wanted.shape)
+    gradients = torch.autograd.grad(wanted, exact, upstream)
+    found, slope = planted.rectangle.pairs(rows, columns, *settings, negatives)
+    dr, dz, _ = planted.rectangle.backward(rows, columns, *settings, [negatives, upstream], [], True, True)
+    assert oracle.error(found, wanted.detach()) < 1e-5 * wanted.max()
+    for f, w in zip((dr[0], dz[0], upstream * slope), gradients, strict=True):
+        assert oracle.error(f, w) < 1e-5 * w.abs().max()
+
+
 CHECKS = dict(
+    rectangle=check_rectangle,
+    symmetric=check_symmetric,
+    unlabelled=check_unlabelled,
+    pairs=check_pairs,
     small=check_small,
     large=check_large,
     halves=check_halves,
@@ -593,6 +646,57 @@ BUGS = {  # what is wrong -> (file, old, new, the check that finds it)
         "BOOST",
         "large",
     ),
+    "rectangle: the same index counted": (
+        "rectangle",
+        "s = tl.where(index, float",
+        "s = tl.where(index & False, float",
+        "rectangle",
+    ),
+    "rectangle: ragged columns counted": (
+        "rectangle",
+        "s = tl.where((j < end)[None, :]",
+        "s = tl.where((j >= 0)[None, :]",
+        "rectangle",
+    ),
+    "rectangle: itself positive": ("rectangle", "positive & ~(index & alike)", "positive", "symmetric"),
+    "rectangle: no key is a key": ("rectangle", "tl.where(key < 0, none, key)", "key", "unlabelled"),
+    "rectangle: spread of no positive": ("rectangle", "tl.where(number > 0, apart, 0.0)", "apart + 1", "unlabelled"),
+    "rectangle: earlier sum not rescaled": (
+        "rectangle",
+        "total * exponential(largest - finite(top))",
+        "total",
+        "rectangle",
+    ),
+    "rectangle: a part of the sum of S": ("rectangle", "similarity += tl.sum", "similarity = tl.sum", "rectangle"),
+    "rectangle: constant of the spread": ("rectangle", "* e - tl.expand_dims(fields[4], axis)", "* e", "rectangle"),
+    "rectangle: spread's share of pos_lse": (
+        "rectangle",
+        "(of_lse + of_spread) * scale",
+        "of_lse * scale",
+        "rectangle",
+    ),
+    "rectangle: one side of two": (
+        "rectangle",
+        "w += weights(s, positive, y_fields",
+        "w = weights(s, positive, y_fields",
+        "symmetric",
+    ),
+    "rectangle: a split forgotten": (
+        "rectangle",
+        "for split in range(splits):\n        dz",
+        "for split in range(splits - 1):\n        dz",
+        "rectangle",
+    ),
+    "rectangle: columns in two splits": ("rectangle", "tl.minimum(start_j + columns_a_split, K)", "K", "rectangle"),
+    "rectangle: no projection": ("rectangle", "dz -= own * length[:, None]", "dz -= 0", "rectangle"),
+    "rectangle: partner of another index": ("rectangle", "+ begin + offset) * DP", "+ begin) * DP", "rectangle"),
+    "rectangle: beta of another row": ("rectangle", "* KP + partner, mask", "* KP + i, mask", "rectangle"),
+    "rectangle: slope of pairs": (
+        "rectangle",
+        "tl.where(t > 0, 1.0, e) / (1.0 + e), 0.0), 1)",
+        "tl.where(t > 0, e, 1.0) / (1.0 + e), 0.0), 1)",
+        "pairs",
+    ),
     "large: own block in cross": (
         "large",
         "half = (V + 1) // 2\n        first = tl",
@@ -615,7 +719,7 @@ def plant(kernels, tmp_path, monkeypatch):
             path.write_text(path.read_text().replace(old, new))
         monkeypatch.syspath_prepend(tmp_path)
         package = importlib.import_module(name)
-        for module in ("small", "large", "tiles"):
+        for module in ("small", "large", "rectangle", "tiles"):
             importlib.import_module(f"{name}.{module}")
         tiny(package, monkeypatch)
         of_size = package.large.super_blocks

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import large, tiles, tuning
+from . import large, tuning
 from .epilogue import (
     exists,
     exponent_of,
@@ -78,7 +78,7 @@ def candidates(
     """
     if KEYS:
         positive = x_key[:, None] == y_key[None, :]
-    if INDEX:
+    if INDEX:  # noqa: SIM102
         if (start < begin + offset + BM) & (begin + offset < start + BN):
             index = (i + offset)[:, None] == j[None, :]
             if KEYS:
@@ -133,7 +133,7 @@ def rectangle_sums_kernel(
         z_j = z + ((g * C + c) * KP + start) * DP
         columns = features(z_j, tl.arange(0, BK), BN, DP, UPCAST)
         s = cosines(z_i, z_j, rows, columns, BM, BN, DP, BK, ACC, PRECISION, UPCAST) * inverse_tau
-        if INDEX:
+        if INDEX:  # noqa: SIM102
             if (start < begin + first + BM) & (begin + first < start + BN) & (a != c):
                 partner = i + first
                 value = tl.sum(tl.where(partner[:, None] == j[None, :], s, 0.0), 1)
@@ -544,8 +544,8 @@ def tile_for(kernel: str, call: Any, rows: Sequence[Tensor], columns: Sequence[T
     """The table's tile of "sums" or "gradient", or with TCLR_KERNELS_AUTOTUNE=1 the fastest for such a call."""
     (tau, normalize, cross, first, row_keys), first_set = settings[:5], columns[0]
     tile = large.tile_of(kernel, first_set, normalize, False)
-    if kernel == "sums" and row_keys is not None:  # twice as much to hold for each similarity
-        tile = tile._replace(BM=min(tile.BM, 64), warps=8)
+    if row_keys is not None:  # more to hold for each similarity
+        tile = tile._replace(BM=min(tile.BM, 64), warps=8) if kernel == "sums" else tile._replace(BN=min(tile.BN, 64))
     if not tuning.ENABLED:
         return tile
     n = rows[0].shape[1].bit_length() if rows else 0
@@ -666,41 +666,43 @@ class Weights(NamedTuple):
 
 
 def coefficients(p: Problem, of_rows: Sequence[Tensor], of_columns: Sequence[Tensor]) -> Weights:
-    """of_rows, of_columns: as `general.py` has them; either may be empty. Where rows are columns, of_rows serves both."""
+    """of_rows, of_columns: as `general.py` has them, either may be empty; of_rows serves both where rows are columns."""
     anchors = [(p.rows, [x.contiguous() for x in of_rows])] if of_rows else []
     if of_columns and p.columns is not p.rows:
         anchors.append((p.columns, [x.contiguous() for x in of_columns]))
     kind, gradients = KINDS[len(anchors[0][1])]
     INDEX = p.first >= 0 and kind != "pairs"
-    if not INDEX and kind != "pairs":
+    if kind != "pairs" and not INDEX:
         gradients = gradients[:-1]
-    z, BI = p.rows.z, 1024
-    G, boost = len(z), 4096.0 if z.dtype == torch.float16 else 1.0
-    cells = [x[0].numel() // G for _, x in anchors]
-    blocks = [triton.cdiv(count, BI) for count in cells]
-    exponents = z.new_empty((G, sum(blocks)), dtype=torch.int32)
-    for k, (_, x) in enumerate(anchors):
-        four = [x[at] for at in (gradients * 4)[:4]]
-        launch(
-            rectangle_units_kernel, G * blocks[k], *four, exponents, cells[k], blocks[k], sum(blocks[:k]), sum(blocks),
-            GRADIENTS=len(gradients), BI=BI, num_warps=4,
-        )  # fmt: skip
+    exponents = units([[x[at] for at in gradients] for _, x in anchors])
+    z, boost, BI = p.rows.z, 4096.0 if p.rows.z.dtype == torch.float16 else 1.0, 256
     made = []
     for side, x in anchors:
-        _, A, C, n = x[0].shape
-        fields = (5 if kind == "keys" else 2) + INDEX
-        made.append(
-            z.new_empty((fields, G, A, C, side.padded), dtype=torch.promote_types(z.dtype, torch.float32))
-        )
-        BI = 256
+        G, A, C, n = x[0].shape
+        shape = (5 if kind == "keys" else 2) + INDEX, G, A, C, side.padded
+        made.append(z.new_empty(shape, dtype=torch.promote_types(z.dtype, torch.float32)))
         launch(
-            rectangle_coefficients_kernel, G * A * C * triton.cdiv(side.padded, BI), *(x if len(x) == 7 else (x * 4)[:7]),
-            exponents, made[-1], G, A * C, n, side.padded, sum(blocks), KIND=kind, INDEX=INDEX, ACC=accumulator(z),
-            BOOST=boost, BI=BI, BE=256, num_warps=4,
+            rectangle_coefficients_kernel, G * A * C * triton.cdiv(side.padded, BI), *(x * 4)[:7], exponents, made[-1],
+            G, A * C, n, side.padded, exponents.shape[1], KIND=kind, INDEX=INDEX, ACC=accumulator(z), BOOST=boost,
+            BI=BI, BE=256, num_warps=4,
         )  # fmt: skip
     by_rows = made[0] if of_rows else None
     by_columns = by_rows if p.columns is p.rows else made[-1] if of_columns else None
     return Weights(kind, by_rows, by_columns, exponents, boost)
+
+
+def units(gradients: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Exponents [G, blocks] of the largest gradients in blocks of each group. gradients: of each side with anchors"""
+    G, BI = len(gradients[0][0]), 1024
+    cells = [x[0].numel() // G for x in gradients]
+    blocks = [triton.cdiv(count, BI) for count in cells]
+    exponents = gradients[0][0].new_empty((G, sum(blocks)), dtype=torch.int32)
+    for k, x in enumerate(gradients):
+        launch(
+            rectangle_units_kernel, G * blocks[k], *(x * 4)[:4], exponents, cells[k], blocks[k], sum(blocks[:k]),
+            sum(blocks), GRADIENTS=len(x), BI=BI, num_warps=4,
+        )  # fmt: skip
+    return exponents
 
 
 def partial_gradient(p: Problem, w: Weights, for_rows: bool) -> Tensor:
