@@ -265,7 +265,7 @@ RECTANGLES = {
     ),
     "columns without gradient": (
         lambda r, z: tk.rectangle(r, z.detach(), backend="triton"),
-        [*WEIGHTS, "rectangle_gradient_kernel"],
+        ["rectangle_mean_kernel"],
         None,
     ),
 }

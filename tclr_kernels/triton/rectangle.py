@@ -102,12 +102,15 @@ SIZES = ["G", "A", "C", "n", "K", "first"]  # NP, KP and columns_a_split are alw
 @triton.jit(do_not_specialize=SIZES)
 def rectangle_sums_kernel(
     r, z, tau, row_keys, column_keys, pos, sums, largest, positive_sums, positive_largest, similarities, counts,
-    G, A, C, n, K, NP, KP, first, columns_a_split,
-    TENSOR: tl.constexpr, CROSS: tl.constexpr, INDEX: tl.constexpr, KEYS: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr,
-    UPCAST: tl.constexpr,
+    weighted, G, A, C, n, K, NP, KP, first, columns_a_split,
+    TENSOR: tl.constexpr, CROSS: tl.constexpr, INDEX: tl.constexpr, KEYS: tl.constexpr, MEAN: tl.constexpr,
+    BOOST: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    DP: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """sums, largest and so on: [splits, G, A, C, n]; pos: [G, A, C, n]. A program has BM rows and a split of a set."""
+    """sums, largest and so on: [splits, G, A, C, n]; pos: [G, A, C, n]. A program has BM rows and a split of a set.
+
+    MEAN: also weighted [splits, G, NP, DP], the sum of exp(S - largest) z_j, of one set of rows and one of columns.
+    """
     block, a, c, g, split = places(tl.program_id(0), G, A, C, NP // BM)
     inverse_tau = inverse_of(tau, TENSOR, ACC)
     begin = block * BM
@@ -122,6 +125,8 @@ def rectangle_sums_kernel(
         positive_top = tl.full([BM], float("-inf"), ACC)
         similarity = tl.zeros([BM], tl.float64)
         count = tl.zeros([BM], tl.int32)
+    if MEAN:
+        sum_z = tl.zeros([BM, DP], ACC)
     total = tl.zeros([BM], ACC)
     top = tl.full([BM], float("-inf"), ACC)
     start_j = split * columns_a_split
@@ -155,7 +160,16 @@ def rectangle_sums_kernel(
             count += tl.sum(positive.to(tl.int32), 1)
         else:
             higher = tl.maximum(top, tl.max(s, 1))
-            added = tl.sum(exponential(s - finite(higher)[:, None]), 1)
+            e = exponential(s - finite(higher)[:, None])
+            added = tl.sum(e, 1)
+        if MEAN:
+            w = e * BOOST
+            if PRECISION == "tf32":
+                w = to_tf32(w)
+            if BK != DP:
+                columns = features(z_j, tl.arange(0, DP), BN, DP, UPCAST)
+            sum_z *= exponential(top - finite(higher))[:, None]
+            sum_z = tl.dot(w.to(columns.dtype), columns, sum_z, input_precision=PRECISION, out_dtype=ACC)
         total = more(total, top, higher, added)
         top = higher
     slot = split.to(tl.int64) * (G.to(tl.int64) * A * C * n) + cell
@@ -166,6 +180,9 @@ def rectangle_sums_kernel(
         tl.store(positive_largest + slot, positive_top, mask=i < n)
         tl.store(similarities + slot, similarity, mask=i < n)
         tl.store(counts + slot, count, mask=i < n)
+    if MEAN:
+        to = weighted + ((split * G + g) * NP + begin) * DP
+        tl.store(to + (tl.arange(0, BM)[:, None] * DP + tl.arange(0, DP)[None, :]), sum_z)
 
 
 @triton.jit
@@ -212,6 +229,28 @@ def rectangle_finish_kernel(
         tl.store(pos_lse + at, value, mask=inside)
         tl.store(spread + at, tl.where(number > 0, apart, 0.0), mask=inside)
         tl.store(count + at, number.to(tl.float64), mask=inside)
+
+
+@triton.jit(do_not_specialize=["splits", "G", "n", "D"])
+def rectangle_mean_kernel(
+    largest, neg, weighted, mean, splits, G, n, NP, D, ACC: tl.constexpr, BR: tl.constexpr, DP: tl.constexpr,
+    BD: tl.constexpr, BOOST: tl.constexpr,
+):  # fmt: skip
+    """mean: [G, n, D] of BR rows, from the splits' weighted [splits, G, NP, DP] and largest [splits, G, n]."""
+    begin = (tl.program_id(0) % (NP // BR)) * BR
+    g = (tl.program_id(0) // (NP // BR)).to(tl.int64)
+    i = begin + tl.arange(0, BR)
+    d = tl.arange(0, BD)
+    lies = tl.arange(0, BR)[:, None] * DP + d[None, :]
+    value = tl.load(neg + g * n + i, mask=i < n, other=0.0)
+    total = tl.zeros([BR, BD], ACC)
+    for split in range(splits):
+        top = tl.load(largest + (split * G + g) * n + i, mask=i < n, other=float("-inf"))
+        share = tl.where(top == float("-inf"), 0.0, tl.exp(top.to(tl.float64) - value) / BOOST)
+        part = tl.load(weighted + ((split * G + g) * NP + begin) * DP + lies, mask=(d < DP)[None, :], other=0.0)
+        total += part * share.to(ACC)[:, None]
+    to = mean + (g * n + i)[:, None] * D + d[None, :]
+    tl.store(to, total, mask=(i < n)[:, None] & (d < D)[None, :])
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -562,10 +601,23 @@ def split(programs: int, tile: Tile, y: Side, partners: int) -> tuple[int, int]:
     return splits, tiles_a_split * tile.BN
 
 
-def over_pairs(kernel: Any, p: Problem, inputs: Sequence[Tensor], outputs: Any, **settings: Any) -> list[Tensor]:
+def boost(z: Tensor) -> float:
+    """What lifts weights of at most 4 into the middle of float16's range."""
+    return 4096.0 if z.dtype == torch.float16 else 1.0
+
+
+def rows_a_program(x: Side) -> int:
+    """Of a kernel that has whole rows: as many as fit its registers."""
+    return 16 if INTERPRETED else min(16, max(1, 2048 // triton.next_power_of_2(x.z.shape[3])))
+
+
+def over_pairs(
+    kernel: Any, p: Problem, inputs: Sequence[Tensor], outputs: Sequence, rows: Sequence = (), **settings: Any
+) -> list[Tensor]:
     """Launches a kernel whose programs have a block of rows and a split of a set's columns.
 
-    outputs: the dtype of each, [splits, G, A, C, n]; None for one that it does not touch, given back as a stand-in
+    outputs: the dtype of each, [splits, G, A, C, n]; None for one that it does not touch, given back as a stand-in;
+    rows: the same of outputs [splits, G, NP, DP]
     """
     x, y = p.rows, p.columns
     G, tile = len(x.z), fitted(p.tile, x.n, y.n)
@@ -573,6 +625,7 @@ def over_pairs(kernel: Any, p: Problem, inputs: Sequence[Tensor], outputs: Any, 
     splits, columns_a_split = split(programs, tile, y, 1)
     shape = splits, G, x.count, y.count, x.n
     slots = [x.z.new_empty(shape if dtype else 0, dtype=dtype) for dtype in outputs]
+    slots += [x.z.new_empty((splits, G, *x.z.shape[2:]) if dtype else 0, dtype=dtype) for dtype in rows]
     launch(
         kernel, programs * splits, x.z, y.z, p.tau, x.keys, y.keys, *inputs, *slots, G, x.count, y.count, x.n, y.n,
         x.padded, y.padded, p.first, columns_a_split, **settings, **p.settings(), **of_tiles(x.z, tile),
@@ -592,37 +645,55 @@ def forward(
     mean: bool,
     tile: Tile | None = None,
 ) -> tuple[Tensor, ...]:
-    """neg, pos, pos_lse, spread, count, mean by four launches, three where rows are columns; the mean takes five more.
+    """neg, pos, pos_lse, spread, count, mean by four launches, three where rows are columns.
 
+    The mean takes one more, made with the sums where all features of a row fit the registers; elsewhere three.
     tile: in place of the table's
     """
     settings = tau, normalize, cross, first, row_keys, column_keys
-    tile = tile or tile_for("sums", forward, rows, columns, *settings, mean)
     for_mean = large.tile_of("gradient", columns[0], normalize, False)
+    at_once = mean and for_mean.DC == for_mean.DP
+    tile = tile or tile_for("gradient" if at_once else "sums", forward, rows, columns, *settings, mean)
     p = problem([tile, for_mean] if mean else [tile], rows, columns, *settings)
     x, y, KEYS = p.rows, p.columns, row_keys is not None
     real = torch.promote_types(columns[0].dtype, torch.float32)
-    shape = len(x.z), x.count, y.count, x.n
-    pos = x.z.new_empty(shape, dtype=torch.float64)
+    pos = x.z.new_empty((len(x.z), x.count, y.count, x.n), dtype=torch.float64)
     slots = [real, real, *([real, real, torch.float64, torch.int32] if KEYS else [None] * 4)]
-    slots = over_pairs(rectangle_sums_kernel, p, [pos], slots, KEYS=KEYS)
+    *slots, weighted = over_pairs(
+        rectangle_sums_kernel, p, [pos], slots, [real if at_once else None], KEYS=KEYS, MEAN=at_once, BOOST=boost(x.z)
+    )
     outputs = [torch.empty_like(pos) for _ in range(4 if KEYS else 1)]
     neg, *labelled = outputs
     BI = 128
     launch(
-        rectangle_finish_kernel, triton.cdiv(pos.numel(), BI), *slots, neg, pos,
-        *(labelled or [neg] * 3), x.count, y.count, x.n, len(slots[0]), pos.numel(), CROSS=cross, INDEX=first >= 0,
-        KEYS=KEYS, BI=BI, SLOTS=8, num_warps=4,
+        rectangle_finish_kernel, triton.cdiv(pos.numel(), BI), *slots, neg, pos, *(labelled or [neg] * 3), x.count,
+        y.count, x.n, len(slots[0]), pos.numel(), CROSS=cross, INDEX=first >= 0, KEYS=KEYS, BI=BI, SLOTS=8, num_warps=4,
     )  # fmt: skip
-    weighted = mean_of(p._replace(tile=for_mean), neg) if mean else x.z.new_empty(0, dtype=real)
-    return neg, pos, *(labelled or [pos.new_empty(0) for _ in range(3)]), weighted
+    if at_once:
+        average = mean_of(p, slots[1], neg, weighted)
+    else:
+        average = mean_by_gradient(p._replace(tile=for_mean), neg) if mean else pos.new_empty(0, dtype=real)
+    return neg, pos, *(labelled or [pos.new_empty(0) for _ in range(3)]), average
 
 
-def mean_of(p: Problem, neg: Tensor) -> Tensor:
-    """The mean of the columns weighted by exp(S - neg): [G, n, D], of one set of rows and one of columns."""
+def mean_of(p: Problem, largest: Tensor, neg: Tensor, weighted: Tensor) -> Tensor:
+    """The mean of the columns weighted by exp(S - neg): [G, n, D], from what the splits left."""
+    x = p.rows
+    G, n, D = x.sets[0].shape
+    mean = weighted.new_empty((G, n, D))
+    launch(
+        rectangle_mean_kernel, G * (x.padded // rows_a_program(x)), largest, neg, weighted, mean, len(weighted), G, n,
+        x.padded, D, ACC=accumulator(x.z), BR=rows_a_program(x), DP=p.tile.DP, BD=triton.next_power_of_2(p.tile.DP),
+        BOOST=boost(x.z), num_warps=4,
+    )  # fmt: skip
+    return mean
+
+
+def mean_by_gradient(p: Problem, neg: Tensor) -> Tensor:
+    """The same as the gradient of sum neg; one more product for each pair of rows."""
     w = coefficients(p, [neg, torch.ones_like(neg), neg], [])
     G, n, D = p.rows.sets[0].shape
-    return partial_gradient(p, w, for_rows=True)[:, :, 0, :n, :D].sum(0).div_(w.boost)
+    return partial_gradient(p, w, for_rows=True)[:, :, 0, :n, :D].sum(0).div_(boost(p.rows.z))
 
 
 def pairs(
@@ -656,7 +727,6 @@ class Weights(NamedTuple):
     of_rows: Tensor | None
     of_columns: Tensor | None
     exponents: Tensor
-    boost: float  # lifts the weights into the middle of float16's range
 
     def of(self, for_rows: bool) -> tuple[tuple[Tensor | None, Tensor | None], dict[str, bool]]:
         """Those of the side whose gradient is made and of the other, and which of them there are."""
@@ -666,7 +736,7 @@ class Weights(NamedTuple):
 
 
 def coefficients(p: Problem, of_rows: Sequence[Tensor], of_columns: Sequence[Tensor]) -> Weights:
-    """of_rows, of_columns: as `general.py` has them, either may be empty; of_rows serves both where rows are columns."""
+    """of_rows, of_columns: as `general.py` has them; where rows are columns, of_rows serves both."""
     anchors = [(p.rows, [x.contiguous() for x in of_rows])] if of_rows else []
     if of_columns and p.columns is not p.rows:
         anchors.append((p.columns, [x.contiguous() for x in of_columns]))
@@ -675,7 +745,7 @@ def coefficients(p: Problem, of_rows: Sequence[Tensor], of_columns: Sequence[Ten
     if kind != "pairs" and not INDEX:
         gradients = gradients[:-1]
     exponents = units([[x[at] for at in gradients] for _, x in anchors])
-    z, boost, BI = p.rows.z, 4096.0 if p.rows.z.dtype == torch.float16 else 1.0, 256
+    z, BI = p.rows.z, 256
     made = []
     for side, x in anchors:
         G, A, C, n = x[0].shape
@@ -683,12 +753,12 @@ def coefficients(p: Problem, of_rows: Sequence[Tensor], of_columns: Sequence[Ten
         made.append(z.new_empty(shape, dtype=torch.promote_types(z.dtype, torch.float32)))
         launch(
             rectangle_coefficients_kernel, G * A * C * triton.cdiv(side.padded, BI), *(x * 4)[:7], exponents, made[-1],
-            G, A * C, n, side.padded, exponents.shape[1], KIND=kind, INDEX=INDEX, ACC=accumulator(z), BOOST=boost,
+            G, A * C, n, side.padded, exponents.shape[1], KIND=kind, INDEX=INDEX, ACC=accumulator(z), BOOST=boost(z),
             BI=BI, BE=256, num_warps=4,
         )  # fmt: skip
     by_rows = made[0] if of_rows else None
     by_columns = by_rows if p.columns is p.rows else made[-1] if of_columns else None
-    return Weights(kind, by_rows, by_columns, exponents, boost)
+    return Weights(kind, by_rows, by_columns, exponents)
 
 
 def units(gradients: Sequence[Sequence[Tensor]]) -> Tensor:
@@ -730,15 +800,14 @@ def gradient(p: Problem, w: Weights, for_rows: bool) -> tuple[Tensor, Tensor]:
     dx = x.sets[0].new_empty((x.count, G, n, D))
     along = partial.new_empty((G, x.count, n))
     DP = p.tile.DP
-    BD = triton.next_power_of_2(DP)
-    BR = 16 if INTERPRETED else min(16, max(1, 2048 // BD))
+    BD, BR = triton.next_power_of_2(DP), rows_a_program(x)
     of, there = w.of(for_rows)
     settings = p.settings() | dict(INDEX=p.first >= 0 and w.kind != "pairs")
     launch(
         rectangle_join_kernel, G * x.count * (x.padded // BR), x.z, y.z, p.tau, x.norms, *of, w.exponents, partial, dx,
         along, len(partial), G, x.count, y.count, x.n, y.n, x.padded, y.padded, D, p.first if for_rows else -p.first,
         w.exponents.shape[1], NORMALIZE=p.normalize, LAST=5 if w.kind == "keys" else 2, BR=BR, DP=DP, BD=BD,
-        ACC=accumulator(x.z), UPCAST=INTERPRETED and x.z.dtype == torch.bfloat16, BOOST=w.boost, BE=256, num_warps=4,
+        ACC=accumulator(x.z), UPCAST=INTERPRETED and x.z.dtype == torch.bfloat16, BOOST=boost(x.z), BE=256, num_warps=4,
         **there, **settings,
     )  # fmt: skip
     return dx, along
