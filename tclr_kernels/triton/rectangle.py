@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import large, tuning
+from . import large, tiles, tuning
 from .epilogue import (
     exists,
     exponent_of,
@@ -553,7 +553,7 @@ def fitted(tile: Tile, rows: int, columns: int) -> Tile:
 
 
 def problem(
-    tiles: Sequence[Tile],
+    served: Sequence[Tile],
     rows: Sequence[Tensor],
     columns: Sequence[Tensor],
     tau: float | Tensor,
@@ -563,26 +563,32 @@ def problem(
     row_keys: Tensor | None,
     column_keys: Tensor | None,
 ) -> Problem:
-    """Both sides packed, once where they are the same: no rows are the columns. tiles: those they shall serve.
+    """Both sides packed, once where they are the same: no rows are the columns. served: the tiles they shall do for.
 
     Each side may be the rows of a tile, or its columns.
     """
     n, K = (rows or columns)[0].shape[1], columns[0].shape[1]
 
     def side(sets, size, other, keys):
-        whole = max(max(fitted(tile, size, other).BM, fitted(tile, other, size).BN) for tile in tiles)
-        z, norms = packed(sets, normalize, tiles[0].DP, whole)
+        whole = max(max(fitted(tile, size, other).BM, fitted(tile, other, size).BN) for tile in served)
+        z, norms = packed(sets, normalize, served[0].DP, whole)
         return Side(sets, z, norms, z if keys is None else keys.contiguous())
 
     of_columns = side(columns, K, n, column_keys)
     of_rows = side(rows, n, K, row_keys) if rows else of_columns
-    return Problem(of_rows, of_columns, temperature(tau, columns[0]), tiles[0], normalize, cross, first)
+    return Problem(of_rows, of_columns, temperature(tau, columns[0]), served[0], normalize, cross, first)
+
+
+def from_table(kernel: str, x: Tensor, normalize: bool) -> Tile:
+    """x: a set"""
+    kernel, dtype = f"{kernel} unbounded rectangle", large.carrier(x, normalize)
+    return tiles.choose(large.table_of(x)[0], kernel, dtype, x.shape[-1], large.tf32_allowed())
 
 
 def tile_for(kernel: str, call: Any, rows: Sequence[Tensor], columns: Sequence[Tensor], *settings: Any) -> Tile:
     """The table's tile of "sums" or "gradient", or with TCLR_KERNELS_AUTOTUNE=1 the fastest for such a call."""
-    (tau, normalize, cross, first, row_keys), first_set = settings[:5], columns[0]
-    tile = large.tile_of(kernel, first_set, normalize, False)
+    tau, normalize, cross, first, row_keys = settings[:5]
+    tile = from_table(kernel, columns[0], normalize)
     if row_keys is not None:  # more to hold for each similarity
         tile = tile._replace(BM=min(tile.BM, 64), warps=8) if kernel == "sums" else tile._replace(BN=min(tile.BN, 64))
     if not tuning.ENABLED:
@@ -651,7 +657,7 @@ def forward(
     tile: in place of the table's
     """
     settings = tau, normalize, cross, first, row_keys, column_keys
-    for_mean = large.tile_of("gradient", columns[0], normalize, False)
+    for_mean = from_table("gradient", columns[0], normalize)
     at_once = mean and for_mean.DC == for_mean.DP
     tile = tile or tile_for("gradient" if at_once else "sums", forward, rows, columns, *settings, mean)
     p = problem([tile, for_mean] if mean else [tile], rows, columns, *settings)
