@@ -400,7 +400,7 @@ def test_mean_of_the_columns(D, kernels, monkeypatch):
     """What the gradient of the rows is made of where the columns have none."""
     monkeypatch.setattr(kernels.large, "table_of", lambda x: ("interpreter", 40))
     for dtype, bound in ((torch.float32, 1e-5), (torch.float64, 1e-13), (torch.float16, 2e-3)):
-        rows, columns = Problem(2, n=40, K=150, D=D).sets(dtype)
+        rows, columns = Problem(1, n=20, K=150, D=D).sets(dtype)
         neg, *_, mean = kernels.rectangle.forward(rows, columns, 0.1, True, False, -1, None, None, True)
         r, z = (reference.unit_rows(x[0].double()) for x in (rows, columns))
         wanted = torch.softmax(r @ z.mT / 0.1, -1) @ z
@@ -477,7 +477,7 @@ def test_opcheck(N, cross, tau, kernels):
     torch.library.opcheck(ops.gram_backward.default, (sets, *tau, True, cross, neg, pos, term, None, None))
 
 
-@pytest.mark.parametrize("name", ["rectangle", "keys of a range", "keys of sets"])
+@pytest.mark.parametrize("name", ["rectangle", "keys of a range"])
 def test_opcheck_of_a_rectangle(name, kernels):
     ops, problem = torch.ops.tclr_kernels_triton, PROBLEMS[name]
     rows, columns = problem.sets(torch.float32)

@@ -579,18 +579,20 @@ def problem(
     return Problem(of_rows, of_columns, temperature(tau, columns[0]), served[0], normalize, cross, first)
 
 
-def from_table(kernel: str, x: Tensor, normalize: bool) -> Tile:
+def from_table(kernel: str, x: Tensor, normalize: bool, KEYS: bool) -> Tile:
     """x: a set"""
-    kernel, dtype = f"{kernel} unbounded rectangle", large.carrier(x, normalize)
-    return tiles.choose(large.table_of(x)[0], kernel, dtype, x.shape[-1], large.tf32_allowed())
+    name, dtype = f"{kernel} unbounded rectangle" + " keys" * KEYS, large.carrier(x, normalize)
+    tile = tiles.choose(large.table_of(x)[0], name, dtype, x.shape[-1], large.tf32_allowed())
+    if not KEYS:
+        return tile
+    # with keys there is more to hold for each similarity
+    return tile._replace(BM=min(tile.BM, 64), warps=8) if kernel == "sums" else tile._replace(BN=min(tile.BN, 64))
 
 
 def tile_for(kernel: str, call: Any, rows: Sequence[Tensor], columns: Sequence[Tensor], *settings: Any) -> Tile:
     """The table's tile of "sums" or "gradient", or with TCLR_KERNELS_AUTOTUNE=1 the fastest for such a call."""
     tau, normalize, cross, first, row_keys = settings[:5]
-    tile = from_table(kernel, columns[0], normalize)
-    if row_keys is not None:  # more to hold for each similarity
-        tile = tile._replace(BM=min(tile.BM, 64), warps=8) if kernel == "sums" else tile._replace(BN=min(tile.BN, 64))
+    tile = from_table(kernel, columns[0], normalize, row_keys is not None)
     if not tuning.ENABLED:
         return tile
     n = rows[0].shape[1].bit_length() if rows else 0
@@ -657,7 +659,7 @@ def forward(
     tile: in place of the table's
     """
     settings = tau, normalize, cross, first, row_keys, column_keys
-    for_mean = from_table("gradient", columns[0], normalize)
+    for_mean = from_table("gradient", columns[0], normalize, False)
     at_once = mean and for_mean.DC == for_mean.DP
     tile = tile or tile_for("gradient" if at_once else "sums", forward, rows, columns, *settings, mean)
     p = problem([tile, for_mean] if mean else [tile], rows, columns, *settings)
