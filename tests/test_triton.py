@@ -424,6 +424,33 @@ def test_gradients_of_every_size_in_one_group(kernels):
         torch.testing.assert_close(shares, first)
 
 
+def test_tiles_of_a_rectangle_by_trial(kernels, monkeypatch):
+    """Each kind of call once; the last tile that is tried, of which all serve."""
+    tried = []
+
+    def milliseconds(step):
+        step()
+        tried.append(None)
+        return -len(tried)
+
+    monkeypatch.setattr(kernels.tuning, "milliseconds", milliseconds)
+    monkeypatch.setattr(kernels.tuning, "fastest", {})
+    monkeypatch.setattr(kernels.tuning, "ENABLED", True)
+    for _ in range(2):
+        assert general_deviation(kernels.rectangle, BLOCKS["keys of a range"], 0.2) < 1e-5
+        rows, columns = BLOCKS["rectangle"].sets(torch.float32)
+        kernels.rectangle.forward(rows, columns, 0.2, True, False, -1, None, None, True)
+    assert [name[1].__name__ for name in kernels.tuning.fastest] == ["forward", "backward", "forward"]
+    assert len(tried) == sum(len(kernels.tuning.neighbours(tile)) for tile in tried_from(kernels))
+
+
+def tried_from(kernels):
+    """The tiles that the trials of three kinds of calls begin with."""
+    x = BLOCKS["rectangle"].sets(torch.float32)[1][0]
+    named = ("sums", True), ("gradient", True), ("gradient", False)
+    return [kernels.rectangle.from_table(kernel, x, True, keys) for kernel, keys in named]
+
+
 @pytest.mark.parametrize("labelled", [False, True])
 def test_uninitialised_memory_changes_no_bit_of_a_rectangle(labelled, kernels, monkeypatch):
     tiny(kernels, monkeypatch)

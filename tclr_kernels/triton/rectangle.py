@@ -4,9 +4,9 @@
 
     rows          unit rows of both sides, packed and padded to whole tiles (`large.py`)
     sums          of some rows and some columns: sum exp S and the largest S over the negatives; with keys the same over
-                  the positives, the sum of S over them and their number
+                  the positives, the sum of S over them and their number; on request the columns weighted by exp S
     pairs         of some rows and some columns: sum softplus(negatives - S) and its slope over the positives
-    finish        neg, pos_lse, spread, count in float64, from the parts of the columns in their order
+    finish, mean  neg, pos_lse, spread, count in float64 and the columns' mean, from the splits of them in their order
     units         the largest gradient of each block of rows, as a power of two
     coefficients  what the weights of an anchor are made of, in units of the group's largest gradient
     gradient      sum_j W_ij z_j of the rows of one side, from some rows of the other
@@ -16,7 +16,12 @@ A row of one side has one writer in every launch. The side whose gradient is mad
 has j. W_ij adds what i contributes as an anchor and what j does, whichever of the two are anchors.
 
 Exponentials are taken of S - neg, never of S alone: no similarity is too large for that, so one kernel serves every
-temperature. neg does not fit float32; its nearest float32 is subtracted, and the coefficient makes up for the rest.
+temperature, and one launch a temperature on the device. What it costs beside `large.py`, which also has a kernel for
+exponentials of S itself, is a maximum and a difference for each similarity, and a second exponential where rows and
+columns are anchors. neg is more exact than float32: the nearest one is subtracted, and the coefficient has the rest.
+
+Rows are padded to whole tiles, and to 16 where they are no more. Beside the packed rows of both sides, dz takes
+float32 memory as large as the rows of one side, a few times that where they are few and the columns are split.
 """
 
 from collections.abc import Sequence
