@@ -6,7 +6,7 @@ the range where exponentials are safe and for that where they need a maximum, an
 whose addresses are in no arithmetic progression, strided gradients, and float64 with a number for its temperature take
 a launch more.
 
-The general form (`rectangle`, `pairs`, `rectangle_backward`): four forward (the rows of both sides, sums, finish), three
+The general form (`rectangle`, `pairs`, `rectangle_backward`): four forward (both sides' rows, sums, finish), three
 where the rows are the columns, one more for the columns' mean, which a backward without columns is made of; six
 backward for one side (rows, units, coefficients, gradient, join), two more for the other.
 """
