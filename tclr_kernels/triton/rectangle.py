@@ -591,7 +591,9 @@ def from_table(kernel: str, x: Tensor, normalize: bool, KEYS: bool) -> Tile:
     if not KEYS:
         return tile
     # with keys there is more to hold for each similarity
-    return tile._replace(BM=min(tile.BM, 64), warps=8) if kernel == "sums" else tile._replace(BN=min(tile.BN, 64))
+    if kernel == "sums":
+        return tile._replace(BM=min(tile.BM, 64), warps=8)
+    return tile._replace(BN=min(tile.BN, 64 if tile.DC <= 256 else 32))
 
 
 def tile_for(kernel: str, call: Any, rows: Sequence[Tensor], columns: Sequence[Tensor], *settings: Any) -> Tile:
