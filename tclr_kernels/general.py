@@ -227,7 +227,7 @@ class RectangleBackward(Once, torch.autograd.Function):
         of_tau, of_rows, of_columns = wanted
         anchors, sets = list(tensors[:n_anchors]), tensors[n_anchors:]
         rows, columns = sets[:n_rows], sets[n_rows:]
-        symmetric = not rows
+        symmetric = n_rows == 0
         for_rows = symmetric or of_rows or not of_columns
         d_rows, d_columns, along = backends.BACKENDS[name].rectangle_backward(
             rows,
