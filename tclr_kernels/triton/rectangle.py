@@ -592,7 +592,7 @@ def from_table(kernel: str, x: Tensor, normalize: bool, KEYS: bool) -> Tile:
         return tile
     # with keys there is more to hold for each similarity
     if kernel == "sums":
-        return tile._replace(BM=min(tile.BM, 64), warps=8)
+        return tile._replace(BM=64, warps=8) if tile.BM > 32 else tile
     return tile._replace(BN=min(tile.BN, 64 if tile.DC <= 256 else 32))
 
 
