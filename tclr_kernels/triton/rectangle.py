@@ -4,9 +4,9 @@
 
     rows          unit rows of both sides, packed and padded to whole tiles (`large.py`)
     sums          of some rows and some columns: sum exp S and the largest S over the negatives; with keys the same over
-                  the positives, the sum of S over them and their number
+                  the positives, the sum of S over them and their number; on request the columns weighted by exp S
     pairs         of some rows and some columns: sum softplus(negatives - S) and its slope over the positives
-    finish        neg, pos_lse, spread, count in float64, from the parts of the columns in their order
+    finish, mean  neg, pos_lse, spread, count in float64 and the columns' mean, from the splits of them in their order
     units         the largest gradient of each block of rows, as a power of two
     coefficients  what the weights of an anchor are made of, in units of the group's largest gradient
     gradient      sum_j W_ij z_j of the rows of one side, from some rows of the other
@@ -16,7 +16,12 @@ A row of one side has one writer in every launch. The side whose gradient is mad
 has j. W_ij adds what i contributes as an anchor and what j does, whichever of the two are anchors.
 
 Exponentials are taken of S - neg, never of S alone: no similarity is too large for that, so one kernel serves every
-temperature. neg does not fit float32; its nearest float32 is subtracted, and the coefficient makes up for the rest.
+temperature, and one launch a temperature on the device. What it costs beside `large.py`, which also has a kernel for
+exponentials of S itself, is a maximum and a difference for each similarity, and a second exponential where rows and
+columns are anchors. neg is more exact than float32: the nearest one is subtracted, and the coefficient has the rest.
+
+Rows are padded to whole tiles, and to 16 where they are no more. Beside the packed rows of both sides, dz takes
+float32 memory as large as the rows of one side, a few times that where they are few and the columns are split.
 """
 
 from collections.abc import Sequence
@@ -579,18 +584,22 @@ def problem(
     return Problem(of_rows, of_columns, temperature(tau, columns[0]), served[0], normalize, cross, first)
 
 
-def from_table(kernel: str, x: Tensor, normalize: bool) -> Tile:
+def from_table(kernel: str, x: Tensor, normalize: bool, KEYS: bool) -> Tile:
     """x: a set"""
-    kernel, dtype = f"{kernel} unbounded rectangle", large.carrier(x, normalize)
-    return tiles.choose(large.table_of(x)[0], kernel, dtype, x.shape[-1], large.tf32_allowed())
+    name, dtype = f"{kernel} unbounded rectangle" + " keys" * KEYS, large.carrier(x, normalize)
+    tile = tiles.choose(large.table_of(x)[0], name, dtype, x.shape[-1], large.tf32_allowed())
+    if not KEYS:
+        return tile
+    # with keys there is more to hold for each similarity
+    if kernel == "sums":
+        return tile._replace(BM=64, warps=8) if tile.BM > 32 else tile
+    return tile._replace(BN=min(tile.BN, 64 if tile.DC <= 256 else 32))
 
 
 def tile_for(kernel: str, call: Any, rows: Sequence[Tensor], columns: Sequence[Tensor], *settings: Any) -> Tile:
     """The table's tile of "sums" or "gradient", or with TCLR_KERNELS_AUTOTUNE=1 the fastest for such a call."""
     tau, normalize, cross, first, row_keys = settings[:5]
-    tile = from_table(kernel, columns[0], normalize)
-    if row_keys is not None:  # more to hold for each similarity
-        tile = tile._replace(BM=min(tile.BM, 64), warps=8) if kernel == "sums" else tile._replace(BN=min(tile.BN, 64))
+    tile = from_table(kernel, columns[0], normalize, row_keys is not None)
     if not tuning.ENABLED:
         return tile
     n = rows[0].shape[1].bit_length() if rows else 0
@@ -657,7 +666,7 @@ def forward(
     tile: in place of the table's
     """
     settings = tau, normalize, cross, first, row_keys, column_keys
-    for_mean = from_table("gradient", columns[0], normalize)
+    for_mean = from_table("gradient", columns[0], normalize, False)
     at_once = mean and for_mean.DC == for_mean.DP
     tile = tile or tile_for("gradient" if at_once else "sums", forward, rows, columns, *settings, mean)
     p = problem([tile, for_mean] if mean else [tile], rows, columns, *settings)
