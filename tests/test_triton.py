@@ -695,7 +695,7 @@ BUGS = {  # what is wrong -> (file, old, new, the check that finds it)
         "rectangle",
     ),
     "rectangle: a part of the sum of S": ("rectangle", "similarity += tl.sum", "similarity = tl.sum", "rectangle"),
-    "rectangle: constant of the spread": ("rectangle", "* e - tl.expand_dims(fields[4], axis)", "* e", "rectangle"),
+    "rectangle: share of the spread": ("rectangle", "* (e - tl.expand_dims(fields[5], axis))", "* e", "rectangle"),
     "rectangle: spread's share of pos_lse": (
         "rectangle",
         "(of_lse + of_spread) * scale",
