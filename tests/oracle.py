@@ -99,7 +99,7 @@ def sup_con_loops(z, labels, sim):
         total = sum(sim(u, z[j]).exp() for j in range(len(z)) if j != i)
         same = [j for j in range(len(z)) if j != i and labels[j] == labels[i] >= 0]
         terms = [-(sim(u, z[j]).exp() / total).log() for j in same]
-        losses.append(sum(terms) / len(same) if same else 0 * u.sum())
+        losses.append(sum(terms) / len(same) if same else 0 * sim(u, u))
     return torch.stack(losses)
 
 
