@@ -99,16 +99,19 @@ def pair(name: str, value: object) -> tuple[Any, Any]:
 
 def keys(name: str, value: object, beside: Tensor) -> Tensor:
     """Labels of the rows of a tensor [..., N, D], as int64 [..., N]; given so, or as [N] for all groups."""
-    shape = list(beside.shape[:-1])
-    wanted = f"integers of shape {shape[-1:]}" + (f" or {shape}" * (len(shape) > 1))
+    shape = beside.shape[:-1]
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name}: found {value!r}, wanted a tensor of {wanted}")
+        raise TypeError(f"{name}: found {value!r}, wanted a tensor of {_wanted_keys(shape)}")
     if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-        raise TypeError(f"{name}: found dtype {value.dtype}, wanted {wanted}")
-    if list(value.shape) not in (shape, shape[-1:]):
-        raise ValueError(f"{name}: found shape {list(value.shape)}, wanted {wanted}")
+        raise TypeError(f"{name}: found dtype {value.dtype}, wanted {_wanted_keys(shape)}")
+    if value.shape not in (shape, shape[-1:]):
+        raise ValueError(f"{name}: found shape {list(value.shape)}, wanted {_wanted_keys(shape)}")
     _one_device("the embeddings", beside, name, value)
     return value.to(torch.int64).expand(shape)
+
+
+def _wanted_keys(shape: torch.Size) -> str:
+    return f"integers of shape {list(shape[-1:])}" + (f" or {list(shape)}" if len(shape) > 1 else "")
 
 
 def keys_of_both(rows: object, columns: object) -> None:
