@@ -103,7 +103,9 @@ def test_d2_rows_of_any_length(name, dtype, scale, backend, request):
     for g, want in zip(grads, want_grads, strict=True):
         wanted = torch.ldexp(want, torch.tensor(exponent)).to(dtype).double()
         largest = wanted[wanted.isfinite()].abs().max()
-        assert oracle.error(g, wanted) <= 2 * oracle.GRADIENT[dtype] * largest + torch.finfo(dtype).smallest_normal
+        top = 0.98 * torch.finfo(dtype).max  # where one of them may have been rounded to infinity
+        found, wanted = (x.double().clamp(-top, top) for x in (g, wanted))
+        assert oracle.error(found, wanted) <= 2 * oracle.GRADIENT[dtype] * largest + torch.finfo(dtype).smallest_normal
 
 
 # ---- D3: NaN and infinity
