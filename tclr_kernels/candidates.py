@@ -92,7 +92,8 @@ def everything(
     """What `general.rectangle` gives for all rows of sets [G, N, D] against each other; keys: [G, N]"""
     G, N, D = sets[0].shape
     name = backends.choose(backend, sets[0].device, G * len(sets) * N, D, sets[0].dtype)
-    return general.rectangle(general.Settings(name, normalize, cross, 0), tau, (keys, keys), [], sets)
+    of_rows = keys if keys is None else keys.view(G, N)  # torch.compile takes no tensor twice
+    return general.rectangle(general.Settings(name, normalize, cross, 0), tau, (of_rows, keys), [], sets)
 
 
 def log_sum(anchors: Tensor, negatives: Tensor, tau: float | Tensor, normalize: bool, backend: str | None) -> Tensor:
