@@ -85,7 +85,9 @@ def nt_xent(
     a, b = checks.embeddings("... N D", a=a, b=b)
     checks.flag("symmetric", symmetric)
     tau = _tau(temperature, logit_scale, normalize, reduction, a)
-    further = None if negatives is None else [candidates.given("negatives", negatives, a)]
+    further = None
+    if negatives is not None:
+        further = [candidates.given("negatives", negatives, a), *([] if symmetric else [None])]
     term = _terms([a, b], tau, normalize, False, backend, labels, further, decoupled)  # [G, 2, 2, N]
     if reduction == "none":
         return (_off_diagonal(term) if symmetric else term[:, 0, 1]).reshape(*a.shape[:-2], -1)
