@@ -341,6 +341,23 @@ def test_negatives_of_each_query_are_groups_of_one_row(backend):
     torch.testing.assert_close(found, torch.cat(wanted).mean())
 
 
+@pytest.mark.parametrize("name", ["nt_xent", "clip_loss", "info_nce", "instance_contrastive"])
+def test_autocast_promotes_mixed_dtypes(name, backend):
+    """And the rows of a queue are those of the anchors' dtype."""
+    a, b, q = (x.float() for x in tensors())
+    call = {
+        "nt_xent": lambda a, b, q: tk.nt_xent(a, b, negatives=q, backend=backend),
+        "clip_loss": lambda a, b, q: tk.clip_loss(a, b, negatives=(q, None), backend=backend),
+        "info_nce": lambda a, b, q: tk.info_nce(a, b, negatives=q, in_batch=False, backend=backend),
+        "instance_contrastive": lambda a, b, q: tk.instance_contrastive([a, b], negatives=q, backend=backend),
+    }[name]
+    half = a.bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, grads = run(call, [half, b, q])
+    assert out.dtype == torch.float32 and [g.dtype for g in grads] == [torch.bfloat16, torch.float32, torch.float32]
+    torch.testing.assert_close(out, call(half.float(), b, q))
+
+
 # ---- faults
 
 
