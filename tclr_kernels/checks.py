@@ -107,7 +107,7 @@ def keys(name: str, value: object, beside: Tensor) -> Tensor:
     if value.shape not in (shape, shape[-1:]):
         raise ValueError(f"{name}: found shape {list(value.shape)}, wanted {_wanted_keys(shape)}")
     _one_device("the embeddings", beside, name, value)
-    return value.to(torch.int64).expand(shape)
+    return saveable(value.to(torch.int64))[0].expand(shape)
 
 
 def _wanted_keys(shape: torch.Size) -> str:

@@ -358,6 +358,19 @@ def test_autocast_promotes_mixed_dtypes(name, backend):
     torch.testing.assert_close(out, call(half.float(), b, q))
 
 
+def test_labels_negatives_and_scale_may_be_made_in_inference_mode(backend):
+    a, b, q = (x.float() for x in tensors())
+    with torch.inference_mode():
+        labels, further, scale = LABELS.clone(), q.clone(), torch.tensor(5.0)
+    for call, negatives in ((tk.nt_xent, further), (tk.clip_loss, (further, None)), (tk.info_nce, further)):
+        settings = dict(labels=labels, negatives=negatives, logit_scale=scale, backend=backend)
+        out, grads = run(functools.partial(call, **settings), [a, b])
+        settings |= dict(labels=LABELS, negatives=(q, None) if call is tk.clip_loss else q, logit_scale=5.0)
+        torch.testing.assert_close((out, grads), run(functools.partial(call, **settings), [a, b]))
+    found, wanted = (run(functools.partial(tk.sup_con, labels=x, backend=backend), [a]) for x in (labels, LABELS))
+    oracle.same_bits(found, wanted)
+
+
 # ---- faults
 
 
