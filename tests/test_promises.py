@@ -1,5 +1,6 @@
 """D1-D10: what the losses promise beyond the formulas. The names say which promise."""
 
+import functools
 import math
 from fractions import Fraction
 
@@ -16,15 +17,23 @@ KINDS = (
     "nt_xent",
     "clip_loss",
     "instance_contrastive",
+    "nt_xent further",
+    "clip_loss decoupled",
+    "moco",
+    "sup_con",
+    "views joint",
     "local_local",
     "global_local",
     "tclr",
     "tclr release",
     "tclr release total",
 )
+sup_con = functools.partial(tk.sup_con, labels=torch.tensor([0, 1, 0, 1, -1]))
 TAKES = {  # function -> names and dimensions of its inputs
     tk.nt_xent: dict(a=(5, 8), b=(5, 8)),
     tk.clip_loss: dict(a=(5, 8), b=(5, 8)),
+    tk.info_nce: dict(query=(5, 8), key=(5, 8)),
+    sup_con: dict(z=(5, 8)),
     tk.instance_contrastive: dict(views=(3, 5, 8)),
     tk.local_local: dict(x1=(5, 4, 8), x2=(5, 4, 8)),
     tk.global_local: dict(s=(5, 4, 8), x=(5, 4, 8)),
@@ -94,7 +103,10 @@ def test_d2_rows_of_any_length(name, dtype, scale, backend, request):
     for g, want in zip(grads, want_grads, strict=True):
         wanted = torch.ldexp(want, torch.tensor(exponent)).to(dtype).double()
         largest = wanted[wanted.isfinite()].abs().max()
-        assert oracle.error(g, wanted) <= 2 * oracle.GRADIENT[dtype] * largest + torch.finfo(dtype).smallest_normal
+        # beyond, one of them may have been rounded to infinity, as may a part of a sum of two gradients
+        top = (0.4 if name in oracle.SEVERAL_CALLS else 0.98) * torch.finfo(dtype).max
+        found, wanted = (x.double().clamp(-top, top) for x in (g, wanted))
+        assert oracle.error(found, wanted) <= 2 * oracle.GRADIENT[dtype] * largest + torch.finfo(dtype).smallest_normal
 
 
 # ---- D3: NaN and infinity
@@ -186,6 +198,10 @@ def test_d5_temperature_may_be_any_tensor_of_one_element(name, shape, dtype, bac
     assert all(torch.equal(g, w.expand_as(g)) for g, w in zip(grads, want_grads, strict=True))
 
 
+def same(found, wanted):
+    assert all(map(torch.equal, found, wanted))
+
+
 def temperature_first(name, backend):
     return lambda tau, *z: LOSSES[name].call(*z, temperature=tau, backend=backend)
 
@@ -242,7 +258,9 @@ def test_inference_tensors_are_inputs_like_others(name, frozen, dtype, backend):
     out, grads = run(loss, [inputs[k] for k in learnt])
     want, want_grads = run(call, inputs)
     assert torch.equal(out, want)
-    assert all(torch.equal(g, want_grads[k]) for g, k in zip(grads, learnt, strict=True))
+    # where further negatives take no gradient, that of the rows is made in another way
+    equal = torch.testing.assert_close if name in oracle.SEVERAL_CALLS and frozen != "the temperature" else same
+    equal(list(grads), [want_grads[k] for k in learnt])
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
@@ -275,7 +293,9 @@ def test_d6_empty_input_is_named(function, name, backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["nt_xent", "clip_loss", "instance_contrastive", "local_local", "global_local"])
+@pytest.mark.parametrize(
+    "name", ["nt_xent", "clip_loss", "instance_contrastive", "sup_con", "local_local", "global_local"]
+)
 def test_d7_one_row_costs_exactly_zero(name, dtype, backend):
     """B = 1, and T = 1 within videos."""
     sizes = (4, 1, 8) if name.endswith("local") else (1, 3, 8)
@@ -319,7 +339,7 @@ def test_d8_wrong_input_is_named_in_one_line(function, name, wrong, backend):
 
 
 @pytest.mark.parametrize("wrong", SIZES)
-@pytest.mark.parametrize("function, name", [(f, name) for f, name in ARGUMENTS if f is not tk.instance_contrastive])
+@pytest.mark.parametrize("function, name", [(f, name) for f, name in ARGUMENTS if len(TAKES[f]) > 1])
 def test_d8_inputs_that_differ_are_named_in_one_line(function, name, wrong, backend):
     make, words = SIZES[wrong]
     given = tensors(function)

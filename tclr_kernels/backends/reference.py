@@ -83,8 +83,10 @@ class _Matrix:
     ) -> None:
         self.wide = torch.promote_types(columns[0].dtype, torch.float32)
         self.dtype = torch.float64 if columns[0].device.type == "cpu" else self.wide
-        stacked = [torch.stack([x.to(self.dtype) for x in sets], dim=1) for sets in (rows or columns, columns)]
-        self.r, self.z = map(unit_rows, stacked) if normalize else stacked
+        # rows that are the columns are converted once, so that the gradients of both sides are added in this dtype
+        stacked = [torch.stack([x.to(self.dtype) for x in sets], dim=1) for sets in (columns, rows) if sets]
+        stacked = [unit_rows(x) for x in stacked] if normalize else stacked
+        self.z, self.r = stacked[0], stacked[-1]
         device = self.z.device
         self.tau = tau.to(device=device, dtype=self.dtype) if isinstance(tau, torch.Tensor) else tau
         (A, n), (C, K) = self.r.shape[1:3], self.z.shape[1:3]
@@ -150,7 +152,7 @@ def rectangle(
     pos_lse = m.S.masked_fill(~m.positive, -torch.inf).logsumexp(-1)
     count = m.positive.sum(-1)
     mean = m.S.masked_fill(~m.positive, 0).sum(-1) / count.clamp(min=1)
-    return neg, pos, pos_lse, (pos_lse - mean).masked_fill(count == 0, 0), count.to(m.dtype)
+    return neg, pos, pos_lse, (pos_lse - mean).masked_fill(count < 2, 0), count.to(m.dtype)
 
 
 def rectangle_backward(
