@@ -1,4 +1,4 @@
-"""A sample of `fuzz.py`, and of what is fuzzed beside it. Where the interpreter is slow, each commit takes another part."""
+"""Samples of `fuzz.py` and of what is fuzzed beside it; where the interpreter is slow, each commit takes another part."""
 
 import pytest
 
