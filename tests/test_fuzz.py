@@ -1,4 +1,4 @@
-"""Samples of `fuzz.py` and of what is fuzzed beside it; where the interpreter is slow, each commit takes another part."""
+"""Samples of `fuzz.py` and its likes. Where the interpreter is slow, each commit takes another part."""
 
 import pytest
 
