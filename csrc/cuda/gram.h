@@ -39,9 +39,9 @@ struct Keys {
 // What the weights are made of with the rows of one side as the anchors: [G, sets, sets of the other side, N], null
 // where there is none; g_neg null beside neg: all of it is 1.
 struct Anchors {
-  const double *neg, *g_neg, *g_pos;                     // of every call but for pairs
-  const double *pos_lse, *g_pos_lse, *g_spread, *count;  // with keys
-  const double *negatives, *g_pairs;                     // of pairs
+  const double *neg = nullptr, *g_neg = nullptr, *g_pos = nullptr;  // of every call but for pairs
+  const double *pos_lse = nullptr, *g_pos_lse = nullptr, *g_spread = nullptr, *count = nullptr;  // with keys
+  const double *negatives = nullptr, *g_pairs = nullptr;                                         // of pairs
 };
 
 // Rows against columns: what tclr_kernels/general.py defines. Results and gradients of anchors are laid out as Anchors.
