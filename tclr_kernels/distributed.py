@@ -92,11 +92,15 @@ class Process:
     def _compare(self, table: list[list[int]]) -> None:
         for rank, (failed, *_) in enumerate(table):
             if failed:
-                raise RuntimeError(f"group: rank {rank} of {self.size} raised an error in this call; see its own message")
+                raise RuntimeError(
+                    f"group: rank {rank} of {self.size} raised an error in this call; see its own message"
+                )
         for k, name in enumerate(FACTS):
             found = [row[1 + k] for row in table]
             if name not in MAY_DIFFER and len(set(found)) > 1:
-                values = f": found {found}, wanted one value" if name in ("width", "sets") else ", wanted the same on all"
+                values = (
+                    f": found {found}, wanted one value" if name in ("width", "sets") else ", wanted the same on all"
+                )
                 raise ValueError(f"group: ranks differ in {name}{values}")
 
     def all_gather(self, x: Tensor) -> Tensor:
@@ -220,11 +224,60 @@ class Blocks(torch.autograd.Function):
 
 
 class Negatives(torch.autograd.Function):
-    """The log-sum-exp of all anchors' extra negatives: [G, A, 1, N] of row sets [G, N, D] against columns [G, K, D].
+    """The log-sum-exp of all anchors' similarities to extra negatives: [G, A, 1, N] of A row sets [G, N, D].
 
-    rows: this rank's; all_rows: those of all ranks; columns: this rank's negatives; all_columns: those of all ranks, or
-    the same tensor where every rank has the same ones.
+    mine, everybody: the negatives of this rank and of all ranks, [1 or G, K, D]; the same where each rank has all.
+    sets: this rank's rows, then those of all ranks.
     """
+
+    @staticmethod
+    def forward(
+        process: Process,
+        settings: Settings,
+        tau: float | Tensor,
+        A: int,
+        mine: Tensor,
+        everybody: Tensor,
+        *sets: Tensor,
+    ) -> Tensor:
+        backend = backends.BACKENDS[settings.name]
+        extra = () if settings.name == "reference" else (False,)
+        rows = _one_set(sets[:A], everybody)
+        neg = backend.rectangle([rows], [everybody], tau, *settings[1:], None, None, *extra)[0]
+        G, n, _ = sets[0].shape
+        return process.gather(neg.reshape(G, A, 1, n), -1, process.shares)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.process, ctx.settings, tau, ctx.A, *tensors = inputs
+        ctx.tau = None if isinstance(tau, torch.Tensor) else tau
+        ctx.save_for_backward(tau if ctx.tau is None else None, *tensors, output)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        tau, mine, everybody, *sets, neg = ctx.saved_tensors
+        tau, A, process = tau if ctx.tau is None else ctx.tau, ctx.A, ctx.process
+        of_all = neg, g, torch.zeros_like(g)
+        of_mine = [x.narrow(-1, process.first, process.own) for x in of_all]
+
+        def gradient(rows, columns, anchors, for_rows):
+            anchors = [x.reshape(len(columns), 1, 1, -1) for x in anchors]
+            call = backends.BACKENDS[ctx.settings.name].rectangle_backward
+            none = None, None
+            return call([rows], [columns], tau, *ctx.settings[1:], *none, anchors, [], for_rows, not for_rows)
+
+        (d_rows,), _, along = gradient(_one_set(sets[:A], everybody), everybody, of_mine, True)
+        d_sets = d_rows.reshape(len(sets[0]), A, *sets[0].shape[1:]).unbind(1)
+        d_tau = (ordered_sum(along) / -tau).to(tau) if ctx.needs_input_grad[2] else None
+        d_mine = None
+        if ctx.needs_input_grad[4]:
+            _, (d_mine,), _ = gradient(_one_set(sets[A:], everybody), mine, of_all, False)
+        return None, None, d_tau, None, d_mine, None, *d_sets, *([None] * A)
+
+
+def _one_set(sets: Sequence[Tensor], columns: Tensor) -> Tensor:
+    """Sets [G, n, D] as one of as many groups as the columns have: [G, A n, D] or [1, G A n, D]"""
+    return torch.stack(list(sets), 1).reshape(len(columns), -1, sets[0].shape[-1])
 
 
 class Total(torch.autograd.Function):
