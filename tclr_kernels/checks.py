@@ -4,6 +4,7 @@ import math
 import numbers
 import os
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,35 +55,63 @@ def sets(given: Sequence[Tensor]) -> list[Tensor]:
     return _alike("G N D", {f"sets[{a}]": x for a, x in enumerate(given)}, empty=True)
 
 
-def sides(rows: Tensor, columns: Tensor) -> list[Tensor]:
+def sides(**tensors: Tensor) -> list[Tensor]:
     """The two sides of a rectangle: rows [..., n, D], and columns [K, D] or [..., K, D] with the same leading ones."""
     check_values = _check_values()
-    _embedding("rows", rows, ["...", "n", "D"], check_values)
-    _embedding("columns", columns, ["...", "K", "D"], check_values)
-    _one_device("rows", rows, "columns", columns)
+    for name, x in tensors.items():
+        _embedding(name, x, ["...", "N", "D"], check_values)
+    (first, rows), (second, columns) = tensors.items()
+    _one_device(first, rows, second, columns)
     if columns.shape[-1] != rows.shape[-1] or (columns.dim() > 2 and columns.shape[:-2] != rows.shape[:-2]):
         leading = list(rows.shape[:-2])
         wanted = f"[K, {rows.shape[-1]}]" + (
             f" or [{', '.join(map(str, leading))}, K, {rows.shape[-1]}]" * bool(leading)
         )
         raise ValueError(
-            f"columns: found shape {list(columns.shape)}, wanted {wanted} beside rows of shape {list(rows.shape)}"
+            f"{second}: found shape {list(columns.shape)}, wanted {wanted} beside {first} of shape {list(rows.shape)}"
         )
-    return saveable(*same_dtype(rows=rows, columns=columns))
+    return saveable(*same_dtype(**tensors))
+
+
+def queued(keys: Tensor, queue: Tensor) -> Tensor:
+    """New rows of a queue [size, D]: [..., n, D], of any dtype."""
+    _embedding("keys", keys, ["...", "n", "D"], _check_values())
+    _one_device("the queue", queue, "keys", keys)
+    if keys.shape[-1] != queue.shape[-1]:
+        raise ValueError(f"keys: found shape {list(keys.shape)}, wanted [..., n, {queue.shape[-1]}]")
+    return keys
+
+
+def stacked(name: str, value: Tensor | Sequence[Tensor]) -> Tensor:
+    """Views as one tensor [V, ...], given so, or as a list or tuple of V tensors of one shape."""
+    if not isinstance(value, (list, tuple)) or not value or not isinstance(value[0], torch.Tensor):
+        return value  # a tensor, or what the next check names
+    dims = " ".join(f"d{k}" for k in range(value[0].dim()))
+    return torch.stack(_alike(dims, {f"{name}[{k}]": x for k, x in enumerate(value)}))
+
+
+def pair(name: str, value: object) -> tuple[Any, Any]:
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        found = f"a tensor of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
+        raise TypeError(f"{name}: found {found}, wanted a pair: for the anchors of a, for the anchors of b")
+    return value[0], value[1]
 
 
 def keys(name: str, value: object, beside: Tensor) -> Tensor:
     """Labels of the rows of a tensor [..., N, D], as int64 [..., N]; given so, or as [N] for all groups."""
-    shape = list(beside.shape[:-1])
-    wanted = f"integers of shape {shape[-1:]}" + (f" or {shape}" * (len(shape) > 1))
+    shape = beside.shape[:-1]
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name}: found {value!r}, wanted a tensor of {wanted}")
+        raise TypeError(f"{name}: found {value!r}, wanted a tensor of {_wanted_keys(shape)}")
     if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-        raise TypeError(f"{name}: found dtype {value.dtype}, wanted {wanted}")
-    if list(value.shape) not in (shape, shape[-1:]):
-        raise ValueError(f"{name}: found shape {list(value.shape)}, wanted {wanted}")
+        raise TypeError(f"{name}: found dtype {value.dtype}, wanted {_wanted_keys(shape)}")
+    if value.shape not in (shape, shape[-1:]):
+        raise ValueError(f"{name}: found shape {list(value.shape)}, wanted {_wanted_keys(shape)}")
     _one_device("the embeddings", beside, name, value)
     return value.to(torch.int64).expand(shape)
+
+
+def _wanted_keys(shape: torch.Size) -> str:
+    return f"integers of shape {list(shape[-1:])}" + (f" or {list(shape)}" if len(shape) > 1 else "")
 
 
 def keys_of_both(rows: object, columns: object) -> None:
@@ -169,44 +198,66 @@ def _embedding(name: str, x: object, dims: Sequence[str], check_values: bool, em
             raise ValueError(f"{name}: found a NaN or Inf in row {row}, wanted finite entries (TCLR_KERNELS_CHECK=1)")
 
 
-def temperature(value: object, device: torch.device | None = None) -> float | Tensor:
+def temperature(value: object, device: torch.device | None = None, name: str = "temperature") -> float | Tensor:
     """The temperature as the losses use it: a float > 0, or a 0-d floating-point tensor, whose value is not read.
 
     value: a number > 0, or a tensor of one element, of any shape, on the CPU or the inputs' device.
+    name: of the argument, for errors.
     """
     wanted = "a finite float > 0 or a floating-point tensor of one element"
     if isinstance(value, torch.Tensor):
         if value.numel() != 1 or not value.is_floating_point():
             raise ValueError(
-                f"temperature: found a tensor of shape {list(value.shape)}, dtype {value.dtype}, wanted {wanted}"
+                f"{name}: found a tensor of shape {list(value.shape)}, dtype {value.dtype}, wanted {wanted}"
             )
         if device is not None and value.device not in (device, torch.device("cpu")):
-            raise ValueError(f"temperature: found a tensor on {value.device}, wanted it on the CPU or {device}")
+            raise ValueError(f"{name}: found a tensor on {value.device}, wanted it on the CPU or {device}")
         if device is not None and device.type == "cuda" and value.device.type == "cpu" and _capturing():
             raise ValueError(
-                "temperature: found a tensor on the CPU while a CUDA graph is captured, which would keep the value it "
+                f"{name}: found a tensor on the CPU while a CUDA graph is captured, which would keep the value it "
                 f"has now; wanted a tensor on {device}, which is read at each replay, or a float"
             )
         if _check_values() and not (value > 0).logical_and(value.isfinite()):
-            raise ValueError(f"temperature: found {value.item()}, wanted {wanted} (TCLR_KERNELS_CHECK=1)")
+            raise ValueError(f"{name}: found {value.item()}, wanted {wanted} (TCLR_KERNELS_CHECK=1)")
         return saveable(value)[0].reshape(())  # autograd gives the gradient the shape that the tensor had
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"temperature: found {value!r}, wanted {wanted}")
+        raise TypeError(f"{name}: found {value!r}, wanted {wanted}")
     try:
         number = float(value)
     except OverflowError:  # of an integer
         number = math.inf
     # comparisons alone, which torch.compile can trace where the float may change from call to call
     if not 0 < number < math.inf or 1 / number == math.inf:
-        raise ValueError(f"temperature: found {value}, wanted {wanted}")
+        raise ValueError(f"{name}: found {value}, wanted {wanted}")
     return number
+
+
+class Default(float):
+    """The value of an argument that was not given."""
+
+
+TEMPERATURE: float = Default(0.1)
+
+
+def scaled(given: object, logit_scale: object, device: torch.device) -> float | Tensor:
+    """The temperature of a call that takes a temperature or a logit scale: 1 / logit_scale where that is given."""
+    if logit_scale is None:
+        return temperature(given, device)
+    if not isinstance(given, Default):
+        raise ValueError(f"logit_scale: found {logit_scale!r} beside temperature {given!r}, wanted one of them")
+    scale = temperature(logit_scale, device, "logit_scale")
+    if isinstance(scale, torch.Tensor):  # of which float16 would round the inverse
+        scale = scale.to(
+            torch.float64 if scale.device.type == "cpu" else torch.promote_types(scale.dtype, torch.float32)
+        )
+    return 1 / scale
 
 
 def kept_temperature(value: object) -> float | Tensor:
     """The temperature as a module keeps it: as it was given, unless it would bring the graph of one step along."""
     number = temperature(value)
     if not isinstance(value, torch.Tensor):
-        return number
+        return value if isinstance(value, Default) else number
     if value.requires_grad and not isinstance(value, torch.nn.Parameter):
         found = "that requires a gradient" if value.is_leaf else "computed from one that requires a gradient"
         raise ValueError(
@@ -218,6 +269,11 @@ def kept_temperature(value: object) -> float | Tensor:
 
 def _capturing() -> bool:
     return not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
+
+
+def size(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: found {value!r}, wanted an integer >= 1")
 
 
 def one_of(name: str, value: object, choices: Collection[str]) -> None:

@@ -98,14 +98,27 @@ def wide_dtype(name: str, x: Tensor) -> torch.dtype:
     return computed if name == "reference" and x.device.type != "cpu" else torch.float64
 
 
-def terms(neg: Tensor, pos: Tensor, cross: bool) -> Tensor:
-    """The terms that `symmetric.py` defines, from neg and pos: [G, V, V, n]; exactly 0 for a row without negatives."""
+def terms(neg: Tensor, pos: Tensor, cross: bool, further: Tensor | None = None, decoupled: bool = False) -> Tensor:
+    """The terms that `symmetric.py` defines, from neg and pos: [G, V, V, n]; exactly 0 for a row without negatives.
+
+    further: the log-sum-exp of each anchor's negatives beyond the sets, [G, V, n]; decoupled: as for `cost`.
+    """
     sets = torch.arange(neg.shape[1], device=neg.device)
     paired = (sets[:, None] != sets)[:, :, None]
     negatives = neg if cross else log_add(neg[:, sets, sets][:, :, None], neg)
+    if further is not None:
+        negatives = log_add(negatives, further[:, :, None].expand_as(negatives))
+    return cost(negatives, pos, decoupled).masked_fill(~paired, 0)
+
+
+def cost(negatives: Tensor, positive: Tensor, decoupled: bool = False) -> Tensor:
+    """softplus(negatives - positive), of two log-sum-exps; exactly 0 and without gradient where negatives is -inf.
+
+    decoupled: the positive is left out of the denominator: negatives - positive.
+    """
     none = negatives == -torch.inf
-    term = -F.logsigmoid(pos - negatives.masked_fill(none, 0))
-    return term.where(~none, 0 * (pos - pos.detach())).masked_fill(~paired, 0)
+    difference = positive - negatives.masked_fill(none, 0)
+    return (-difference if decoupled else -F.logsigmoid(difference)).where(~none, 0 * (positive - positive.detach()))
 
 
 def log_add(x: Tensor, y: Tensor) -> Tensor:

@@ -225,7 +225,7 @@ def _call(
             raise ValueError("column_keys: found a tensor without columns, wanted None")
         columns, column_keys = rows, row_keys
     else:
-        rows, columns = checks.sides(rows, columns)
+        rows, columns = checks.sides(rows=rows, columns=columns)
         checks.keys_of_both(row_keys, column_keys)
     tau = checks.temperature(temperature, rows.device)
     D = rows.shape[-1]

@@ -1,13 +1,23 @@
-"""The losses: each one arranges its sets, calls the one operation (`symmetric.py`), and reduces.
+"""The losses: each one arranges its sets, calls the one operation (`symmetric.py`, `general.py`), and reduces.
 
 Throughout, h(u, v) = exp sim(u, v) with sim(u, v) = <u, v> / (|u| |v| tau), or <u, v> / tau with `normalize=False`;
 every denominator holds the positive and leaves out only the anchor itself. Inputs are float64, float32, bfloat16 or
 float16 with any strides; losses are float32 (float64 for float64 inputs), in nats; gradients have the inputs' dtype.
 A row that is exactly zero has similarity 0 and gradient 0. `temperature` is a finite float > 0 or a floating-point
 tensor of one element, whatever its shape: it may require a gradient, which has its shape and dtype, and its value is
-never read on the host. Inputs and temperature may be tensors made in `torch.inference_mode()`. `backend` is one of
-`available_backends()`, or None for the default. Every function raises TypeError or ValueError, naming the argument, for
-a wrong type, rank, size, dtype or device, and for an empty tensor.
+never read on the host. `logit_scale` is 1 / temperature, given in its place in the same ways. Inputs and temperature
+may be tensors made in `torch.inference_mode()`. `backend` is one of `available_backends()`, or None for the default.
+Every function raises TypeError or ValueError, naming the argument, for a wrong type, rank, size, dtype or device, and
+for an empty tensor.
+
+What the denominators hold beside this:
+
+- `labels`, integers [N] or [..., N]: candidates with the label of the anchor are left out, but for its positive, which
+  is the same as without labels. A negative integer is no label.
+- `negatives`, [K, D] for all groups or [..., K, D] with the anchors' leading dimensions, or a `NegativeQueue`: further
+  candidates of every anchor, whatever the labels, with gradient if they require it.
+- `decoupled=True`: the positive is left out too (DCL, https://arxiv.org/abs/2110.06848). The loss may then be
+  negative; without any negatives it is 0.
 
 Source: TCLR, Dave et al., CVIU 2022, https://arxiv.org/abs/2101.07974, section 3, and its official release.
 """
@@ -19,15 +29,19 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, checks
+from . import backends, candidates, checks, general
+from .candidates import Negatives
+from .checks import TEMPERATURE
 from .objective import objective
 from .symmetric import blocks, ordered_sum
 
 Temperature = float | Tensor
 Reduction = Literal["mean", "sum", "none"]
 Form = Literal["paper", "release"]
+Softmax = Literal["pairs", "joint"]
 
 REDUCTIONS = "mean", "sum", "none"
+SOFTMAXES = "pairs", "joint"
 FORMS = {  # the default weight of each term
     "paper": dict(ic_global=1.0, ic_local=0.0, ll=1.0, gl=1.0),
     "release": dict(ic_global=1.0, ic_local=1.0, ll=1.0, gl=1.0),
@@ -47,10 +61,14 @@ class TCLRTerms(NamedTuple):
 def nt_xent(
     a: Tensor,
     b: Tensor,
+    temperature: Temperature = TEMPERATURE,
     *,
-    temperature: Temperature = 0.1,
+    logit_scale: Temperature | None = None,
     normalize: bool = True,
     symmetric: bool = True,
+    labels: Tensor | None = None,
+    negatives: Negatives | None = None,
+    decoupled: bool = False,
     reduction: Reduction = "mean",
     backend: str | None = None,
 ) -> Tensor:
@@ -60,12 +78,15 @@ def nt_xent(
 
     a, b: [..., N, D], the two views; leading dimensions are independent groups.
     symmetric: also every b_i as anchor (the paper's IC is printed without).
+    labels, negatives, decoupled: as in the head of this file; a label is that of a_i and of b_i.
     reduction: "mean" or "sum" over all groups and anchors; "none": [..., 2N], a's then b's ([..., N] if not symmetric).
     Source: SimCLR, https://arxiv.org/abs/2002.05709, equation 1; TCLR section 3.1.
     """
     a, b = checks.embeddings("... N D", a=a, b=b)
     checks.flag("symmetric", symmetric)
-    term = _terms([a, b], temperature, normalize, False, backend, reduction)  # [G, 2, 2, N]
+    tau = _tau(temperature, logit_scale, normalize, reduction, a)
+    further = None if negatives is None else [candidates.given("negatives", negatives, a)]
+    term = _terms([a, b], tau, normalize, False, backend, labels, further, decoupled)  # [G, 2, 2, N]
     if reduction == "none":
         return (_off_diagonal(term) if symmetric else term[:, 0, 1]).reshape(*a.shape[:-2], -1)
     anchors = a.shape[:-1].numel()
@@ -75,9 +96,13 @@ def nt_xent(
 def clip_loss(
     a: Tensor,
     b: Tensor,
+    temperature: Temperature = TEMPERATURE,
     *,
-    temperature: Temperature = 0.1,
+    logit_scale: Temperature | None = None,
     normalize: bool = True,
+    labels: Tensor | None = None,
+    negatives: tuple[Negatives | None, Negatives | None] = (None, None),
+    decoupled: bool = False,
     reduction: Reduction = "mean",
     backend: str | None = None,
 ) -> Tensor:
@@ -86,45 +111,152 @@ def clip_loss(
         l_i = -log h(a_i, b_i) / sum_j h(a_i, b_j),    l_(N+i) = -log h(b_i, a_i) / sum_j h(b_i, a_j)
 
     a, b: [..., N, D]; leading dimensions are independent groups.
+    labels, decoupled: as in the head of this file; negatives: those of a's anchors, and those of b's.
     reduction: "mean" or "sum" over all groups and anchors; "none": [..., 2N], a's rows then b's.
     Source: CLIP, https://arxiv.org/abs/2103.00020, figure 3.
     """
     a, b = checks.embeddings("... N D", a=a, b=b)
-    term = _terms([a, b], temperature, normalize, True, backend, reduction)
+    tau = _tau(temperature, logit_scale, normalize, reduction, a)
+    of_a, of_b = checks.pair("negatives", negatives)
+    further = None
+    if of_a is not None or of_b is not None:
+        further = [candidates.given(f"negatives[{k}]", x, a) for k, x in enumerate((of_a, of_b))]
+    term = _terms([a, b], tau, normalize, True, backend, labels, further, decoupled)
     if reduction == "none":
         return _off_diagonal(term).reshape(*a.shape[:-2], -1)
     return _reduce(term, reduction, 2 * a.shape[:-1].numel())
 
 
-def instance_contrastive(
-    views: Tensor,
+def info_nce(
+    query: Tensor,
+    key: Tensor,
+    temperature: Temperature = TEMPERATURE,
     *,
-    temperature: Temperature = 0.1,
+    logit_scale: Temperature | None = None,
     normalize: bool = True,
+    in_batch: bool = True,
+    labels: Tensor | None = None,
+    negatives: Negatives | None = None,
+    decoupled: bool = False,
+    reduction: Reduction = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    """InfoNCE in one direction: each query against its key, among the other keys and further negatives.
+
+        l_i = -log h(q_i, k_i) / ( sum_j h(q_i, k_j) + sum_m h(q_i, n_m) )
+
+    query, key: [..., N, D]; leading dimensions are independent groups.
+    in_batch: whether the other keys are candidates. With False and a queue it is MoCo's loss; it needs negatives then,
+    and takes no labels.
+    labels, negatives, decoupled: as in the head of this file. Negatives of each query's own, [N, K, D]: in groups of
+    one row, info_nce(query[:, None], key[:, None], negatives=own).
+    reduction: "mean" or "sum" over all groups and queries; "none": [..., N].
+    Source: CPC, https://arxiv.org/abs/1807.03748, equation 4; MoCo, https://arxiv.org/abs/1911.05722, equation 1.
+    """
+    query, key = checks.embeddings("... N D", query=query, key=key)
+    checks.flag("in_batch", in_batch)
+    tau = _tau(temperature, logit_scale, normalize, reduction, query)
+    further = candidates.given("negatives", negatives, query)
+    if in_batch:
+        beside = None if further is None else [further, None]
+        term = _terms([query, key], tau, normalize, True, backend, labels, beside, decoupled)[:, 0, 1]
+    else:
+        if further is None:
+            raise ValueError("negatives: found None, wanted further candidates beside in_batch=False")
+        if labels is not None:
+            raise ValueError("labels: found a value beside in_batch=False, wanted None: they are of keys of the batch")
+        checks.flag("decoupled", decoupled)
+        neg, pos = candidates.partners(query, key, further, tau, normalize, backend)
+        term = _rounded(general.cost(neg, pos, decoupled), query)
+    if reduction == "none":
+        return term.reshape(query.shape[:-1])
+    return _reduce(term, reduction, query.shape[:-1].numel())
+
+
+def sup_con(
+    z: Tensor,
+    labels: Tensor,
+    temperature: Temperature = TEMPERATURE,
+    *,
+    logit_scale: Temperature | None = None,
+    normalize: bool = True,
+    reduction: Reduction = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    """Supervised contrast: each row against all rows of its label, the logarithm outside of their mean (L_out).
+
+        l_i = -1/|P(i)| sum_(p in P(i)) log h(z_i, z_p) / sum_(j != i) h(z_i, z_j)
+
+    z: [..., M, D], all views of all samples; leading dimensions are independent groups. labels: integers [M] or
+    [..., M]; P(i): the other rows with the label of row i. A row without a label, a negative integer, is a candidate of
+    the others.
+    reduction: "mean" over the rows that have positives, of all groups; "sum"; "none": [..., M], 0 without positives.
+    Source: Khosla et al., https://arxiv.org/abs/2004.11362, equation 2.
+    """
+    (z,) = checks.embeddings("... M D", z=z)
+    tau = _tau(temperature, logit_scale, normalize, reduction, z)
+    M, D = z.shape[-2:]
+    keys = checks.keys("labels", labels, z).reshape(-1, M)
+    outputs = candidates.everything([z.reshape(-1, M, D)], tau, normalize, False, backend, keys)
+    neg, _, pos_lse, spread, count = (x[:, 0, 0] for x in outputs)  # [G, M]
+    alone = count == 0
+    # log-sum-exp of all minus the mean of the positives, in two parts: of confident classes, the first is the smaller
+    term = general.cost(neg, pos_lse.masked_fill(alone, 0)) + spread
+    term = _rounded(term.masked_fill(alone, 0), z)
+    if reduction == "none":
+        return term.reshape(z.shape[:-1])
+    total = ordered_sum(term)
+    return total / (~alone).sum().clamp(min=1) if reduction == "mean" else total
+
+
+def instance_contrastive(
+    views: Tensor | Sequence[Tensor],
+    temperature: Temperature = TEMPERATURE,
+    *,
+    logit_scale: Temperature | None = None,
+    normalize: bool = True,
+    softmax: Softmax = "pairs",
+    labels: Tensor | None = None,
+    negatives: Negatives | None = None,
+    decoupled: bool = False,
     reduction: Reduction = "mean",
     backend: str | None = None,
 ) -> Tensor:
     """Instance contrast of many views: NT-Xent over all ordered pairs of views, from one Gram matrix.
 
-        l_(a,c,i) = -log h(z_ai, z_ci) / sum_j [ 1[j != i] h(z_ai, z_aj) + h(z_ai, z_cj) ],    a != c
+        softmax="pairs": l_(a,c,i) = -log h(z_ai, z_ci) / sum_j [ 1[j != i] h(z_ai, z_aj) + h(z_ai, z_cj) ],    a != c
+        softmax="joint": l_(a,i)   = -log P / (P + sum_(c, j != i) h(z_ai, z_cj)),    P = sum_(c != a) h(z_ai, z_ci)
 
-    views: [V, B, D], V >= 2.
-    reduction: "mean" or "sum" over the V (V-1) B terms; "none": [V, V, B], anchor (a, i) against view c, 0 where a = c.
-    Source: TCLR section 3.1; its official release, which computes each pair twice.
+    views: [V, B, D], or a list or tuple of V tensors [B, D]; V >= 2.
+    softmax: of the other views one at a time, or of all in one denominator, where the positives are summed.
+    labels [B], negatives [K, D], decoupled: as in the head of this file.
+    reduction: "mean" or "sum" over the V (V-1) B or V B terms; "none": [V, V, B], anchor (a, i) against view c, 0 where
+    a = c; or [V, B].
+    Source: TCLR section 3.1; its official release, which computes each pair twice. "joint": the SimCLR of solo-learn.
     """
-    (views,) = checks.embeddings("V B D", views=views)
+    (views,) = checks.embeddings("V B D", views=checks.stacked("views", views))
     V, B, _ = views.shape
     if V < 2:
         raise ValueError(f"views: found V = {V}, shape {list(views.shape)}, wanted V >= 2")
-    term = _terms(views.unsqueeze(1).unbind(0), temperature, normalize, False, backend, reduction)
-    return term[0] if reduction == "none" else _reduce(term, reduction, V * (V - 1) * B)
+    checks.one_of("softmax", softmax, SOFTMAXES)
+    tau = _tau(temperature, logit_scale, normalize, reduction, views)
+    sets = views.unsqueeze(1).unbind(0)
+    further = None if negatives is None else [candidates.given("negatives", negatives, views[0])]
+    if softmax == "pairs":
+        term = _terms(sets, tau, normalize, False, backend, labels, further, decoupled)
+    else:
+        checks.flag("decoupled", decoupled)
+        parts = candidates.contrast(sets, tau, normalize, False, backend, labels, further)
+        term = _rounded(parts.joint_terms(decoupled), views)
+    return term[0] if reduction == "none" else _reduce(term, reduction, V * B * (V - 1 if softmax == "pairs" else 1))
 
 
 def local_local(
     x1: Tensor,
     x2: Tensor,
+    temperature: Temperature = TEMPERATURE,
     *,
-    temperature: Temperature = 0.1,
+    logit_scale: Temperature | None = None,
     normalize: bool = True,
     symmetric: bool = True,
     reduction: Reduction = "mean",
@@ -141,7 +273,8 @@ def local_local(
     """
     x1, x2 = checks.embeddings("B T D", x1=x1, x2=x2)
     checks.flag("symmetric", symmetric)
-    term = _terms([x1, x2], temperature, normalize, False, backend, reduction)
+    tau = _tau(temperature, logit_scale, normalize, reduction, x1)
+    term = _terms([x1, x2], tau, normalize, False, backend)
     term = term / 2 if symmetric else term[:, 0, 1]
     return term.flatten(1).sum(1) if reduction == "none" else _reduce(term, reduction, len(x1))
 
@@ -149,8 +282,9 @@ def local_local(
 def global_local(
     s: Tensor,
     x: Tensor,
+    temperature: Temperature = TEMPERATURE,
     *,
-    temperature: Temperature = 0.1,
+    logit_scale: Temperature | None = None,
     normalize: bool = True,
     reduction: Reduction = "mean",
     backend: str | None = None,
@@ -164,19 +298,22 @@ def global_local(
     Source: TCLR section 3.3.
     """
     s, x = checks.embeddings("B T D", s=s, x=x)
-    term = _terms([s, x], temperature, normalize, True, backend, reduction)
+    tau = _tau(temperature, logit_scale, normalize, reduction, s)
+    term = _terms([s, x], tau, normalize, True, backend)
     return term.flatten(1).sum(1) if reduction == "none" else _reduce(term, reduction, len(s))
 
 
 def tclr(
-    g: Tensor,
-    s: Tensor,
-    x: Tensor,
+    g: Tensor | Sequence[Tensor],
+    s: Tensor | Sequence[Tensor],
+    x: Tensor | Sequence[Tensor],
+    temperature: Temperature = TEMPERATURE,
     *,
-    temperature: Temperature = 0.1,
+    logit_scale: Temperature | None = None,
     form: Form = "paper",
     weights: Mapping[str, float] | None = None,
     normalize: bool = True,
+    labels: Tensor | None = None,
     backend: str | None = None,
 ) -> TCLRTerms:
     """The TCLR objective: instance, local-local and global-local contrast, and their weighted sum.
@@ -185,6 +322,8 @@ def tclr(
         form="release": total = IC(g) + 1/(V^2 B) sum_(a!=c,i) l_(a,c,i)(x) + B/T mean_i LL_i + V^2/2 mean_(i,v,w) GL_i
 
     g: [V, B, D], the global clips; s: [V, B, T, D], their time slices; x: [V, B, T, D], the local clips; V = 2 views.
+    Each may be a list or tuple of V tensors instead.
+    labels: integers [B], of the videos: those of one label are no negatives of each other in both IC terms.
     weights: a mapping from "ic_global", "ic_local", "ll", "gl" to floats >= 0, 1 where missing ("paper": ic_local 0).
     Returns TCLRTerms; a term of weight 0 is not computed and reads 0.
     Source: TCLR section 3; the closed form of the official release's `contrastive_loss` calls.
@@ -192,8 +331,8 @@ def tclr(
     checks.one_of("form", form, FORMS)
     checks.flag("normalize", normalize)
     weights = checks.weights(weights, FORMS[form])
-    s, x = checks.embeddings("V B T D", s=s, x=x)
-    (g,) = checks.embeddings("V B D", g=g)
+    s, x = checks.embeddings("V B T D", s=checks.stacked("s", s), x=checks.stacked("x", x))
+    (g,) = checks.embeddings("V B D", g=checks.stacked("g", g))
     V, B, T, D = x.shape
     if V != 2:
         raise ValueError(f"x: found V = {V}, shape {list(x.shape)}, wanted V = 2")
@@ -202,7 +341,8 @@ def tclr(
     if g.device != x.device:
         raise ValueError(f"g is on {g.device} and x on {x.device}: wanted one device")
     g, s, x = checks.same_dtype(g=g, s=s, x=x)
-    tau = checks.temperature(temperature, x.device)
+    tau = checks.scaled(temperature, logit_scale, x.device)
+    keys = None if labels is None else checks.keys("labels", labels, g[0])
     name = backends.choose(backend, x.device, V * B * T, D)
 
     release = form == "release"
@@ -215,8 +355,8 @@ def tclr(
     scales, weights = ([float(values[k]) for k in scales] for values in (scales, weights))
     compose = functools.partial(_compose, backend, normalize, scales, weights)
     offered = any(weights) and hasattr(backends.BACKENDS[name], "objective")
-    if torch.compiler.is_compiling() or not offered:
-        return TCLRTerms(*compose(tau, g, s, x))
+    if keys is not None or torch.compiler.is_compiling() or not offered:
+        return TCLRTerms(*compose(tau, g, s, x, keys))
     return TCLRTerms(*objective(name, compose, normalize, scales, weights, tau, g, s, x))
 
 
@@ -229,11 +369,15 @@ def _compose(
     g: Tensor,
     s: Tensor,
     x: Tensor,
+    labels: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """total, ic_global, ic_local, ll, gl from the one operation."""
 
-    def contrast(sets, cross=False):
-        return blocks(sets, tau, normalize=normalize, cross=cross, backend=backend)
+    def contrast(sets, cross=False, labels=None):
+        if labels is None:
+            return blocks(sets, tau, normalize=normalize, cross=cross, backend=backend)
+        parts = candidates.contrast(sets, tau, normalize, cross, backend, labels)
+        return [_rounded(y, sets[0]) for y in (parts.terms(cross, False), parts.neg, parts.pos)]
 
     V, B, T, D = x.shape
     # gradients of several terms meet in float32 at least: in float16, that of a short row may be inf - inf
@@ -241,9 +385,9 @@ def _compose(
     with_ic_global, with_ic_local, with_ll, with_gl = (w != 0 for w in weights)
     sums = [_zero(g), _zero(x), _zero(x), _zero(s) + _zero(x)]
     if with_ic_global:
-        sums[0] = ordered_sum(contrast(g.unsqueeze(1).unbind(0))[0])
+        sums[0] = ordered_sum(contrast(g.unsqueeze(1).unbind(0), labels=labels)[0])
     if with_ic_local:  # its one Gram matrix holds all that LL needs
-        term, _, pos = contrast(x.transpose(1, 2).reshape(V * T, 1, B, D).unbind(0))
+        term, _, pos = contrast(x.transpose(1, 2).reshape(V * T, 1, B, D).unbind(0), labels=labels)
         sums[1] = ordered_sum(term)
         if with_ll:
             sums[2] = ordered_sum(_local_local_from(pos[0]))
@@ -255,21 +399,38 @@ def _compose(
     return sum(weight * term for weight, term in zip(weights, terms, strict=True)), *terms
 
 
+def _tau(
+    temperature: Temperature, logit_scale: Temperature | None, normalize: bool, reduction: Reduction, like: Tensor
+) -> float | Tensor:
+    """The temperature, and the checks of what nearly every loss takes."""
+    checks.one_of("reduction", reduction, REDUCTIONS)
+    checks.flag("normalize", normalize)
+    return checks.scaled(temperature, logit_scale, like.device)
+
+
 def _terms(
     sets: Sequence[Tensor],
-    temperature: Temperature,
+    tau: float | Tensor,
     normalize: bool,
     cross: bool,
     backend: str | None,
-    reduction: Reduction,
+    labels: Tensor | None = None,
+    negatives: Sequence[Tensor | None] | None = None,
+    decoupled: bool = False,
 ) -> Tensor:
-    """The operation's terms, [G, V, V, N], of the sets: [..., N, D]"""
-    checks.one_of("reduction", reduction, REDUCTIONS)
-    checks.flag("normalize", normalize)
-    tau = checks.temperature(temperature, sets[0].device)
-    N, D = sets[0].shape[-2:]
-    sets = [z if z.dim() == 3 else z.reshape(-1, N, D) for z in sets]
-    return blocks(sets, tau, normalize=normalize, cross=cross, backend=backend)[0]
+    """The operation's terms, [G, V, V, N], of the sets: [..., N, D]; negatives: as for `candidates.contrast`"""
+    if labels is None and negatives is None and decoupled is False:
+        N, D = sets[0].shape[-2:]
+        sets = [z if z.dim() == 3 else z.reshape(-1, N, D) for z in sets]
+        return blocks(sets, tau, normalize=normalize, cross=cross, backend=backend)[0]
+    checks.flag("decoupled", decoupled)
+    parts = candidates.contrast(sets, tau, normalize, cross, backend, labels, negatives)
+    return _rounded(parts.terms(cross, decoupled), sets[0])
+
+
+def _rounded(x: Tensor, like: Tensor) -> Tensor:
+    """A result in the dtype that inputs like these give."""
+    return x.to(torch.promote_types(like.dtype, torch.float32))
 
 
 def _off_diagonal(term: Tensor) -> Tensor:

@@ -1,13 +1,15 @@
-"""The losses as modules: the same keywords at construction, the tensors in `forward`."""
+"""The losses as modules: settings at construction; in `forward` the tensors, and all that changes at every step."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from . import checks, losses
-from .losses import Form, Reduction, TCLRTerms, Temperature
+from .candidates import Negatives
+from .checks import TEMPERATURE
+from .losses import Form, Reduction, Softmax, TCLRTerms, Temperature
 
 
 class _Loss(nn.Module):
@@ -16,6 +18,7 @@ class _Loss(nn.Module):
     temperature: a float; an `nn.Parameter` of one element, which is learnt; or a tensor of one element that requires no
     gradient, which becomes a buffer. ValueError for a tensor that requires one and is no Parameter: a module would
     keep the graph of one step for all the others, and an optimizer would not find it.
+    `forward` takes `logit_scale` in the place of a temperature, if none was given here; labels and negatives too.
     """
 
     temperature: Temperature
@@ -33,8 +36,8 @@ class _Loss(nn.Module):
             checks.one_of("reduction", settings["reduction"], losses.REDUCTIONS)
         self.settings = settings
 
-    def forward(self, *tensors: Tensor) -> Tensor | TCLRTerms:
-        return type(self)._function(*tensors, temperature=self.temperature, **self.settings)
+    def _loss(self, *tensors: Tensor | Sequence[Tensor], **changing: Any) -> Any:
+        return type(self)._function(*tensors, temperature=self.temperature, **changing, **self.settings)
 
     def extra_repr(self) -> str:
         temperature = self.temperature
@@ -50,14 +53,33 @@ class NTXentLoss(_Loss):
 
     def __init__(
         self,
+        temperature: Temperature = TEMPERATURE,
         *,
-        temperature: Temperature = 0.1,
         normalize: bool = True,
         symmetric: bool = True,
+        decoupled: bool = False,
         reduction: Reduction = "mean",
         backend: str | None = None,
     ) -> None:
-        super().__init__(temperature, normalize=normalize, symmetric=symmetric, reduction=reduction, backend=backend)
+        super().__init__(
+            temperature,
+            normalize=normalize,
+            symmetric=symmetric,
+            decoupled=decoupled,
+            reduction=reduction,
+            backend=backend,
+        )
+
+    def forward(
+        self,
+        a: Tensor,
+        b: Tensor,
+        *,
+        labels: Tensor | None = None,
+        negatives: Negatives | None = None,
+        logit_scale: Temperature | None = None,
+    ) -> Tensor:
+        return self._loss(a, b, labels=labels, negatives=negatives, logit_scale=logit_scale)
 
 
 class CLIPLoss(_Loss):
@@ -67,29 +89,116 @@ class CLIPLoss(_Loss):
 
     def __init__(
         self,
+        temperature: Temperature = TEMPERATURE,
         *,
-        temperature: Temperature = 0.1,
+        normalize: bool = True,
+        decoupled: bool = False,
+        reduction: Reduction = "mean",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(temperature, normalize=normalize, decoupled=decoupled, reduction=reduction, backend=backend)
+
+    def forward(
+        self,
+        a: Tensor,
+        b: Tensor,
+        *,
+        labels: Tensor | None = None,
+        negatives: tuple[Negatives | None, Negatives | None] = (None, None),
+        logit_scale: Temperature | None = None,
+    ) -> Tensor:
+        return self._loss(a, b, labels=labels, negatives=negatives, logit_scale=logit_scale)
+
+
+class InfoNCELoss(_Loss):
+    """`info_nce` as a module: forward(query, key), query, key: [..., N, D]."""
+
+    _function = staticmethod(losses.info_nce)
+
+    def __init__(
+        self,
+        temperature: Temperature = TEMPERATURE,
+        *,
+        normalize: bool = True,
+        in_batch: bool = True,
+        decoupled: bool = False,
+        reduction: Reduction = "mean",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(
+            temperature,
+            normalize=normalize,
+            in_batch=in_batch,
+            decoupled=decoupled,
+            reduction=reduction,
+            backend=backend,
+        )
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        *,
+        labels: Tensor | None = None,
+        negatives: Negatives | None = None,
+        logit_scale: Temperature | None = None,
+    ) -> Tensor:
+        return self._loss(query, key, labels=labels, negatives=negatives, logit_scale=logit_scale)
+
+
+class SupConLoss(_Loss):
+    """`sup_con` as a module: forward(z, labels), z: [..., M, D], labels: [M] or [..., M]."""
+
+    _function = staticmethod(losses.sup_con)
+
+    def __init__(
+        self,
+        temperature: Temperature = TEMPERATURE,
+        *,
         normalize: bool = True,
         reduction: Reduction = "mean",
         backend: str | None = None,
     ) -> None:
         super().__init__(temperature, normalize=normalize, reduction=reduction, backend=backend)
 
+    def forward(
+        self,
+        z: Tensor,
+        labels: Tensor,
+        *,
+        logit_scale: Temperature | None = None,
+    ) -> Tensor:
+        return self._loss(z, labels, logit_scale=logit_scale)
+
 
 class InstanceContrastiveLoss(_Loss):
-    """`instance_contrastive` as a module: forward(views), views: [V, B, D]."""
+    """`instance_contrastive` as a module: forward(views), views: [V, B, D], or V tensors."""
 
     _function = staticmethod(losses.instance_contrastive)
 
     def __init__(
         self,
+        temperature: Temperature = TEMPERATURE,
         *,
-        temperature: Temperature = 0.1,
         normalize: bool = True,
+        softmax: Softmax = "pairs",
+        decoupled: bool = False,
         reduction: Reduction = "mean",
         backend: str | None = None,
     ) -> None:
-        super().__init__(temperature, normalize=normalize, reduction=reduction, backend=backend)
+        super().__init__(
+            temperature, normalize=normalize, softmax=softmax, decoupled=decoupled, reduction=reduction, backend=backend
+        )
+
+    def forward(
+        self,
+        views: Tensor | Sequence[Tensor],
+        *,
+        labels: Tensor | None = None,
+        negatives: Negatives | None = None,
+        logit_scale: Temperature | None = None,
+    ) -> Tensor:
+        return self._loss(views, labels=labels, negatives=negatives, logit_scale=logit_scale)
 
 
 class LocalLocalLoss(_Loss):
@@ -99,14 +208,23 @@ class LocalLocalLoss(_Loss):
 
     def __init__(
         self,
+        temperature: Temperature = TEMPERATURE,
         *,
-        temperature: Temperature = 0.1,
         normalize: bool = True,
         symmetric: bool = True,
         reduction: Reduction = "mean",
         backend: str | None = None,
     ) -> None:
         super().__init__(temperature, normalize=normalize, symmetric=symmetric, reduction=reduction, backend=backend)
+
+    def forward(
+        self,
+        x1: Tensor,
+        x2: Tensor,
+        *,
+        logit_scale: Temperature | None = None,
+    ) -> Tensor:
+        return self._loss(x1, x2, logit_scale=logit_scale)
 
 
 class GlobalLocalLoss(_Loss):
@@ -116,13 +234,22 @@ class GlobalLocalLoss(_Loss):
 
     def __init__(
         self,
+        temperature: Temperature = TEMPERATURE,
         *,
-        temperature: Temperature = 0.1,
         normalize: bool = True,
         reduction: Reduction = "mean",
         backend: str | None = None,
     ) -> None:
         super().__init__(temperature, normalize=normalize, reduction=reduction, backend=backend)
+
+    def forward(
+        self,
+        s: Tensor,
+        x: Tensor,
+        *,
+        logit_scale: Temperature | None = None,
+    ) -> Tensor:
+        return self._loss(s, x, logit_scale=logit_scale)
 
 
 class TCLRLoss(_Loss):
@@ -132,8 +259,8 @@ class TCLRLoss(_Loss):
 
     def __init__(
         self,
+        temperature: Temperature = TEMPERATURE,
         *,
-        temperature: Temperature = 0.1,
         form: Form = "paper",
         weights: Mapping[str, float] | None = None,
         normalize: bool = True,
@@ -142,3 +269,14 @@ class TCLRLoss(_Loss):
         checks.one_of("form", form, losses.FORMS)
         weights = checks.weights(weights, losses.FORMS[form])
         super().__init__(temperature, form=form, weights=dict(weights), normalize=normalize, backend=backend)
+
+    def forward(
+        self,
+        g: Tensor | Sequence[Tensor],
+        s: Tensor | Sequence[Tensor],
+        x: Tensor | Sequence[Tensor],
+        *,
+        labels: Tensor | None = None,
+        logit_scale: Temperature | None = None,
+    ) -> TCLRTerms:
+        return self._loss(g, s, x, labels=labels, logit_scale=logit_scale)

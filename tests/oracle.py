@@ -78,6 +78,44 @@ def release_loops(g, s, x, sim):
     return nt_xent(*g), ic_local, ll, gl
 
 
+def among_loops(a, b, sim, labels=None, further=(), own=True, in_batch=True, decoupled=False):
+    """-log h(a_i, b_i) / sum of h over its candidates, for every i: b, a where `own`, and further rows. a, b: [N, D]
+
+    Rows with the label of row i are no candidates; the positive is one unless `decoupled`. None left: 0.
+    """
+    losses = []
+    for i, u in enumerate(a):
+        other = [j for j in range(len(a)) if j != i and (labels is None or not labels[j] == labels[i] >= 0)]
+        rows = [b[j] for j in other if in_batch] + [a[j] for j in other if own] + list(further)
+        positive, negatives = sim(u, b[i]).exp(), sum(sim(u, v).exp() for v in rows)
+        losses.append(-(positive / (negatives + (not decoupled) * positive)).log() if rows else 0 * positive)
+    return torch.stack(losses)
+
+
+def sup_con_loops(z, labels, sim):
+    """-1/|P| sum_p log h(z_i, z_p) / sum_(j != i) h(z_i, z_j), for every i; 0 without positives. z: [M, D]"""
+    losses = []
+    for i, u in enumerate(z):
+        total = sum(sim(u, z[j]).exp() for j in range(len(z)) if j != i)
+        same = [j for j in range(len(z)) if j != i and labels[j] == labels[i] >= 0]
+        terms = [-(sim(u, z[j]).exp() / total).log() for j in same]
+        losses.append(sum(terms) / len(same) if same else 0 * sim(u, u))
+    return torch.stack(losses)
+
+
+def joint_loops(views, sim, labels=None, further=(), decoupled=False):
+    """-log P / (P + N), P the sum of h over a row's other views, N over the rows with another label: [V, B]"""
+    V, B, _ = views.shape
+    losses = []
+    for a, i in ((a, i) for a in range(V) for i in range(B)):
+        other = [j for j in range(B) if j != i and (labels is None or not labels[j] == labels[i] >= 0)]
+        rows = [views[c, j] for c in range(V) for j in other] + list(further)
+        positive = sum(sim(views[a, i], views[c, i]).exp() for c in range(V) if c != a)
+        negatives = sum(sim(views[a, i], v).exp() for v in rows)
+        losses.append(-(positive / (negatives + (not decoupled) * positive)).log() if rows else 0 * positive)
+    return torch.stack(losses).view(V, B)
+
+
 # ---- the same in eager PyTorch: cat, matmul, mask; the positive of row i is candidate i
 
 
@@ -124,6 +162,74 @@ def views_eager(views, tau, how):
     own = S.diagonal().permute(2, 0, 1).masked_fill(torch.eye(B, dtype=torch.bool, device=S.device), -torch.inf)
     losses = how(torch.cat([S, own[:, None].expand_as(S)], -1))
     return losses.masked_fill(torch.eye(V, dtype=torch.bool, device=S.device)[:, :, None], 0)
+
+
+def twos(N):
+    """Labels of classes of two, which stay confident however alike their rows are."""
+    return torch.arange(N) // 2
+
+
+def among_eager(a, b, q, tau, how, labels=None, own=True, in_batch=True):
+    """a_i against b_i among b, a where `own`, and q; rows of one label are no candidates."""
+    itself = torch.eye(len(a), dtype=torch.bool, device=a.device)
+    alike = itself if labels is None else labels[:, None] == labels
+    blocks = [(a @ b.mT / tau).masked_fill(alike & ~itself if in_batch else ~itself, -torch.inf), a @ q.mT / tau]
+    if own:
+        blocks.append((a @ a.mT / tau).masked_fill(alike, -torch.inf))
+    return how(torch.cat(blocks, -1))
+
+
+def nt_xent_further_eager(a, b, q, tau, how):
+    return torch.cat([among_eager(*z, q, tau, how, twos(len(a))) for z in ((a, b), (b, a))])
+
+
+def clip_decoupled_eager(a, b, q, r, tau, how):
+    """`how` is of no use here: both ways to write it are log-sum-exp minus positive."""
+
+    def decoupled(candidates):
+        itself = torch.eye(*candidates.shape, dtype=torch.bool)
+        return candidates.masked_fill(itself, -torch.inf).logsumexp(-1) - candidates.diagonal()
+
+    return torch.cat([among_eager(*z, tau, decoupled, own=False) for z in ((a, b, q), (b, a, r))])
+
+
+def moco_eager(q, k, queue, tau, how):
+    return among_eager(q, k, queue, tau, how, own=False, in_batch=False)
+
+
+def sup_con_eager(z, tau, how, labels=twos):
+    """Exact where it is the judge: log-sum-exp and spread apart, the spread only where it is not always 0."""
+    labels = labels(len(z))
+    S = z @ z.mT / tau
+    itself = torch.eye(len(z), dtype=torch.bool)
+    positive = (labels[:, None] == labels) & (labels >= 0) & ~itself
+    count = positive.sum(-1)
+    pos_lse = S.masked_fill(~positive, -torch.inf).masked_fill((count == 0)[:, None], 0).logsumexp(-1)
+    mean = S.masked_fill(~positive, 0).sum(-1) / count.clamp(min=1)
+    if how is cross_entropy:
+        term = S.masked_fill(itself, -torch.inf).logsumexp(-1) - mean
+    else:
+        several = positive & (count > 1)[:, None]
+        spread = S.masked_fill(~several, -torch.inf).masked_fill((count < 2)[:, None], 0).logsumexp(-1)
+        spread = spread - S.masked_fill(~several, 0).sum(-1) / count.clamp(min=1)
+        neg = S.masked_fill(positive | itself, -1e300).logsumexp(-1)
+        term = -F.logsigmoid(pos_lse - neg) + spread.masked_fill(count < 2, 0)
+    return term.masked_fill(count == 0, 0)
+
+
+def joint_eager(views, q, tau, how):
+    V, B, D = views.shape
+    z = views.reshape(V * B, D)
+    index, itself = torch.arange(B).repeat(V), torch.eye(V * B, dtype=torch.bool)
+    S = z @ z.mT / tau
+    alike = index[:, None] == index
+    positive = S.masked_fill(~alike | itself, -torch.inf).logsumexp(-1)
+    others = torch.cat([S.masked_fill(alike, -torch.inf), z @ q.mT / tau], -1)
+    if how is cross_entropy:
+        term = torch.cat([others, S.masked_fill(~alike | itself, -torch.inf)], -1).logsumexp(-1) - positive
+    else:
+        term = -F.logsigmoid(positive - others.logsumexp(-1))
+    return term.view(V, B)
 
 
 def local_local_eager(x1, x2, tau, how, symmetric=True):
@@ -205,12 +311,39 @@ def clips(B, T, D):
     return [(2, B, D), (2, B, T, D), (2, B, T, D)]
 
 
+def nt_xent_further(a, b, q, **settings):
+    return tk.nt_xent(a, b, labels=twos(len(a)), negatives=q, **settings)
+
+
+def clip_decoupled(a, b, q, r, **settings):
+    return tk.clip_loss(a, b, negatives=(q, r), decoupled=True, **settings)
+
+
+def moco(q, k, queue, **settings):
+    return tk.info_nce(q, k, negatives=queue, in_batch=False, **settings)
+
+
+def sup_con(z, **settings):
+    return tk.sup_con(z, twos(len(z)), **settings)
+
+
+def joint(views, q, **settings):
+    return tk.instance_contrastive(views, negatives=q, softmax="joint", **settings)
+
+
 one_way = dict(symmetric=False)
 LOSSES = {
     "nt_xent": Loss(none(tk.nt_xent), nt_xent_eager, rows),
     "nt_xent one way": Loss(none(tk.nt_xent, **one_way), functools.partial(nt_xent_eager, **one_way), rows),
     "clip_loss": Loss(none(tk.clip_loss), clip_eager, rows),
     "instance_contrastive": Loss(none(tk.instance_contrastive), views_eager, lambda B, T, D: [(T, B, D)], True),
+    "nt_xent further": Loss(none(nt_xent_further), nt_xent_further_eager, lambda B, T, D: [*rows(B, T, D), (B + T, D)]),
+    "clip_loss decoupled": Loss(
+        none(clip_decoupled), clip_decoupled_eager, lambda B, T, D: [*rows(B, T, D), (B + T, D), (B + T + 1, D)]
+    ),
+    "moco": Loss(none(moco), moco_eager, lambda B, T, D: [*rows(B, T, D), (B + T, D)]),
+    "sup_con": Loss(none(sup_con), sup_con_eager, lambda B, T, D: [(2 * B, D)]),
+    "views joint": Loss(none(joint), joint_eager, lambda B, T, D: [(max(T, 2), B, D), (B + T, D)]),
     "local_local": Loss(none(tk.local_local), local_local_eager, videos),
     "local_local one way": Loss(
         none(tk.local_local, **one_way), functools.partial(local_local_eager, **one_way), videos

@@ -132,3 +132,25 @@ def test_a_second_derivative_is_an_error(backend):
     (slope,) = torch.autograd.grad(out, a, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward|second derivative"):
         slope.sum().backward()
+
+
+@full
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_the_general_operation(dynamic, backend):
+    keys = torch.tensor([0, 1, 0, 2, -1, 1, -1, 3])
+
+    def call(tau, a, b, columns):
+        settings = dict(temperature=tau, backend=backend)
+        labelled = tk.gram([a[None], b[None]], keys=keys, **settings)
+        some = tk.gram([a[None], b[None]], rows=(2, 4), **settings)
+        others = tk.rectangle(a, columns, **settings)
+        pairs = tk.pair_sum(others, a, row_keys=keys, **settings)
+        return torch.stack([labelled.term.sum(), labelled.spread.sum(), some.term.sum(), others.sum(), pairs.sum()])
+
+    agree(call, [torch.tensor(0.2), *(torch.randn(n, 5) for n in (8, 8, 20))], dynamic=dynamic)
+
+
+@full
+def test_a_rectangle_of_columns_without_gradient(backend):
+    columns = torch.randn(20, 5)
+    agree(lambda rows: tk.rectangle(rows, columns, backend=backend), [torch.randn(8, 5)])

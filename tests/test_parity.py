@@ -38,9 +38,11 @@ VIDEOS = {  # (B, T, D)
     "many clips": (2, 33, 31),
     "long": (2, 65, 64),
 }
+FURTHER = "nt_xent further", "clip_loss decoupled", "moco", "sup_con", "views joint"
 CASES = [
     *itertools.product(["nt_xent", "clip_loss"], ROWS),
     *itertools.product(["instance_contrastive"], list(ROWS)[:-1]),
+    *itertools.product(FURTHER, [size for size in ROWS if ROWS[size][0] < 200]),
     *itertools.product(["local_local", "global_local"], VIDEOS),
     *itertools.product(["tclr", "tclr release", "tclr total", "tclr release total"], list(VIDEOS)[:5]),
 ]
@@ -57,7 +59,7 @@ def test_sizes(name, size, dtype, backend):
 CONFIDENT = [  # C4: views of one cosine, at temperatures from easy to hard
     *itertools.product(["nt_xent", "clip_loss"], [0.9, 0.99, 0.999, 1], [0.5, 0.1, 0.05, 0.01], DTYPES),
     *itertools.product(
-        ["instance_contrastive", "tclr release", "tclr release total"],
+        ["instance_contrastive", *FURTHER, "tclr release", "tclr release total"],
         [0.9, 1],
         [0.1, 0.01],
         [torch.float32, torch.float16],
@@ -73,7 +75,7 @@ def test_confident_pairs(name, rho, tau, dtype, backend):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tau", [10.0, 0.005, 0.001])
 @pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("name", ["nt_xent", "clip_loss"])
+@pytest.mark.parametrize("name", ["nt_xent", "clip_loss", "moco", "sup_con"])
 def test_extreme_temperatures(name, normalize, tau, dtype, backend):
     loss = LOSSES[name]
     judge(loss, loss.inputs((37, 2, 24), dtype, normalize=normalize), tau, backend, normalize)
@@ -143,7 +145,8 @@ LAYOUTS = as_it_is, transposed, step_two, rows_apart, red_zone
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "name", ["nt_xent", "clip_loss", "instance_contrastive", "global_local", "tclr release", "tclr release total"]
+    "name",
+    ["nt_xent", "clip_loss", "instance_contrastive", *FURTHER, "global_local", "tclr release", "tclr release total"],
 )
 def test_strides_change_no_bit(name, dtype, layout, backend):
     inputs = LOSSES[name].inputs((9, 4, 21), dtype)

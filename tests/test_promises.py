@@ -1,5 +1,6 @@
 """D1-D10: what the losses promise beyond the formulas. The names say which promise."""
 
+import functools
 import math
 from fractions import Fraction
 
@@ -16,15 +17,23 @@ KINDS = (
     "nt_xent",
     "clip_loss",
     "instance_contrastive",
+    "nt_xent further",
+    "clip_loss decoupled",
+    "moco",
+    "sup_con",
+    "views joint",
     "local_local",
     "global_local",
     "tclr",
     "tclr release",
     "tclr release total",
 )
+sup_con = functools.partial(tk.sup_con, labels=torch.tensor([0, 1, 0, 1, -1]))
 TAKES = {  # function -> names and dimensions of its inputs
     tk.nt_xent: dict(a=(5, 8), b=(5, 8)),
     tk.clip_loss: dict(a=(5, 8), b=(5, 8)),
+    tk.info_nce: dict(query=(5, 8), key=(5, 8)),
+    sup_con: dict(z=(5, 8)),
     tk.instance_contrastive: dict(views=(3, 5, 8)),
     tk.local_local: dict(x1=(5, 4, 8), x2=(5, 4, 8)),
     tk.global_local: dict(s=(5, 4, 8), x=(5, 4, 8)),
@@ -275,7 +284,9 @@ def test_d6_empty_input_is_named(function, name, backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["nt_xent", "clip_loss", "instance_contrastive", "local_local", "global_local"])
+@pytest.mark.parametrize(
+    "name", ["nt_xent", "clip_loss", "instance_contrastive", "sup_con", "local_local", "global_local"]
+)
 def test_d7_one_row_costs_exactly_zero(name, dtype, backend):
     """B = 1, and T = 1 within videos."""
     sizes = (4, 1, 8) if name.endswith("local") else (1, 3, 8)
@@ -319,7 +330,7 @@ def test_d8_wrong_input_is_named_in_one_line(function, name, wrong, backend):
 
 
 @pytest.mark.parametrize("wrong", SIZES)
-@pytest.mark.parametrize("function, name", [(f, name) for f, name in ARGUMENTS if f is not tk.instance_contrastive])
+@pytest.mark.parametrize("function, name", [(f, name) for f, name in ARGUMENTS if len(TAKES[f]) > 1])
 def test_d8_inputs_that_differ_are_named_in_one_line(function, name, wrong, backend):
     make, words = SIZES[wrong]
     given = tensors(function)

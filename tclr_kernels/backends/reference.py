@@ -150,7 +150,7 @@ def rectangle(
     pos_lse = m.S.masked_fill(~m.positive, -torch.inf).logsumexp(-1)
     count = m.positive.sum(-1)
     mean = m.S.masked_fill(~m.positive, 0).sum(-1) / count.clamp(min=1)
-    return neg, pos, pos_lse, (pos_lse - mean).masked_fill(count == 0, 0), count.to(m.dtype)
+    return neg, pos, pos_lse, (pos_lse - mean).masked_fill(count < 2, 0), count.to(m.dtype)
 
 
 def rectangle_backward(

@@ -1,0 +1,123 @@
+"""What a loss is made of where its candidates are not the plain ones: labels, and negatives beyond the sets.
+
+All of it is composed of `general.py`, in the dtype of its results; losses round to the inputs' dtype at the end. Where
+several calls use the inputs and the temperature, these are widened to float32, because their gradients are added: in
+float16, that of a short row may be inf - inf.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backends, checks, general
+from .queue import NegativeQueue
+
+Negatives = Tensor | NegativeQueue
+
+
+def given(name: str, negatives: Negatives | None, anchors: Tensor) -> Tensor | None:
+    """The negatives of anchors [..., N, D], checked: [K, D] or [..., K, D]; of a queue, a copy of its rows."""
+    if negatives is None:
+        return None
+    if isinstance(negatives, NegativeQueue):
+        negatives = negatives.rows.to(anchors.dtype, copy=torch.is_grad_enabled())
+    return checks.sides(embeddings=anchors, **{name: negatives})[1]
+
+
+class Contrast(NamedTuple):
+    """Log-sum-exps of the anchors of sets [G, N, D], of the dtype of `general.rectangle`'s results.
+
+    neg, pos: [G, V, V, N], as `symmetric.py` defines them, but that neg is without the anchor's own label.
+    further: of the negatives beyond the sets, [G, V, N], or None.
+    """
+
+    neg: Tensor
+    pos: Tensor
+    further: Tensor | None
+
+    def terms(self, cross: bool, decoupled: bool) -> Tensor:
+        """Each row against each other set: [G, V, V, N], 0 where a set would meet itself."""
+        return general.terms(self.neg, self.pos, cross, self.further, decoupled)
+
+    def joint_terms(self, decoupled: bool) -> Tensor:
+        """Each row against all sets together, its positives summed: [G, V, N]"""
+        sets = torch.arange(self.pos.shape[1], device=self.pos.device)
+        itself = (sets[:, None] == sets)[:, :, None]
+        positive = self.pos.masked_fill(itself, -torch.inf).logsumexp(2)
+        blocks = [*self.neg.unbind(2), *([] if self.further is None else [self.further])]
+        return general.cost(functools.reduce(general.log_add, blocks), positive, decoupled)
+
+
+def contrast(
+    sets: Sequence[Tensor],
+    tau: float | Tensor,
+    normalize: bool,
+    cross: bool,
+    backend: str | None,
+    labels: Tensor | None = None,
+    negatives: Sequence[Tensor | None] | None = None,
+) -> Contrast:
+    """The sets [..., N, D] against each other and against further negatives.
+
+    labels: integers [N] or [..., N]. negatives: one tensor for all anchors, or for each set's one or None.
+    """
+    *_, N, D = sets[0].shape
+    keys = None if labels is None else checks.keys("labels", labels, sets[0]).reshape(-1, N)
+    if negatives is not None:
+        tau, *sets = map(widened, (tau, *sets))
+    sets = [z.reshape(-1, N, D) for z in sets]
+    neg, pos, *_ = everything(sets, tau, normalize, cross, backend, keys)
+    if negatives is None:
+        return Contrast(neg, pos, None)
+    rows = torch.stack(sets, 1)
+    call = functools.partial(log_sum, tau=tau, normalize=normalize, backend=backend)
+    if len(negatives) == 1:
+        return Contrast(neg, pos, call(rows, negatives[0]))
+    absent = neg.new_full((len(rows), N), -torch.inf)
+    parts = [absent if x is None else call(z, x) for z, x in zip(sets, negatives, strict=True)]
+    return Contrast(neg, pos, torch.stack(parts, 1))
+
+
+def everything(
+    sets: Sequence[Tensor],
+    tau: float | Tensor,
+    normalize: bool,
+    cross: bool,
+    backend: str | None,
+    keys: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """What `general.rectangle` gives for all rows of sets [G, N, D] against each other; keys: [G, N]"""
+    G, N, D = sets[0].shape
+    name = backends.choose(backend, sets[0].device, G * len(sets) * N, D, sets[0].dtype)
+    return general.rectangle(general.Settings(name, normalize, cross, 0), tau, (keys, keys), [], sets)
+
+
+def log_sum(anchors: Tensor, negatives: Tensor, tau: float | Tensor, normalize: bool, backend: str | None) -> Tensor:
+    """The log-sum-exp of anchors [G, ..., D] against negatives, [K, D] or a group's own [..., K, D]: [G, ...]"""
+    groups, D = 1 if negatives.dim() == 2 else len(anchors), anchors.shape[-1]
+    rows, columns = (z.to(anchors.dtype).reshape(groups, -1, D) for z in (anchors, negatives))
+    size = rows.shape[:-1].numel() + columns.shape[:-1].numel()
+    name = backends.choose(backend, rows.device, size, D, rows.dtype)
+    neg, *_ = general.rectangle(general.Settings(name, normalize), tau, general.NO_KEYS, [rows], [columns])
+    return neg.reshape(anchors.shape[:-1])
+
+
+def partners(
+    a: Tensor, b: Tensor, negatives: Tensor, tau: float | Tensor, normalize: bool, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """Rows [..., N, D] that have no other candidates than their partners in b and further negatives.
+
+    Returns the log-sum-exp of the negatives, and the partners' similarities: [..., N].
+    """
+    tau, a, b = map(widened, (tau, a, b))
+    pos = everything([z.reshape(-1, 1, z.shape[-1]) for z in (a, b)], tau, normalize, True, backend)[1][:, 0, 1]
+    neg = log_sum(a.reshape(-1, *a.shape[-2:]), negatives, tau, normalize, backend)
+    return neg.reshape(a.shape[:-1]), pos.reshape(a.shape[:-1])
+
+
+def widened(x: Any) -> Any:
+    """A tensor in float32 at least; a number as it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32)) if isinstance(x, torch.Tensor) else x
