@@ -12,12 +12,13 @@ from torch import Tensor
 DTYPES = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
 
-def embeddings(dims: str, **tensors: Tensor) -> list[Tensor]:
+def embeddings(dims: str, empty: bool = False, /, **tensors: Tensor) -> list[Tensor]:
     """The tensors, checked to be embeddings of one shape, dtype and device.
 
-    dims: the dimensions' names, in brackets the leading ones that may be any number: "... N D".
+    dims: the dimensions' names, in brackets the leading ones that may be any number: "... N D"; empty: whether there
+    may be no rows, as on one of many processes.
     """
-    return _alike(dims, tensors)
+    return _alike(dims, tensors, empty)
 
 
 def _alike(dims: str, tensors: Mapping[str, Tensor], empty: bool = False) -> list[Tensor]:
@@ -189,7 +190,7 @@ def _embedding(name: str, x: object, dims: Sequence[str], check_values: bool, em
     fixed = [d for d in dims if d != "..."]
     if x.dim() < len(fixed) or ("..." not in dims and x.dim() > len(fixed)):
         raise ValueError(f"{name}: found {x.dim()} dimensions, shape {list(x.shape)}, wanted {wanted}")
-    if 0 in x.shape and not empty:
+    if 0 in x.shape and not (empty and x.shape[-1]):
         raise ValueError(f"{name}: found an empty tensor, shape {list(x.shape)}, wanted every size of {wanted} >= 1")
     if check_values:
         finite = torch.isfinite(x).all(-1)

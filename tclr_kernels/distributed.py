@@ -11,38 +11,68 @@ ranks afterwards, as DistributedDataParallel does, that is the gradient of a sin
 
 import functools
 import hashlib
+import inspect
 import os
-from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import backends
-from .general import Keys, Settings
+from .general import Settings
 from .symmetric import ordered_sum
 
 Group = Any  # None, "world", a torch.distributed.ProcessGroup or a DeviceMesh of one dimension
-FACTS = "rows", "negatives", "width", "sets", "leading dimensions", "dtype", "settings", "inputs that need a gradient"
-MAY_DIFFER = "rows", "negatives"
+Shares = Sequence[int] | None
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
+class Further(NamedTuple):
+    """Negatives beyond the sets: [K, D] or [..., K, D]; everywhere: each process has the same, as of a queue."""
+
+    rows: Tensor
+    everywhere: bool = False
+
+
+class Facts(NamedTuple):
+    """What a rank tells the others of its call, in integers."""
+
+    failed: int = 0
+    rows: int = 0
+    negatives: int = 0
+    negatives_of_b: int = 0
+    width: int = 0
+    sets: int = 0
+    leading: int = 0
+    dtype: int = 0
+    settings: int = 0
+    gradients: int = 0
+
+
+ALIKE = {  # the facts that must not differ, as errors name them
+    "width": "D, the width of the embeddings",
+    "sets": "the number of sets or views",
+    "leading": "the leading dimensions",
+    "dtype": "dtype",
+    "settings": "the loss or its settings",
+    "gradients": "which inputs require a gradient",
+}
+
+
 class Process:
-    """This rank's part in one call of a loss.
+    """This rank's part in one call of a loss. The shares, rows of each rank, are known once the ranks have agreed."""
 
-    shares: rows of each rank; negatives: negatives of each rank; both known once the ranks have agreed.
-    """
-
-    def __init__(self, group: "dist.ProcessGroup", shares: Sequence[int] | None) -> None:
+    def __init__(self, group: "dist.ProcessGroup", promised: Shares, settings: int, gradients: int) -> None:
         self.name, self.rank, self.size = group.group_name, dist.get_rank(group), dist.get_world_size(group)
         self.devices = [device.type for device in group._device_types]
-        self.promised = shares
-        self.shares: list[int] = []
-        self.negatives: list[int] = []
+        self.promised, self.settings, self.gradients = promised, settings, gradients
+        self.exchanges = promised is None or os.environ.get("TCLR_KERNELS_CHECK") == "1"
         self.agreed = False
+        self.shares: list[int] = []
+        self.negatives: list[list[int]] = []  # of each rank, for the first and for the second tensor of them
 
     @property
     def first(self) -> int:
@@ -52,55 +82,62 @@ class Process:
     def own(self) -> int:
         return self.shares[self.rank]
 
-    def agree(self, like: Tensor, **facts: int) -> None:
-        """All ranks compare what they have, and learn everybody's shares. facts: by the names of FACTS"""
+    @property
+    def rows(self) -> int:
+        """Of all ranks."""
+        return sum(self.shares)
+
+    def agree(self, like: Tensor, sets: int, negatives: Sequence[Further | None] = (), rows: int | None = None) -> None:
+        """All ranks compare what they have, and learn everybody's shares; done once a call.
+
+        like: [..., n, D]; rows: n, where the rows are another dimension's.
+        """
         if self.agreed:
             return
+        rows = like.shape[-2] if rows is None else rows
         if like.device.type not in self.devices:
-            raise ValueError(f"group: found rows on {like.device}, wanted one of the group's devices {self.devices}")
-        if self.promised is not None:
-            self._keep_promise(facts["rows"])
+            raise ValueError(f"group: found embeddings on {like.device}, wanted a device of the group, {self.devices}")
+        if self.promised is not None and (len(self.promised) != self.size or self.promised[self.rank] != rows):
+            raise ValueError(
+                f"shares: found {list(self.promised)}, wanted the rows of each of the {self.size} ranks, "
+                f"of which rank {self.rank} has {rows}"
+            )
         self.agreed = True
-        if self.promised is not None and os.environ.get("TCLR_KERNELS_CHECK") != "1":
-            self.shares, self.negatives = list(self.promised), [facts["negatives"]] * self.size
+        counts = [0 if x is None or x.everywhere else x.rows.shape[-2] for x in (*negatives, None, None)][:2]
+        leading = [n for n in like.shape[:-2]] if like.dim() > 1 else []
+        mine = Facts(
+            0, rows, *counts, like.shape[-1], sets, _digest(leading), _digest(like.dtype), self.settings, self.gradients
+        )
+        table = self._exchange(like.device, mine) if self.exchanges else None
+        if table is None:
+            self.shares, self.negatives = list(self.promised), [[n] * self.size for n in counts]
         else:
-            table = self._exchange(like.device, [0, *(facts[name] for name in FACTS)])
             self._compare(table)
-            self.shares, self.negatives = ([row[1 + FACTS.index(name)] for row in table] for name in MAY_DIFFER)
+            self.shares = [facts.rows for facts in table]
+            self.negatives = [[facts.negatives for facts in table], [facts.negatives_of_b for facts in table]]
             if self.promised is not None and self.shares != list(self.promised):
                 raise ValueError(f"shares: found {list(self.promised)}, wanted the rows of each rank, {self.shares}")
-        if sum(self.shares) == 0:
+        if self.rows == 0:
             raise ValueError("group: found no rows on any rank, wanted one at least")
 
     def fail(self) -> None:
-        """Tells the other ranks that this one raises an error, unless they were told not to ask."""
-        if not self.agreed and (self.promised is None or os.environ.get("TCLR_KERNELS_CHECK") == "1"):
+        """Tells the other ranks that this one raises an error, where they ask."""
+        if not self.agreed and self.exchanges:
             self.agreed = True
-            device = "cpu" if "cpu" in self.devices else self.devices[0]
-            self._exchange(torch.device(device), [1] + [0] * len(FACTS))
+            self._exchange(torch.device("cpu" if "cpu" in self.devices else self.devices[0]), Facts(failed=1))
 
-    def _keep_promise(self, rows: int) -> None:
-        wanted = f"{self.size} integers >= 0, one for each rank, this rank's being its {rows} rows"
-        if len(self.promised) != self.size or self.promised[self.rank] != rows:
-            raise ValueError(f"shares: found {list(self.promised)}, wanted {wanted} (rank {self.rank})")
+    def _exchange(self, device: torch.device, mine: Facts) -> list[Facts]:
+        """The facts of all ranks: the one thing that is read on the host."""
+        return [Facts(*row) for row in self.all_gather(torch.tensor([mine]).to(device)).tolist()]
 
-    def _exchange(self, device: torch.device, row: list[int]) -> list[list[int]]:
-        """The rows of all ranks. The one value that is read on the host."""
-        mine = torch.tensor([row], dtype=torch.int64).to(device)
-        return self.all_gather(mine).tolist()
-
-    def _compare(self, table: list[list[int]]) -> None:
-        for rank, (failed, *_) in enumerate(table):
-            if failed:
-                raise RuntimeError(
-                    f"group: rank {rank} of {self.size} raised an error in this call; see its own message"
-                )
-        for k, name in enumerate(FACTS):
-            found = [row[1 + k] for row in table]
-            if name not in MAY_DIFFER and len(set(found)) > 1:
-                values = (
-                    f": found {found}, wanted one value" if name in ("width", "sets") else ", wanted the same on all"
-                )
+    def _compare(self, table: list[Facts]) -> None:
+        for rank, facts in enumerate(table):
+            if facts.failed:
+                raise RuntimeError(f"group: rank {rank} of {self.size} raised an error in this call; see its message")
+        for field, name in ALIKE.items():
+            found = [getattr(facts, field) for facts in table]
+            if len(set(found)) > 1:
+                values = f": found {found}, wanted one value" if field in ("width", "sets") else ", wanted them alike"
                 raise ValueError(f"group: ranks differ in {name}{values}")
 
     def all_gather(self, x: Tensor) -> Tensor:
@@ -112,66 +149,142 @@ class Process:
         """The ranks' tensors, of so many entries along a dimension, joined along it in the order of ranks."""
         largest = max(*counts, 1)
         x = x.movedim(dim, 0)
-        if len(x) < largest:
+        if len(x) < largest:  # never empty: gloo dies of it
             x = torch.cat([x, x.new_zeros(largest - len(x), *x.shape[1:])])
         parts = self.all_gather(x).split(largest)
         return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)]).movedim(0, dim)
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum over the ranks, added in their order, so that all get the same bits."""
-        parts = self.all_gather(x.double()[None])
-        return functools.reduce(torch.add, parts.unbind(0)).to(x.dtype)
+        """The sum over the ranks in float64, added in their order, so that all get the same bits."""
+        return functools.reduce(torch.add, self.all_gather(x.double()[None]).unbind(0)).to(x.dtype)
 
 
-def resolve(group: Group, shares: Sequence[int] | None) -> Process | None:
-    """This rank's part; None for a single process."""
-    if group is None:
-        if shares is not None:
-            raise ValueError(f"shares: found {shares!r} without a group, wanted None")
-        return None
-    if shares is not None:
-        whole = isinstance(shares, Sequence) and all(isinstance(n, int) and n >= 0 for n in shares)
-        if not whole:
-            raise TypeError(f"shares: found {shares!r}, wanted a list of integers >= 0, the rows of each rank")
-    if group == "world":
-        if not (dist.is_available() and dist.is_initialized()):
-            return None
-        return Process(dist.group.WORLD, shares)
-    wanted = 'None, "world", a torch.distributed.ProcessGroup or a DeviceMesh of one dimension'
-    if isinstance(group, getattr(dist, "DeviceMesh", ())):
-        if group.ndim != 1:
-            raise ValueError(f"group: found a DeviceMesh of {group.ndim} dimensions, wanted {wanted}")
-        group = group.get_group()
-    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"group: found {group!r}, wanted {wanted}")
-    if dist.get_rank(group) < 0:
-        raise ValueError("group: found a group that this rank is not of")
-    return Process(group, shares)
-
-
-def digest(*settings: object) -> int:
-    """A number that is the same on all ranks where the settings are."""
-    return int.from_bytes(hashlib.sha256(repr(settings).encode()).digest()[:7], "big")
+def _digest(*values: object) -> int:
+    """A number that is the same on all ranks where the values are."""
+    return int.from_bytes(hashlib.sha256(repr(values).encode()).digest()[:7], "big")
 
 
 def collective(function: Callable[P, T]) -> Callable[P, T]:
-    """A loss that takes `group` and `shares`: the function gets this rank's part as its group, or None.
+    """A loss with the arguments `group` and `shares`: in its body `group` is this rank's Process, or None.
 
     An error of this rank before the ranks have agreed is told to the others, so that all of them raise one.
     """
+    parameters = inspect.signature(function).parameters
+    local = {name for name in ("group", "shares", "backend")}
 
     @functools.wraps(function)
-    def call(*arguments: Any, group: Group = None, shares: Sequence[int] | None = None, **settings: Any) -> Any:
-        process = resolve(group, shares)
-        if process is None:
+    def call(*arguments: P.args, **settings: P.kwargs) -> T:
+        if settings.get("group") is None and settings.get("shares") is None:
             return function(*arguments, **settings)
+        given = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+        given |= dict(zip(parameters, arguments, strict=False)) | settings
+        process = _resolve(given.pop("group"), given.pop("shares"), function.__name__, given)
+        settings = {**settings, "group": process, "shares": None}
         try:
-            return function(*arguments, group=process, **settings)
+            return function(*arguments, **settings)
         except Exception:
-            process.fail()
+            if process is not None:
+                process.fail()
             raise
 
     return call
+
+
+def _resolve(group: Group, shares: Shares, name: str, given: dict[str, object]) -> Process | None:
+    """This rank's part; None for a single process. given: all arguments of the loss of that name"""
+    if group is None:
+        raise ValueError(f"shares: found {shares!r} without a group, wanted None")
+    if shares is not None and not (isinstance(shares, Sequence) and all(isinstance(n, int) and n >= 0 for n in shares)):
+        raise TypeError(f"shares: found {shares!r}, wanted a list of integers >= 0, the rows of each rank")
+    wanted = 'None, "world", a torch.distributed.ProcessGroup or a DeviceMesh of one dimension'
+    if not dist.is_available():
+        if group == "world":
+            return None
+        raise TypeError(f"group: found {group!r}, wanted None: this PyTorch has no torch.distributed")
+    if isinstance(group, str) and group == "world":
+        if not dist.is_initialized():
+            return None
+        group = dist.group.WORLD
+    elif isinstance(group, dist.DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(f"group: found a DeviceMesh of {group.ndim} dimensions, wanted {wanted}")
+        group = group.get_group()
+    elif not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group: found {group!r}, wanted {wanted}")
+    if dist.get_rank(group) < 0:
+        raise ValueError("group: found a group that this rank is not of")
+    del given["backend"]
+    tensors = [bool(x.requires_grad) and torch.is_grad_enabled() for x in _tensors(given)]
+    rest = {key: value for key, value in given.items() if not list(_tensors({key: value}))}
+    return Process(group, shares, _digest(name, sorted(rest.items())), _digest(*tensors))
+
+
+def _tensors(given: dict[str, object]) -> Iterator[Tensor]:
+    for value in given.values():
+        for x in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(x, nn.Module):
+                yield from x.buffers()
+            elif isinstance(x, torch.Tensor):
+                yield x
+
+
+def contrast(
+    process: Process,
+    settings: Settings,
+    tau: float | Tensor,
+    keys: Tensor | None,
+    sets: Sequence[Tensor],
+    negatives: Sequence[Further | None] | None = None,
+) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """What `general.rectangle` gives for all anchors of all ranks, and the log-sum-exp of their further negatives.
+
+    sets: this rank's rows, [G, n, D] each; keys: their labels, [G, n]; negatives: for all sets, or one for each set.
+    Returns the outputs, [G, V, V, N], and [G, V, N] or None.
+    """
+    columns = gathered(process, sets)
+    all_keys = None if keys is None else process.gather(keys, -1, process.shares)
+    if negatives is not None:
+        tau, *sets = map(widened, (tau, *sets))
+        columns = [widened(z) for z in columns]
+    settings = settings._replace(first=process.first)
+    outputs = Blocks.apply(process, settings, tau, keys, all_keys, len(sets), *sets, *columns)
+    return outputs, None if negatives is None else beyond(process, settings, tau, sets, columns, negatives)
+
+
+def gathered(process: Process, sets: Sequence[Tensor]) -> list[Tensor]:
+    """The rows of all ranks, in the dtype they have: sets [G, n, D] as [G, N, D]"""
+    return list(process.gather(torch.stack(list(sets)).detach(), -2, process.shares).unbind(0))
+
+
+def beyond(
+    process: Process,
+    settings: Settings,
+    tau: float | Tensor,
+    sets: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    negatives: Sequence[Further | None],
+) -> Tensor:
+    """The log-sum-exp of all anchors' further negatives: [G, V, N]; columns: the rows of all ranks"""
+    settings = settings._replace(first=-1, cross=False)
+    parts = []
+    for k, further in enumerate(negatives):
+        own, everyone = (sets, columns) if len(negatives) == 1 else (sets[k : k + 1], columns[k : k + 1])
+        G, _, D = own[0].shape
+        if further is None:
+            absent = torch.full((G, 1, process.rows), -torch.inf, dtype=torch.float64, device=own[0].device)
+            parts.append(absent)
+            continue
+        mine = widened(further.rows)
+        mine = mine.reshape(1 if mine.dim() == 2 else G, -1, D)
+        everybody = mine if further.everywhere else process.gather(mine.detach(), -2, process.negatives[k])
+        values = Negatives.apply(process, settings, tau, len(own), mine, everybody, *own, *everyone)
+        parts.append(values[:, :, 0])
+    return torch.cat(parts, 1)
+
+
+def widened(x: Any) -> Any:
+    """A tensor in float32 at least; a number as it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32)) if isinstance(x, torch.Tensor) else x
 
 
 class Blocks(torch.autograd.Function):
@@ -191,9 +304,8 @@ class Blocks(torch.autograd.Function):
         *sets: Tensor,
     ) -> tuple[Tensor, ...]:
         rows, columns = sets[:V], sets[V:]
-        backend = backends.BACKENDS[settings.name]
-        extra = () if settings.name == "reference" else (False,)
-        outputs = backend.rectangle(rows, columns, tau, *settings[1:], row_keys, column_keys, *extra)
+        call = backends.BACKENDS[settings.name].rectangle
+        outputs = call(rows, columns, tau, *settings[1:], row_keys, column_keys, False)
         outputs = outputs[:2] if row_keys is None else outputs[:5]
         return process.gather(torch.stack(outputs), -1, process.shares).unbind(0)
 
@@ -240,10 +352,9 @@ class Negatives(torch.autograd.Function):
         everybody: Tensor,
         *sets: Tensor,
     ) -> Tensor:
-        backend = backends.BACKENDS[settings.name]
-        extra = () if settings.name == "reference" else (False,)
         rows = _one_set(sets[:A], everybody)
-        neg = backend.rectangle([rows], [everybody], tau, *settings[1:], None, None, *extra)[0]
+        call = backends.BACKENDS[settings.name].rectangle
+        neg = call([rows], [everybody], tau, *settings[1:], None, None, False)[0]
         G, n, _ = sets[0].shape
         return process.gather(neg.reshape(G, A, 1, n), -1, process.shares)
 
@@ -281,27 +392,26 @@ def _one_set(sets: Sequence[Tensor], columns: Tensor) -> Tensor:
 
 
 class Total(torch.autograd.Function):
-    """The sums that a loss returns. whole: those that every rank has; parts: those of which it has its own part.
+    """The sum that a loss returns. parts: whether each rank gives its part of it, or all give the same whole.
 
     Backward: what arrives at all ranks, added up.
     """
 
     @staticmethod
-    def forward(process: Process, whole: Tensor, parts: Tensor) -> tuple[Tensor, Tensor]:
-        return whole.clone(), process.sum(parts) if parts.numel() else parts.clone()
+    def forward(process: Process, x: Tensor, parts: bool) -> Tensor:
+        return process.sum(x) if parts else x.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.process = inputs[0]
 
     @staticmethod
-    def backward(ctx: Any, of_whole: Tensor, of_parts: Tensor) -> tuple[Tensor | None, ...]:
-        upstream = ctx.process.sum(torch.cat([of_whole, of_parts]))
-        return None, *upstream.split([len(of_whole), len(of_parts)])
+    def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor, None]:
+        return None, ctx.process.sum(g), None
 
 
 class Own(torch.autograd.Function):
-    """This rank's anchors out of all, along the last dimension. Backward: what arrives at every rank's own."""
+    """This rank's anchors of all, along the last dimension. Backward: what arrives at every rank's own."""
 
     @staticmethod
     def forward(process: Process, x: Tensor) -> Tensor:
@@ -314,6 +424,27 @@ class Own(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor]:
         return None, ctx.process.gather(g, -1, ctx.process.shares)
+
+
+class Everybody(torch.autograd.Function):
+    """The numbers of all ranks' anchors, along the last dimension. Backward: those of this rank's own."""
+
+    @staticmethod
+    def forward(process: Process, x: Tensor) -> Tensor:
+        return process.gather(x, -1, process.shares)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.process = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor]:
+        return None, g.narrow(-1, ctx.process.first, ctx.process.own)
+
+
+def shared(process: Process, tau: float | Tensor) -> float | Tensor:
+    """The temperature, whose gradient becomes the whole one on every rank."""
+    return MeanGradient.apply(process, tau) if isinstance(tau, torch.Tensor) else tau
 
 
 class MeanGradient(torch.autograd.Function):

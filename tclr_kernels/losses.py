@@ -29,9 +29,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, candidates, checks, general
+from . import backends, candidates, checks, distributed, general
 from .candidates import Negatives
 from .checks import TEMPERATURE
+from .distributed import Further, Group, Process, Shares
 from .objective import objective
 from .symmetric import blocks, ordered_sum
 
@@ -58,6 +59,7 @@ class TCLRTerms(NamedTuple):
     gl: Tensor
 
 
+@distributed.collective
 def nt_xent(
     a: Tensor,
     b: Tensor,
@@ -71,6 +73,8 @@ def nt_xent(
     decoupled: bool = False,
     reduction: Reduction = "mean",
     backend: str | None = None,
+    group: Group = None,
+    shares: Shares = None,
 ) -> Tensor:
     """NT-Xent: each row against its partner in the other view, among all other rows of both views.
 
@@ -82,17 +86,21 @@ def nt_xent(
     reduction: "mean" or "sum" over all groups and anchors; "none": [..., 2N], a's then b's ([..., N] if not symmetric).
     Source: SimCLR, https://arxiv.org/abs/2002.05709, equation 1; TCLR section 3.1.
     """
-    a, b = checks.embeddings("... N D", a=a, b=b)
+    a, b = checks.embeddings("... N D", group is not None, a=a, b=b)
     checks.flag("symmetric", symmetric)
-    tau = _tau(temperature, logit_scale, normalize, reduction, a)
+    tau = _tau(temperature, logit_scale, normalize, reduction, a, group)
     further = None if negatives is None else [candidates.given("negatives", negatives, a)]
-    term = _terms([a, b], tau, normalize, False, backend, labels, further, decoupled)  # [G, 2, 2, N]
+    term = _terms([a, b], tau, normalize, False, backend, labels, further, decoupled, group)  # [G, 2, 2, N]
     if reduction == "none":
+        term = _own(term, group)
         return (_off_diagonal(term) if symmetric else term[:, 0, 1]).reshape(*a.shape[:-2], -1)
-    anchors = a.shape[:-1].numel()
-    return _reduce(term, reduction, 2 * anchors) if symmetric else _reduce(term[:, 0, 1], reduction, anchors)
+    anchors = a.shape[:-2].numel() * _rows(a, group)
+    if symmetric:
+        return _reduce(term, reduction, 2 * anchors, group)
+    return _reduce(term[:, 0, 1], reduction, anchors, group)
 
 
+@distributed.collective
 def clip_loss(
     a: Tensor,
     b: Tensor,
@@ -105,6 +113,8 @@ def clip_loss(
     decoupled: bool = False,
     reduction: Reduction = "mean",
     backend: str | None = None,
+    group: Group = None,
+    shares: Shares = None,
 ) -> Tensor:
     """The contrastive loss of CLIP: each row against its partner among the rows of the other side, both directions.
 
@@ -115,18 +125,19 @@ def clip_loss(
     reduction: "mean" or "sum" over all groups and anchors; "none": [..., 2N], a's rows then b's.
     Source: CLIP, https://arxiv.org/abs/2103.00020, figure 3.
     """
-    a, b = checks.embeddings("... N D", a=a, b=b)
-    tau = _tau(temperature, logit_scale, normalize, reduction, a)
+    a, b = checks.embeddings("... N D", group is not None, a=a, b=b)
+    tau = _tau(temperature, logit_scale, normalize, reduction, a, group)
     of_a, of_b = checks.pair("negatives", negatives)
     further = None
     if of_a is not None or of_b is not None:
         further = [candidates.given(f"negatives[{k}]", x, a) for k, x in enumerate((of_a, of_b))]
-    term = _terms([a, b], tau, normalize, True, backend, labels, further, decoupled)
+    term = _terms([a, b], tau, normalize, True, backend, labels, further, decoupled, group)
     if reduction == "none":
-        return _off_diagonal(term).reshape(*a.shape[:-2], -1)
-    return _reduce(term, reduction, 2 * a.shape[:-1].numel())
+        return _off_diagonal(_own(term, group)).reshape(*a.shape[:-2], -1)
+    return _reduce(term, reduction, 2 * a.shape[:-2].numel() * _rows(a, group), group)
 
 
+@distributed.collective
 def info_nce(
     query: Tensor,
     key: Tensor,
@@ -140,6 +151,8 @@ def info_nce(
     decoupled: bool = False,
     reduction: Reduction = "mean",
     backend: str | None = None,
+    group: Group = None,
+    shares: Shares = None,
 ) -> Tensor:
     """InfoNCE in one direction: each query against its key, among the other keys and further negatives.
 
@@ -153,26 +166,27 @@ def info_nce(
     reduction: "mean" or "sum" over all groups and queries; "none": [..., N].
     Source: CPC, https://arxiv.org/abs/1807.03748, equation 4; MoCo, https://arxiv.org/abs/1911.05722, equation 1.
     """
-    query, key = checks.embeddings("... N D", query=query, key=key)
+    query, key = checks.embeddings("... N D", group is not None, query=query, key=key)
     checks.flag("in_batch", in_batch)
-    tau = _tau(temperature, logit_scale, normalize, reduction, query)
+    tau = _tau(temperature, logit_scale, normalize, reduction, query, group)
     further = candidates.given("negatives", negatives, query)
     if in_batch:
         beside = None if further is None else [further, None]
-        term = _terms([query, key], tau, normalize, True, backend, labels, beside, decoupled)[:, 0, 1]
+        term = _terms([query, key], tau, normalize, True, backend, labels, beside, decoupled, group)[:, 0, 1]
     else:
         if further is None:
             raise ValueError("negatives: found None, wanted further candidates beside in_batch=False")
         if labels is not None:
             raise ValueError("labels: found a value beside in_batch=False, wanted None: they are of keys of the batch")
         checks.flag("decoupled", decoupled)
-        neg, pos = candidates.partners(query, key, further, tau, normalize, backend)
+        neg, pos = candidates.partners(query, key, further, tau, normalize, backend, group)
         term = _rounded(general.cost(neg, pos, decoupled), query)
     if reduction == "none":
-        return term.reshape(query.shape[:-1])
-    return _reduce(term, reduction, query.shape[:-1].numel())
+        return _own(term, group).reshape(query.shape[:-1])
+    return _reduce(term, reduction, query.shape[:-2].numel() * _rows(query, group), group)
 
 
+@distributed.collective
 def sup_con(
     z: Tensor,
     labels: Tensor,
@@ -182,6 +196,8 @@ def sup_con(
     normalize: bool = True,
     reduction: Reduction = "mean",
     backend: str | None = None,
+    group: Group = None,
+    shares: Shares = None,
 ) -> Tensor:
     """Supervised contrast: each row against all rows of its label, the logarithm outside of their mean (L_out).
 
@@ -193,22 +209,22 @@ def sup_con(
     reduction: "mean" over the rows that have positives, of all groups; "sum"; "none": [..., M], 0 without positives.
     Source: Khosla et al., https://arxiv.org/abs/2004.11362, equation 2.
     """
-    (z,) = checks.embeddings("... M D", z=z)
-    tau = _tau(temperature, logit_scale, normalize, reduction, z)
-    M, D = z.shape[-2:]
-    keys = checks.keys("labels", labels, z).reshape(-1, M)
-    outputs = candidates.everything([z.reshape(-1, M, D)], tau, normalize, False, backend, keys)
+    (z,) = checks.embeddings("... M D", group is not None, z=z)
+    tau = _tau(temperature, logit_scale, normalize, reduction, z, group)
+    G, M, D = z.shape[:-2].numel(), *z.shape[-2:]
+    keys = checks.keys("labels", labels, z).reshape(G, M)
+    outputs = candidates.everything([z.reshape(G, M, D)], tau, normalize, False, backend, keys, group)
     neg, _, pos_lse, spread, count = (x[:, 0, 0] for x in outputs)  # [G, M]
     alone = count == 0
     # log-sum-exp of all minus the mean of the positives, in two parts: of confident classes, the first is the smaller
     term = general.cost(neg, pos_lse.masked_fill(alone, 0)) + spread
     term = _rounded(term.masked_fill(alone, 0), z)
     if reduction == "none":
-        return term.reshape(z.shape[:-1])
-    total = ordered_sum(term)
-    return total / (~alone).sum().clamp(min=1) if reduction == "mean" else total
+        return _own(term, group).reshape(z.shape[:-1])
+    return _reduce(term, reduction, (~alone).sum().clamp(min=1), group)
 
 
+@distributed.collective
 def instance_contrastive(
     views: Tensor | Sequence[Tensor],
     temperature: Temperature = TEMPERATURE,
@@ -221,6 +237,8 @@ def instance_contrastive(
     decoupled: bool = False,
     reduction: Reduction = "mean",
     backend: str | None = None,
+    group: Group = None,
+    shares: Shares = None,
 ) -> Tensor:
     """Instance contrast of many views: NT-Xent over all ordered pairs of views, from one Gram matrix.
 
@@ -234,23 +252,26 @@ def instance_contrastive(
     a = c; or [V, B].
     Source: TCLR section 3.1; its official release, which computes each pair twice. "joint": the SimCLR of solo-learn.
     """
-    (views,) = checks.embeddings("V B D", views=checks.stacked("views", views))
+    (views,) = checks.embeddings("V B D", group is not None, group is not None, views=checks.stacked("views", views))
     V, B, _ = views.shape
     if V < 2:
         raise ValueError(f"views: found V = {V}, shape {list(views.shape)}, wanted V >= 2")
     checks.one_of("softmax", softmax, SOFTMAXES)
-    tau = _tau(temperature, logit_scale, normalize, reduction, views)
+    tau = _tau(temperature, logit_scale, normalize, reduction, views, group)
     sets = views.unsqueeze(1).unbind(0)
     further = None if negatives is None else [candidates.given("negatives", negatives, views[0])]
     if softmax == "pairs":
-        term = _terms(sets, tau, normalize, False, backend, labels, further, decoupled)
+        term = _terms(sets, tau, normalize, False, backend, labels, further, decoupled, group)
     else:
         checks.flag("decoupled", decoupled)
-        parts = candidates.contrast(sets, tau, normalize, False, backend, labels, further)
+        parts = candidates.contrast(sets, tau, normalize, False, backend, labels, further, group)
         term = _rounded(parts.joint_terms(decoupled), views)
-    return term[0] if reduction == "none" else _reduce(term, reduction, V * B * (V - 1 if softmax == "pairs" else 1))
+    if reduction == "none":
+        return _own(term, group)[0]
+    return _reduce(term, reduction, V * _rows(views, group) * (V - 1 if softmax == "pairs" else 1), group)
 
 
+@distributed.collective
 def local_local(
     x1: Tensor,
     x2: Tensor,
@@ -261,6 +282,8 @@ def local_local(
     symmetric: bool = True,
     reduction: Reduction = "mean",
     backend: str | None = None,
+    group: Group = None,
+    shares: Shares = None,
 ) -> Tensor:
     """Local-local temporal contrast: NT-Xent within each video, between the embeddings of its local clips.
 
@@ -271,14 +294,15 @@ def local_local(
     reduction: "mean" or "sum" over videos; "none": [B].
     Source: TCLR section 3.2.
     """
-    x1, x2 = checks.embeddings("B T D", x1=x1, x2=x2)
+    x1, x2 = checks.embeddings("B T D", group is not None, x1=x1, x2=x2)
     checks.flag("symmetric", symmetric)
-    tau = _tau(temperature, logit_scale, normalize, reduction, x1)
+    tau = _tau(temperature, logit_scale, normalize, reduction, x1, group)
     term = _terms([x1, x2], tau, normalize, False, backend)
     term = term / 2 if symmetric else term[:, 0, 1]
-    return term.flatten(1).sum(1) if reduction == "none" else _reduce(term, reduction, len(x1))
+    return term.flatten(1).sum(1) if reduction == "none" else _reduce_videos(term, reduction, x1, group)
 
 
+@distributed.collective
 def global_local(
     s: Tensor,
     x: Tensor,
@@ -288,6 +312,8 @@ def global_local(
     normalize: bool = True,
     reduction: Reduction = "mean",
     backend: str | None = None,
+    group: Group = None,
+    shares: Shares = None,
 ) -> Tensor:
     """Global-local temporal contrast: time slices of the global clip against the local clips of its video, and back.
 
@@ -297,12 +323,13 @@ def global_local(
     reduction: "mean" or "sum" over videos; "none": [B].
     Source: TCLR section 3.3.
     """
-    s, x = checks.embeddings("B T D", s=s, x=x)
-    tau = _tau(temperature, logit_scale, normalize, reduction, s)
+    s, x = checks.embeddings("B T D", group is not None, s=s, x=x)
+    tau = _tau(temperature, logit_scale, normalize, reduction, s, group)
     term = _terms([s, x], tau, normalize, True, backend)
-    return term.flatten(1).sum(1) if reduction == "none" else _reduce(term, reduction, len(s))
+    return term.flatten(1).sum(1) if reduction == "none" else _reduce_videos(term, reduction, s, group)
 
 
+@distributed.collective
 def tclr(
     g: Tensor | Sequence[Tensor],
     s: Tensor | Sequence[Tensor],
@@ -315,6 +342,8 @@ def tclr(
     normalize: bool = True,
     labels: Tensor | None = None,
     backend: str | None = None,
+    group: Group = None,
+    shares: Shares = None,
 ) -> TCLRTerms:
     """The TCLR objective: instance, local-local and global-local contrast, and their weighted sum.
 
@@ -331,8 +360,8 @@ def tclr(
     checks.one_of("form", form, FORMS)
     checks.flag("normalize", normalize)
     weights = checks.weights(weights, FORMS[form])
-    s, x = checks.embeddings("V B T D", s=checks.stacked("s", s), x=checks.stacked("x", x))
-    (g,) = checks.embeddings("V B D", g=checks.stacked("g", g))
+    s, x = checks.embeddings("V B T D", group is not None, s=checks.stacked("s", s), x=checks.stacked("x", x))
+    (g,) = checks.embeddings("V B D", group is not None, g=checks.stacked("g", g))
     V, B, T, D = x.shape
     if V != 2:
         raise ValueError(f"x: found V = {V}, shape {list(x.shape)}, wanted V = 2")
@@ -400,12 +429,18 @@ def _compose(
 
 
 def _tau(
-    temperature: Temperature, logit_scale: Temperature | None, normalize: bool, reduction: Reduction, like: Tensor
+    temperature: Temperature,
+    logit_scale: Temperature | None,
+    normalize: bool,
+    reduction: Reduction,
+    like: Tensor,
+    process: Process | None,
 ) -> float | Tensor:
     """The temperature, and the checks of what nearly every loss takes."""
     checks.one_of("reduction", reduction, REDUCTIONS)
     checks.flag("normalize", normalize)
-    return checks.scaled(temperature, logit_scale, like.device)
+    tau = checks.scaled(temperature, logit_scale, like.device)
+    return tau if process is None else distributed.shared(process, tau)
 
 
 def _terms(
@@ -415,16 +450,17 @@ def _terms(
     cross: bool,
     backend: str | None,
     labels: Tensor | None = None,
-    negatives: Sequence[Tensor | None] | None = None,
+    negatives: Sequence[Further | None] | None = None,
     decoupled: bool = False,
+    process: Process | None = None,
 ) -> Tensor:
     """The operation's terms, [G, V, V, N], of the sets: [..., N, D]; negatives: as for `candidates.contrast`"""
-    if labels is None and negatives is None and decoupled is False:
+    if labels is None and negatives is None and decoupled is False and process is None:
         N, D = sets[0].shape[-2:]
         sets = [z if z.dim() == 3 else z.reshape(-1, N, D) for z in sets]
         return blocks(sets, tau, normalize=normalize, cross=cross, backend=backend)[0]
     checks.flag("decoupled", decoupled)
-    parts = candidates.contrast(sets, tau, normalize, cross, backend, labels, negatives)
+    parts = candidates.contrast(sets, tau, normalize, cross, backend, labels, negatives, process)
     return _rounded(parts.terms(cross, decoupled), sets[0])
 
 
@@ -438,10 +474,33 @@ def _off_diagonal(term: Tensor) -> Tensor:
     return term.flatten(1, 2)[:, 1:3]
 
 
-def _reduce(term: Tensor, reduction: Reduction, count: int) -> Tensor:
-    """The sum or the mean of `count` terms; what is no term reads 0."""
+def _reduce(
+    term: Tensor, reduction: Reduction, count: int | Tensor, process: Process | None = None, parts: bool = False
+) -> Tensor:
+    """The sum or the mean of `count` terms; what is no term reads 0.
+
+    parts: whether a process has its own terms alone, or those of all.
+    """
     total = ordered_sum(term)
-    return total / count if reduction == "mean" else total
+    total = total / count if reduction == "mean" else total
+    return total if process is None else distributed.Total.apply(process, total, parts)
+
+
+def _reduce_videos(term: Tensor, reduction: Reduction, videos: Tensor, process: Process | None) -> Tensor:
+    """The same of terms of which a process has those of its own videos, [B, ...]."""
+    if process is not None:
+        process.agree(videos[0:0].movedim(0, -2), 1, rows=len(videos))
+    return _reduce(term, reduction, _rows(videos, process, 0), process, parts=True)
+
+
+def _rows(x: Tensor, process: Process | None, dim: int = -2) -> int:
+    """Of all processes."""
+    return x.shape[dim] if process is None else process.rows
+
+
+def _own(term: Tensor, process: Process | None) -> Tensor:
+    """Of the terms of all anchors, [..., N], those of this process."""
+    return term if process is None else distributed.Own.apply(process, term)
 
 
 def _local_local_from(pos: Tensor) -> Tensor:

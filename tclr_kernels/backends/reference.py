@@ -129,17 +129,14 @@ def rectangle(
     first: int,
     row_keys: Tensor | None,
     column_keys: Tensor | None,
-    negatives: Tensor | None = None,
+    mean: bool = False,
 ) -> tuple[Tensor, ...]:
-    """What `tclr_kernels/general.py` defines: (neg, pos, pos_lse, spread, count), or the sum over the positives.
+    """What `tclr_kernels/general.py` defines: neg, pos and, with keys, pos_lse, spread, count. No mean is made.
 
     rows: sets [G, n, D], none where they are the columns; columns: sets [G, K, D]; first: the rows' place among the
-    columns, or -1; negatives: [G, A, C, n] for softplus(negatives - S), summed over the positives: the only output.
-    Results have the dtype of the arithmetic, which is that of `gram`.
+    columns, or -1. Results have the dtype of the arithmetic, which is that of `gram`.
     """
     m = _Matrix(rows, columns, tau, normalize, cross, first, row_keys, column_keys)
-    if negatives is not None:
-        return ((-F.logsigmoid(m.S - negatives[..., None])).masked_fill(~m.positive, 0).sum(-1),)
     neg = m.S.masked_fill(m.left_out | ~m.there, -torch.inf).logsumexp(-1)
     pos = torch.zeros_like(neg)
     if first >= 0:
@@ -151,6 +148,22 @@ def rectangle(
     count = m.positive.sum(-1)
     mean = m.S.masked_fill(~m.positive, 0).sum(-1) / count.clamp(min=1)
     return neg, pos, pos_lse, (pos_lse - mean).masked_fill(count < 2, 0), count.to(m.dtype)
+
+
+def pairs(
+    rows: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    tau: float | Tensor,
+    normalize: bool,
+    cross: bool,
+    first: int,
+    row_keys: Tensor | None,
+    column_keys: Tensor | None,
+    negatives: Tensor,
+) -> Tensor:
+    """The sum of softplus(negatives - S) over the positives. negatives: [G, A, C, n]"""
+    m = _Matrix(rows, columns, tau, normalize, cross, first, row_keys, column_keys)
+    return (-F.logsigmoid(m.S - negatives[..., None])).masked_fill(~m.positive, 0).sum(-1)
 
 
 def rectangle_backward(
