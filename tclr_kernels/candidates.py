@@ -20,13 +20,13 @@ from .queue import NegativeQueue
 Negatives = Tensor | NegativeQueue
 
 
-def given(name: str, negatives: Negatives | None, anchors: Tensor) -> Further | None:
+def given(name: str, negatives: Negatives | None, anchors: Tensor, process: Process | None = None) -> Further | None:
     """The negatives of anchors [..., N, D], checked: [K, D] or [..., K, D]; of a queue, a copy of its rows."""
     if negatives is None:
         return None
     queue = isinstance(negatives, NegativeQueue)
     rows = negatives.rows.to(anchors.dtype, copy=torch.is_grad_enabled()) if queue else negatives
-    return Further(checks.sides(embeddings=anchors, **{name: rows})[1], everywhere=queue)
+    return Further(checks.sides(process is not None, embeddings=anchors, **{name: rows})[1], everywhere=queue)
 
 
 class Contrast(NamedTuple):

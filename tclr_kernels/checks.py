@@ -56,11 +56,14 @@ def sets(given: Sequence[Tensor]) -> list[Tensor]:
     return _alike("G N D", {f"sets[{a}]": x for a, x in enumerate(given)}, empty=True)
 
 
-def sides(**tensors: Tensor) -> list[Tensor]:
-    """The two sides of a rectangle: rows [..., n, D], and columns [K, D] or [..., K, D] with the same leading ones."""
+def sides(empty: bool = False, /, **tensors: Tensor) -> list[Tensor]:
+    """The two sides of a rectangle: rows [..., n, D], and columns [K, D] or [..., K, D] with the same leading ones.
+
+    empty: whether there may be no rows or columns, as on one of many processes.
+    """
     check_values = _check_values()
     for name, x in tensors.items():
-        _embedding(name, x, ["...", "N", "D"], check_values)
+        _embedding(name, x, ["...", "N", "D"], check_values, empty)
     (first, rows), (second, columns) = tensors.items()
     _one_device(first, rows, second, columns)
     if columns.shape[-1] != rows.shape[-1] or (columns.dim() > 2 and columns.shape[:-2] != rows.shape[:-2]):

@@ -87,14 +87,11 @@ class Process:
         """Of all ranks."""
         return sum(self.shares)
 
-    def agree(self, like: Tensor, sets: int, negatives: Sequence[Further | None] = (), rows: int | None = None) -> None:
-        """All ranks compare what they have, and learn everybody's shares; done once a call.
-
-        like: [..., n, D]; rows: n, where the rows are another dimension's.
-        """
+    def agree(self, like: Tensor, sets: int, negatives: Sequence[Further | None] = ()) -> None:
+        """All ranks compare what they have, and learn everybody's shares; done once a call. like: [..., n, D]"""
         if self.agreed:
             return
-        rows = like.shape[-2] if rows is None else rows
+        rows = like.shape[-2]
         if like.device.type not in self.devices:
             raise ValueError(f"group: found embeddings on {like.device}, wanted a device of the group, {self.devices}")
         if self.promised is not None and (len(self.promised) != self.size or self.promised[self.rank] != rows):
@@ -104,9 +101,16 @@ class Process:
             )
         self.agreed = True
         counts = [0 if x is None or x.everywhere else x.rows.shape[-2] for x in (*negatives, None, None)][:2]
-        leading = [n for n in like.shape[:-2]] if like.dim() > 1 else []
         mine = Facts(
-            0, rows, *counts, like.shape[-1], sets, _digest(leading), _digest(like.dtype), self.settings, self.gradients
+            0,
+            rows,
+            *counts,
+            like.shape[-1],
+            sets,
+            _digest(list(like.shape[:-2])),
+            _digest(like.dtype),
+            self.settings,
+            self.gradients,
         )
         table = self._exchange(like.device, mine) if self.exchanges else None
         if table is None:
@@ -170,7 +174,6 @@ def collective(function: Callable[P, T]) -> Callable[P, T]:
     An error of this rank before the ranks have agreed is told to the others, so that all of them raise one.
     """
     parameters = inspect.signature(function).parameters
-    local = {name for name in ("group", "shares", "backend")}
 
     @functools.wraps(function)
     def call(*arguments: P.args, **settings: P.kwargs) -> T:
@@ -392,14 +395,17 @@ def _one_set(sets: Sequence[Tensor], columns: Tensor) -> Tensor:
 
 
 class Total(torch.autograd.Function):
-    """The sum that a loss returns. parts: whether each rank gives its part of it, or all give the same whole.
+    """The sums [k] that a loss returns. own: which of them this rank has a part of; of the others it has the whole.
 
     Backward: what arrives at all ranks, added up.
     """
 
     @staticmethod
-    def forward(process: Process, x: Tensor, parts: bool) -> Tensor:
-        return process.sum(x) if parts else x.clone()
+    def forward(process: Process, sums: Tensor, own: tuple[bool, ...]) -> Tensor:
+        if not any(own):
+            return sums.clone()
+        together = process.sum(sums)
+        return torch.stack([together[k] if part else sums[k] for k, part in enumerate(own)])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -89,7 +89,7 @@ def nt_xent(
     a, b = checks.embeddings("... N D", group is not None, a=a, b=b)
     checks.flag("symmetric", symmetric)
     tau = _tau(temperature, logit_scale, normalize, reduction, a, group)
-    further = None if negatives is None else [candidates.given("negatives", negatives, a)]
+    further = None if negatives is None else [candidates.given("negatives", negatives, a, group)]
     term = _terms([a, b], tau, normalize, False, backend, labels, further, decoupled, group)  # [G, 2, 2, N]
     if reduction == "none":
         term = _own(term, group)
@@ -130,7 +130,7 @@ def clip_loss(
     of_a, of_b = checks.pair("negatives", negatives)
     further = None
     if of_a is not None or of_b is not None:
-        further = [candidates.given(f"negatives[{k}]", x, a) for k, x in enumerate((of_a, of_b))]
+        further = [candidates.given(f"negatives[{k}]", x, a, group) for k, x in enumerate((of_a, of_b))]
     term = _terms([a, b], tau, normalize, True, backend, labels, further, decoupled, group)
     if reduction == "none":
         return _off_diagonal(_own(term, group)).reshape(*a.shape[:-2], -1)
@@ -169,7 +169,7 @@ def info_nce(
     query, key = checks.embeddings("... N D", group is not None, query=query, key=key)
     checks.flag("in_batch", in_batch)
     tau = _tau(temperature, logit_scale, normalize, reduction, query, group)
-    further = candidates.given("negatives", negatives, query)
+    further = candidates.given("negatives", negatives, query, group)
     if in_batch:
         beside = None if further is None else [further, None]
         term = _terms([query, key], tau, normalize, True, backend, labels, beside, decoupled, group)[:, 0, 1]
@@ -252,14 +252,14 @@ def instance_contrastive(
     a = c; or [V, B].
     Source: TCLR section 3.1; its official release, which computes each pair twice. "joint": the SimCLR of solo-learn.
     """
-    (views,) = checks.embeddings("V B D", group is not None, group is not None, views=checks.stacked("views", views))
+    (views,) = checks.embeddings("V B D", group is not None, views=checks.stacked("views", views))
     V, B, _ = views.shape
     if V < 2:
         raise ValueError(f"views: found V = {V}, shape {list(views.shape)}, wanted V >= 2")
     checks.one_of("softmax", softmax, SOFTMAXES)
     tau = _tau(temperature, logit_scale, normalize, reduction, views, group)
     sets = views.unsqueeze(1).unbind(0)
-    further = None if negatives is None else [candidates.given("negatives", negatives, views[0])]
+    further = None if negatives is None else [candidates.given("negatives", negatives, views[0], group)]
     if softmax == "pairs":
         term = _terms(sets, tau, normalize, False, backend, labels, further, decoupled, group)
     else:
@@ -297,9 +297,9 @@ def local_local(
     x1, x2 = checks.embeddings("B T D", group is not None, x1=x1, x2=x2)
     checks.flag("symmetric", symmetric)
     tau = _tau(temperature, logit_scale, normalize, reduction, x1, group)
+    _agree(group, x1)
     term = _terms([x1, x2], tau, normalize, False, backend)
-    term = term / 2 if symmetric else term[:, 0, 1]
-    return term.flatten(1).sum(1) if reduction == "none" else _reduce_videos(term, reduction, x1, group)
+    return _reduce_videos(term / 2 if symmetric else term[:, 0, 1], reduction, group)
 
 
 @distributed.collective
@@ -325,8 +325,9 @@ def global_local(
     """
     s, x = checks.embeddings("B T D", group is not None, s=s, x=x)
     tau = _tau(temperature, logit_scale, normalize, reduction, s, group)
+    _agree(group, s)
     term = _terms([s, x], tau, normalize, True, backend)
-    return term.flatten(1).sum(1) if reduction == "none" else _reduce_videos(term, reduction, s, group)
+    return _reduce_videos(term, reduction, group)
 
 
 @distributed.collective
@@ -373,6 +374,9 @@ def tclr(
     tau = checks.scaled(temperature, logit_scale, x.device)
     keys = None if labels is None else checks.keys("labels", labels, g[0])
     name = backends.choose(backend, x.device, V * B * T, D)
+    if group is not None:
+        group.agree(g, V * T)
+        tau, B = distributed.shared(group, tau), group.rows
 
     release = form == "release"
     scales = {  # of each term, times the sum over its anchors
@@ -384,6 +388,8 @@ def tclr(
     scales, weights = ([float(values[k]) for k in scales] for values in (scales, weights))
     compose = functools.partial(_compose, backend, normalize, scales, weights)
     offered = any(weights) and hasattr(backends.BACKENDS[name], "objective")
+    if group is not None:
+        return TCLRTerms(*compose(tau, g, s, x, keys, group))
     if keys is not None or torch.compiler.is_compiling() or not offered:
         return TCLRTerms(*compose(tau, g, s, x, keys))
     return TCLRTerms(*objective(name, compose, normalize, scales, weights, tau, g, s, x))
@@ -399,14 +405,19 @@ def _compose(
     s: Tensor,
     x: Tensor,
     labels: Tensor | None = None,
+    process: Process | None = None,
 ) -> tuple[Tensor, ...]:
     """total, ic_global, ic_local, ll, gl from the one operation."""
 
-    def contrast(sets, cross=False, labels=None):
-        if labels is None:
-            return blocks(sets, tau, normalize=normalize, cross=cross, backend=backend)
-        parts = candidates.contrast(sets, tau, normalize, cross, backend, labels)
-        return [_rounded(y, sets[0]) for y in (parts.terms(cross, False), parts.neg, parts.pos)]
+    def contrast(sets, cross=False):
+        return blocks(sets, tau, normalize=normalize, cross=cross, backend=backend)
+
+    def instances(sets):
+        """The same of sets of which each row is a video: with labels, and with those of other processes."""
+        if labels is None and process is None:
+            return contrast(sets)
+        parts = candidates.contrast(sets, tau, normalize, False, backend, labels, process=process)
+        return [_rounded(y, sets[0]) for y in (parts.terms(False, False), parts.neg, parts.pos)]
 
     V, B, T, D = x.shape
     # gradients of several terms meet in float32 at least: in float16, that of a short row may be inf - inf
@@ -414,9 +425,9 @@ def _compose(
     with_ic_global, with_ic_local, with_ll, with_gl = (w != 0 for w in weights)
     sums = [_zero(g), _zero(x), _zero(x), _zero(s) + _zero(x)]
     if with_ic_global:
-        sums[0] = ordered_sum(contrast(g.unsqueeze(1).unbind(0), labels=labels)[0])
+        sums[0] = ordered_sum(instances(g.unsqueeze(1).unbind(0))[0])
     if with_ic_local:  # its one Gram matrix holds all that LL needs
-        term, _, pos = contrast(x.transpose(1, 2).reshape(V * T, 1, B, D).unbind(0), labels=labels)
+        term, _, pos = instances(x.transpose(1, 2).reshape(V * T, 1, B, D).unbind(0))
         sums[1] = ordered_sum(term)
         if with_ll:
             sums[2] = ordered_sum(_local_local_from(pos[0]))
@@ -424,6 +435,9 @@ def _compose(
         sums[2] = ordered_sum(contrast(x.unbind(0))[0])
     if with_gl:
         sums[3] = ordered_sum(contrast([*s.unbind(0), *x.unbind(0)], cross=True)[0])
+    if process is not None:
+        own = False, False, not with_ic_local, True  # which are sums over this process's videos alone
+        sums = list(distributed.Total.apply(process, torch.stack(sums), own))
     terms = [scale * x for scale, x in zip(scales, sums, strict=True)]
     return sum(weight * term for weight, term in zip(weights, terms, strict=True)), *terms
 
@@ -483,19 +497,25 @@ def _reduce(
     """
     total = ordered_sum(term)
     total = total / count if reduction == "mean" else total
-    return total if process is None else distributed.Total.apply(process, total, parts)
+    return total if process is None else distributed.Total.apply(process, total[None], (parts,))[0]
 
 
-def _reduce_videos(term: Tensor, reduction: Reduction, videos: Tensor, process: Process | None) -> Tensor:
-    """The same of terms of which a process has those of its own videos, [B, ...]."""
+def _agree(process: Process | None, videos: Tensor) -> None:
+    """The processes of a loss whose videos [B, T, D] meet no others compare what they have."""
     if process is not None:
-        process.agree(videos[0:0].movedim(0, -2), 1, rows=len(videos))
-    return _reduce(term, reduction, _rows(videos, process, 0), process, parts=True)
+        process.agree(videos.transpose(0, 1), 2)
 
 
-def _rows(x: Tensor, process: Process | None, dim: int = -2) -> int:
-    """Of all processes."""
-    return x.shape[dim] if process is None else process.rows
+def _reduce_videos(term: Tensor, reduction: Reduction, process: Process | None) -> Tensor:
+    """The terms of each video [B, ...], of which a process has those of its own: their sum, and its mean or sum."""
+    if reduction == "none":
+        return term.flatten(1).sum(1)
+    return _reduce(term, reduction, len(term) if process is None else process.rows, process, parts=True)
+
+
+def _rows(x: Tensor, process: Process | None) -> int:
+    """N of x [..., N, D], on all processes together."""
+    return x.shape[-2] if process is None else process.rows
 
 
 def _own(term: Tensor, process: Process | None) -> Tensor:
