@@ -122,9 +122,11 @@ def cost(negatives: Tensor, positive: Tensor, decoupled: bool = False) -> Tensor
 
 
 def log_add(x: Tensor, y: Tensor) -> Tensor:
-    """log(exp x + exp y), with a gradient of 0 where both are -inf."""
-    none = (x == -torch.inf) & (y == -torch.inf)
-    return torch.logaddexp(x.masked_fill(none, 0), y).masked_fill(none, -torch.inf)
+    """log(exp x + exp y), whose derivatives of every order are finite where one or both are -inf."""
+    no_x, no_y = x == -torch.inf, y == -torch.inf
+    either = no_x | no_y
+    both = torch.logaddexp(x.masked_fill(either, 0), y.masked_fill(either, 0))
+    return both.where(~either, y.where(no_x, x))
 
 
 def _keep(ctx: Any, settings: Settings, tau: float | Tensor, n_rows: int, *tensors: Tensor | None) -> None:
@@ -240,7 +242,7 @@ class RectangleBackward(Once, torch.autograd.Function):
         of_tau, of_rows, of_columns = wanted
         anchors, sets = list(tensors[:n_anchors]), tensors[n_anchors:]
         rows, columns = sets[:n_rows], sets[n_rows:]
-        symmetric = not rows
+        symmetric = n_rows == 0
         for_rows = symmetric or of_rows or not of_columns
         d_rows, d_columns, along = backends.BACKENDS[name].rectangle_backward(
             rows,

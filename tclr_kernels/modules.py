@@ -11,6 +11,8 @@ from .candidates import Negatives
 from .checks import TEMPERATURE
 from .losses import Form, Reduction, Softmax, TCLRTerms, Temperature
 
+CHOICES = dict(reduction=losses.REDUCTIONS, softmax=losses.SOFTMAXES)
+
 
 class _Loss(nn.Module):
     """A loss with its settings.
@@ -32,8 +34,9 @@ class _Loss(nn.Module):
             self.register_buffer("temperature", temperature)
         else:
             self.temperature = temperature
-        if "reduction" in settings:
-            checks.one_of("reduction", settings["reduction"], losses.REDUCTIONS)
+        for name, choices in CHOICES.items():
+            if name in settings:
+                checks.one_of(name, settings[name], choices)
         self.settings = settings
 
     def _loss(self, *tensors: Tensor | Sequence[Tensor], **changing: Any) -> Any:

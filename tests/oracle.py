@@ -354,6 +354,8 @@ LOSSES = {
         functools.partial(tclr_terms, form="release"), functools.partial(tclr_eager, form="release"), clips, True
     ),
 }
+FURTHER = "nt_xent further", "clip_loss decoupled", "moco", "sup_con", "views joint"
+SEVERAL_CALLS = tuple(name for name in FURTHER if name != "sup_con")  # of the operation, whose gradients are added
 for form in "tclr", "tclr release":
     settings = dict(form=form.removeprefix("tclr").strip() or "paper")
     eager = only_total(functools.partial(tclr_eager, **settings))

@@ -3,6 +3,8 @@
 import functools
 import itertools
 import math
+import re
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -486,3 +488,22 @@ WRONG = {
 def test_wrong_arguments_are_named(message):
     with pytest.raises((ValueError, TypeError), match=message):
         WRONG[message](torch.randn(2, 5, 3))
+
+
+def test_the_example_in_the_documentation_is_the_printed_formula(float64):
+    page = (Path(__file__).parents[1] / "docs/operation.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names = {}
+    exec(code, names)
+
+    def printed(a, b):
+        views, terms = [a, b], []
+        for v, i in itertools.product(range(2), range(len(a))):
+            S = [[oracle.sim(views[v][i], z, 0.1) for z in view] for view in views]
+            negatives = [S[c][j] for c in range(2) for j in range(len(a)) if j != i]
+            terms.append(torch.stack(negatives).logsumexp(0) - S[1 - v][i])
+        return [torch.stack(terms).mean()]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TCLR_KERNELS_BACKEND", float64)
+        agree(lambda a, b: [names["dcl"](a, b)], printed, oracle.correlated([(5, 4)] * 2, 0.5, 0), 1e-12)

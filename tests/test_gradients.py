@@ -27,12 +27,13 @@ def test_gradient_is_the_slope_for_every_subset_of_inputs(name, normalize, float
     inputs = [x.requires_grad_() for x in inputs]
     assert torch.autograd.gradcheck(call, inputs)
     _, grads = oracle.run(call, inputs)
+    allowed = 1e-13 if name in oracle.SEVERAL_CALLS else 0  # negatives without gradient change the way to the rows'
     for needed in itertools.product([False, True], repeat=len(inputs)):
         some = [x.detach().requires_grad_(need) for x, need in zip(inputs, needed, strict=True)]
         if any(needed):
             call(*some).sum().backward()
         for x, need, grad in zip(some, needed, grads, strict=True):
-            assert torch.equal(x.grad, grad) if need else x.grad is None
+            assert oracle.error(x.grad, grad) <= allowed if need else x.grad is None
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

@@ -1,6 +1,7 @@
 """The modules: the functions with their settings kept."""
 
 import copy
+import inspect
 import io
 import pickle
 
@@ -15,12 +16,21 @@ from .oracle import LOSSES
 MODULES = {
     "nt_xent": (tk.NTXentLoss, tk.nt_xent, dict(symmetric=False, reduction="sum")),
     "clip_loss": (tk.CLIPLoss, tk.clip_loss, dict(normalize=False, reduction="none")),
+    "info_nce": (tk.InfoNCELoss, tk.info_nce, dict(decoupled=True, reduction="sum")),
+    "sup_con": (tk.SupConLoss, tk.sup_con, dict(reduction="none")),
     "instance_contrastive": (tk.InstanceContrastiveLoss, tk.instance_contrastive, dict(reduction="sum")),
     "local_local": (tk.LocalLocalLoss, tk.local_local, dict(symmetric=False, reduction="none")),
     "global_local": (tk.GlobalLocalLoss, tk.global_local, dict(normalize=False)),
     "tclr": (tk.TCLRLoss, tk.tclr, dict(form="release", weights=dict(ll=0.5))),
 }
 each = pytest.mark.parametrize("name", MODULES)
+
+
+def inputs_of(name):
+    """What `forward` takes."""
+    if name == "sup_con":
+        return [*LOSSES[name].inputs((4, 3, 5), torch.float32), torch.tensor([0, 1, 2, 0, 1, -1, 0, 0])]
+    return LOSSES["clip_loss" if name == "info_nce" else name].inputs((4, 3, 5), torch.float32)
 
 
 def values(out):
@@ -30,7 +40,7 @@ def values(out):
 @each
 def test_module_equals_function(name, backend):
     module, function, settings = MODULES[name]
-    inputs = LOSSES[name].inputs((4, 3, 5), torch.float32)
+    inputs = inputs_of(name)
     for given in ({}, dict(temperature=0.3, **settings)):
         assert torch.equal(
             values(module(backend=backend, **given)(*inputs)), values(function(*inputs, backend=backend, **given))
@@ -40,17 +50,32 @@ def test_module_equals_function(name, backend):
 @each
 def test_defaults_are_those_of_the_function(name):
     module, function, _ = MODULES[name]
-    settings = {k: v for k, v in function.__kwdefaults__.items() if k != "weights"}
+    settings = defaults(function)
+    of_forward = defaults(module.forward)
     built = module()
-    assert {"temperature": built.temperature, **built.settings}.items() >= settings.items()
-    assert module.__init__.__kwdefaults__ == function.__kwdefaults__
+    kept = {"temperature": built.temperature, **built.settings, **of_forward}
+    assert all(kept[key] == value for key, value in settings.items() if key != "weights")
+    assert defaults(module.__init__) | of_forward == settings
+    assert of_forward.keys() <= {"labels", "negatives", "logit_scale"}
+
+
+def defaults(function):
+    """The default of every argument that has one."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
+@each
+def test_temperature_may_come_first(name):
+    module, _, _ = MODULES[name]
+    assert module(0.5).temperature == 0.5 and repr(module(0.5)) == repr(module(temperature=0.5))
 
 
 @each
 def test_pickle_deepcopy_and_repr_keep_the_settings(name):
     module, _, settings = MODULES[name]
     loss = module(temperature=nn.Parameter(torch.tensor(0.3)), **settings)
-    inputs = LOSSES[name].inputs((4, 3, 5), torch.float32)
+    inputs = inputs_of(name)
     wanted = values(loss(*inputs))
     for other in (pickle.loads(pickle.dumps(loss)), copy.deepcopy(loss)):
         assert torch.equal(values(other(*inputs)), wanted) and repr(other) == repr(loss)
@@ -64,7 +89,7 @@ def test_temperature_as_parameter_is_learnt_and_saved(name):
     module, _, _ = MODULES[name]
     loss = module(temperature=nn.Parameter(torch.tensor(0.3)))
     assert [name for name, _ in loss.named_parameters()] == ["temperature"]
-    inputs = LOSSES[name].inputs((4, 3, 5), torch.float32)
+    inputs = inputs_of(name)
     values(loss(*inputs)).sum().backward()
     assert loss.temperature.grad.abs() > 0
     file = io.BytesIO()
@@ -90,7 +115,7 @@ def kept(name):
 
 @each
 def test_a_temperature_of_any_shape_is_copied_moved_and_saved(name):
-    inputs = LOSSES[name].inputs((4, 3, 5), torch.float32)
+    inputs = inputs_of(name)
     for loss in kept(name):
         learnt = loss.temperature.requires_grad
         wanted = values(loss(*inputs))
@@ -127,3 +152,8 @@ def test_wrong_settings_are_errors_at_construction(name):
         module(temperature=-1.0)
     with pytest.raises(ValueError, match="form" if name == "tclr" else "reduction"):
         module(**{"form" if name == "tclr" else "reduction": "other"})
+
+
+def test_an_unknown_softmax_is_an_error_at_construction():
+    with pytest.raises(ValueError, match="softmax: found 'all'"):
+        tk.InstanceContrastiveLoss(softmax="all")

@@ -103,7 +103,10 @@ def test_d2_rows_of_any_length(name, dtype, scale, backend, request):
     for g, want in zip(grads, want_grads, strict=True):
         wanted = torch.ldexp(want, torch.tensor(exponent)).to(dtype).double()
         largest = wanted[wanted.isfinite()].abs().max()
-        assert oracle.error(g, wanted) <= 2 * oracle.GRADIENT[dtype] * largest + torch.finfo(dtype).smallest_normal
+        # beyond, one of them may have been rounded to infinity, as may a part of a sum of two gradients
+        top = (0.4 if name in oracle.SEVERAL_CALLS else 0.98) * torch.finfo(dtype).max
+        found, wanted = (x.double().clamp(-top, top) for x in (g, wanted))
+        assert oracle.error(found, wanted) <= 2 * oracle.GRADIENT[dtype] * largest + torch.finfo(dtype).smallest_normal
 
 
 # ---- D3: NaN and infinity
@@ -195,6 +198,10 @@ def test_d5_temperature_may_be_any_tensor_of_one_element(name, shape, dtype, bac
     assert all(torch.equal(g, w.expand_as(g)) for g, w in zip(grads, want_grads, strict=True))
 
 
+def same(found, wanted):
+    assert all(map(torch.equal, found, wanted))
+
+
 def temperature_first(name, backend):
     return lambda tau, *z: LOSSES[name].call(*z, temperature=tau, backend=backend)
 
@@ -251,7 +258,9 @@ def test_inference_tensors_are_inputs_like_others(name, frozen, dtype, backend):
     out, grads = run(loss, [inputs[k] for k in learnt])
     want, want_grads = run(call, inputs)
     assert torch.equal(out, want)
-    assert all(torch.equal(g, want_grads[k]) for g, k in zip(grads, learnt, strict=True))
+    # where further negatives take no gradient, that of the rows is made in another way
+    equal = torch.testing.assert_close if name in oracle.SEVERAL_CALLS and frozen != "the temperature" else same
+    equal(list(grads), [want_grads[k] for k in learnt])
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
