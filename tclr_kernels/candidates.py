@@ -103,7 +103,8 @@ def everything(
         return _of_all(process, sets, tau, normalize, cross, backend, keys)[0]
     G, N, D = sets[0].shape
     name = backends.choose(backend, sets[0].device, G * len(sets) * N, D, sets[0].dtype)
-    return general.rectangle(general.Settings(name, normalize, cross, 0), tau, (keys, keys), [], sets)
+    of_rows = keys if keys is None else keys.view(G, N)  # torch.compile takes no tensor twice
+    return general.rectangle(general.Settings(name, normalize, cross, 0), tau, (of_rows, keys), [], sets)
 
 
 def _of_all(

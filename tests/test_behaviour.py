@@ -12,7 +12,7 @@ import tclr_kernels as tk
 from tclr_kernels import checks
 
 from . import oracle
-from .oracle import DTYPES, LOSSES, run, same_bits
+from .oracle import DTYPES, FURTHER, LOSSES, run, same_bits
 
 PAIRS = "nt_xent", "clip_loss"
 KINDS = (
@@ -204,7 +204,11 @@ def test_autocast_promotes_mixed_dtypes(backend):
     torch.testing.assert_close(out, tk.nt_xent(a.bfloat16().float(), b, backend=backend))
 
 
-@pytest.mark.parametrize("name", KINDS)
+LONG = [name for name in FURTHER if name != "sup_con"]  # seconds each to trace
+TRACED = [pytest.param(name, marks=pytest.mark.full) if name in LONG else name for name in KINDS]
+
+
+@pytest.mark.parametrize("name", TRACED)
 def test_compile_needs_two_graphs_for_any_number_of_rows(name, backend):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
