@@ -118,9 +118,10 @@ def _of_all(
     negatives: Sequence[Further | None] | None = None,
 ) -> tuple[tuple[Tensor, ...], Tensor | None]:
     """The outputs for all anchors of all processes, and the log-sum-exp of their further negatives."""
-    process.agree(sets[0], len(sets), negatives or ())
     *leading, n, D = sets[0].shape
     G = math.prod(leading)
+    backends.choose(backend, sets[0].device)  # raises what there is to raise while the other processes can be told
+    process.agree(sets[0], len(sets), negatives or ())
     name = backends.choose(backend, sets[0].device, G * len(sets) * process.rows, D, sets[0].dtype)
     sets = [z.reshape(G, n, D) for z in sets]
     keys = None if keys is None else keys.reshape(G, n)
@@ -151,6 +152,7 @@ def partners(
     Returns the log-sum-exp of the negatives, and the partners' similarities: [..., N].
     """
     if process is not None:
+        backends.choose(backend, a.device)  # as above
         process.agree(a, 2, [negatives])
         columns = distributed.gathered(process, [a.reshape(a.shape[:-2].numel(), *a.shape[-2:])])
     tau, a, b = map(distributed.widened, (tau, a, b))

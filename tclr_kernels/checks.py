@@ -77,9 +77,9 @@ def sides(empty: bool = False, /, **tensors: Tensor) -> list[Tensor]:
     return saveable(*same_dtype(**tensors))
 
 
-def queued(keys: Tensor, queue: Tensor) -> Tensor:
-    """New rows of a queue [size, D]: [..., n, D], of any dtype."""
-    _embedding("keys", keys, ["...", "n", "D"], _check_values())
+def queued(keys: Tensor, queue: Tensor, empty: bool = False) -> Tensor:
+    """New rows of a queue [size, D]: [..., n, D], of any dtype; empty: as for `embeddings`."""
+    _embedding("keys", keys, ["...", "n", "D"], _check_values(), empty)
     _one_device("the queue", queue, "keys", keys)
     if keys.shape[-1] != queue.shape[-1]:
         raise ValueError(f"keys: found shape {list(keys.shape)}, wanted [..., n, {queue.shape[-1]}]")

@@ -12,15 +12,18 @@ ranks afterwards, as DistributedDataParallel does, that is the gradient of a sin
 import functools
 import hashlib
 import inspect
+import numbers
 import os
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from . import backends
+from . import backends, checks
 from .general import Settings
 from .symmetric import ordered_sum
 
@@ -53,26 +56,28 @@ class Facts(NamedTuple):
 
 
 ALIKE = {  # the facts that must not differ, as errors name them
+    "settings": "the loss or its settings",
+    "dtype": "dtype",
     "width": "D, the width of the embeddings",
     "sets": "the number of sets or views",
     "leading": "the leading dimensions",
-    "dtype": "dtype",
-    "settings": "the loss or its settings",
     "gradients": "which inputs require a gradient",
 }
+READABLE = "width", "sets", "dtype"  # whose values mean something to a reader; the others are digests
 
 
 class Process:
     """This rank's part in one call of a loss. The shares, rows of each rank, are known once the ranks have agreed."""
 
-    def __init__(self, group: "dist.ProcessGroup", promised: Shares, settings: int, gradients: int) -> None:
+    def __init__(self, group: "dist.ProcessGroup", promised: Shares) -> None:
         self.name, self.rank, self.size = group.group_name, dist.get_rank(group), dist.get_world_size(group)
-        self.devices = [device.type for device in group._device_types]
-        self.promised, self.settings, self.gradients = promised, settings, gradients
+        self.devices = _devices(group)
+        self.promised = promised
         self.exchanges = promised is None or os.environ.get("TCLR_KERNELS_CHECK") == "1"
         self.agreed = False
         self.shares: list[int] = []
         self.negatives: list[list[int]] = []  # of each rank, for the first and for the second tensor of them
+        self.call: tuple[str, dict[str, object]] = "", {}  # the loss and its arguments, until the ranks have agreed
 
     @property
     def first(self) -> int:
@@ -87,52 +92,78 @@ class Process:
         """Of all ranks."""
         return sum(self.shares)
 
+    def begin(self, name: str, arguments: dict[str, object]) -> None:
+        """Notes the call, and refuses what no loss over many processes takes."""
+        self.call = name, arguments
+        for argument, value in arguments.items():
+            if any(map(_is_dtensor, _tensors(value))):
+                raise TypeError(f"{argument}: found a DTensor beside a group, wanted this rank's rows: its .to_local()")
+        if self.promised is not None and not (
+            isinstance(self.promised, Sequence) and all(isinstance(n, int) and n >= 0 for n in self.promised)
+        ):
+            raise TypeError(
+                f"shares: found {self.promised!r}, wanted a list of integers >= 0, the rows of each of "
+                f"the {self.size} ranks"
+            )
+
     def agree(self, like: Tensor, sets: int, negatives: Sequence[Further | None] = ()) -> None:
-        """All ranks compare what they have, and learn everybody's shares; done once a call. like: [..., n, D]"""
+        """All ranks compare what they have, and learn everybody's shares; done once a call. like: [..., n, D]
+
+        Whatever of this rank may be wrong must be found before, since the others then wait for its rows.
+        """
         if self.agreed:
             return
         rows = like.shape[-2]
         if like.device.type not in self.devices:
-            raise ValueError(f"group: found embeddings on {like.device}, wanted a device of the group, {self.devices}")
+            raise ValueError(f"group: found embeddings on {like.device}, wanted one of its devices: {self.devices}")
         if self.promised is not None and (len(self.promised) != self.size or self.promised[self.rank] != rows):
             raise ValueError(
                 f"shares: found {list(self.promised)}, wanted the rows of each of the {self.size} ranks, "
                 f"of which rank {self.rank} has {rows}"
             )
-        self.agreed = True
-        counts = [0 if x is None or x.everywhere else x.rows.shape[-2] for x in (*negatives, None, None)][:2]
-        mine = Facts(
-            0,
-            rows,
-            *counts,
-            like.shape[-1],
-            sets,
-            _digest(list(like.shape[:-2])),
-            _digest(like.dtype),
-            self.settings,
-            self.gradients,
-        )
-        table = self._exchange(like.device, mine) if self.exchanges else None
-        if table is None:
-            self.shares, self.negatives = list(self.promised), [[n] * self.size for n in counts]
-        else:
+        gathered = [x is not None and not x.everywhere for x in negatives]
+        counts = [x.rows.shape[-2] if there else 0 for x, there in zip(negatives, gathered, strict=True)]
+        if self.exchanges:
+            facts = Facts(rows=rows, **dict(zip(("negatives", "negatives_of_b"), counts, strict=False)))
+            table = self._exchange(self._complete(facts, like, sets))
             self._compare(table)
             self.shares = [facts.rows for facts in table]
             self.negatives = [[facts.negatives for facts in table], [facts.negatives_of_b for facts in table]]
-            if self.promised is not None and self.shares != list(self.promised):
-                raise ValueError(f"shares: found {list(self.promised)}, wanted the rows of each rank, {self.shares}")
+        else:
+            self.shares, self.negatives = list(self.promised), [[n] * self.size for n in counts]
+        self.agreed, self.call = True, ("", {})
         if self.rows == 0:
             raise ValueError("group: found no rows on any rank, wanted one at least")
+        if any(there and not sum(found) for there, found in zip(gathered, self.negatives, strict=False)):
+            raise ValueError("negatives: found none on any rank, wanted one at least")
+
+    def _complete(self, facts: Facts, like: Tensor, sets: int) -> Facts:
+        name, arguments = self.call
+        arguments = {key: value for key, value in arguments.items() if key not in ("backend", "group", "shares")}
+        needed = [torch.is_grad_enabled() and x.requires_grad for value in arguments.values() for x in _tensors(value)]
+        return facts._replace(
+            width=like.shape[-1],
+            sets=sets,
+            leading=_digest(list(like.shape[:-2])),
+            dtype=checks.DTYPES.index(like.dtype),
+            settings=_digest(name, sorted((key, _plain(value)) for key, value in arguments.items())),
+            gradients=_digest(needed),
+        )
 
     def fail(self) -> None:
         """Tells the other ranks that this one raises an error, where they ask."""
-        if not self.agreed and self.exchanges:
-            self.agreed = True
-            self._exchange(torch.device("cpu" if "cpu" in self.devices else self.devices[0]), Facts(failed=1))
+        if self.exchanges and not self.agreed:
+            self._exchange(Facts(failed=1))
 
-    def _exchange(self, device: torch.device, mine: Facts) -> list[Facts]:
-        """The facts of all ranks: the one thing that is read on the host."""
-        return [Facts(*row) for row in self.all_gather(torch.tensor([mine]).to(device)).tolist()]
+    def _exchange(self, mine: Facts) -> list[Facts]:
+        """The facts of all ranks, by the group's backend for the CPU if it has one, since they are read on the host."""
+        self.agreed = True
+        device = "cpu" if "cpu" in self.devices else self.devices[0]
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("shares: found None while a CUDA graph is captured, wanted the rows of each rank")
+        return [Facts(*row) for row in self.all_gather(torch.tensor([mine], device=device)).tolist()]
+
+    _exchange._torchdynamo_disable = True  # as torch.compiler.disable does, which takes seconds to import
 
     def _compare(self, table: list[Facts]) -> None:
         for rank, facts in enumerate(table):
@@ -141,8 +172,18 @@ class Process:
         for field, name in ALIKE.items():
             found = [getattr(facts, field) for facts in table]
             if len(set(found)) > 1:
-                values = f": found {found}, wanted one value" if field in ("width", "sets") else ", wanted them alike"
+                found = [str(checks.DTYPES[k]) for k in found] if field == "dtype" else found
+                values = f": found {found}, wanted one value" if field in READABLE else ", wanted it alike on all"
                 raise ValueError(f"group: ranks differ in {name}{values}")
+        if self.promised is None:
+            return
+        shares = [facts.rows for facts in table]
+        if shares != list(self.promised):
+            raise ValueError(f"shares: found {list(self.promised)}, wanted the rows of each rank, {shares}")
+        for field in ("negatives", "negatives_of_b"):
+            found = [getattr(facts, field) for facts in table]
+            if len(set(found)) > 1:
+                raise ValueError(f"negatives: found K = {found} on the ranks, wanted one value beside shares")
 
     def all_gather(self, x: Tensor) -> Tensor:
         """The ranks' tensors, of one shape, joined along the first dimension."""
@@ -155,17 +196,15 @@ class Process:
         x = x.movedim(dim, 0)
         if len(x) < largest:  # never empty: gloo dies of it
             x = torch.cat([x, x.new_zeros(largest - len(x), *x.shape[1:])])
-        parts = self.all_gather(x).split(largest)
+        together = self.all_gather(x)
+        if min(counts) == largest:
+            return together.movedim(0, dim)
+        parts = together.split(largest)
         return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)]).movedim(0, dim)
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum over the ranks in float64, added in their order, so that all get the same bits."""
         return functools.reduce(torch.add, self.all_gather(x.double()[None]).unbind(0)).to(x.dtype)
-
-
-def _digest(*values: object) -> int:
-    """A number that is the same on all ranks where the values are."""
-    return int.from_bytes(hashlib.sha256(repr(values).encode()).digest()[:7], "big")
 
 
 def collective(function: Callable[P, T]) -> Callable[P, T]:
@@ -174,61 +213,92 @@ def collective(function: Callable[P, T]) -> Callable[P, T]:
     An error of this rank before the ranks have agreed is told to the others, so that all of them raise one.
     """
     parameters = inspect.signature(function).parameters
+    names, defaults = list(parameters), {name: x.default for name, x in parameters.items() if x.default is not x.empty}
 
     @functools.wraps(function)
     def call(*arguments: P.args, **settings: P.kwargs) -> T:
-        if settings.get("group") is None and settings.get("shares") is None:
+        group, shares = settings.get("group"), settings.get("shares")
+        if group is None and shares is None:
             return function(*arguments, **settings)
-        given = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
-        given |= dict(zip(parameters, arguments, strict=False)) | settings
-        process = _resolve(given.pop("group"), given.pop("shares"), function.__name__, given)
+        process = _process(group, shares)
         settings = {**settings, "group": process, "shares": None}
+        if process is None:
+            return function(*arguments, **settings)
         try:
+            process.begin(function.__name__, defaults | dict(zip(names, arguments, strict=False)) | settings)
             return function(*arguments, **settings)
         except Exception:
-            if process is not None:
-                process.fail()
+            process.fail()
             raise
 
     return call
 
 
-def _resolve(group: Group, shares: Shares, name: str, given: dict[str, object]) -> Process | None:
-    """This rank's part; None for a single process. given: all arguments of the loss of that name"""
+def check_group(group: Group) -> None:
+    """Raises TypeError or ValueError for what is no group."""
+    wanted = 'None, "world", a torch.distributed.ProcessGroup or a DeviceMesh of one dimension'
+    if group is None or (isinstance(group, str) and group == "world"):
+        return
+    if not dist.is_available():
+        raise TypeError(f"group: found {group!r}, wanted None: this PyTorch has no torch.distributed")
+    if isinstance(group, dist.DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(f"group: found a DeviceMesh of {group.ndim} dimensions, wanted {wanted}")
+    elif group is not dist.GroupMember.NON_GROUP_MEMBER and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group: found {group!r}, wanted {wanted}")
+
+
+def _process(group: Group, shares: Shares) -> Process | None:
+    """This rank's part; None for a process by itself."""
     if group is None:
         raise ValueError(f"shares: found {shares!r} without a group, wanted None")
-    if shares is not None and not (isinstance(shares, Sequence) and all(isinstance(n, int) and n >= 0 for n in shares)):
-        raise TypeError(f"shares: found {shares!r}, wanted a list of integers >= 0, the rows of each rank")
-    wanted = 'None, "world", a torch.distributed.ProcessGroup or a DeviceMesh of one dimension'
-    if not dist.is_available():
-        if group == "world":
-            return None
-        raise TypeError(f"group: found {group!r}, wanted None: this PyTorch has no torch.distributed")
-    if isinstance(group, str) and group == "world":
-        if not dist.is_initialized():
+    check_group(group)
+    if isinstance(group, str):
+        if not dist.is_available() or not dist.is_initialized():
             return None
         group = dist.group.WORLD
     elif isinstance(group, dist.DeviceMesh):
-        if group.ndim != 1:
-            raise ValueError(f"group: found a DeviceMesh of {group.ndim} dimensions, wanted {wanted}")
-        group = group.get_group()
-    elif not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"group: found {group!r}, wanted {wanted}")
-    if dist.get_rank(group) < 0:
-        raise ValueError("group: found a group that this rank is not of")
-    del given["backend"]
-    tensors = [bool(x.requires_grad) and torch.is_grad_enabled() for x in _tensors(given)]
-    rest = {key: value for key, value in given.items() if not list(_tensors({key: value}))}
-    return Process(group, shares, _digest(name, sorted(rest.items())), _digest(*tensors))
+        group = dist.GroupMember.NON_GROUP_MEMBER if group.get_coordinate() is None else group.get_group()
+    if group is dist.GroupMember.NON_GROUP_MEMBER or dist.get_rank(group) < 0:
+        raise ValueError("group: this process is not one of its ranks, and must not call the loss with it")
+    return None if shares is None and dist.get_world_size(group) == 1 else Process(group, shares)
 
 
-def _tensors(given: dict[str, object]) -> Iterator[Tensor]:
-    for value in given.values():
-        for x in value if isinstance(value, (list, tuple)) else [value]:
-            if isinstance(x, nn.Module):
-                yield from x.buffers()
-            elif isinstance(x, torch.Tensor):
-                yield x
+def _devices(group: "dist.ProcessGroup") -> list[str]:
+    """The types of the devices whose tensors a group sends."""
+    return [device.type for device in group._device_types]
+
+
+def _is_dtensor(x: Tensor) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")  # it takes long to import, and is there where a DTensor is
+    return module is not None and isinstance(x, module.DTensor)
+
+
+def _tensors(value: object) -> list[Tensor]:
+    """The tensors of an argument: itself, or those of a list, or of a queue."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, nn.Module):
+        return list(value.buffers())
+    return [x for item in value for x in _tensors(item)] if isinstance(value, (list, tuple)) else []
+
+
+def _digest(*values: object) -> int:
+    """A number that is the same on all ranks where the values are."""
+    return int.from_bytes(hashlib.sha256(repr(values).encode()).digest()[:7], "big")
+
+
+def _plain(value: object) -> object:
+    """What of an argument is to be the same on all ranks, so that its repr is too."""
+    if isinstance(value, torch.Tensor):
+        return "a tensor"
+    if isinstance(value, nn.Module):  # a queue, which is the same on all ranks
+        return [list(x.shape) for x in value.buffers()]
+    if isinstance(value, Mapping):
+        return sorted((key, _plain(x)) for key, x in value.items())
+    if isinstance(value, (list, tuple)):
+        return [_plain(x) for x in value]
+    return float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else value
 
 
 def contrast(
@@ -321,6 +391,7 @@ class Blocks(torch.autograd.Function):
         ctx.save_for_backward(tau if ctx.tau is None else None, row_keys, column_keys, *sets, *output)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
         tau, row_keys, column_keys, *tensors = ctx.saved_tensors
         tau, V = tau if ctx.tau is None else ctx.tau, ctx.V
@@ -368,6 +439,7 @@ class Negatives(torch.autograd.Function):
         ctx.save_for_backward(tau if ctx.tau is None else None, *tensors, output)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         tau, mine, everybody, *sets, neg = ctx.saved_tensors
         tau, A, process = tau if ctx.tau is None else ctx.tau, ctx.A, ctx.process
@@ -412,6 +484,7 @@ class Total(torch.autograd.Function):
         ctx.process = inputs[0]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor, None]:
         return None, ctx.process.sum(g), None
 
@@ -428,6 +501,7 @@ class Own(torch.autograd.Function):
         ctx.process = inputs[0]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor]:
         return None, ctx.process.gather(g, -1, ctx.process.shares)
 
@@ -444,13 +518,14 @@ class Everybody(torch.autograd.Function):
         ctx.process = inputs[0]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor]:
         return None, g.narrow(-1, ctx.process.first, ctx.process.own)
 
 
-def shared(process: Process, tau: float | Tensor) -> float | Tensor:
-    """The temperature, whose gradient becomes the whole one on every rank."""
-    return MeanGradient.apply(process, tau) if isinstance(tau, torch.Tensor) else tau
+def shared(process: Process, tau: float | Tensor, device: torch.device) -> float | Tensor:
+    """The temperature on the rows' device, which the group serves; its gradient is the whole one on every rank."""
+    return MeanGradient.apply(process, tau.to(device)) if isinstance(tau, torch.Tensor) else tau
 
 
 class MeanGradient(torch.autograd.Function):
@@ -465,5 +540,6 @@ class MeanGradient(torch.autograd.Function):
         ctx.process = inputs[0]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[None, Tensor]:
         return None, ctx.process.sum(g) / ctx.process.size

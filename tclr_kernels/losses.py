@@ -297,7 +297,7 @@ def local_local(
     x1, x2 = checks.embeddings("B T D", group is not None, x1=x1, x2=x2)
     checks.flag("symmetric", symmetric)
     tau = _tau(temperature, logit_scale, normalize, reduction, x1, group)
-    _agree(group, x1)
+    _agree(group, x1, backend)
     term = _terms([x1, x2], tau, normalize, False, backend)
     return _reduce_videos(term / 2 if symmetric else term[:, 0, 1], reduction, group)
 
@@ -325,7 +325,7 @@ def global_local(
     """
     s, x = checks.embeddings("B T D", group is not None, s=s, x=x)
     tau = _tau(temperature, logit_scale, normalize, reduction, s, group)
-    _agree(group, s)
+    _agree(group, s, backend)
     term = _terms([s, x], tau, normalize, True, backend)
     return _reduce_videos(term, reduction, group)
 
@@ -376,7 +376,7 @@ def tclr(
     name = backends.choose(backend, x.device, V * B * T, D)
     if group is not None:
         group.agree(g, V * T)
-        tau, B = distributed.shared(group, tau), group.rows
+        tau, B = distributed.shared(group, tau, x.device), group.rows
 
     release = form == "release"
     scales = {  # of each term, times the sum over its anchors
@@ -454,7 +454,7 @@ def _tau(
     checks.one_of("reduction", reduction, REDUCTIONS)
     checks.flag("normalize", normalize)
     tau = checks.scaled(temperature, logit_scale, like.device)
-    return tau if process is None else distributed.shared(process, tau)
+    return tau if process is None else distributed.shared(process, tau, like.device)
 
 
 def _terms(
@@ -500,9 +500,10 @@ def _reduce(
     return total if process is None else distributed.Total.apply(process, total[None], (parts,))[0]
 
 
-def _agree(process: Process | None, videos: Tensor) -> None:
+def _agree(process: Process | None, videos: Tensor, backend: str | None) -> None:
     """The processes of a loss whose videos [B, T, D] meet no others compare what they have."""
     if process is not None:
+        backends.choose(backend, videos.device)  # raises what there is to raise while the others can be told
         process.agree(videos.transpose(0, 1), 2)
 
 
