@@ -154,16 +154,13 @@ def partners(
     if process is not None:
         backends.choose(backend, a.device)  # as above
         process.agree(a, 2, [negatives])
-        columns = distributed.gathered(process, [a.reshape(a.shape[:-2].numel(), *a.shape[-2:])])
     tau, a, b = map(distributed.widened, (tau, a, b))
-    pos = everything([z.reshape(a.shape[:-1].numel(), 1, z.shape[-1]) for z in (a, b)], tau, normalize, True, backend)[
-        1
-    ][:, 0, 1]
-    pos, rows = pos.reshape(a.shape[:-1]), a.reshape(a.shape[:-2].numel(), *a.shape[-2:])
+    in_pairs = [z.reshape(a.shape[:-1].numel(), 1, z.shape[-1]) for z in (a, b)]
+    _, pos, *_ = everything(in_pairs, tau, normalize, True, backend)
+    pos, rows = pos[:, 0, 1].reshape(a.shape[:-1]), a.reshape(a.shape[:-2].numel(), *a.shape[-2:])
     if process is None:
         return log_sum(rows, negatives.rows, tau, normalize, backend).reshape(a.shape[:-1]), pos
     name = backends.choose(backend, a.device, process.rows, a.shape[-1], a.dtype)
     settings = general.Settings(name, normalize)
-    columns = [distributed.widened(z) for z in columns]
-    neg = distributed.beyond(process, settings, tau, [rows], columns, [negatives])
+    neg = distributed.beyond(process, settings, tau, [rows], distributed.gathered(process, [rows]), [negatives])
     return neg.reshape(*a.shape[:-2], -1), distributed.Everybody.apply(process, pos)

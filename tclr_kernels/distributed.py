@@ -71,10 +71,11 @@ class Process:
 
     def __init__(self, group: "dist.ProcessGroup", promised: Shares) -> None:
         self.name, self.rank, self.size = group.group_name, dist.get_rank(group), dist.get_world_size(group)
-        self.devices = _devices(group)
+        self.devices = _devices(self.name)
         self.promised = promised
         self.exchanges = promised is None or os.environ.get("TCLR_KERNELS_CHECK") == "1"
         self.agreed = False
+        self.dtype = torch.float32  # of the rows that are given, and sent
         self.shares: list[int] = []
         self.negatives: list[list[int]] = []  # of each rank, for the first and for the second tensor of them
         self.call: tuple[str, dict[str, object]] = "", {}  # the loss and its arguments, until the ranks have agreed
@@ -113,7 +114,7 @@ class Process:
         """
         if self.agreed:
             return
-        rows = like.shape[-2]
+        rows, self.dtype = like.shape[-2], like.dtype
         if like.device.type not in self.devices:
             raise ValueError(f"group: found embeddings on {like.device}, wanted one of its devices: {self.devices}")
         if self.promised is not None and (len(self.promised) != self.size or self.promised[self.rank] != rows):
@@ -264,9 +265,12 @@ def _process(group: Group, shares: Shares) -> Process | None:
     return None if shares is None and dist.get_world_size(group) == 1 else Process(group, shares)
 
 
-def _devices(group: "dist.ProcessGroup") -> list[str]:
-    """The types of the devices whose tensors a group sends."""
-    return [device.type for device in group._device_types]
+def _devices(name: str) -> list[str]:
+    """The types of the devices whose tensors the group of that name sends."""
+    return [device.type for device in dist.distributed_c10d._resolve_process_group(name)._device_types]
+
+
+_devices._dynamo_marked_constant = True  # see `checks.tf32_allowed`
 
 
 def _is_dtensor(x: Tensor) -> bool:
@@ -314,19 +318,19 @@ def contrast(
     sets: this rank's rows, [G, n, D] each; keys: their labels, [G, n]; negatives: for all sets, or one for each set.
     Returns the outputs, [G, V, V, N], and [G, V, N] or None.
     """
-    columns = gathered(process, sets)
     all_keys = None if keys is None else process.gather(keys, -1, process.shares)
     if negatives is not None:
         tau, *sets = map(widened, (tau, *sets))
-        columns = [widened(z) for z in columns]
+    columns = gathered(process, sets)
     settings = settings._replace(first=process.first)
     outputs = Blocks.apply(process, settings, tau, keys, all_keys, len(sets), *sets, *columns)
     return outputs, None if negatives is None else beyond(process, settings, tau, sets, columns, negatives)
 
 
 def gathered(process: Process, sets: Sequence[Tensor]) -> list[Tensor]:
-    """The rows of all ranks, in the dtype they have: sets [G, n, D] as [G, N, D]"""
-    return list(process.gather(torch.stack(list(sets)).detach(), -2, process.shares).unbind(0))
+    """The rows of all ranks: sets [G, n, D] as [G, N, D]. They are sent in the dtype in which they were given."""
+    rows = torch.stack(list(sets)).detach().to(process.dtype)
+    return list(process.gather(rows, -2, process.shares).to(sets[0].dtype).unbind(0))
 
 
 def beyond(
@@ -347,9 +351,9 @@ def beyond(
             absent = torch.full((G, 1, process.rows), -torch.inf, dtype=torch.float64, device=own[0].device)
             parts.append(absent)
             continue
-        mine = widened(further.rows)
-        mine = mine.reshape(1 if mine.dim() == 2 else G, -1, D)
+        mine = further.rows.reshape(1 if further.rows.dim() == 2 else G, -1, D)
         everybody = mine if further.everywhere else process.gather(mine.detach(), -2, process.negatives[k])
+        mine, everybody = widened(mine), widened(everybody)
         values = Negatives.apply(process, settings, tau, len(own), mine, everybody, *own, *everyone)
         parts.append(values[:, :, 0])
     return torch.cat(parts, 1)

@@ -24,7 +24,8 @@ class Error(str):
 
 class Pool:
     def __init__(self, size, backend="gloo"):
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")  # which imports PyTorch once, for all ranks
+        context.set_forkserver_preload(["torch", "tclr_kernels"])
         self.folder = tempfile.TemporaryDirectory()
         self.pipes, self.processes = [], []
         for rank in range(size):
