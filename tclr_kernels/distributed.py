@@ -164,8 +164,6 @@ class Process:
             raise RuntimeError("shares: found None while a CUDA graph is captured, wanted the rows of each rank")
         return [Facts(*row) for row in self.all_gather(torch.tensor([mine], device=device)).tolist()]
 
-    _exchange._torchdynamo_disable = True  # as torch.compiler.disable does, which takes seconds to import
-
     def _compare(self, table: list[Facts]) -> None:
         for rank, facts in enumerate(table):
             if facts.failed:
@@ -222,6 +220,8 @@ def collective(function: Callable[P, T]) -> Callable[P, T]:
         if group is None and shares is None:
             return function(*arguments, **settings)
         process = _process(group, shares)
+        if process is not None and process.exchanges and torch.compiler.is_compiling():
+            return _untraced(call, arguments, settings)
         settings = {**settings, "group": process, "shares": None}
         if process is None:
             return function(*arguments, **settings)
@@ -233,6 +233,15 @@ def collective(function: Callable[P, T]) -> Callable[P, T]:
             raise
 
     return call
+
+
+def _untraced(call: Callable[..., T], arguments: tuple[Any, ...], settings: dict[str, Any]) -> T:
+    return torch.compiler.disable(call)(*arguments, **settings)
+
+
+# what torch.compiler.disable does, which takes two seconds to import the compiler
+_untraced._torchdynamo_disable = True
+_untraced._torchdynamo_disable_msg = "without `shares` the ranks tell each other on the host how many rows they have"
 
 
 def check_group(group: Group) -> None:
