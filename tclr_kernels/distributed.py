@@ -52,11 +52,13 @@ class Facts(NamedTuple):
     leading: int = 0
     dtype: int = 0
     settings: int = 0
+    shares: int = 0
     gradients: int = 0
 
 
 ALIKE = {  # the facts that must not differ, as errors name them
     "settings": "the loss or its settings",
+    "shares": "shares, the rows of each rank",
     "dtype": "dtype",
     "width": "D, the width of the embeddings",
     "sets": "the number of sets or views",
@@ -148,6 +150,7 @@ class Process:
             leading=_digest(list(like.shape[:-2])),
             dtype=checks.DTYPES.index(like.dtype),
             settings=_digest(name, sorted((key, _plain(value)) for key, value in arguments.items())),
+            shares=_digest(None if self.promised is None else list(self.promised)),
             gradients=_digest(needed),
         )
 
@@ -174,12 +177,7 @@ class Process:
                 found = [str(checks.DTYPES[k]) for k in found] if field == "dtype" else found
                 values = f": found {found}, wanted one value" if field in READABLE else ", wanted it alike on all"
                 raise ValueError(f"group: ranks differ in {name}{values}")
-        if self.promised is None:
-            return
-        shares = [facts.rows for facts in table]
-        if shares != list(self.promised):
-            raise ValueError(f"shares: found {list(self.promised)}, wanted the rows of each rank, {shares}")
-        for field in ("negatives", "negatives_of_b"):
+        for field in ("negatives", "negatives_of_b") if self.promised is not None else ():
             found = [getattr(facts, field) for facts in table]
             if len(set(found)) > 1:
                 raise ValueError(f"negatives: found K = {found} on the ranks, wanted one value beside shares")

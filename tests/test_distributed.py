@@ -383,7 +383,7 @@ def counted(group, name, shares, dtype, settings, known):
     return forward.bytes, backward.bytes, alone.bytes
 
 
-HEADER = 80
+HEADER = 88
 NONE = dict(reduction="none")
 D, n, K = 6, 4, 4  # of a rank; b, w: the bytes of an input's and of a term's number
 TABLE = {  # name, settings: what a rank sends in the forward, and in the backward; G = 6 groups where there are groups
