@@ -32,6 +32,7 @@ FLAGS = [*BINDING_FLAGS, "-O3", "-g0", "-ffp-contract=fast", "-fno-math-errno", 
 
 CUDA = os.environ.get("TCLR_KERNELS_CUDA", "")
 TARGETS = os.environ.get("TCLR_KERNELS_CUDA_ARCHS") or "8.0 9.0a 10.0+PTX"
+CUDA_SOURCES = SOURCE / "cuda/kernels.cu", SOURCE / "cuda/rectangle.cu"
 NVCC_FLAGS = ["-std=c++17", "-O3", "--threads=0", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 
 WITHOUT = "TCLR_KERNELS_REQUIRE_NATIVE=0 installs without the compiled kernels"
@@ -136,13 +137,15 @@ def cuda(folder, objects):
             raise FileNotFoundError("nvcc is neither in CUDA_HOME/bin nor in PATH")
         for path in folder, objects:
             path.mkdir(parents=True, exist_ok=True)
-        kernels, binding = objects / "kernels.o", objects / "bind.o"
+        made = [objects / f"{source.stem}.o" for source in CUDA_SOURCES]
+        binding = objects / "bind.o"
         targets = supported_targets()
         named = " ".join(targets)
-        run([nvcc(), *NVCC_FLAGS, *gencode(targets), "-c", SOURCE / "cuda/kernels.cu", "-o", kernels])
+        for source, kernels in zip(CUDA_SOURCES, made, strict=True):
+            run([nvcc(), *NVCC_FLAGS, *gencode(targets), "-c", source, "-o", kernels])
         flags = [*BINDING_FLAGS, f'-DTCLR_CUDA_TARGETS="{named}"', f"-I{torch}/include"]
         run([*compiler(), *flags, "-c", SOURCE / "cuda/bind.cpp", "-o", binding])
-        link([nvcc()], [kernels, binding], torch, folder / "_cuda.so")  # nvcc adds its own runtime, statically
+        link([nvcc()], [*made, binding], torch, folder / "_cuda.so")  # nvcc adds its own runtime, statically
     except (OSError, subprocess.CalledProcessError) as error:
         message = f"tclr_kernels is built WITHOUT its CUDA kernels: {error}"
         if CUDA == "1":

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import setup
@@ -43,23 +44,29 @@ def instructions(cubin):
 
 
 def rows(target):
-    """One row a kernel."""
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernels.cubin"
-        flags = [*setup.NVCC_FLAGS, f"-arch=sm_{target}", "-Werror", "all-warnings", "-Xptxas", "-v", "-cubin"]
-        command = [setup.nvcc(), *flags, ROOT / "csrc/cuda/kernels.cu", "-o", cubin]
-        log = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-        if log.returncode != 0:
-            print(log.stderr, file=sys.stderr)
-            raise RuntimeError(f"nvcc ended with status {log.returncode}")
-        counts = instructions(cubin)
+    """One row a kernel. Those that both sources have, which read and write rows, are the same in both."""
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
+        compiled = list(pool.map(lambda source: compile(target, source, Path(folder)), setup.CUDA_SOURCES))
+    found = {name: facts for of_source in compiled for name, facts in of_source.items()}
+    yield from (dict(target=f"sm_{target}", kernel=name) | found[name] for name in sorted(found))
+
+
+def compile(target, source, folder):
+    """Of every kernel of a source, by name: its registers, its spills, and its instructions by class."""
+    cubin = folder / f"{source.stem}.cubin"
+    flags = [*setup.NVCC_FLAGS, f"-arch=sm_{target}", "-Werror", "all-warnings", "-Xptxas", "-v", "-cubin"]
+    command = [setup.nvcc(), *flags, source, "-o", cubin]
+    log = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    if log.returncode != 0:
+        print(log.stderr, file=sys.stderr)
+        raise RuntimeError(f"nvcc ended with status {log.returncode}")
+    counts = instructions(cubin)
     found = USED.findall(log.stderr.replace("\n", " "))
     names = demangled([name for name, *_ in found])
-    for name, stores, loads, registers in sorted(found, key=lambda f: names[f[0]]):
-        facts = dict(
-            target=f"sm_{target}", kernel=names[name], registers=int(registers), spills=int(stores) + int(loads)
-        )
-        yield facts | counts[name]
+    return {
+        names[name]: dict(registers=int(registers), spills=int(stores) + int(loads)) | counts[name]
+        for name, stores, loads, registers in found
+    }
 
 
 def tried(target):

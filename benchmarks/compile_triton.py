@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.rows import attempted, write, writing
-from tclr_kernels.triton import large, sets, small
+from tclr_kernels.triton import large, rectangle, sets, small
 
 RESULTS = Path(__file__).parent / "results" / "triton-compiled.csv"
 VERSIONS = Path(__file__).parent / "results" / "triton-versions.csv"
@@ -44,6 +44,7 @@ POINTERS = {
     torch.float32: "*fp32",
     torch.float64: "*fp64",
     torch.int32: "*i32",
+    torch.int64: "*i64",
 }
 CLASSES = {  # instruction class -> of SASS, of the CDNA assembly
     "tensor": (r"\b(?:[HQ]G?MMA|UTC\w*MMA|DMMA)\b", r"v_mfma"),
@@ -81,6 +82,41 @@ class Case(NamedTuple):
         rows = "" if self.normalize else " raw"
         return f"{self.G}x{self.V}x{self.N}x{self.D} {dtype} {kind} tau={self.tau}{rows}"
 
+    def run(self):
+        module = small if small.serves(self.V, self.N) else large
+        x = [torch.empty(self.G, self.N, self.D, dtype=self.dtype, device="meta") for _ in range(self.V)]
+        settings = self.tau, self.normalize, self.cross
+        term, neg, pos = module.forward(x, *settings)
+        module.backward(x, *settings, neg, pos, term, None, None)
+
+
+class Rectangle(NamedTuple):
+    """The same of the general form: n rows against K columns, or n against themselves where K is 0."""
+
+    n: int
+    K: int
+    D: int
+    dtype: torch.dtype
+    labels: bool = False
+    pairs: bool = False
+    tf32: bool = False
+
+    def __str__(self):
+        dtype = "tf32" if self.tf32 else str(self.dtype)[6:]
+        kind = ("pairs" if self.pairs else "labels") if self.labels else "plain"
+        return f"{self.n}x{self.K or self.n}x{self.D} {dtype} {kind}" + " symmetric" * (self.K == 0)
+
+    def run(self):
+        symmetric, K = self.K == 0, self.K or self.n
+        columns, rows = ([torch.empty(1, size, self.D, dtype=self.dtype, device="meta")] for size in (K, self.n))
+        keys = [torch.empty(1, size, dtype=torch.int64, device="meta") for size in (self.n, K)] if self.labels else []
+        settings = [] if symmetric else rows, columns, 0.1, True, False, 0 if symmetric else -1, *(keys or [None] * 2)
+        neg, *_ = rectangle.forward(*settings, not (symmetric or self.labels))
+        if self.pairs:
+            rectangle.pairs(*settings, neg)
+        of_rows = [neg] * (2 if self.pairs else 7 if self.labels else 3)
+        rectangle.backward(*settings, of_rows, [], True, not symmetric)
+
 
 CASES = [
     *(Case(1, 2, 65536, D, torch.bfloat16) for D in (16, 32, 64, 128, 256, 512, 768, 1024)),
@@ -103,6 +139,17 @@ CASES = [
     *(Case(40, 2, 4, 128, dtype) for dtype in (torch.bfloat16, torch.float32, torch.float64)),
     Case(40, 4, 4, 128, torch.float32, cross=True),
 ]
+RECTANGLES = [
+    *(Rectangle(1024, 65536, D, torch.bfloat16) for D in (64, 128, 256, 512, 1024)),
+    *(Rectangle(1024, 65536, D, torch.float32, tf32=tf32) for D in (32, 128, 512) for tf32 in (True, False)),
+    *(Rectangle(65536, 0, D, torch.bfloat16, labels=True) for D in (64, 128, 256, 512, 1024)),
+    *(Rectangle(65536, 0, D, torch.float32, labels=True) for D in (32, 128, 512)),
+    *(Rectangle(65536, 0, D, torch.float32, labels=True, tf32=True) for D in (32, 128)),
+    Rectangle(1024, 65536, 128, torch.bfloat16, labels=True),
+    Rectangle(1024, 65536, 128, torch.bfloat16, labels=True, pairs=True),
+    Rectangle(1024, 65536, 128, torch.float64, labels=True),
+    Rectangle(1, 16, 128, torch.bfloat16),
+]
 SELECTED = [case for case in CASES if case.dtype == torch.bfloat16 and case.D in (128, 512)]
 
 
@@ -117,17 +164,17 @@ def recorded(case, table):
         positional = dict(zip([n for n in names if n not in constants], arguments, strict=True))
         made.append(Launch(kernel, positional | constants, options))
 
-    module = small if small.serves(case.V, case.N) else large
-    before = small.launch, large.launch, large.table_of, large.tf32_allowed
-    small.launch = large.launch = record
+    modules = small, large, rectangle
+    before = [module.launch for module in modules], large.table_of, large.tf32_allowed
+    for module in modules:
+        module.launch = record
     large.table_of, large.tf32_allowed = lambda x: (table, 132), lambda: case.tf32
     try:
-        x = [torch.empty(case.G, case.N, case.D, dtype=case.dtype, device="meta") for _ in range(case.V)]
-        settings = case.tau, case.normalize, case.cross
-        term, neg, pos = module.forward(x, *settings)
-        module.backward(x, *settings, neg, pos, term, None, None)
+        case.run()
     finally:
-        small.launch, large.launch, large.table_of, large.tf32_allowed = before
+        for module, own in zip(modules, before[0], strict=True):
+            module.launch = own
+        large.table_of, large.tf32_allowed = before[1:]
     return made
 
 
@@ -193,7 +240,7 @@ def predicted(launch, facts):
     facts: of the compiled kernel; how many programs a processor holds follows from its registers and shared memory.
     """
     a = launch.arguments
-    if "BK" not in a:
+    if "BOUNDED" not in a:
         return {}
     size, area, gradient, warps = a["z"].element_size(), a["BM"] * a["BN"], "DC" in a, launch.options["num_warps"]
     kind = {2: "half", 4: "tf32" if a["PRECISION"] == "tf32" else "float", 8: "double"}[size]
@@ -421,9 +468,9 @@ def main(arguments=None):
     if options.version:
         add_version()
         return 0
-    cases = [case for case in CASES if options.only in str(case)]
+    cases = [case for case in CASES + RECTANGLES if options.only in str(case)]
     targets = options.target or list(TARGETS)
-    made, whole = [], cases == CASES
+    made, whole = [], cases == CASES + RECTANGLES
     others = [row for row in read(RESULTS) if row["target"] not in targets] if whole and RESULTS.exists() else []
     with writing(RESULTS, COLUMNS) if whole else contextlib.nullcontext(lambda row: None) as add:
         for row in others:

@@ -1,6 +1,7 @@
 // Schemas, checks, and the CPU implementation: tensors in, pointers and sizes on.
 #include <tuple>
 
+#include "keys.h"
 #include "objective.h"
 #include "schemas.h"
 #include "threads.h"
@@ -97,6 +98,192 @@ std::tuple<Tensors, Tensor> gram_backward(Tensors sets, Optional tau, double tau
   return run(sets, s.input, neg, pos, g_term, g_neg, g_pos);
 }
 
+// A rectangle as pointers, alive as long as the tensors and this are.
+struct Rectangle {
+  std::vector<Rows> rows, columns;
+  std::vector<int64_t> row_order, column_order;
+  std::vector<Match> match;
+  RectangleInput input;
+  Tensors kept;
+
+  Rectangle(const Tensors& row_sets, const Tensors& column_sets, const Optional& tau, double tau_value, bool normalize,
+            bool cross, int64_t first, const Optional& row_keys, const Optional& column_keys) {
+    bool symmetric = row_sets.empty();
+    Side of_columns = side("columns", column_sets, column_sets, columns);
+    Side of_rows = symmetric ? of_columns : side("rows", row_sets, column_sets, rows);
+    STD_TORCH_CHECK(first < 0 || (of_rows.sets == of_columns.sets && first + of_rows.N <= of_columns.N),
+                    "first: wanted the rows' place among the columns, or -1");
+    STD_TORCH_CHECK(!symmetric || first == 0, "first: wanted 0 without rows");
+    input = {
+        column_sets[0].size(0),   column_sets[0].size(2), of_rows,   of_columns, symmetric, bool(row_keys), nullptr,
+        dtype_of(column_sets[0]), tau_of(tau, tau_value), normalize, cross};
+    find_matches(row_keys, column_keys, first);
+  }
+
+  static Side side(const char* name, const Tensors& sets, const Tensors& like, std::vector<Rows>& pointers) {
+    STD_TORCH_CHECK(!sets.empty() && sets[0].dim() == 3, name, ": wanted at least one tensor [G, N, D]");
+    for (const Tensor& z : sets) {
+      STD_TORCH_CHECK(sizes_of(z) == sizes_of(sets[0]) && z.size(0) == like[0].size(0) &&
+                          z.size(2) == like[0].size(2) && code_of(z) == code_of(like[0]) && z.is_cpu(),
+                      name, ": wanted CPU tensors of one shape and dtype, G and D as the columns'");
+      pointers.push_back({z.const_data_ptr(), z.stride(0), z.stride(1), z.stride(2)});
+    }
+    return {int64_t(sets.size()), sets[0].size(1), pointers.data(), nullptr};
+  }
+
+  void check(const Optional& keys, const Side& side) const {
+    STD_TORCH_CHECK(keys && sizes_of(*keys) == std::vector<int64_t>({input.G, side.N}) &&
+                        code_of(*keys) == aoti_torch_dtype_int64() && keys->is_cpu(),
+                    "keys: wanted CPU tensors of int64, [G, n] of the rows and [G, K] of the columns");
+  }
+
+  // Sorts both sides by their keys, and finds for each row the columns with its key and its index.
+  void find_matches(const Optional& row_keys, const Optional& column_keys, int64_t first) {
+    int64_t G = input.G, n = input.rows.N, K = input.columns.N;
+    if (input.keys) {
+      check(row_keys, input.rows), check(column_keys, input.columns);
+      row_order.resize(G * n), column_order.resize(input.symmetric ? 0 : G * K);
+    }
+    bool matches = input.keys || first >= 0;
+    if (matches) match.resize(G * n, {0, 0, -1});
+    auto of_group = [&](int64_t g, int64_t* place) {
+      int64_t *of_rows = nullptr, *of_columns = nullptr;
+      Match* found = match.data() + g * n;
+      if (input.keys) {
+        auto keys = [&](const Tensor& x) { return Keys{const_data<int64_t>(x) + g * x.stride(0), x.stride(1)}; };
+        of_rows = row_order.data() + g * n, of_columns = input.symmetric ? of_rows : column_order.data() + g * K;
+        sort_by_key(keys(*row_keys), n, of_rows);
+        if (!input.symmetric) sort_by_key(keys(*column_keys), K, of_columns);
+        match_keys(keys(*row_keys), of_rows, n, keys(*column_keys), of_columns, K, found);
+      }
+      if (first >= 0) match_index(first, of_rows, n, of_columns, K, place, found);
+    };
+    int64_t at_once = 1 + 4096 / (n + K + 1);  // waking another thread takes as long
+    torch::stable::parallel_for(0, matches ? G : 0, at_once, [&](int64_t begin, int64_t end) {
+      std::vector<int64_t> place(first >= 0 ? K : 0);
+      for (int64_t g = begin; g < end; ++g) of_group(g, place.data());
+    });
+    input.rows.order = row_order.data();
+    input.columns.order = input.symmetric ? row_order.data() : column_order.data();
+    if (matches) input.match = match.data();
+  }
+
+  std::vector<int64_t> blocks() const { return {input.G, input.rows.sets, input.columns.sets, input.rows.N}; }
+
+  const double* block(const Tensor& x, bool of_columns) {
+    auto sizes = blocks();
+    if (of_columns) std::swap(sizes[1], sizes[2]), sizes[3] = input.columns.N;
+    STD_TORCH_CHECK(sizes_of(x) == sizes && code_of(x) == aoti_torch_dtype_float64() && x.is_cpu(),
+                    "negatives, of_rows, of_columns: wanted CPU tensors [G, A, C, n] of float64");
+    return const_data<double>(kept.emplace_back(contiguous<double>(x)));
+  }
+
+  // neg, g_neg, g_pos and, with keys, pos_lse, g_pos_lse, g_spread, count; or negatives, g_pairs
+  Anchors anchors(const Tensors& from, bool of_columns) {
+    size_t expected = input.keys ? 7 : 3;
+    STD_TORCH_CHECK(from.empty() || from.size() == expected || (expected == 7 && from.size() == 2),
+                    "of_rows, of_columns: found ", from.size(), " tensors, wanted none or ", expected);
+    auto at = [&](size_t k) { return k < from.size() ? block(from[k], of_columns) : nullptr; };
+    if (from.size() == 2) return {.negatives = at(0), .g_pairs = at(1)};
+    return {at(0), at(1), at(2), at(3), at(4), at(5), at(6)};
+  }
+
+  template <typename T>
+  void run(const RectangleCall<T>& call, const Tensor& beside) const {
+    Executor executor = threads();
+    Tensor memory = empty({kernels<T>().rectangle_workspace(input, call, executor.threads)}, wide(beside), beside);
+    kernels<T>().rectangle(input, call, data<T>(memory), executor);
+  }
+};
+
+using Blocks = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <typename T>
+Blocks rectangle_of(const Rectangle& r, const Tensor& beside, bool mean) {
+  const RectangleInput& in = r.input;
+  bool keys = in.keys;
+  auto block = [&](bool there) {
+    return empty(there ? r.blocks() : std::vector<int64_t>{0}, aoti_torch_dtype_float64(), beside);
+  };
+  Tensor neg = block(true), pos = block(true), pos_lse = block(keys), spread = block(keys), count = block(keys);
+  STD_TORCH_CHECK(!mean || (in.rows.sets == 1 && in.columns.sets == 1 && !in.match),
+                  "mean: wanted only for one set against another, without keys and first");
+  Tensor weighted =
+      empty(mean ? std::vector<int64_t>{in.G, in.rows.N, in.D} : std::vector<int64_t>{0}, wide(beside), beside);
+  RectangleCall<T> call{Wanted::blocks};
+  call.neg = data<double>(neg), call.pos = data<double>(pos);
+  if (keys) call.pos_lse = data<double>(pos_lse), call.spread = data<double>(spread), call.count = data<double>(count);
+  if (mean) call.mean = data<T>(weighted);
+  r.run(call, beside);
+  return {neg, pos, pos_lse, spread, count, weighted};
+}
+
+Blocks rectangle(Tensors rows, Tensors columns, Optional tau, double tau_value, bool normalize, bool cross,
+                 int64_t first, Optional row_keys, Optional column_keys, bool mean, bool) {
+  Rectangle r(rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys);
+  auto run = r.input.dtype == Dtype::f64 ? rectangle_of<double> : rectangle_of<float>;
+  return run(r, columns[0], mean);
+}
+
+template <typename T>
+std::tuple<Tensor, Tensor> pairs_of(Rectangle& r, const Tensor& beside, const Tensor& negatives) {
+  RectangleCall<T> call{Wanted::pairs};
+  Tensor sums = empty(r.blocks(), aoti_torch_dtype_float64(), beside), slope = empty(r.blocks(), code_of(sums), beside);
+  call.negatives = r.block(negatives, false), call.sums = data<double>(sums), call.slope = data<double>(slope);
+  r.run(call, beside);
+  return {sums, slope};
+}
+
+std::tuple<Tensor, Tensor> pairs(Tensors rows, Tensors columns, Optional tau, double tau_value, bool normalize,
+                                 bool cross, int64_t first, Tensor row_keys, Tensor column_keys, Tensor negatives,
+                                 bool) {
+  Rectangle r(rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys);
+  return (r.input.dtype == Dtype::f64 ? pairs_of<double> : pairs_of<float>)(r, columns[0], negatives);
+}
+
+// Empty gradients beside the sets, and where the kernels put them.
+template <typename T>
+std::vector<Gradient<T>> gradients(const Tensors& sets, bool wanted, Tensors& made) {
+  std::vector<Gradient<T>> pointers;
+  for (size_t a = 0; wanted && a < sets.size(); ++a) {
+    int64_t N = sets[a].size(1), D = sets[a].size(2);
+    Tensor& d = made.emplace_back(empty(sizes_of(sets[a]), wide(sets[a]), sets[a]));
+    pointers.push_back({data<T>(d), N * D, D, false});
+  }
+  return pointers;
+}
+
+template <typename T>
+std::tuple<Tensors, Tensors, Tensor> rectangle_gradients(Rectangle& r, const Tensors& rows, const Tensors& columns,
+                                                         const Tensors& of_rows, const Tensors& of_columns,
+                                                         bool for_rows, bool for_columns) {
+  Tensors d_rows, d_columns;
+  auto to_rows = gradients<T>(rows, for_rows, d_rows), to_columns = gradients<T>(columns, for_columns, d_columns);
+  const Side& side = for_rows ? r.input.rows : r.input.columns;
+  Tensor along = empty({r.input.G, side.sets, side.N}, wide(columns[0]), columns[0]);
+  RectangleCall<T> call{Wanted::gradients};
+  call.of_rows = r.anchors(of_rows, false), call.of_columns = r.anchors(of_columns, true);
+  if (for_rows) call.d_rows = to_rows.data();
+  if (for_columns) call.d_columns = to_columns.data();
+  call.along = data<T>(along);
+  r.run(call, columns[0]);
+  for (Tensors* side : {&d_rows, &d_columns})
+    for (Tensor& d : *side) d = converted(d, columns[0]);
+  return {d_rows, d_columns, along};
+}
+
+std::tuple<Tensors, Tensors, Tensor> rectangle_backward(Tensors rows, Tensors columns, Optional tau, double tau_value,
+                                                        bool normalize, bool cross, int64_t first, Optional row_keys,
+                                                        Optional column_keys, Tensors of_rows, Tensors of_columns,
+                                                        bool for_rows, bool for_columns, bool) {
+  Rectangle r(rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys);
+  STD_TORCH_CHECK(for_rows || for_columns, "for_rows, for_columns: wanted at least one");
+  STD_TORCH_CHECK(!r.input.symmetric || (for_rows && !for_columns && of_columns.empty()),
+                  "for_rows: wanted alone, and no of_columns, without rows");
+  auto run = r.input.dtype == Dtype::f64 ? rectangle_gradients<double> : rectangle_gradients<float>;
+  return run(r, r.input.symmetric ? columns : rows, columns, of_rows, of_columns, for_rows, for_columns);
+}
+
 }  // namespace
 }  // namespace tclr
 
@@ -107,6 +294,9 @@ STABLE_TORCH_LIBRARY(tclr_kernels, m) {
 STABLE_TORCH_LIBRARY_IMPL(tclr_kernels, CPU, m) {
   m.impl("gram_forward", TORCH_BOX(&tclr::gram_forward));
   m.impl("gram_backward", TORCH_BOX(&tclr::gram_backward));
+  m.impl("rectangle", TORCH_BOX(&tclr::rectangle));
+  m.impl("pairs", TORCH_BOX(&tclr::pairs));
+  m.impl("rectangle_backward", TORCH_BOX(&tclr::rectangle_backward));
   m.impl("objective", TORCH_BOX(&tclr::objective));
   m.impl("objective_backward", TORCH_BOX(&tclr::objective_backward));
 }

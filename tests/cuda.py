@@ -6,17 +6,19 @@ against the reference: a sanitizer needs a process that is started with its runt
 
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 import sys
 import unittest.mock
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 import tclr_kernels as tk
-from tclr_kernels import backends
+from tclr_kernels import backends, general
 from tclr_kernels.backends import native
 
 from . import kernels
@@ -44,33 +46,89 @@ ON_TENSOR_CORES = {
     "two groups, two whole blocks a set": (2, 2, 128, 16),
     "two chunks of features": (1, 2, 66, 136),
 }
+
+
+class Case(NamedTuple):
+    """A rectangle of A sets of n rows and C sets of K columns.
+
+    first: the rows' place among the columns, -1 for none; the rows are the columns where n = K there. classes: of the
+    keys, 0 for none. share: the rows get their gradient from the coefficients of all columns as anchors too.
+    """
+
+    G: int
+    A: int
+    n: int
+    C: int
+    K: int
+    D: int
+    first: int = -1
+    classes: int = 0
+    cross: bool = False
+    share: bool = False
+    pairs: bool = False
+
+
+RECTANGLES = {
+    "one row, groups": Case(3, 1, 1, 1, 16, 9),
+    "few rows, parts of the columns": Case(1, 1, 3, 1, 700, 5),
+    "two panels of features": Case(1, 1, 33, 2, 35, 260, classes=5),
+    "a range of sets": Case(2, 2, 4, 2, 11, 6, first=3),
+    "a range, cross": Case(1, 3, 20, 3, 40, 7, first=15, classes=4, cross=True),
+    "a range's share": Case(1, 2, 9, 2, 50, 6, first=30, share=True),
+    "a range's share, keys": Case(2, 2, 9, 2, 50, 6, first=30, classes=3, share=True),
+    "the rows themselves": Case(1, 2, 40, 2, 40, 6, first=0, classes=9),
+    "pairs": Case(2, 1, 7, 1, 70, 6, classes=3, pairs=True),
+    "pairs of the rows themselves": Case(1, 2, 40, 2, 40, 6, first=0, classes=9, pairs=True),
+}
+RECTANGLES_ON_TENSOR_CORES = {
+    "ragged": Case(1, 1, 70, 1, 130, 72),
+    "few rows, parts of the columns": Case(1, 1, 8, 1, 520, 64),
+    "few rows, keys": Case(1, 1, 8, 1, 520, 64, classes=40),
+    "a range of sets": Case(1, 2, 66, 2, 100, 16, first=30),
+    "a range, cross, two chunks": Case(1, 3, 40, 3, 130, 136, first=29, classes=3, cross=True),
+    "a range's share": Case(1, 2, 33, 2, 140, 16, first=40, share=True),
+    "a range's share, keys": Case(1, 1, 64, 1, 130, 16, first=40, classes=30, share=True),
+    "the rows themselves": Case(1, 2, 70, 2, 70, 80, first=0, classes=30),
+}
 # [B, T, D]
 OBJECTIVES = {"one video": (1, 3, 5), "one clip": (4, 1, 5), "ragged": (7, 3, 33), "two tiles": (33, 2, 8)}
 WEIGHTS = None, dict(ic_local=0, ll=0.5, gl=2)
 
 
-def build(folder, flags=("-O2",), replace=(), binding=None):
+UNITS = "bind.cpp", "kernels.cu", "rectangle.cu"  # what is compiled by itself
+
+
+def build(folder, flags=("-O2",), replace=(), built=None):
     """The library, built in `folder`; replace: pairs of a text, which must occur in the kernels, and another for it.
 
-    binding: the object file of another build, which is the same for every text.
+    built: the folder of another build, whose objects serve where nothing is replaced.
     """
     source = folder / "csrc"
     shutil.copytree(CSRC, source, dirs_exist_ok=True)
+    changed = set()
     for old, new in replace:
         hits = [path for path in (source / "cuda").iterdir() if old in path.read_text()]
         if not hits:
             raise ValueError(f"nothing to replace: {old!r} is not in the kernels")
         for path in hits:
             path.write_text(path.read_text().replace(old, new))
-    objects = [folder / "kernels.o", binding or folder / "bind.o"]
-    compile = [kernels.compiler(), *FLAGS, *flags, "-x", "c++", "-c"]
-    _run([*compile, str(source / "cuda/kernels.cu"), "-o", str(objects[0])])
-    if binding is None:
-        _run([*compile, str(source / "cuda/bind.cpp"), "-o", str(objects[1])])
+            changed.add(path.name)
+    objects = {unit: (built or folder) / f"{Path(unit).stem}.o" for unit in UNITS}
+    for unit in UNITS:
+        if built is None or changed & included(source / "cuda" / unit):
+            objects[unit] = folder / f"{Path(unit).stem}.o"
+            compile = [kernels.compiler(), *FLAGS, *flags, "-x", "c++", "-c", str(source / "cuda" / unit)]
+            _run([*compile, "-o", str(objects[unit])])
     library = folder / "cuda_on_host.so"
-    link = [kernels.compiler(), "-shared", *flags, *map(str, objects), f"-L{TORCH}/lib", "-ltorch_cpu", "-lc10"]
-    _run([*link, "-o", str(library)])
+    link = [kernels.compiler(), "-shared", *flags, *map(str, objects.values()), f"-L{TORCH}/lib"]
+    _run([*link, "-ltorch_cpu", "-lc10", "-o", str(library)])
     return library
+
+
+def included(file):
+    """The names of a source and of what it includes of its folder."""
+    names = re.findall(r'#include "([\w.]+)"', file.read_text())
+    return {file.name}.union(*(included(file.parent / name) for name in names))
 
 
 def _run(command):
@@ -99,6 +157,15 @@ class Host:
 
     def backward(self, sets, tau, *rest):
         return self.ops.gram_backward(sets, *native._split(tau), *rest, native.tf32_allowed())
+
+    def rectangle(self, rows, columns, tau, *rest):
+        return self.ops.rectangle(rows, columns, *native._split(tau), *rest, native.tf32_allowed())
+
+    def pairs(self, rows, columns, tau, *rest):
+        return self.ops.pairs(rows, columns, *native._split(tau), *rest, native.tf32_allowed())
+
+    def rectangle_backward(self, rows, columns, tau, *rest):
+        return self.ops.rectangle_backward(rows, columns, *native._split(tau), *rest, native.tf32_allowed())
 
     def objective(self, g, s, x, tau, *rest):
         return self.ops.objective(g, s, x, *native._split(tau), *rest)
@@ -145,6 +212,115 @@ def deviations_on_tensor_cores(host):
     host.executor.run_downwards(False)
 
 
+def rectangle_deviations(host, dtypes=(torch.float64, torch.float32)):
+    """As `deviations`, of the rectangles."""
+    for (name, case), dtype, (normalize, tau) in product(
+        RECTANGLES.items(), dtypes, ((True, 0.5), (True, 0.01), (False, 1.0))
+    ):
+        tolerance = 1e-11 if dtype == torch.float64 else 5e-5 * max(1, 0.1 / tau)
+        if (error := _rectangle_deviation(host, case, dtype, normalize, tau)) > tolerance:
+            yield f"{name}, {dtype}, normalize={normalize}, tau={tau}: {error:.0e}"
+
+
+def rectangle_deviations_on_tensor_cores(host):
+    """As `deviations_on_tensor_cores`, of the rectangles."""
+    for k, ((name, case), (dtype, rounded), (normalize, tau)) in enumerate(
+        product(
+            RECTANGLES_ON_TENSOR_CORES.items(),
+            ((torch.float16, 1e-3), (torch.bfloat16, 1e-3), (torch.float32, 4e-3)),
+            ((True, 0.05), (False, 1.0)),
+        )
+    ):
+        if (normalize or dtype == torch.bfloat16) and case.G * case.A * case.n * case.K > 10000:
+            continue  # for one loop's sake
+        tolerance = 1e-5 if dtype.itemsize == 2 and not normalize else rounded
+        host.executor.run_downwards(k % 2 == 0)
+        with unittest.mock.patch.object(native, "tf32_allowed", lambda: True):
+            if (error := _rectangle_deviation(host, case, dtype, normalize, tau)) > tolerance:
+                yield f"{name}, {dtype}, normalize={normalize}, tau={tau}: {error:.0e}"
+    host.executor.run_downwards(False)
+
+
+def rectangle_inputs(case, dtype, normalize):
+    """The sets of both sides, and the keys; as `general.py` has them."""
+    generator = torch.Generator().manual_seed(0)
+    length = 1 if normalize else 2 * case.D**-0.25
+    centre = torch.randn(1, 1, case.D, generator=generator)
+    rows, columns = (
+        [(length * (torch.randn(case.G, N, case.D, generator=generator) + centre) / 2**0.5).to(dtype) for _ in range(V)]
+        for V, N in ((case.A, case.n), (case.C, case.K))
+    )
+    keys = [torch.randint(-1, case.classes, (case.G, N), generator=generator) for N in (case.n, case.K)]
+    if case.first >= 0:
+        keys[0] = keys[1][:, case.first : case.first + case.n]
+        rows = [x[:, case.first : case.first + case.n].clone() for x in columns] if case.n < case.K else []
+    return rows, columns, tuple(keys) if case.classes else general.NO_KEYS
+
+
+def rectangle_results(name, case, inputs, normalize, tau):
+    """What a backend makes of a case's inputs: outputs and gradients; of a share, its gradient alone."""
+    settings = general.Settings(name, normalize, case.cross, case.first)
+    rows, columns, keys = inputs
+    return (_share if case.share else _outputs)(settings, tau, keys, rows, columns, case.pairs)
+
+
+def _rectangle_deviation(host, case, dtype, normalize, tau):
+    """The largest error of these results."""
+    rows, columns, keys = rectangle_inputs(case, dtype, normalize)
+    exact = [x.double() for x in rows], [x.double() for x in columns], keys
+    with unittest.mock.patch.dict(backends.BACKENDS, host=host):
+        found = rectangle_results("host", case, (rows, columns, keys), normalize, tau)
+    wanted = rectangle_results("reference", case, exact, normalize, tau)
+    unit = 2 * torch.finfo(dtype).eps if dtype.itemsize == 2 else 0
+    return max(kernels._difference(f, w) - unit for f, w in zip(found, wanted, strict=True))
+
+
+def _upstream(outputs):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(x.shape, generator=generator, dtype=torch.float64).where(x.isfinite(), 0) for x in outputs]
+
+
+def _outputs(settings, tau, keys, rows, columns, pairs):
+    """The outputs, and the gradients of all of them: of both sides, and once more of the rows alone."""
+    outputs, gradients = [], []
+    for alone in (False, True) if rows else (False,):
+        wanted = [torch.tensor(tau, dtype=torch.float64), *rows, *([] if alone else columns)]
+        wanted = [x.detach().requires_grad_() for x in wanted]
+        sides = wanted[1 : 1 + len(rows)], columns if alone else wanted[1 + len(rows) :]
+        outputs = list(general.rectangle(settings, wanted[0], keys, *sides)[:4])
+        if pairs:
+            negatives = outputs[0].detach().clamp(min=-1).requires_grad_()
+            outputs = [general.pairs(settings, wanted[0], keys, negatives, *sides)]
+            wanted.append(negatives)
+        total = sum((x.where(x.isfinite(), 0) * g).sum() for x, g in zip(outputs, _upstream(outputs), strict=True))
+        d_tau, *d_sets = torch.autograd.grad(total, wanted)
+        size = sum(
+            (x.norm(dim=-1) * d.norm(dim=-1)).sum() for x, d in zip(wanted[1:], d_sets, strict=True) if x.dim() == 3
+        )
+        gradients += [d_tau * tau / size, *d_sets]  # that of tau relative to what it is added from
+    return [x.detach() for x in (*outputs, *gradients)]
+
+
+def _share(settings, tau, keys, rows, columns, _):
+    """The gradients of rows that are a range of the columns, all of which are anchors."""
+    of_columns = keys[1], keys[1]
+    first, n = settings.first, rows[0].shape[1]
+    if settings.name == "reference":
+        columns = [x.detach().requires_grad_() for x in columns]
+    outputs = general.rectangle(settings._replace(first=0), tau, of_columns, [], columns)
+    *outputs, count = outputs if len(outputs) == 5 else (*outputs, None)
+    upstream = _upstream(outputs)
+    if settings.name == "reference":
+        total = sum((x.where(x.isfinite(), 0) * g).sum() for x, g in zip(outputs, upstream, strict=True))
+        return [d[:, first : first + n] for d in torch.autograd.grad(total, columns)]
+    anchors = [outputs[0], *upstream[:2]]
+    if keys[0] is not None:
+        anchors += [outputs[2], *upstream[2:], count]
+    own = [x[..., first : first + n] for x in anchors]
+    backward = backends.BACKENDS[settings.name].rectangle_backward
+    return backward(rows, columns, tau, *settings[1:], *keys, own, anchors, True, False)[0]
+
+
 def _objective_deviation(host, inputs, weights):
     """The largest error of the five terms and of the total's four gradients."""
     results = []
@@ -159,5 +335,6 @@ def _objective_deviation(host, inputs, weights):
 if __name__ == "__main__":
     host = Host(sys.argv[1])
     deviating = [*deviations(host), *deviations_on_tensor_cores(host)]
+    deviating += [*rectangle_deviations(host), *rectangle_deviations_on_tensor_cores(host)]
     print("\n".join(deviating) or "all agree")
     sys.exit(bool(deviating))

@@ -40,7 +40,11 @@ def build(folder, flags=(), replace=()):
     source = folder / "csrc"
     shutil.copytree(CSRC, source, dirs_exist_ok=True)
     for old, new in replace:
-        hits = [path for path in (*source.glob("cpu/*.inl"), source / "problem.h") if old in path.read_text()]
+        hits = [
+            path
+            for path in (*source.glob("cpu/*.inl"), source / "problem.h", source / "keys.h")
+            if old in path.read_text()
+        ]
         if not hits:
             raise ValueError(f"nothing to replace: {old!r} is not in the kernels")
         for path in hits:
@@ -61,7 +65,7 @@ class Kernels:
     def __init__(self, library, threads=2, slow=-1):
         self.library = ctypes.CDLL(str(library))
         self.gram = self.library.gram
-        self.gram.restype = ctypes.c_int64
+        self.gram.restype = self.library.rectangle.restype = ctypes.c_int64
         self.threads, self.slow, self.keep, self.kept = threads, slow, False, None
 
     def forward(self, sets, tau, normalize, cross):
@@ -103,6 +107,65 @@ class Kernels:
         self.kept = memory if self.keep else None
         self.gram(*arguments, ctypes.c_void_p(memory[0].data_ptr()))
         _intact(*memory)
+
+    def rectangle(self, rows, columns, tau, normalize, cross, first, row_keys, column_keys, mean):
+        (G, n, D), shape = (rows or columns)[0].shape, _blocks(rows, columns)
+        blocks = [_guarded(shape, torch.float64) for _ in range(2 if row_keys is None else 5)]
+        wide = torch.promote_types(columns[0].dtype, torch.float32)
+        weighted = _guarded((G, n, D), wide) if mean else None
+        settings = tau, normalize, cross, first, row_keys, column_keys
+        pointers = [x for x, _ in blocks] + [None] * (5 - len(blocks))
+        self._rectangle(rows, columns, settings, 0, pointers, [weighted and weighted[0]])
+        outputs = [_intact(*x) for x in blocks] + [columns[0].new_empty(0)] * (5 - len(blocks))
+        return *outputs, _intact(*weighted) if mean else columns[0].new_empty(0)
+
+    def pairs(self, rows, columns, tau, normalize, cross, first, row_keys, column_keys, negatives):
+        outputs = [_guarded(negatives.shape, torch.float64) for _ in range(2)]
+        settings = tau, normalize, cross, first, row_keys, column_keys
+        self._rectangle(rows, columns, settings, 1, [negatives.contiguous(), *(x for x, _ in outputs)], [None])
+        return tuple(_intact(*x) for x in outputs)
+
+    def rectangle_backward(
+        self, rows, columns, tau, normalize, cross, first, row_keys, column_keys, of_rows, of_columns, *wanted
+    ):
+        wide = torch.promote_types(columns[0].dtype, torch.float32)
+        sides = rows or columns, columns
+        made = [
+            [_guarded(z.shape, wide) for z in side] if need else [] for side, need in zip(sides, wanted, strict=True)
+        ]
+        side = sides[not wanted[0]]
+        along = _guarded((len(side[0]), len(side), side[0].shape[1]), wide)
+        blocks = []
+        for x in (of_rows, of_columns):
+            of_pairs = len(x) == 2
+            kept = [*[None] * (7 if of_pairs else 0), *(z.contiguous() for z in x)]
+            blocks += kept + [None] * (9 - len(kept))
+        others = [x for m, z in zip(made, sides, strict=True) for x in ([d for d, _ in m] or [None] * len(z))]
+        settings = tau, normalize, cross, first, row_keys, column_keys
+        self._rectangle(rows, columns, settings, 2, blocks, [*others, along[0]])
+        return *([_intact(*x).to(columns[0].dtype) for x in m] for m in made), _intact(*along)
+
+    def _rectangle(self, rows, columns, settings, wanted, blocks, others):
+        tau, normalize, cross, first, *keys = settings
+        symmetric, rows = not rows, rows or columns
+        (G, n, D), K = rows[0].shape, columns[0].shape[1]
+        sizes = (ctypes.c_int64 * 9)(G, len(rows), n, len(columns), K, D, first, self.threads, self.slow)
+        flags = (ctypes.c_int64 * 5)(DTYPES.index(columns[0].dtype), normalize, cross, symmetric, wanted)
+        sets = [*rows, *columns]
+        strides = (ctypes.c_int64 * (3 * len(sets)))(*(s for z in sets for s in z.stride()))
+        keys = [None if k is None else k.contiguous() for k in keys]
+        of_keys = (ctypes.c_void_p(None if k is None else k.data_ptr()) for k in keys)
+        pointers = _pointers(blocks), _pointers(others)
+        arguments = sizes, flags, _pointers(sets), strides, ctypes.c_double(float(tau)), *of_keys, *pointers
+        size = self.library.rectangle(*arguments, None)
+        memory = _guarded((size,), torch.promote_types(columns[0].dtype, torch.float32))
+        self.library.rectangle(*arguments, ctypes.c_void_p(memory[0].data_ptr()))
+        _intact(*memory)
+
+
+def _blocks(rows, columns):
+    rows = rows or columns
+    return len(rows[0]), len(rows), len(columns), rows[0].shape[1]
 
 
 def _pointers(tensors):
@@ -159,6 +222,150 @@ def _deviation(kernels, sets, tau, normalize, cross, generator):
     return max(*(_difference(f, w.detach()) for f, w in zip(found, wanted, strict=True)), *gradients)
 
 
+# [G, A, n, C, K, D, first], each a regime of the tiling; first: None where the rows are all columns, -1 where none is
+RECTANGLES = {
+    "one row a group": (5, 1, 1, 1, 16, 9, -1),
+    "ragged": (2, 1, 131, 1, 203, 33, -1),
+    "few rows": (1, 1, 3, 1, 700, 17, -1),
+    "few columns": (1, 1, 500, 1, 5, 3, -1),
+    "no columns": (1, 1, 3, 1, 0, 5, -1),
+    "a range": (2, 2, 70, 2, 150, 17, 67),
+    "a range, three sets": (1, 3, 5, 3, 9, 133, 0),
+    "a small set": (3, 1, 9, 1, 9, 16, None),
+    "blocks of a set": (1, 1, 301, 1, 301, 17, None),
+    "blocks of two sets": (1, 2, 140, 2, 140, 5, None),
+}
+
+
+def rectangle_deviations(kernels, dtypes=(torch.float64, torch.float32)):
+    """The same for rectangles, ranges and keys."""
+    generator = torch.Generator().manual_seed(0)
+    regimes = (0.5, True), (0.5, False), (None, True)
+    cases = product(RECTANGLES.items(), dtypes, ("", "classes", "index"), regimes)
+    for k, ((name, size), dtype, labels, (tau, normalize)) in enumerate(cases):
+        tau = tau or (0.002 if dtype == torch.float64 else 0.01)  # beyond the fixed offset
+        if torch.finfo(dtype).bits == 16 and k % 4:  # they differ from float32 in how rows are read
+            continue
+        problem = _Rectangle(size, dtype, labels, tau, normalize, bool(k % 2), generator)
+        tolerance = 1e-11 if dtype == torch.float64 else 5e-5 * max(1, 0.1 / tau) * (1 if normalize else size[5])
+        for what, deviation in problem.deviations(kernels):
+            if deviation > tolerance:
+                cross = problem.settings[2]
+                yield f"{name}, {dtype}, {labels} {tau=} {normalize=} {cross=}: {what} is off by {deviation:.1e}"
+
+
+class _Rectangle:
+    """One problem and what the reference makes of it, in float64."""
+
+    def __init__(self, size, dtype, labels, tau, normalize, cross, generator):
+        G, A, n, C, K, D, first = size
+        self.generator = generator
+        self.columns = [torch.randn(G, K, D, generator=generator, dtype=torch.float64).to(dtype) for _ in range(C)]
+        self.rows, start = [], max(0, first or 0)
+        if first is not None:
+            others = [torch.randn(G, n, D, generator=generator, dtype=torch.float64).to(dtype) for _ in range(A)]
+            self.rows = others if first < 0 else [z[:, start : start + n] for z in self.columns]
+        keys = [None, None]
+        if labels:
+            keys[1] = torch.arange(K).expand(G, K) - 2
+            if labels == "classes":
+                keys[1] = torch.randint(-1, 5, (G, K), generator=generator) << 40
+            keys[0] = torch.randint(-1, 5, (G, n), generator=generator) << 40 if first == -1 else None
+            keys[0] = keys[1][:, start : start + n] if keys[0] is None else keys[0]
+        self.settings = tau, normalize, cross and first != -1 and A > 1, 0 if first is None else first, *keys
+        self.exact = [[z.double().clone().requires_grad_() for z in side] for side in (self.rows, self.columns)]
+
+    def deviations(self, kernels):
+        """Yields what was computed, and its error."""
+        found = kernels.rectangle(self.rows, self.columns, *self.settings, False)
+        wanted = reference.rectangle(*self.exact, *self.settings)
+        yield from zip(
+            ("neg", "pos", "pos_lse", "spread", "count"), map(_difference, found, _values(wanted)), strict=False
+        )
+        of_rows, d = self.anchors(found, wanted[:4])
+        yield from self.gradients(kernels, of_rows, [], d)
+        if self.rows and self.settings[3] < 0:
+            yield from self.columns_as_anchors(kernels, of_rows, d)
+        elif self.rows:
+            yield from self.share(kernels)
+        if self.settings[4] is None:
+            yield from self.mean(kernels) if self.settings[3] < 0 else ()
+        else:
+            yield from self.pairs(kernels)
+
+    def anchors(self, found, wanted):
+        """What the weights are made of, with a random upstream; and the reference's gradients, of rows and columns."""
+        upstream = [
+            torch.randn(x.shape, generator=self.generator, dtype=torch.float64).where(x.isfinite(), 0) for x in wanted
+        ]
+        total = sum((x.where(x.isfinite(), 0) * g).sum() for x, g in zip(wanted, upstream, strict=True))
+        made = [found[0], *upstream[:2]]
+        made += [found[2], *upstream[2:], found[4]] if self.settings[4] is not None else []
+        return made, self.derivative(total)
+
+    def derivative(self, total):
+        total = total + sum(0 * z.sum() for side in self.exact for z in side)
+        split = len(self.exact[0])
+        d = torch.autograd.grad(total, [z for side in self.exact for z in side])
+        return d[:split], d[split:]
+
+    def gradients(self, kernels, of_rows, of_columns, d, only=((True, True), (True, False), (False, True))):
+        for wanted in only if self.rows else ((True, False),):
+            found = kernels.rectangle_backward(self.rows, self.columns, *self.settings, of_rows, of_columns, *wanted)
+            sides = d if self.rows else (d[1], ())
+            unit = 2 * torch.finfo(self.columns[0].dtype).eps if self.columns[0].element_size() == 2 else 0
+            for side, f, w in zip(("rows", "columns"), found, sides, strict=False):
+                yield from ((f"d {side}", _difference(x, y) - unit) for x, y in zip(f, w, strict=False))
+            of_tau = [
+                (z * g).sum(-1)
+                for z, g in zip(self.exact[not (self.rows and wanted[0])], sides[not wanted[0]], strict=True)
+            ]
+            if not self.settings[1]:
+                yield "along", _difference(found[2], torch.stack(of_tau, 1).detach())
+
+    def columns_as_anchors(self, kernels, of_rows, d):
+        tau, normalize, cross, first, row_keys, column_keys = self.settings
+        settings = tau, normalize, cross, first, column_keys, row_keys
+        wanted = reference.rectangle(*self.exact[::-1], *settings)
+        of_columns, e = self.anchors(kernels.rectangle(self.columns, self.rows, *settings, False), wanted[:4])
+        yield from self.gradients(kernels, [], of_columns, e)
+        both = [[x + y for x, y in zip(*side, strict=True)] for side in zip(d, e, strict=True)]
+        yield from self.gradients(kernels, of_rows, of_columns, both, [(True, True)])
+
+    def share(self, kernels):
+        """The gradient of the rows, by everybody's coefficients."""
+        tau, normalize, cross, first, _, keys = self.settings
+        n, settings = self.rows[0].shape[1], (tau, normalize, cross, 0, keys, keys)
+        wanted = reference.rectangle([], self.exact[1], *settings)
+        of_columns, d = self.anchors(kernels.rectangle([], self.columns, *settings, False), wanted[:4])
+        of_rows = [x[..., first : first + n] for x in of_columns]
+        own = [x[:, first : first + n] for x in d[1]]
+        yield from self.gradients(kernels, of_rows, of_columns, (own, ()), [(True, False)])
+
+    def mean(self, kernels):
+        neg, _, _, _, _, mean = kernels.rectangle(self.rows, self.columns, *self.settings, True)
+        (r,), (z,) = (map(reference.unit_rows, side) if self.settings[1] else side for side in self.exact)
+        weights = torch.softmax(r @ z.mT / self.settings[0], -1)
+        yield "neg beside the mean", _difference(neg, reference.rectangle(*self.exact, *self.settings)[0].detach())
+        yield "mean", _difference(mean, (weights @ z).detach())
+
+    def pairs(self, kernels):
+        negatives = reference.rectangle(*self.exact, *self.settings)[0].detach()
+        negatives += torch.randn(negatives.shape, generator=self.generator, dtype=torch.float64)
+        negatives.requires_grad_()
+        (wanted,) = reference.rectangle(*self.exact, *self.settings, negatives)
+        sums, slope = kernels.pairs(self.rows, self.columns, *self.settings, negatives.detach())
+        yield "pairs", _difference(sums, wanted.detach())
+        (g,) = torch.autograd.grad(wanted.sum() + 0 * negatives.nan_to_num(0, 0, 0).sum(), negatives, retain_graph=True)
+        yield "slope", _difference(slope, g)
+        g_pairs = torch.randn(wanted.shape, generator=self.generator, dtype=torch.float64)
+        yield from self.gradients(kernels, [negatives.detach(), g_pairs], [], self.derivative((wanted * g_pairs).sum()))
+
+
+def _values(tensors):
+    return [x.detach() for x in tensors]
+
+
 def _difference(found, wanted):
     """The largest error, relative to the largest entry; infinite where what is finite is not the same."""
     finite = wanted.isfinite()
@@ -169,6 +376,7 @@ def _difference(found, wanted):
 
 
 if __name__ == "__main__":
-    deviating = list(deviations(Kernels(sys.argv[1]), DTYPES))
+    kernels = Kernels(sys.argv[1])
+    deviating = [*deviations(kernels, DTYPES), *rectangle_deviations(kernels)]
     print("\n".join(deviating) or "all agree")
     sys.exit(bool(deviating))

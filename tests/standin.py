@@ -156,7 +156,8 @@ class _Operations(TorchDispatchMode):
         name = name.split(".")[0]
         if namespace == backends.triton.NAMESPACE:
             with self:  # past the dispatcher, which would come back here
-                return getattr(backends.triton, name.replace("gram", ""))(*arguments, **(settings or {}))
+                implementation = getattr(backends.triton, f"_{name.removeprefix('gram_')}")
+                return implementation(*arguments, **(settings or {}))
         result = function(*arguments, **(settings or {}))
         if namespace == "aten" and name not in NO_KERNEL.split() and result is not arguments[0]:
             self.names.append(name)

@@ -292,6 +292,30 @@ def test_opcheck(dtype, cross, tau, native):
         torch.library.opcheck(ops.gram_backward.default, (sets, *tau, True, cross, neg, pos, *grads))
 
 
+@pytest.mark.parametrize("dtype, labelled", [(torch.float32, False), (torch.bfloat16, True)], ids=str)
+def test_opcheck_of_the_general_operation(dtype, labelled, native):
+    ops, check = torch.ops.tclr_kernels, torch.library.opcheck
+    sets = [x.to(dtype) for x in oracle.correlated([(2, 5, 3)] * 2, 0.5, 0)]
+    keys, tau = (torch.tensor([[0, 1, 0, -1, 1]] * 2), (torch.tensor(0.1), 0.0)) if labelled else (None, (None, 0.1))
+    of_range = None if keys is None else keys[:, 1:4]
+    for rows, columns, first, row_keys in (
+        ([], sets, 0, keys),
+        ([x[:, 1:4] for x in sets], sets, 1, of_range),
+        ([sets[0][:, 1:4]], sets[1:], -1, of_range),
+    ):
+        settings = rows, columns, *tau, True, False, first, row_keys, keys
+        with_mean = first < 0 and keys is None
+        check(ops.rectangle.default, (*settings, with_mean))
+        neg, pos, *labelled = ops.rectangle(*settings, with_mean)
+        anchors = [neg, pos, pos]
+        if keys is not None:
+            check(ops.pairs.default, (*settings, pos))
+            anchors += [labelled[0], pos, pos, labelled[2]]
+        check(ops.rectangle_backward.default, (*settings, anchors, [], True, bool(rows)))
+        if rows:
+            check(ops.rectangle_backward.default, (*settings, anchors, [], False, True))
+
+
 def test_func_grad_is_the_gradient(float64):
     a, b = LOSSES["nt_xent"].inputs((5, 2, 4))
     found = torch.func.grad(lambda a, b: tk.nt_xent(a, b, backend=float64), argnums=(0, 1))(a, b)

@@ -52,7 +52,7 @@ ON_TENSOR_CORES = {
     ),
     "own blocks in cross": ("exists ? c + 1 : c, -1", "c + 1, -1"),
     "columns of a product swapped": ("S[n + 1], left, right[2], right[3]", "S[n + 1], left, right[3], right[2]"),
-    "features of the gradient swapped": ("dz[n + 1], left, right[2]", "dz[n + 1], left, right[0]"),
+    "features of the gradient swapped": ("sum[n + 1], left, right[2]", "sum[n + 1], left, right[0]"),
     "columns of W in their own order": ("W[k][2]), E::of(W[k][1])", "W[k][1]), E::of(W[k][2])"),
     "the first chunk only": ("ahead.part < chunks ? ahead.part : panel", "ahead.part < chunks ? 0 : panel"),
     "the gradient of another chunk": ("ahead.part : panel, stage", "ahead.part : 0, stage"),
@@ -69,11 +69,49 @@ ON_TENSOR_CORES = {
     "copies not waited for": ("    wait_for_groups();\n    __syncthreads", "    __syncthreads"),
 }
 
+OF_RECTANGLES = {
+    "the same index counted": ("valid && j == i + p.offset", "false"),
+    "the columns' place among the rows": ("of_rows ? call.first : -call.first", "call.first"),
+    "rows without label alike": ("key >= 0 && key == of_candidate", "key == of_candidate"),
+    "rows without label alike, gradient": ("same_key = key >= 0 && key ==", "same_key = key =="),
+    "a row its own positive": ("if (a == c && same_index(j)) return;", ""),
+    "own blocks in cross": ("return !resident.cross ||", "return true ||"),
+    "ragged columns counted": ("k < J.rows && exists", "k < tile && exists"),
+    "the next tile's columns": ("Z.row({g, c, columns.begin(b)})", "Z.row({g, c, columns.begin(b) + 1})"),
+    "a part forgotten": ("part < p.parts; ++part) all.merge", "part < 1; ++part) all.merge"),
+    "one thread of four forgotten": ("k < 4; ++k) mine.merge", "k < 3; ++k) mine.merge"),
+    "missing maximum": ("sum = sum * exp(largest - offset) + x", "sum = sum + x"),
+    "spread: the sum for the mean": ("all.sum / double(all.count)", "all.sum"),
+    "spread: one positive more": ("T(1 / x.count[at])", "T(1 / (x.count[at] + 1))"),
+    "the passing anchors forgotten": ("add(p.passing_anchors,", "if (false) add(p.passing_anchors,"),
+    "the gradient of pos forgotten": ("if (same_index) sum += T(g_pos", "if (false) sum += T(g_pos"),
+    "features of the first panel": ("load(J.z + first", "load(J.z"),
+    "the mean doubled": ("x.g_neg[at] : 1)", "x.g_neg[at] : 2)"),
+    "pairs: the other way round": ("add_pair(negatives - double(s))", "add_pair(double(s) - negatives)"),
+    "pairs: the gradient's sign": ("size > 0 ? -1 : size < 0 ? 1", "size > 0 ? 1 : size < 0 ? -1"),
+}
+RECTANGLES_ON_TENSOR_CORES = {
+    "the same index on the diagonal alone": ("apart > -square && apart < square", "apart == 0"),
+    "other candidates counted": ("if (others >> (4 * n + e) & 1)", "if (false)"),
+    "all candidates positive": ("sum += is ? S[n][e] : 0, count", "sum += S[n][e], count"),
+    "own blocks in cross": ("(p.resident.V + 1) / 2 ? half() : 0", "(p.resident.V + 1) / 2 ? 0 : 0"),
+    "the passing anchors forgotten": ("(weighed & of_passing) sum += y.negative", "(false) sum += y.negative"),
+    "coefficients of the first set": ("if (J.a == set ||", "if (set >= 0 ||"),
+    "the gradient of pos forgotten": (": 0) + of_same_index(J, i + row)", ": 0)"),
+    "a positive of the same index forgotten": ("(same_key(n, e) ? S[n][e] : 0) + of", "of"),
+    "a part forgotten": (
+        "first + part_begin(part + 1, tiles, p.parts), panel",
+        "first + part_begin(part, tiles, p.parts) + 1, panel",
+    ),
+    "missing barrier before keys": ("= key;\n      __syncthreads();", "= key;"),
+    "missing barrier before coefficients": ("= column;\n      __syncthreads();", "= column;"),
+}
+
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cuda")
-    return cuda.build(folder), folder / "bind.o"
+    return cuda.build(folder), folder
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +125,29 @@ def test_the_kernels_agree_with_the_reference(host):
 
 def test_those_on_tensor_cores_do(host):
     assert not list(cuda.deviations_on_tensor_cores(host))
+
+
+def test_rectangles_agree_with_the_reference(host):
+    assert not list(cuda.rectangle_deviations(host, kernels.DTYPES))
+
+
+def test_rectangles_on_tensor_cores_do(host):
+    assert not list(cuda.rectangle_deviations_on_tensor_cores(host))
+
+
+def test_pairs_of_great_confidence_have_a_gradient(host, monkeypatch):
+    """Their weights lie below float32's range; so do those of the rows here, but not by the rows' small size."""
+    monkeypatch.setitem(backends.BACKENDS, "host", host)
+    x = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for name in "host", "reference":
+        rows = (x * 1e-30).to(torch.float32 if name == "host" else torch.float64).requires_grad_()
+        negatives = torch.full((6,), -150.0, dtype=torch.float64)
+        sums = tk.pair_sum(negatives, rows, row_keys=torch.arange(6) // 3, backend=name)
+        gradients.append(torch.autograd.grad(sums.double() @ torch.ones(6, dtype=torch.float64) * 1e30, rows)[0])
+    found, wanted = gradients
+    assert wanted.abs().min() > 1e-30
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=0)
 
 
 def results(inputs, function):
@@ -120,6 +181,20 @@ def test_the_order_of_threads_and_blocks_changes_no_bit(loss, dtype, sizes, host
     downwards = results(inputs, FUNCTIONS[loss])
     host.executor.run_downwards(False)
     assert all(map(torch.equal, upwards, downwards))
+
+
+@pytest.mark.parametrize("on_tensor_cores, dtype", [(False, torch.float32), (True, torch.float16)])
+def test_nor_does_it_of_rectangles(on_tensor_cores, dtype, host, monkeypatch):
+    monkeypatch.setitem(backends.BACKENDS, "host", host)
+    cases = cuda.RECTANGLES_ON_TENSOR_CORES if on_tensor_cores else cuda.RECTANGLES
+    for case in cases.values():
+        inputs = cuda.rectangle_inputs(case, dtype, normalize=False)
+        found = []
+        for downwards in False, True:
+            host.executor.run_downwards(downwards)
+            found.append(cuda.rectangle_results("host", case, inputs, False, 0.5))
+        host.executor.run_downwards(False)
+        assert all(map(torch.equal, *found))
 
 
 def test_the_objective_takes_the_launches_that_its_source_names(host, monkeypatch):
@@ -156,15 +231,30 @@ def test_sanitizers_find_nothing(tmp_path):
 @pytest.mark.rotating(4)
 @pytest.mark.parametrize("bug", BUGS)
 def test_planted_bug_is_found(bug, built, tmp_path, host):
-    planted = cuda.Host(cuda.build(tmp_path, ["-O0"], [BUGS[bug]], binding=built[1]))
+    planted = cuda.Host(cuda.build(tmp_path, ["-O0"], [BUGS[bug]], built=built[1]))
     assert any(cuda.deviations(planted, [torch.float32])), f"the kernels pass with a planted bug: {bug}"
 
 
 @pytest.mark.rotating(4)
 @pytest.mark.parametrize("bug", ON_TENSOR_CORES)
 def test_planted_bug_on_tensor_cores_is_found(bug, built, tmp_path, host):
-    planted = cuda.Host(cuda.build(tmp_path, ["-O0"], [ON_TENSOR_CORES[bug]], binding=built[1]))
+    planted = cuda.Host(cuda.build(tmp_path, ["-O0"], [ON_TENSOR_CORES[bug]], built=built[1]))
     assert any(cuda.deviations_on_tensor_cores(planted)), f"the kernels pass with a planted bug: {bug}"
+
+
+@pytest.mark.rotating(6)
+@pytest.mark.parametrize("bug", OF_RECTANGLES)
+def test_planted_bug_of_rectangles_is_found(bug, built, tmp_path, host):
+    planted = cuda.Host(cuda.build(tmp_path, ["-O0"], [OF_RECTANGLES[bug]], built[1]))
+    assert any(cuda.rectangle_deviations(planted, [torch.float32])), f"the kernels pass with a planted bug: {bug}"
+
+
+@pytest.mark.rotating(6)
+@pytest.mark.parametrize("bug", RECTANGLES_ON_TENSOR_CORES)
+def test_planted_bug_of_rectangles_on_tensor_cores_is_found(bug, built, tmp_path, host):
+    planted = cuda.Host(cuda.build(tmp_path, ["-O0"], [RECTANGLES_ON_TENSOR_CORES[bug]], built[1]))
+    found = any(cuda.rectangle_deviations_on_tensor_cores(planted))
+    assert found, f"the kernels pass with a planted bug: {bug}"
 
 
 @pytest.mark.parametrize(
@@ -211,7 +301,7 @@ def test_every_target_compiles_without_a_warning_or_a_spill(tmp_path, capsys):
     check = (
         "import sys, torch, tclr_kernels; torch.ops.load_library(sys.argv[1]);"
         "has = torch._C._dispatch_has_kernel_for_dispatch_key;"
-        "names = 'gram_forward', 'gram_backward', 'objective', 'objective_backward';"
+        "names = 'gram_forward', 'gram_backward', 'rectangle', 'pairs', 'rectangle_backward', 'objective';"
         "sys.exit(not all(has(f'tclr_kernels::{name}', 'CUDA') for name in names))"
     )
     command = [sys.executable, "-c", check, str(tmp_path / "_cuda.so")]

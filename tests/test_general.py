@@ -195,7 +195,9 @@ def judge(problem, tau, dtype, backend, only=OUTPUTS):
 def slope_size(problem, sets, tau, only):
     """The sum of the sizes of what the gradient of tau is added from."""
     one = problem._replace(normalize=False)
-    z = [[F.normalize(x.double(), dim=-1) if problem.normalize else x.double() for x in side] for side in sets]
+    z = [[x.double() for x in side] for side in sets]
+    if problem.normalize:
+        z = [[F.normalize(x, dim=-1, eps=1e-300) for x in side] for side in z]
     _, grads = run(one.formula, z, tau, only)
     return sum((x * g).sum(-1).abs().sum().item() for x, g in zip((*z[0], *z[1]), grads, strict=False)) / tau + 1e-30
 

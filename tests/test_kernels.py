@@ -26,7 +26,7 @@ BUGS = {
     ),
     "missing maximum": ("sum = sum * exp(double(largest) - double(m)) + s;", "sum = sum + s;"),
     "column maximum not merged": ("exp2<T>((before - offset) * T(log2e))", "splat<T>(T(1))"),
-    "wrong power of tau": ("scale = unit / in.tau", "scale = unit / (in.tau * in.tau)"),
+    "wrong power of tau": ("unit / in.tau", "unit / (in.tau * in.tau)"),
     "kept tile of another pair": ("(pair.right + 1) / 2 + pair.left", "(pair.right + 1) / 2"),
     "rows not kept": (
         "if (!w.in.keep) read(w, b);",
@@ -46,7 +46,7 @@ BUGS = {
         "run_pair<T, backward>(w, pair,",
         "if (!p.cross || round) run_pair<T, backward>(w, pair,",
     ),
-    "gradient unit forgotten": ("scale = unit / in.tau", "scale = 1 / in.tau"),
+    "gradient unit forgotten": ("unit / in.tau", "1 / in.tau"),
     "features beyond the first panel forgotten": ("+ d * NR<T>", "+ 0 * NR<T>"),
     "the first chunk of columns twice": ("+ columns.first * w.ldz", "+ 0 * w.ldz"),
     "own negatives forgotten": ("if (!p.cross) g_own +=", "if (false) g_own +="),
@@ -55,6 +55,54 @@ BUGS = {
     "LL: the next clip as mate": ("a + w.V / 2", "a + 1"),
     "logarithm of one octave": ("e * ln2 +", "0 * e +"),
     "tail of a vector": ("lanes<double> ? n : lanes<double>)", "lanes<double> ? n - 1 : lanes<double>)"),
+}
+
+
+RECTANGLE_BUGS = {
+    "index among the negatives": ("if (m.own >= 0) s[m.own] = -INFINITY;", ""),
+    "itself among the positives": (
+        "if (m.own >= 0 && p.a == p.c && holds(m, m.own)) positives[m.own]",
+        "if (false) s[0]",
+    ),
+    "positives among the negatives": ("j < m.end; ++j) s[j] = -INFINITY;", "j < m.begin; ++j) s[j] = -INFINITY;"),
+    "first positive missed": ("j < m.end; ++j) positives[j] = s[j]", "j < m.end - 1; ++j) positives[j + 1] = s[j + 1]"),
+    "positives in other units": ("T factor = w.bounded ? w.inverse_tau : T(1);", "T factor = 1;"),
+    "positive of the other set not mirrored": ("if (w.in.symmetric) w.call.pos", "if (false) w.call.pos"),
+    "running maximum not raised": ("total *= before, largest = top;", "largest = top;"),
+    "mean not brought to the offset": ("mean[d] *= T(before)", "mean[d] *= 1"),
+    "columns' positives forgotten": (
+        "merge(to.pos.largest[at], to.pos.sum[at]",
+        "if (false) merge(to.pos.largest[at], to.pos.sum[at]",
+    ),
+    "copies not merged": (
+        "copy = 1; copy < half.copies; ++copy)\n    for (int64_t i",
+        "copy = 1; copy < 1; ++copy)\n    for (int64_t i",
+    ),
+    "copies of gradients not merged": ("k < n * half.ldz; ++k) d[k] += from[k];", "k < 0; ++k) d[k] += from[k];"),
+    "copies of the mean not merged": ("merge(largest, total, half", "if (false) merge(largest, total, half"),
+    "last of a segment missed": ("nth < m.segment && other", "nth < m.segment - 1 && other"),
+    "share of the spread forgotten": ("(e - read(half.share))", "e"),
+    "pairs pull": ("return -g * sigmoid", "return g * sigmoid"),
+    "upstream of the index once": ("(w.by_columns ? w.columns.g_pos[column] : 0)", "0"),
+    "columns' weights of positives forgotten": ("if (w.by_columns)\n      both +=", "if (false)\n      both +="),
+    "rows' weights of positives forgotten": ("if (w.by_rows)\n      both +=", "if (false)\n      both +="),
+    "gradients in the sorted order": (
+        "T product = write_row(to[a], w.g, i,",
+        "T product = write_row(to[a], w.g, half.cut.begin(b) + r,",
+    ),
+    "rows read unsorted": (
+        "int64_t at = half.row(b) + r, i = half.original(half.cut.begin(b) + r);\n    half.norms",
+        "int64_t at = half.row(b) + r, i = half.cut.begin(b) + r;\n    half.norms",
+    ),
+    "unlabelled are alike": ("key < 0 ? Match{0, 0, -1}", "key < -9 ? Match{0, 0, -1}"),
+    "index of the unsorted": ("first + (row_order ? row_order[i] : i)", "first + i"),
+    "itself counted": ("(a == c && holds(m, m.own))", "0"),
+    "gradient unit forgotten in rectangles": ("w.unit / w.in.tau", "1 / w.in.tau"),
+    "a block not met by itself in rectangles": (
+        "if (w.in.symmetric && !w.in.cross) meet",
+        "if (w.in.symmetric && !w.in.cross && b > 0) meet",
+    ),
+    "its own columns twice": ("!(w.in.symmetric && p.row_block == p.column_block)", "true"),
 }
 
 
@@ -75,13 +123,37 @@ def test_large_blocks_agree_with_the_reference(tmp_path):
     assert not list(kernels.deviations(kernels.Kernels(kernels.build(tmp_path, replace=[LARGE])), kernels.DTYPES))
 
 
+@pytest.mark.parametrize("width", WIDTHS)
+def test_rectangles_agree_with_the_reference(width, tmp_path):
+    large, dtypes = ([LARGE], kernels.DTYPES) if width == "portable" else ([], kernels.DTYPES[:2])
+    built = kernels.Kernels(kernels.build(tmp_path, WIDTHS[width], large))
+    assert not list(kernels.rectangle_deviations(built, dtypes))
+
+
 def results(library, threads, slow):
     generator = torch.Generator().manual_seed(0)
     sets = [torch.randn(3, 401, 20, generator=generator) for _ in range(2)]
     run = kernels.Kernels(library, threads, slow)
     term, neg, pos = run.forward(sets, 0.1, True, False)
     dz, zdz = run.backward(sets, 0.1, True, False, neg, pos, torch.ones_like(term), None, None)
-    return [term, neg, pos, *dz, zdz]
+    return [term, neg, pos, *dz, zdz, *rectangle_results(run, generator)]
+
+
+def rectangle_results(run, generator):
+    """Of few rows against many, with gradients of both, the mean of the columns, and labelled rows among themselves."""
+    rows, columns = torch.randn(1, 60, 8, generator=generator), torch.randn(1, 1300, 8, generator=generator)
+    settings = 0.1, True, False
+    neg, *_, mean = run.rectangle([rows], [columns], *settings, -1, None, None, True)
+    made = [neg, torch.ones_like(neg), torch.zeros_like(neg)]
+    d_rows, d_columns, along = run.rectangle_backward(
+        [rows], [columns], *settings, -1, None, None, made, [], True, True
+    )
+    keys = torch.arange(400).expand(1, -1) % 7
+    labelled = [z[:, :400] for z in columns.split(4, 2)]
+    outputs = run.rectangle([], labelled, *settings, 0, keys, keys, False)
+    made = [outputs[0], made[1].new_ones(outputs[0].shape), outputs[1], outputs[2], *outputs[2:4], outputs[4]]
+    d_sets = run.rectangle_backward([], labelled, *settings, 0, keys, keys, made, [], True, False)
+    return [neg, mean, *d_rows, *d_columns, along, *outputs[:5], *d_sets[0], d_sets[2]]
 
 
 def same_for_all_threads(library):
@@ -136,3 +208,10 @@ def test_thread_sanitizer_finds_only_a_planted_race(replace, tmp_path):
 def test_planted_bug_is_found(bug, tmp_path):
     planted = kernels.Kernels(kernels.build(tmp_path, replace=[LARGE, BUGS[bug]]))
     assert any(kernels.deviations(planted)), f"the kernels pass with a planted bug: {bug}"
+
+
+@pytest.mark.rotating(8)
+@pytest.mark.parametrize("bug", RECTANGLE_BUGS)
+def test_planted_bug_in_rectangles_is_found(bug, tmp_path):
+    planted = kernels.Kernels(kernels.build(tmp_path, replace=[LARGE, RECTANGLE_BUGS[bug]]))
+    assert any(kernels.rectangle_deviations(planted)), f"the kernels pass with a planted bug: {bug}"

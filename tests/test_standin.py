@@ -1,5 +1,6 @@
 """The Triton backend through Triton's own just-in-time compiler, for GPUs that are not here: see standin.py."""
 
+import functools
 import itertools
 import os
 import random
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import tclr_kernels as tk
+from tclr_kernels import general
 
 from .oracle import DTYPES, LOSSES
 
@@ -89,11 +91,78 @@ def drawn(seed):
     )
 
 
-def problems(first_seed):
+class Rectangle(NamedTuple):
+    """The same of the operation in its general form."""
+
+    G: int
+    A: int
+    C: int
+    n: int
+    K: int
+    D: int
+    dtype: torch.dtype
+    layout: str
+    tau: object
+    normalize: bool
+    cross: bool
+    tf32: bool
+    first: int
+    symmetric: bool  # the rows are the columns
+    keys: bool
+    pairs: bool
+    anchors: tuple  # whether rows are, whether columns are
+    wanted: tuple  # whether the gradient of rows, of columns is
+
+    def run(self, monkeypatch):
+        monkeypatch.setattr(large, "tf32_allowed", lambda: self.tf32)
+        triton, make = tk.backends.triton, functools.partial(LAYOUTS[self.layout], dtype=self.dtype)
+        columns = [make(self.G, self.K, self.D) for _ in range(self.C)]
+        rows = [] if self.symmetric else [make(self.G, self.n, self.D) for _ in range(self.A)]
+        keys = [torch.zeros(1, size, dtype=torch.int64).expand(self.G, -1) for size in (self.n, self.K)]
+        settings = rows, columns, self.tau, self.normalize, self.cross, self.first, *(keys if self.keys else [None] * 2)
+        mean = self.A == self.C == 1 and self.first < 0 and not self.keys
+        triton.rectangle(*settings, mean)
+        of_rows = torch.zeros(self.G, self.A, self.C, self.n, dtype=torch.float64)
+        of_columns = torch.zeros(self.G, self.C, self.A, self.K, dtype=torch.float64)
+        if self.pairs:
+            triton.pairs(*settings, of_rows)
+        given = 2 if self.pairs else 7 if self.keys else 3
+        anchors = [[x] * given if there else [] for x, there in zip((of_rows, of_columns), self.anchors, strict=True)]
+        triton.rectangle_backward(*settings, *anchors, *self.wanted)
+
+
+def drawn_rectangle(seed):
+    choose = random.Random(seed).choice
+    G, V, n, D = (choose(values) for values in SIZES.values())
+    K, first, symmetric, keys = choose(SIZES["N"]), -1, False, choose((True, False))
+    if choose((True, False)):
+        symmetric = choose((True, False))
+        first, K = (0, n) if symmetric else (min(choose(SIZES["N"]), K), K)
+        n = min(n, K - first)
+    A, C = (V, V) if first >= 0 else (V, choose(SIZES["V"]))
+    return Rectangle(
+        *(G, A, C, n, K, D),
+        dtype=choose(DTYPES),
+        layout=choose([*LAYOUTS, "contiguous", "contiguous"]),
+        tau=choose(TEMPERATURES),
+        normalize=choose((True, True, False)),
+        cross=choose((True, False)) and A == C > 1,
+        tf32=choose((True, False)),
+        first=first,
+        symmetric=symmetric,
+        keys=keys,
+        pairs=keys and choose((True, False)),
+        anchors=(True, False) if symmetric else choose(((True, False), (True, False), (True, True), (False, True))),
+        wanted=(True, False) if symmetric else choose(((True, True), (True, False), (False, True))),
+    )
+
+
+def problems(first_seed, draw=drawn):
     """An endless stream of them, of a size whose memory is no burden."""
     for seed in itertools.count(first_seed):
-        problem = drawn(seed)
-        if problem.G * problem.V * problem.N * max(problem.D, problem.V) < 2e7:
+        problem = draw(seed)
+        rows, sets = (problem.N, problem.V) if draw is drawn else (max(problem.n, problem.K), problem.A + problem.C)
+        if problem.G * sets * rows * max(problem.D, sets) < 2e7:
             yield problem
 
 
@@ -115,6 +184,15 @@ def test_random_problems_compile(device, rotation, monkeypatch):
 @pytest.mark.full
 def test_many_random_problems_compile(device, monkeypatch):
     assert failures(itertools.islice(problems(0), 2000), monkeypatch) == []
+
+
+def test_random_rectangles_compile(device, rotation, monkeypatch):
+    assert failures(itertools.islice(problems(1000 * rotation, drawn_rectangle), 8), monkeypatch) == []
+
+
+@pytest.mark.full
+def test_many_random_rectangles_compile(device, monkeypatch):
+    assert failures(itertools.islice(problems(0, drawn_rectangle), 1000), monkeypatch) == []
 
 
 @pytest.mark.parametrize("sizes", [(1, 2, 8), (5, 4, 33), (40, 4, 128), (129, 3, 64)], ids=str)
@@ -165,6 +243,73 @@ def test_launches_and_other_operations_of_a_call(name, hopper):
             torch.autograd.grad(loss, inputs)
     assert (forward[0], backward[0]) == launches
     assert (forward[1], backward[1]) == (MANY if len(inputs[0]) == 20000 else FEW)
+
+
+def named(*kernels):
+    return [name if name.startswith("rows") else f"rectangle_{name}" for name in (f"{k}_kernel" for k in kernels)]
+
+
+LABELS = torch.zeros(256, dtype=torch.int64)
+GRADIENT = named("gradient", "join")
+BOTH_PACKED = named("rows", "rows")
+FORWARD, WEIGHTS = named("sums", "finish"), named("units", "coefficients")
+LABELLED = dict(row_keys=LABELS[:100], column_keys=LABELS)
+# a call of the operation, the launches and ATen operations of its forward, and the launches of its backward
+RECTANGLES = {
+    "both sides": (lambda r, z: tk.rectangle(r, z, backend="triton"), [], GRADIENT * 2),
+    "labels": (lambda r, z: tk.rectangle(r, z, **LABELLED, backend="triton").spread, [], GRADIENT * 2),
+    "a temperature on the device": (
+        lambda r, z: tk.rectangle(r, z, torch.tensor(0.1), backend="triton"),
+        [],
+        GRADIENT * 2,
+    ),
+    "columns without gradient": (
+        lambda r, z: tk.rectangle(r, z.detach(), backend="triton"),
+        ["rectangle_mean_kernel"],
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RECTANGLES)
+def test_launches_of_a_rectangle(name, hopper):
+    call, more, gradient = RECTANGLES[name]
+    rows, columns = (torch.zeros(size, 64, requires_grad=True) for size in (100, 256))
+    with hopper.counted() as forward:
+        out = call(rows, columns)
+    with hopper.counted() as backward:
+        torch.autograd.grad(out.sum(), (rows, columns), allow_unused=True)
+    assert forward[0] == BOTH_PACKED + FORWARD + more
+    assert backward[0] == ([] if gradient is None else BOTH_PACKED + WEIGHTS + gradient)
+
+
+@pytest.mark.parametrize("keys", [None, LABELS[None]])
+def test_launches_of_rows_against_themselves(keys, hopper):
+    rows = torch.zeros(1, 256, 64, requires_grad=True)
+    settings = general.Settings("triton", True, False, 0)
+    with hopper.counted() as forward:
+        neg, pos = general.rectangle(settings, 0.1, (keys, keys), [], [rows])[:2]
+    with hopper.counted() as backward:
+        torch.autograd.grad((neg + pos).sum(), rows)
+    assert forward == (named("rows", "sums", "finish"), [])
+    assert backward[0] == named("rows", "units", "coefficients", "gradient", "join")
+
+
+@pytest.mark.parametrize("keys, of_columns", [(False, False), (True, True)])
+def test_sizes_of_rectangles_compile_few_variants(keys, of_columns, hopper):
+    """Shares, queues and batches whose sizes differ."""
+    choose = random.Random(0)
+    for _ in range(100):
+        n, K = (int(2 ** choose.uniform(0, 12)) for _ in range(2))
+        first = choose.randrange(K) if of_columns else -1
+        n = min(n, K - first) if of_columns else n
+        rows, columns = ([torch.empty(1, size, 128, dtype=torch.bfloat16)] for size in (n, K))
+        labels = [torch.empty(1, size, dtype=torch.int64) if keys else None for size in (n, K)]
+        wide = torch.empty(1, 1, 1, n, dtype=torch.float64)
+        settings = rows, columns, 0.1, True, False, first, *labels
+        tk.backends.triton.rectangle(*settings, False)
+        tk.backends.triton.rectangle_backward(*settings, [wide] * (7 if keys else 3), [], True, True)
+    assert max(hopper.variants.values()) <= 12, hopper.variants
 
 
 @pytest.mark.parametrize("D, dtype", [(128, torch.bfloat16), (100, torch.float32), (513, torch.float16)], ids=str)

@@ -14,9 +14,10 @@ import torch
 import tclr_kernels as tk
 from tclr_kernels.backends import reference
 
-from . import fuzz, oracle
+from . import fuzz, oracle, test_general
 from .conftest import BACKENDS
 from .oracle import LOSSES, judge, run
+from .test_general import PROBLEMS, Problem
 
 if BACKENDS["triton"] is not None:
     pytest.skip(f"triton: {BACKENDS['triton']}", allow_module_level=True)
@@ -29,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def kernels():
     """The package of the kernels."""
-    for name in ("large", "small", "sets", "tiles", "tuning", "epilogue"):
+    for name in ("large", "small", "rectangle", "sets", "tiles", "tuning", "epilogue"):
         importlib.import_module(f"tclr_kernels.triton.{name}")
     return tk.triton
 
@@ -344,6 +345,123 @@ def test_fuzz_by_the_large_path(only_large):
     assert fuzz.lost(range(10000, 10060), "triton") == []
 
 
+# ---- the operation in its general form
+
+
+def general_deviation(module, problem, tau, dtype=torch.float32):
+    """The same as `deviation` for a problem of test_general.py: of the values, both gradients and that of tau."""
+    rows, columns = problem.sets(dtype)
+    settings = tau, problem.normalize, problem.cross, -1 if problem.first is None else problem.first, *problem.keys()
+    exact = [[x.double() for x in side] for side in (rows, columns)]
+    number = float(tau)
+    wanted, slopes = test_general.run(problem.formula, exact, number)
+    found = module.forward(rows, columns, *settings, False)
+    upstream = [oracle.some_gradient(x.shape, k).where(x.isfinite(), 0) for k, x in enumerate(wanted)]
+    of_rows = [found[0], *upstream[:2]] + ([found[2], *upstream[2:], found[4]] if problem.classes else [])
+    d_rows, d_columns, along = module.backward(rows, columns, *settings, of_rows, [], True, bool(rows))
+    d_tau = along.double().sum() / (-number if rows else -2 * number)
+    pairs = [*zip(found, wanted, strict=False), *zip([*d_rows, *d_columns, d_tau], slopes, strict=True)]
+    return max(oracle.error(f, w) / test_general.size(w) for f, w in pairs)
+
+
+BLOCKS = {  # several blocks of rows and of columns by tiles of 32 x 16
+    "rectangle": Problem(1, n=35, K=60),
+    "range": Problem(1, A=2, n=20, C=2, K=60, first=33),
+    "range, cross": Problem(1, A=3, n=20, C=3, K=40, first=9, cross=True),
+    "keys": Problem(2, n=35, K=50, D=20, classes=4),
+    "keys of a range": Problem(1, A=2, n=18, C=2, K=50, first=17, classes=3),
+    "keys of sets": Problem(1, A=2, n=45, C=2, K=45, first=0, classes=6, symmetric=True),
+}
+
+
+@pytest.mark.parametrize("name, processors", [*((name, 40) for name in BLOCKS), ("keys", 1), ("range", 1)])
+def test_rectangles_by_many_blocks_and_splits(name, processors, kernels, monkeypatch):
+    tiny(kernels, monkeypatch)
+    monkeypatch.setattr(kernels.large, "table_of", lambda x: ("interpreter", processors))
+    assert general_deviation(kernels.rectangle, BLOCKS[name], 0.2) < 1e-5
+
+
+@pytest.mark.parametrize("D, normalize", [(40, True), (600, False)])
+def test_rectangles_in_several_chunks_of_features(D, normalize, kernels, monkeypatch):
+    if D < 512:
+        tiny(kernels, monkeypatch)
+    for name in ("rectangle", "keys of sets"):
+        assert general_deviation(kernels.rectangle, PROBLEMS[name]._replace(D=D, normalize=normalize), 0.2) < 1e-5
+
+
+@pytest.mark.parametrize("tau", [0.2, 0.005])
+def test_temperature_of_a_rectangle_on_the_device(tau, kernels):
+    for dtype in (torch.float32, torch.float64):
+        assert general_deviation(kernels.rectangle, PROBLEMS["keys"], torch.tensor(tau, dtype=dtype)) < 1e-6 / tau
+
+
+@pytest.mark.parametrize("D", [24, 600])
+def test_mean_of_the_columns(D, kernels, monkeypatch):
+    """What the gradient of the rows is made of where the columns have none."""
+    monkeypatch.setattr(kernels.large, "table_of", lambda x: ("interpreter", 40))
+    for dtype, bound in ((torch.float32, 1e-5), (torch.float64, 1e-13), (torch.float16, 2e-3)):
+        rows, columns = Problem(2, n=40, K=150, D=D).sets(dtype)
+        neg, *_, mean = kernels.rectangle.forward(rows, columns, 0.1, True, False, -1, None, None, True)
+        r, z = (reference.unit_rows(x[0].double()) for x in (rows, columns))
+        wanted = torch.softmax(r @ z.mT / 0.1, -1) @ z
+        assert mean.dtype == torch.promote_types(dtype, torch.float32) and oracle.error(mean, wanted) < bound
+
+
+def test_gradients_of_every_size_in_one_group(kernels):
+    """In units of the largest gradient of a group, which are powers of two."""
+    problem = PROBLEMS["keys"]
+    rows, columns = problem.sets(torch.float64)
+    settings = 0.2, True, False, -1, *problem.keys()
+    neg, _, pos_lse, _, count, _ = kernels.rectangle.forward(rows, columns, *settings, False)
+    first = None
+    for g in (1e-250, 1e-30, 1.0, 1e200):
+        rest = torch.zeros_like(neg), pos_lse, g / 2 * torch.ones_like(neg), torch.zeros_like(neg), count
+        results = kernels.rectangle.backward(
+            rows, columns, *settings, [neg, g * torch.ones_like(neg), *rest], [], True, True
+        )
+        shares = torch.cat([x.flatten() / g for x in results])
+        first = shares if first is None else first
+        torch.testing.assert_close(shares, first)
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_uninitialised_memory_changes_no_bit_of_a_rectangle(labelled, kernels, monkeypatch):
+    tiny(kernels, monkeypatch)
+    monkeypatch.setattr(kernels.large, "table_of", lambda x: ("interpreter", 40))
+    problem = Problem(2, A=2, n=21, C=2, K=50, first=9, classes=3 * labelled)
+    rows, columns = problem.sets(torch.float32)
+    settings = 0.1, True, False, 9, *problem.keys()
+    results = []
+    for fill in (False, True):
+        torch.use_deterministic_algorithms(fill)
+        try:
+            outputs = kernels.rectangle.forward(rows, columns, *settings, False)
+            ones = torch.ones_like(outputs[0])
+            of_rows = [outputs[0], ones, ones, *([outputs[2], ones, ones, outputs[4]] if labelled else [])]
+            gradients = kernels.rectangle.backward(rows, columns, *settings, of_rows, [], True, True)
+            pairs = kernels.rectangle.pairs(rows, columns, *settings, outputs[0]) if labelled else ()
+        finally:
+            torch.use_deterministic_algorithms(False)
+        results.append([*outputs, *gradients, *pairs])
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
+def test_no_columns_and_no_rows(kernels):
+    """Empty sums; gradients of nothing."""
+    for n, K in ((0, 5), (5, 0)):
+        rows, columns = [torch.ones(2, n, 3)], [torch.ones(2, K, 3)]
+        keys = torch.zeros(2, n, dtype=torch.int64), torch.zeros(2, K, dtype=torch.int64)
+        settings = rows, columns, 0.1, True, False, -1, *keys
+        neg, pos, pos_lse, spread, count, _ = tk.backends.triton.rectangle(*settings, False)
+        assert neg.shape == pos.shape == (2, 1, 1, n) and (neg == -math.inf).all() and (pos_lse == -math.inf).all()
+        assert not pos.any() and not spread.any() and not count.any()
+        assert not tk.backends.triton.pairs(*settings, neg)[0].any()
+        anchors = [neg] * 7, []
+        (d_rows,), (d_columns,), along = tk.backends.triton.rectangle_backward(*settings, *anchors, True, True)
+        assert not d_rows.any() and not d_columns.any() and along.shape == (2, 1, n)
+        assert d_rows.shape == rows[0].shape and d_columns.shape == columns[0].shape
+
+
 # ---- PyTorch's tools
 
 
@@ -357,6 +475,20 @@ def test_opcheck(N, cross, tau, kernels):
     torch.library.opcheck(ops.gram_forward.default, (sets, *tau, True, cross))
     term, neg, pos = ops.gram_forward(sets, *tau, True, cross)
     torch.library.opcheck(ops.gram_backward.default, (sets, *tau, True, cross, neg, pos, term, None, None))
+
+
+@pytest.mark.parametrize("name", ["rectangle", "keys of a range", "keys of sets"])
+def test_opcheck_of_a_rectangle(name, kernels):
+    ops, problem = torch.ops.tclr_kernels_triton, PROBLEMS[name]
+    rows, columns = problem.sets(torch.float32)
+    first = -1 if problem.first is None else problem.first
+    settings = rows, columns, torch.tensor(0.1), 0.0, True, False, first, *problem.keys()
+    torch.library.opcheck(ops.rectangle.default, (*settings, name == "rectangle"))
+    neg, pos, pos_lse, spread, count, _ = ops.rectangle(*settings, False)
+    of_rows = [neg, pos, pos, *([pos_lse, pos, spread, count] if problem.classes else [])]
+    torch.library.opcheck(ops.rectangle_backward.default, (*settings, of_rows, [], True, bool(rows)))
+    if problem.classes:
+        torch.library.opcheck(ops.pairs.default, (*settings, pos))
 
 
 # ---- planted bugs
@@ -422,7 +554,55 @@ def check_not_finite_rows(planted):
         assert not dx[0, 0, 0].any() and dx[0, 0, 1:].isnan().all() and dx[1].isnan().all()
 
 
+def check_rectangle(planted):
+    """Ranges and labels, by splits of the columns."""
+    planted.large.table_of = lambda x: ("interpreter", 40)
+    for name in ("range, cross", "keys of a range"):
+        assert general_deviation(planted.rectangle, BLOCKS[name], 0.2) < 1e-5
+
+
+def check_symmetric(planted):
+    assert general_deviation(planted.rectangle, BLOCKS["keys of sets"]._replace(n=20, K=20), 0.2) < 1e-5
+
+
+def check_unlabelled(planted):
+    """Rows without labels, and those without partners."""
+    z = some_sets(1, 1, 20, 5)[0]
+    keys = torch.tensor([[-1, -2] + [0] * 3 + [1] * 3 + [2] * 5 + [3] * 3 + [5] + [4] * 3])
+    settings = 0.2, True, False, 0, keys, keys
+    neg, _, pos_lse, spread, count, _ = planted.rectangle.forward([], [z], *settings, False)
+    exact = reference.rectangle([], [z.double()], *settings)
+    assert all(
+        oracle.error(f, w) < 1e-5 for f, w in zip((neg, pos_lse, spread, count), (exact[0], *exact[2:]), strict=True)
+    )
+    ones = torch.ones_like(neg)
+    of_rows = [neg, 0 * ones, 0 * ones, pos_lse, 0 * ones, ones, count]
+    dr, *_ = planted.rectangle.backward([], [z], *settings, of_rows, [], True, False)
+    alone = count[0, 0, 0] == 0
+    assert alone.sum() == 3 and not dr[0, 0, alone].any() and dr[0, 0, ~alone].any(-1).all()
+
+
+def check_pairs(planted):
+    problem = BLOCKS["keys"]
+    rows, columns = problem.sets(torch.float32)
+    settings = 0.2, True, False, -1, *problem.keys()
+    negatives = 3 * torch.randn(2, 1, 1, 35, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    exact = [x.double().requires_grad_() for x in (*rows, *columns, negatives)]
+    (wanted,) = reference.rectangle(exact[:1], exact[1:2], *settings, exact[2])
+    upstream = oracle.some_gradient(wanted.shape)
+    gradients = torch.autograd.grad(wanted, exact, upstream)
+    found, slope = planted.rectangle.pairs(rows, columns, *settings, negatives)
+    dr, dz, _ = planted.rectangle.backward(rows, columns, *settings, [negatives, upstream], [], True, True)
+    assert oracle.error(found, wanted.detach()) < 1e-5 * wanted.max()
+    for f, w in zip((dr[0], dz[0], upstream * slope), gradients, strict=True):
+        assert oracle.error(f, w) < 1e-5 * w.abs().max()
+
+
 CHECKS = dict(
+    rectangle=check_rectangle,
+    symmetric=check_symmetric,
+    unlabelled=check_unlabelled,
+    pairs=check_pairs,
     small=check_small,
     large=check_large,
     halves=check_halves,
@@ -466,6 +646,57 @@ BUGS = {  # what is wrong -> (file, old, new, the check that finds it)
         "BOOST",
         "large",
     ),
+    "rectangle: the same index counted": (
+        "rectangle",
+        "s = tl.where(index, float",
+        "s = tl.where(index & False, float",
+        "rectangle",
+    ),
+    "rectangle: ragged columns counted": (
+        "rectangle",
+        "s = tl.where((j < end)[None, :]",
+        "s = tl.where((j >= 0)[None, :]",
+        "rectangle",
+    ),
+    "rectangle: itself positive": ("rectangle", "positive & ~(index & alike)", "positive", "symmetric"),
+    "rectangle: no key is a key": ("rectangle", "tl.where(key < 0, none, key)", "key", "unlabelled"),
+    "rectangle: spread of no positive": ("rectangle", "tl.where(number > 0, apart, 0.0)", "apart + 1", "unlabelled"),
+    "rectangle: earlier sum not rescaled": (
+        "rectangle",
+        "total * exponential(largest - finite(top))",
+        "total",
+        "rectangle",
+    ),
+    "rectangle: a part of the sum of S": ("rectangle", "similarity += tl.sum", "similarity = tl.sum", "rectangle"),
+    "rectangle: constant of the spread": ("rectangle", "* e - tl.expand_dims(fields[4], axis)", "* e", "rectangle"),
+    "rectangle: spread's share of pos_lse": (
+        "rectangle",
+        "(of_lse + of_spread) * scale",
+        "of_lse * scale",
+        "rectangle",
+    ),
+    "rectangle: one side of two": (
+        "rectangle",
+        "w += weights(s, positive, y_fields",
+        "w = weights(s, positive, y_fields",
+        "symmetric",
+    ),
+    "rectangle: a split forgotten": (
+        "rectangle",
+        "for split in range(splits):\n        dz",
+        "for split in range(splits - 1):\n        dz",
+        "rectangle",
+    ),
+    "rectangle: columns in two splits": ("rectangle", "tl.minimum(start_j + columns_a_split, K)", "K", "rectangle"),
+    "rectangle: no projection": ("rectangle", "dz -= own * length[:, None]", "dz -= 0", "rectangle"),
+    "rectangle: partner of another index": ("rectangle", "+ begin + offset) * DP", "+ begin) * DP", "rectangle"),
+    "rectangle: beta of another row": ("rectangle", "* KP + partner, mask", "* KP + i, mask", "rectangle"),
+    "rectangle: slope of pairs": (
+        "rectangle",
+        "tl.where(t > 0, 1.0, e) / (1.0 + e), 0.0), 1)",
+        "tl.where(t > 0, e, 1.0) / (1.0 + e), 0.0), 1)",
+        "pairs",
+    ),
     "large: own block in cross": (
         "large",
         "half = (V + 1) // 2\n        first = tl",
@@ -488,7 +719,7 @@ def plant(kernels, tmp_path, monkeypatch):
             path.write_text(path.read_text().replace(old, new))
         monkeypatch.syspath_prepend(tmp_path)
         package = importlib.import_module(name)
-        for module in ("small", "large", "tiles"):
+        for module in ("small", "large", "rectangle", "tiles"):
             importlib.import_module(f"{name}.{module}")
         tiny(package, monkeypatch)
         of_size = package.large.super_blocks

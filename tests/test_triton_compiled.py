@@ -12,7 +12,7 @@ COMPILE = """
 import triton
 from benchmarks.compile_triton import SELECTED, rows
 made = list(rows(SELECTED, ["sm_90"]))
-assert len({row["kernel"] for row in made}) == 8, {row["kernel"] for row in made}
+assert len({row["kernel"] for row in made}) == KERNELS, {row["kernel"] for row in made}
 assert all(row["status"] == "ok" for row in made), made
 spilled = [row for row in made if row["spills"]]
 assert not spilled or not triton.__version__.startswith("3.9"), spilled  # which the tiles were chosen with
@@ -30,9 +30,10 @@ def test_importing_does_not_import_triton():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-def test_what_the_tiles_of_sm_90_select_compiles_without_spills():
+@pytest.mark.parametrize("cases, kernels", [("SELECTED", 8), pytest.param("RECTANGLES", 9, marks=pytest.mark.full)])
+def test_what_the_tiles_of_sm_90_select_compiles_without_spills(cases, kernels):
     pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COMPILE]
+    command = [sys.executable, "-c", COMPILE.replace("SELECTED", cases).replace("KERNELS", str(kernels))]
     status = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert status.returncode == 0, status.stderr[-2000:]

@@ -7,7 +7,7 @@
 #define TCLR_LEVEL avx2
 #define TCLR_VECTOR_BYTES 32
 #define TCLR_TILE_ROWS 6  // 6 x 2 accumulators of 16 registers
-#include "gram.inl"
+#include "level.inl"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -7,7 +7,7 @@
 #define TCLR_LEVEL avx512
 #define TCLR_VECTOR_BYTES 64
 #define TCLR_TILE_ROWS 12  // 12 x 2 accumulators of 32 registers
-#include "gram.inl"
+#include "level.inl"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

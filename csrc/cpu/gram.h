@@ -42,6 +42,53 @@ struct GramBackward {
   T* zdz;                           // [G, V, N]
 };
 
+// Of one row, among the sorted columns of a set: those with its key, and the one with its index, or -1.
+struct Match {
+  int64_t begin, end, own;
+};
+
+struct Side {
+  int64_t sets, N;
+  const Rows* rows;      // [sets]
+  const int64_t* order;  // [G, N] the rows sorted by their keys; not read without keys
+};
+
+// The operation of tclr_kernels/general.py. With keys both sides are taken in the order of their keys, so that the
+// positives of a row are neighbours.
+struct RectangleInput {
+  int64_t G, D;
+  Side rows, columns;
+  bool symmetric, keys;  // symmetric: the rows are the columns
+  const Match* match;    // [G, n] of the sorted rows; null: no row has the index or the key of a column
+  Dtype dtype;
+  double tau;
+  bool normalize, cross;
+};
+
+// What the weights are made of with one side as anchors, contiguous [G, A, C, n]; null where there is none.
+struct Anchors {
+  const double *neg, *g_neg, *g_pos;
+  const double *pos_lse, *g_pos_lse, *g_spread, *count;
+  const double *negatives, *g_pairs;
+};
+
+enum class Wanted { blocks, pairs, gradients };
+
+// Outputs are [G, A, C, n], contiguous; null: not wanted.
+template <typename T>
+struct RectangleCall {
+  Wanted wanted;
+  double *neg, *pos, *pos_lse, *spread, *count;  // blocks
+  T* mean;                                       // [G, n, D]
+  const double* negatives;                       // pairs: [G, A, C, n]
+  double *sums, *slope;
+  Anchors of_rows, of_columns;           // gradients
+  const Gradient<T>*d_rows, *d_columns;  // one a set
+  T* along;                              // [G, A, n], or [G, C, K] where only the columns' gradients are wanted
+
+  bool of_pairs() const { return wanted == Wanted::pairs || of_rows.negatives || of_columns.negatives; }
+};
+
 template <typename T>
 struct Kernels {
   // Elements of T that forward or backward wants as workspace.
@@ -51,6 +98,8 @@ struct Kernels {
   // LL from the similarities of the same video in different sets, pos: [V, V, N], the sets (v, t), v outermost.
   // loss: [V, N]; g_pos: [V, V, N], `scale` times the derivative of their sum.
   void (*local_local)(int64_t V, int64_t N, const T* pos, double scale, T* loss, T* g_pos, const Executor&);
+  int64_t (*rectangle_workspace)(const RectangleInput&, const RectangleCall<T>&, int64_t threads);
+  void (*rectangle)(const RectangleInput&, const RectangleCall<T>&, T* workspace, const Executor&);
 };
 
 struct Level {

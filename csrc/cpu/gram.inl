@@ -9,6 +9,7 @@
 //
 // Each tile of S is computed once: its exponentials serve its rows and its columns, forward and backward. The order of
 // the tiles is `Problem`'s tournament, so the result does not depend on the number of threads.
+#pragma once
 #include <sched.h>
 
 #include "../problem.h"
@@ -128,14 +129,7 @@ void scores(const Work<T>& w, Pair pair, Columns columns, const Tile<T>& tile, i
   const Problem& p = w.p;
   int64_t rows = smaller(strip, p.rows(pair.left) - r);
   const T* z = w.block(w.group.z, pair.left) + r * w.ldz;
-  for (int64_t d = 0; d < w.in.D; d += depth) {
-    auto multiply = d == 0 ? products<T, false> : products<T, true>;
-    int64_t K = smaller(depth, w.in.D - d);
-    for (int64_t j = 0; j < columns.count; j += NR<T>)
-      for (int64_t q = 0; q < rows; q += MR)
-        multiply[smaller(MR, rows - q)](K, z + q * w.ldz + d, w.ldz, 1, tile.columns + j * w.in.D + d * NR<T>, NR<T>,
-                                        S + q * tile.lds + j, tile.lds);
-  }
+  similarities(rows, z, w.ldz, w.in.D, tile.columns, columns.count, S, tile.lds);
   bool diagonal = p.begin(pair.left) == p.begin(pair.right);
   for (int64_t q = 0; q < rows; ++q) {
     T* s = S + q * tile.lds;
@@ -478,15 +472,11 @@ void close(const Work<T>& w, int64_t b) {
     finish(w, b);
 }
 
-template <typename T>
-void wait_for(const Work<T>& w, int64_t b, int64_t stage) {
-  while (__atomic_load_n(w.group.stage + b, __ATOMIC_ACQUIRE) != stage) sched_yield();
+INLINE void wait_for(const int64_t* block, int64_t stage) {
+  while (__atomic_load_n(block, __ATOMIC_ACQUIRE) != stage) sched_yield();
 }
 
-template <typename T>
-void reach(const Work<T>& w, int64_t b, int64_t stage) {
-  __atomic_store_n(w.group.stage + b, stage, __ATOMIC_RELEASE);
-}
+INLINE void reach(int64_t* block, int64_t stage) { __atomic_store_n(block, stage, __ATOMIC_RELEASE); }
 
 // Every block opens, the blocks meet round by round, every block closes. A task waits until its blocks have done all
 // that is theirs before it, not for the whole round: a thread that was held up holds up few.
@@ -495,24 +485,25 @@ void run_task(void* work, int64_t task, int64_t thread) {
   const Work<T>& w = *(const Work<T>*)work;
   const Problem& p = w.p;
   int64_t blocks = p.V * p.blocks, met = task - blocks, closing = met - p.rounds() * p.places();
+  int64_t* stage = w.group.stage;
   if (met < 0) {
     open<T, backward>(w, task);
     if (!p.cross) run_pair<T, backward>(w, {task, task}, thread);
-    return reach(w, task, 0);
+    return reach(stage + task, 0);
   }
   if (closing >= 0) {
-    wait_for(w, closing, p.rounds());
+    wait_for(stage + closing, p.rounds());
     return close<T, backward>(w, closing);
   }
   int64_t round = met / p.places();
   Pair pair = p.pair(round, met % p.places());
-  wait_for(w, pair.left, round);
+  wait_for(stage + pair.left, round);
   if (pair.right >= 0) {
-    wait_for(w, pair.right, round);
+    wait_for(stage + pair.right, round);
     run_pair<T, backward>(w, pair, thread);
-    reach(w, pair.right, round + 1);
+    reach(stage + pair.right, round + 1);
   }
-  reach(w, pair.left, round + 1);
+  reach(stage + pair.left, round + 1);
 }
 
 template <typename T, bool backward>
@@ -614,16 +605,5 @@ void backward(const GramInput& in, const GramBackward<T>& out, T* memory, const 
 }
 
 }  // namespace
-
-#define TCLR_JOIN_(a, b) a##b
-#define TCLR_JOIN(a, b) TCLR_JOIN_(a, b)
-#define TCLR_NAME_(a) #a
-#define TCLR_NAME(a) TCLR_NAME_(a)
-
-const Level TCLR_JOIN(TCLR_LEVEL, _level) = {
-    TCLR_NAME(TCLR_LEVEL),
-    {workspace<float>, forward<float>, backward<float>, local_local<float>},
-    {workspace<double>, forward<double>, backward<double>, local_local<double>},
-};
 
 }  // namespace tclr

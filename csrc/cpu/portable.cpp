@@ -6,4 +6,4 @@
 #ifndef TCLR_TILE_ROWS
 #define TCLR_TILE_ROWS 6
 #endif
-#include "gram.inl"
+#include "level.inl"

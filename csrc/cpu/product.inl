@@ -99,6 +99,20 @@ void pack_transposed(const T* z, int64_t ldz, int64_t n, int64_t D, T* panels) {
     for (int64_t d = 0; d < D; ++d) store(panels + n / (2 * L) * D * 2 * L + d * 2 * L + L, Vec<T>{});
 }
 
+// S[q, j] = <z_q, column j> for q < rows and every j of the panels that hold `count` columns.
+template <typename T>
+INLINE void similarities(int64_t rows, const T* z, int64_t ldz, int64_t D, const T* panels, int64_t count, T* S,
+                         int64_t lds) {
+  for (int64_t d = 0; d < D; d += depth) {
+    auto multiply = d == 0 ? products<T, false> : products<T, true>;
+    int64_t K = smaller(depth, D - d);
+    for (int64_t j = 0; j < count; j += NR<T>)
+      for (int64_t q = 0; q < rows; q += MR)
+        multiply[smaller(MR, rows - q)](K, z + q * ldz + d, ldz, 1, panels + j * D + d * NR<T>, NR<T>, S + q * lds + j,
+                                        lds);
+  }
+}
+
 // dz[r, d] += sum_k A[r, k] z[k, d] for r < rows, d < padded(D).
 template <typename T>
 void accumulate(int64_t rows, int64_t K, int64_t D, const T* A, int64_t rs, int64_t cs, const T* z, T* dz,

@@ -76,39 +76,48 @@ Norm normalize(T* row, int64_t D) {
   return {scale, rest};
 }
 
-// The rows of one block, normalised if asked for: z, padded with zeros to ldz, and their norms.
+// Row i of a set, normalised if asked for, padded with zeros to ldz; and its norm.
 template <typename T>
-void read_block(const GramInput& in, const Problem& p, int64_t g, int64_t b, int64_t ldz, T* z, Norm* norms) {
-  for (int64_t r = 0; r < p.rows(b); ++r) {
-    T* row = z + r * ldz;
-    read_row(in.sets[p.set(b)], in.dtype, g, p.begin(b) + r, in.D, row);
-    for (int64_t d = in.D; d < ldz; ++d) row[d] = 0;
-    if (in.normalize) norms[r] = normalize(row, in.D);
-  }
+INLINE Norm read_unit(const Rows& rows, Dtype dtype, bool unit, int64_t g, int64_t i, int64_t D, int64_t ldz, T* row) {
+  read_row(rows, dtype, g, i, D, row);
+  for (int64_t d = D; d < ldz; ++d) row[d] = 0;
+  return unit ? normalize(row, D) : Norm{};
 }
 
-// The gradient of one block's rows, from that of its unit rows: dx = (dz - z <z, dz>) / |x|; and <z, dz>.
-// dz is in units of tau / unit.
+// The rows of one block.
+template <typename T>
+void read_block(const GramInput& in, const Problem& p, int64_t g, int64_t b, int64_t ldz, T* z, Norm* norms) {
+  for (int64_t r = 0; r < p.rows(b); ++r)
+    norms[r] = read_unit(in.sets[p.set(b)], in.dtype, in.normalize, g, p.begin(b) + r, in.D, ldz, z + r * ldz);
+}
+
+// The gradient of a row from that of its unit row, dx = (dz - z <z, dz>) / |x|, to row i; returns <z, dz>.
+// dz is in units of 1 / scale.
+template <typename T>
+INLINE T write_row(const Gradient<T>& to, int64_t g, int64_t i, int64_t D, double scale, bool unit, Norm norm,
+                   const T* row, const T* grad) {
+  T* dx = to.data + g * to.stride_g + i * to.stride_n;
+  double along = dot(row, grad, D), scaled = along * scale, exponent = 1, projected = 0;
+  bool zero = unit && norm.rest == 0;
+  if (unit) exponent = norm.scale, projected = along, scale /= norm.rest;
+  for (int64_t d = 0; d < D; ++d) {
+    double value = (double(grad[d]) - double(row[d]) * projected) * scale;
+    if (sizeof(T) == sizeof(double)) value /= exponent;  // of floats it is 1
+    value = zero ? 0 : value;
+    dx[d] = to.add ? dx[d] + T(value) : T(value);
+  }
+  return T(scaled);
+}
+
+// The gradients of one block's rows; dz is in units of tau / unit.
 template <typename T>
 void write_block(const GramInput& in, const GramBackward<T>& out, const Problem& p, int64_t g, int64_t b, int64_t ldz,
                  double unit, const T* z, const T* dz, const Norm* norms) {
   int64_t a = p.set(b);
   for (int64_t r = 0; r < p.rows(b); ++r) {
-    const T *row = z + r * ldz, *grad = dz + r * ldz;
     int64_t i = p.begin(b) + r;
-    const Gradient<T>& to = out.dz[a];
-    T* dx = to.data + g * to.stride_g + i * to.stride_n;
-    double along = dot(row, grad, in.D), scale = unit / in.tau;
-    out.zdz[(g * in.V + a) * in.N + i] = T(along * scale);
-    double exponent = 1, projected = 0;
-    bool zero = in.normalize && norms[r].rest == 0;
-    if (in.normalize) exponent = norms[r].scale, projected = along, scale /= norms[r].rest;
-    for (int64_t d = 0; d < in.D; ++d) {
-      double value = (double(grad[d]) - double(row[d]) * projected) * scale;
-      if (sizeof(T) == sizeof(double)) value /= exponent;  // of floats it is 1
-      value = zero ? 0 : value;
-      dx[d] = to.add ? dx[d] + T(value) : T(value);
-    }
+    out.zdz[(g * in.V + a) * in.N + i] =
+        write_row(out.dz[a], g, i, in.D, unit / in.tau, in.normalize, norms[r], z + r * ldz, dz + r * ldz);
   }
 }
 

@@ -123,6 +123,144 @@ std::tuple<Tensors, Tensor> gram_backward(Tensors sets, Optional tau, double tau
   return {dz, zdz};
 }
 
+// ---- rectangles
+
+struct DescribedRectangle {
+  Described rows, columns;
+  Tensors held;  // what the pointers below point into
+  cuda::RectangleCall call{};
+
+  std::vector<int64_t> of_rows() const { return {rows.call.G, rows.call.V, columns.call.V, rows.call.N}; }
+  std::vector<int64_t> of_columns() const { return {rows.call.G, columns.call.V, rows.call.V, columns.call.N}; }
+};
+
+const double* of_anchors(DescribedRectangle& d, const Tensor& x, const std::vector<int64_t>& sizes) {
+  STD_TORCH_CHECK(sizes_of(x) == sizes && code_of(x) == aoti_torch_dtype_float64() && on_device(x),
+                  "what anchors have: wanted CUDA tensors [G, sets, sets of the other side, N] of float64");
+  return static_cast<const double*>(d.held.emplace_back(torch::stable::contiguous(x)).const_data_ptr());
+}
+
+// neg, g_neg, g_pos; with keys pos_lse, g_pos_lse, g_spread, count too; or negatives and g_pairs.
+cuda::Anchors anchors(DescribedRectangle& d, const Tensors& given, const std::vector<int64_t>& sizes) {
+  std::vector<const double*> x;
+  for (const Tensor& of_anchor : given) x.push_back(of_anchors(d, of_anchor, sizes));
+  switch (x.size()) {
+    case 0:
+      return {};
+    case 2:
+      return {nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, x[0], x[1]};
+    case 3:
+      return {x[0], x[1], x[2]};
+    default:
+      STD_TORCH_CHECK(x.size() == 7, "what anchors have: wanted 2, 3 or 7 tensors, found ", x.size());
+      return {x[0], x[1], x[2], x[3], x[4], x[5], x[6]};
+  }
+}
+
+cuda::Keys keys(const Optional& x, const cuda::GramCall& side) {
+  if (!x) return {};
+  STD_TORCH_CHECK(sizes_of(*x) == std::vector<int64_t>({side.G, side.N}) && on_device(*x) &&
+                      code_of(*x) == aoti_torch_dtype_int64(),
+                  "keys: wanted CUDA tensors [G, N] of int64");
+  return {static_cast<const int64_t*>(x->const_data_ptr()), x->stride(0), x->stride(1)};
+}
+
+DescribedRectangle describe(const Tensors& rows, const Tensors& columns, const Optional& tau, double tau_value,
+                            bool normalize, bool cross, int64_t first, const Optional& row_keys,
+                            const Optional& column_keys, bool tf32) {
+  DescribedRectangle d;
+  d.columns = describe(columns, tau, tau_value, normalize, cross, tf32);
+  d.rows = rows.empty() ? d.columns : describe(rows, tau, tau_value, normalize, cross, tf32);
+  const cuda::GramCall &of_rows = d.rows.call, &of_columns = d.columns.call;
+  STD_TORCH_CHECK(of_rows.G == of_columns.G && of_rows.D == of_columns.D && of_rows.dtype == of_columns.dtype,
+                  "rows, columns: wanted tensors [G, n, D] and [G, K, D] of one dtype");
+  STD_TORCH_CHECK(first < 0 || (of_rows.V == of_columns.V && first + of_rows.N <= of_columns.N),
+                  "first: wanted the place of the rows among the columns");
+  STD_TORCH_CHECK(!row_keys == !column_keys, "row_keys, column_keys: wanted both or neither");
+  d.call.symmetric = rows.empty(), d.call.first = rows.empty() ? 0 : first;
+  d.call.row_keys = keys(row_keys, of_rows), d.call.column_keys = keys(column_keys, of_columns);
+  return d;
+}
+
+// The call once the sets are where they stay.
+const cuda::RectangleCall& ready(DescribedRectangle& d) {
+  d.call.rows = d.rows.call, d.call.columns = d.columns.call;
+  d.call.rows.sets = d.rows.sets.data(), d.call.columns.sets = d.columns.sets.data();
+  return d.call;
+}
+
+double* data(const Tensor& x) { return static_cast<double*>(x.mutable_data_ptr()); }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rectangle(Tensors rows, Tensors columns, Optional tau,
+                                                                     double tau_value, bool normalize, bool cross,
+                                                                     int64_t first, Optional row_keys,
+                                                                     Optional column_keys, bool mean, bool tf32) {
+  DescribedRectangle d = describe(rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys, tf32);
+  const Tensor& like = columns[0];
+  Device device(like);
+  const cuda::GramCall& of_rows = d.rows.call;
+  bool keyed = row_keys.has_value();
+  STD_TORCH_CHECK(!mean || (of_rows.V == 1 && d.columns.call.V == 1 && !keyed && d.call.first < 0),
+                  "mean: wanted one set of rows and one of columns, without keys or a place");
+  Code wide_dtype = aoti_torch_dtype_float64();
+  auto output = [&](bool exists) { return empty(exists ? d.of_rows() : std::vector<int64_t>{0}, wide_dtype, like); };
+  Tensor neg = output(true), pos = output(true);
+  Tensor pos_lse = output(keyed), spread = output(keyed), count = output(keyed);
+  using Sizes = std::vector<int64_t>;
+  Tensor weighted = empty(mean ? Sizes{of_rows.G, of_rows.N, of_rows.D} : Sizes{0}, wide(like), like);
+  d.call.neg = data(neg), d.call.pos = data(pos);
+  if (keyed) d.call.pos_lse = data(pos_lse), d.call.spread = data(spread), d.call.count = data(count);
+  if (mean) d.call.mean = weighted.mutable_data_ptr();
+  Tensor memory = bytes(cuda::rectangle_memory(ready(d), false), like);
+  check(cuda::rectangle_forward(d.call, memory.mutable_data_ptr(), device.stream));
+  return {neg, pos, pos_lse, spread, count, weighted};
+}
+
+std::tuple<Tensor, Tensor> pairs(Tensors rows, Tensors columns, Optional tau, double tau_value, bool normalize,
+                                 bool cross, int64_t first, Tensor row_keys, Tensor column_keys, Tensor negatives,
+                                 bool tf32) {
+  DescribedRectangle d = describe(rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys, tf32);
+  const Tensor& like = columns[0];
+  Device device(like);
+  d.call.of_rows.negatives = of_anchors(d, negatives, d.of_rows());
+  Tensor sums = empty(d.of_rows(), code_of(negatives), like), slope = empty(d.of_rows(), code_of(negatives), like);
+  d.call.pair_sums = data(sums), d.call.slope = data(slope);
+  Tensor memory = bytes(cuda::rectangle_memory(ready(d), false), like);
+  check(cuda::rectangle_forward(d.call, memory.mutable_data_ptr(), device.stream));
+  return {sums, slope};
+}
+
+// Gradients of sets, for the kernels to write.
+Tensors gradients_of(const Tensors& sets, Described& side) {
+  Tensors made;
+  for (size_t a = 0; a < sets.size(); ++a)
+    side.sets[a].gradient = made.emplace_back(empty(sizes_of(sets[a]), code_of(sets[a]), sets[a])).mutable_data_ptr();
+  return made;
+}
+
+std::tuple<Tensors, Tensors, Tensor> rectangle_backward(Tensors rows, Tensors columns, Optional tau, double tau_value,
+                                                        bool normalize, bool cross, int64_t first, Optional row_keys,
+                                                        Optional column_keys, Tensors of_rows, Tensors of_columns,
+                                                        bool for_rows, bool for_columns, bool tf32) {
+  DescribedRectangle d = describe(rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys, tf32);
+  const Tensor& like = columns[0];
+  Device device(like);
+  STD_TORCH_CHECK(for_rows || for_columns, "for_rows, for_columns: wanted one of them at least");
+  STD_TORCH_CHECK(!d.call.symmetric || (for_rows && !for_columns && of_columns.empty()),
+                  "rows that are the columns: wanted of_rows and for_rows alone");
+  d.call.of_rows = anchors(d, of_rows, d.of_rows()), d.call.of_columns = anchors(d, of_columns, d.of_columns());
+  Tensors d_rows, d_columns;
+  if (for_rows) d_rows = gradients_of(rows.empty() ? columns : rows, d.rows);
+  if (for_columns) d_columns = gradients_of(columns, d.columns);
+  d.call.for_rows = for_rows, d.call.for_columns = for_columns;
+  Described& side = for_rows ? d.rows : d.columns;
+  Tensor along = empty({side.call.G, side.call.V, side.call.N}, wide(like), like);
+  side.call.zdz = along.mutable_data_ptr();
+  Tensor memory = bytes(cuda::rectangle_memory(ready(d), true), like);
+  check(cuda::rectangle_backward(d.call, memory.mutable_data_ptr(), device.stream));
+  return {d_rows, d_columns, along};
+}
+
 // ---- the objective
 
 cuda::Input input(const Tensor& z) {
@@ -183,6 +321,9 @@ Tensors objective_backward(Tensor g, Tensor s, Tensor x, Optional tau, double ta
 static void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("gram_forward", TORCH_BOX(&tclr::gram_forward));
   m.impl("gram_backward", TORCH_BOX(&tclr::gram_backward));
+  m.impl("rectangle", TORCH_BOX(&tclr::rectangle));
+  m.impl("pairs", TORCH_BOX(&tclr::pairs));
+  m.impl("rectangle_backward", TORCH_BOX(&tclr::rectangle_backward));
   m.impl("objective", TORCH_BOX(&tclr::objective));
   m.impl("objective_backward", TORCH_BOX(&tclr::objective_backward));
 }

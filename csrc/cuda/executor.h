@@ -21,6 +21,8 @@ namespace tclr {
 
 using Stream = cudaStream_t;
 
+constexpr int64_t enough_blocks = 512;  // to fill a device
+
 template <typename T>
 TCLR_DEVICE T* shared_memory() {
   extern __shared__ __align__(16) unsigned char memory[];

@@ -125,22 +125,27 @@ struct Block {  // of rows
 };
 
 template <typename T>
-TCLR_DEVICE const T* block_rows(const Gram<T>& p, const Problem& problem, const Block& b) {
-  return p.z + p.row({b.g, b.a, problem.begin(b.index)}) * p.ldz;
+struct Span {  // rows as they lie in memory
+  const T* z;
+  int64_t rows;
+};
+
+template <typename T>
+TCLR_DEVICE Span<T> span(const Gram<T>& p, const Problem& problem, const Block& b) {
+  return {p.z + p.row({b.g, b.a, problem.begin(b.index)}) * p.ldz, problem.rows(b.index)};
 }
 
 // S of two blocks of rows; `put(r, j, s)` is what the tile shall hold. The rows of I are already there if `again`.
 // A thread makes 2 x 4 of its entries.
-template <typename T, typename Put>
-TCLR_DEVICE void scores(const Gram<T>& p, const Problem& problem, const Block& I, const Block& J, const Tile<T>& t,
-                        bool again, T inverse_tau, Put put) {
+template <typename T, typename Rows, typename Columns, typename Put>
+TCLR_DEVICE void scores(const Gram<T>& p, Rows rows, Columns columns, const Tile<T>& t, bool again, T inverse_tau,
+                        Put put) {
   int ty = threadIdx.x / 8, tx = threadIdx.x % 8;
   T sum[2][4] = {};
   for (int64_t d = 0; d < p.ldz; d += panel<T>) {
     int width = Tile<T>::width(p.ldz - d);
-    if (!again || p.panels() > 1)
-      load(block_rows(p, problem, I) + d, p.ldz, problem.rows(I.index), width, t.rows, t.ldp);
-    load(block_rows(p, problem, J) + d, p.ldz, problem.rows(J.index), width, t.columns, t.ldp);
+    if (!again || p.panels() > 1) load(rows().z + d, p.ldz, rows().rows, width, t.rows, t.ldp);
+    load(columns().z + d, p.ldz, columns().rows, width, t.columns, t.ldp);
     __syncthreads();
     for (int k = 0; k < width; k += 4) {
       Quad<T> x[2], y[4];
@@ -156,6 +161,13 @@ TCLR_DEVICE void scores(const Gram<T>& p, const Problem& problem, const Block& I
     for (int j = 0; j < 4; ++j)
       t.S[(ty + 16 * r) * lds + tx + 8 * j] = put(ty + 16 * r, tx + 8 * j, sum[r][j] * inverse_tau);
   __syncthreads();
+}
+
+template <typename T, typename Put>
+TCLR_DEVICE void scores(const Gram<T>& p, const Problem& problem, const Block& I, const Block& J, const Tile<T>& t,
+                        bool again, T inverse_tau, Put put) {
+  auto of = [&](const Block& b) { return [&] { return span(p, problem, b); }; };
+  scores(p, of(I), of(J), t, again, inverse_tau, put);
 }
 
 // ---- sums
@@ -375,11 +387,41 @@ TCLR_DEVICE void weights(const Gram<T>& p, const Problem& problem, const Block& 
   });
 }
 
+// What a thread has of one panel of a gradient: 4 x 4 entries of every 64 features.
+template <typename T>
+struct PanelSum {
+  static constexpr int groups = panel<T> / 64;
+  int dx = threadIdx.x % 16 * 4, ry = threadIdx.x / 16 * 4, width;
+  T sum[groups][4][4] = {};
+
+  TCLR_METHOD explicit PanelSum(int width) : width(width) {}
+  // Adds W z, W in the place of S, and z the panel of the columns.
+  TCLR_METHOD void add(const Tile<T>& t) {
+    for (int k = 0; k < tile; k += 4) {
+      Quad<T> w[4];
+      for (int r = 0; r < 4; ++r) w[r] = quad(t.S + (ry + r) * lds + k);
+      for (int q = 0; q < groups; ++q) {
+        if (q * 64 + dx >= width) continue;
+        for (int e = 0; e < 4; ++e) {
+          Quad<T> z = quad(t.columns + (k + e) * t.ldp + q * 64 + dx);
+          for (int r = 0; r < 4; ++r)
+            for (int x = 0; x < 4; ++x) sum[q][r][x] += w[r].x[e] * z.x[x];
+        }
+      }
+    }
+  }
+  TCLR_METHOD void write(int64_t rows, int64_t ldz, T* dz) const {
+    for (int r = 0; r < 4 && ry + r < rows; ++r)
+      for (int q = 0; q < groups; ++q)
+        if (q * 64 + dx < width)
+          for (int x = 0; x < 4; ++x) dz[(ry + r) * ldz + q * 64 + dx + x] = sum[q][r][x];
+  }
+};
+
 // One panel of features of the gradient of one block of rows, by one part of the sets; the rows are unit rows, the
-// gradient in `unit` / tau. A thread makes 4 x 4 entries of every 64 features.
+// gradient in `unit` / tau.
 template <typename T>
 TCLR_DEVICE void gradient(const Gram<T>& p, int64_t block) {
-  constexpr int groups = panel<T> / 64;
   Problem problem = p.tiles();
   int64_t first = block % p.panels() * panel<T>, rest = block / p.panels();
   int64_t part = rest % p.parts, index = rest / p.parts % problem.blocks, set = rest / p.parts / problem.blocks;
@@ -387,37 +429,22 @@ TCLR_DEVICE void gradient(const Gram<T>& p, int64_t block) {
   Tile<T> t(p.ldz);
   T inverse_tau = T(1 / value_of(p.tau));
   double inverse_unit = 1 / unit(p, I.g);
-  int width = Tile<T>::width(p.ldz - first), dx = threadIdx.x % 16 * 4, ry = threadIdx.x / 16 * 4;
-  T sum[groups][4][4] = {};
+  PanelSum<T> dz(Tile<T>::width(p.ldz - first));
   bool again = false;
   for (int64_t c = part * problem.V / p.parts; c < (part + 1) * problem.V / p.parts; ++c) {
     for (int64_t b = 0; b < problem.blocks && problem.exists(I.a, c); ++b, again = true) {
       Block J{I.g, c, b};
       weights(p, problem, I, J, t, again, inverse_tau, inverse_unit);
       if (p.panels() > 1) {
-        load(block_rows(p, problem, J) + first, p.ldz, problem.rows(b), width, t.columns, t.ldp);
+        load(span(p, problem, J).z + first, p.ldz, problem.rows(b), dz.width, t.columns, t.ldp);
         __syncthreads();
       }
-      for (int k = 0; k < tile; k += 4) {
-        Quad<T> w[4];
-        for (int r = 0; r < 4; ++r) w[r] = quad(t.S + (ry + r) * lds + k);
-        for (int q = 0; q < groups; ++q) {
-          if (q * 64 + dx >= width) continue;
-          for (int e = 0; e < 4; ++e) {
-            Quad<T> z = quad(t.columns + (k + e) * t.ldp + q * 64 + dx);
-            for (int r = 0; r < 4; ++r)
-              for (int x = 0; x < 4; ++x) sum[q][r][x] += w[r].x[e] * z.x[x];
-          }
-        }
-      }
+      dz.add(t);
       __syncthreads();
     }
   }
-  T* dz = p.dz + part * p.rows() * p.ldz + p.row({I.g, I.a, problem.begin(index)}) * p.ldz + first;
-  for (int r = 0; r < 4 && ry + r < problem.rows(index); ++r)
-    for (int q = 0; q < groups; ++q)
-      if (q * 64 + dx < width)
-        for (int x = 0; x < 4; ++x) dz[(ry + r) * p.ldz + q * 64 + dx + x] = sum[q][r][x];
+  int64_t row = part * p.rows() + p.row({I.g, I.a, problem.begin(index)});
+  dz.write(problem.rows(index), p.ldz, p.dz + row * p.ldz + first);
 }
 
 // ---- rows again

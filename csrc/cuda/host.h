@@ -20,6 +20,8 @@ namespace tclr {
 
 using Stream = void*;
 
+constexpr int64_t enough_blocks = 8;  // so few that small problems are cut into parts of several tiles
+
 namespace host {
 
 struct Index {

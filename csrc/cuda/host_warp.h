@@ -75,6 +75,11 @@ uint32_t pair(float low, float high) {
   return E::of(low) | E::of(high) << 16;
 }
 
+TCLR_DEVICE float of_other_lane(float x, int bits) {
+  const host::Posted* lanes = host::exchange({bits_as<uint32_t>(x)});
+  return bits_as<float>(lanes[(threadIdx.x % 32) ^ bits].words[0]);
+}
+
 TCLR_DEVICE float exponential(float x) { return std::exp2(x * 1.44269504f); }
 
 // Done as late as may be, or at once where threads run downwards.

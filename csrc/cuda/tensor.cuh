@@ -85,20 +85,31 @@ TCLR_DEVICE void add_products(TileOfS& S, const uint32_t* rows, const uint32_t* 
   }
 }
 
+// What `meet` reads where the rows that a block keeps and those that pass by are of the same sets.
+struct SameSets {
+  const TensorTiles& tiles;
+  const Gram<float>& p;
+
+  TCLR_METHOD const Packed& packed() const { return tiles.z; }
+  TCLR_METHOD int64_t passing_blocks() const { return tiles.problem.blocks; }
+  TCLR_METHOD Span<uint32_t> passing(const Block& b) const {
+    const uint32_t* rows = tiles.z.words + p.row({b.g, b.a, tiles.problem.begin(b.index)}) * tiles.z.ldw;
+    return {rows, tiles.problem.rows(b.index)};
+  }
+  TCLR_METHOD Span<uint32_t> resident(const Block& b) const { return passing(b); }
+};
+
 // Calls for every tile of the rows I with sets first .. last: begin(J); scored(J, S), S being <z_i, z_j>; and met(S,
 // columns, words) with what scored left in S; the columns' chunk `panel` is in shared memory then, if panel >= 0.
-template <typename E, typename Work>
-TCLR_DEVICE void meet(const Gram<float>& p, const TensorTiles& tiles, const Block& I, int64_t first, int64_t last,
-                      int panel, Work& work) {
-  const Packed& z = tiles.z;
-  const Problem& problem = tiles.problem;
+template <typename E, typename Tiles, typename Work>
+TCLR_DEVICE void meet(const Tiles& tiles, const Block& I, int64_t first, int64_t last, int panel, Work& work) {
+  const Packed& z = tiles.packed();
   auto* shared = shared_memory<uint32_t>();
   int chunks = z.chunks(), parts = chunks + (panel >= 0 && chunks > 1);
   auto stage = [&](int of, int step) { return shared + (of + (of < 2 || chunks > 1 ? step % 2 : 0)) * square * ldc; };
   auto width = [&](int k) { return int(z.ldw) - k * chunk < chunk ? int(z.ldw) - k * chunk : chunk; };
-  auto copy = [&](const Block& b, int k, uint32_t* to) {
-    const uint32_t* from = z.words + p.row({b.g, b.a, problem.begin(b.index)}) * z.ldw + k * chunk;
-    copy_chunk(from, z.ldw, problem.rows(b.index), width(k), to);
+  auto copy = [&](const Span<uint32_t>& from, int k, uint32_t* to) {
+    copy_chunk(from.z + k * chunk, z.ldw, from.rows, width(k), to);
   };
 
   struct Step {
@@ -109,14 +120,15 @@ TCLR_DEVICE void meet(const Gram<float>& p, const TensorTiles& tiles, const Bloc
     ++s.count;
     if (++s.part < parts) return;
     s.part = 0;
-    if (++s.J.index < problem.blocks) return;
+    if (++s.J.index < tiles.passing_blocks()) return;
     s.J.index = 0, ++s.J.a;
   };
   Step ahead{{I.g, first, 0}, 0, 0};
   auto fetch = [&] {
     if (ahead.J.a < last) {
-      copy(ahead.J, ahead.part < chunks ? ahead.part : panel, stage(0, ahead.count));
-      if (ahead.part < chunks && (chunks > 1 || ahead.count == 0)) copy(I, ahead.part, stage(2, ahead.count));
+      copy(tiles.passing(ahead.J), ahead.part < chunks ? ahead.part : panel, stage(0, ahead.count));
+      if (ahead.part < chunks && (chunks > 1 || ahead.count == 0))
+        copy(tiles.resident(I), ahead.part, stage(2, ahead.count));
     }
     end_group();
     next(ahead);
@@ -191,7 +203,7 @@ TCLR_DEVICE void tensor_sums(const Gram<float>& p, const Packed& z, int64_t bloc
   if (!exists || c == work.I.a)
     for (int e = 0; e < 4; e += 2)
       if (work.valid(e) && work.lane.t == 0) p.pos[work.at(c, e)] = 0;
-  meet<E>(p, tiles, work.I, c, exists ? c + 1 : c, -1, work);
+  meet<E>(SameSets{tiles, p}, work.I, c, exists ? c + 1 : c, -1, work);
   auto* shared = shared_memory<float>();
   for (int h = 0; h < 2; ++h) {  // four lanes share a row
     float top = over_row(work.largest[h], 4, shared, [](float x, float y) { return y > x ? y : x; });
@@ -208,10 +220,56 @@ struct Coefficient {  // of neg; W = g exp(S - shift)
   float g = 0, shift = INFINITY;
 };
 
+// What a lane has of one chunk of a gradient.
+template <typename E>
+struct ChunkSum {
+  static constexpr int features = chunk * in_word<E>;
+  Lane lane;
+  float sum[features / 8][4] = {};
+
+  // Adds W z, z being a chunk of the columns.
+  TCLR_METHOD void add(TileOfS& W, const uint32_t* columns, int words) {
+    int l = threadIdx.x % 32;
+    if constexpr (in_word<E> == 2) {
+      columns += l % 16 * ldc + l / 16 * 4;
+#pragma unroll
+      for (int k = 0; k < square / 8; k += 2) {
+        uint32_t right[4], left[4] = {pair<E>(W[k][0], W[k][1]), pair<E>(W[k][2], W[k][3]),
+                                      pair<E>(W[k + 1][0], W[k + 1][1]), pair<E>(W[k + 1][2], W[k + 1][3])};
+        for (int n = 0; n < features / 8; n += 2) {
+          if (n * 4 >= words) continue;
+          load_transposed(right, columns + k * 8 * ldc + n * 4);
+          multiply_add<E>(sum[n], left, right[0], right[1]);
+          multiply_add<E>(sum[n + 1], left, right[2], right[3]);
+        }
+      }
+    } else {  // the columns of W in the order that its entries have: 0, 2, 4, 6, 1, 3, 5, 7
+      columns += lane.t * 2 * ldc + lane.g;
+#pragma unroll
+      for (int k = 0; k < square / 8; ++k) {
+        uint32_t left[4] = {E::of(W[k][0]), E::of(W[k][2]), E::of(W[k][1]), E::of(W[k][3])};
+        for (int n = 0; n < features / 8; ++n)
+          if (n * 8 < words)
+            multiply_add<E>(sum[n], left, columns[k * 8 * ldc + n * 8], columns[(k * 8 + 1) * ldc + n * 8]);
+      }
+    }
+  }
+  // `size` features of so many rows, to where the first of them is.
+  TCLR_METHOD void write(int64_t rows, int64_t ldz, int64_t size, float* dz) const {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      int row = lane.row(2 * h);
+      float* to = dz + row * ldz;
+      if (row < rows)
+        for (int n = 0; n < features / 8; ++n)
+          for (int e = 2 * h; e < 2 * h + 2; ++e)
+            if (int d = lane.column(n, e); d < size) to[d] = sum[n][e];
+    }
+  }
+};
+
 template <typename E>
 struct TensorGradient {
-  static constexpr int features = chunk * in_word<E>;
-
   const Gram<float>& p;
   const Problem& problem;
   Block I;
@@ -220,7 +278,7 @@ struct TensorGradient {
   double inverse_unit;
   Lane lane;
   Coefficient own[2], column;
-  float dz[features / 8][4] = {};
+  ChunkSum<E> dz;
 
   TCLR_METHOD Coefficient coefficient(int64_t g, int64_t a, int64_t c, int64_t i) const {
     int64_t at = p.at(g, a, c, i);
@@ -261,33 +319,7 @@ struct TensorGradient {
       for (int e = 0; e < 4; ++e)
         if (lane.column(n, e) == lane.row(e)) S[n][e] = same[e / 2];
   }
-
-  TCLR_METHOD void met(TileOfS& W, const uint32_t* columns, int words) {
-    int l = threadIdx.x % 32;
-    if constexpr (in_word<E> == 2) {
-      columns += l % 16 * ldc + l / 16 * 4;
-#pragma unroll
-      for (int k = 0; k < square / 8; k += 2) {
-        uint32_t right[4], left[4] = {pair<E>(W[k][0], W[k][1]), pair<E>(W[k][2], W[k][3]),
-                                      pair<E>(W[k + 1][0], W[k + 1][1]), pair<E>(W[k + 1][2], W[k + 1][3])};
-        for (int n = 0; n < features / 8; n += 2) {
-          if (n * 4 >= words) continue;
-          load_transposed(right, columns + k * 8 * ldc + n * 4);
-          multiply_add<E>(dz[n], left, right[0], right[1]);
-          multiply_add<E>(dz[n + 1], left, right[2], right[3]);
-        }
-      }
-    } else {  // the columns of W in the order that its entries have: 0, 2, 4, 6, 1, 3, 5, 7
-      columns += lane.t * 2 * ldc + lane.g;
-#pragma unroll
-      for (int k = 0; k < square / 8; ++k) {
-        uint32_t left[4] = {E::of(W[k][0]), E::of(W[k][2]), E::of(W[k][1]), E::of(W[k][3])};
-        for (int n = 0; n < features / 8; ++n)
-          if (n * 8 < words)
-            multiply_add<E>(dz[n], left, columns[k * 8 * ldc + n * 8], columns[(k * 8 + 1) * ldc + n * 8]);
-      }
-    }
-  }
+  TCLR_METHOD void met(TileOfS& W, const uint32_t* columns, int words) { dz.add(W, columns, words); }
 };
 
 // One chunk of the gradient of one block of rows, by one part of the sets; as in gram.cuh.
@@ -302,18 +334,10 @@ TCLR_DEVICE void tensor_gradient(const Gram<float>& p, const Packed& z, int64_t 
   auto* coefficients = reinterpret_cast<Coefficient*>(shared_memory<char>() + tiles.shared()) - square;
   TensorGradient<E> work{
       p, problem, {set / p.V, a, index}, coefficients, float(1 / value_of(p.tau)), 1 / unit(p, set / p.V)};
-  meet<E>(p, tiles, work.I, first + part * sets / p.parts, first + (part + 1) * sets / p.parts, panel, work);
-  float* dz = p.dz + part * p.rows() * p.ldz + p.row({work.I.g, a, problem.begin(index)}) * p.ldz;
-  int64_t from = int64_t(panel) * work.features, size = p.ldz - from < work.features ? p.ldz - from : work.features;
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    int row = work.lane.row(2 * h);
-    float* to = dz + row * p.ldz + from;
-    if (row < problem.rows(index))
-      for (int n = 0; n < work.features / 8; ++n)
-        for (int e = 2 * h; e < 2 * h + 2; ++e)
-          if (int d = work.lane.column(n, e); d < size) to[d] = work.dz[n][e];
-  }
+  meet<E>(SameSets{tiles, p}, work.I, first + part * sets / p.parts, first + (part + 1) * sets / p.parts, panel, work);
+  int64_t row = part * p.rows() + p.row({work.I.g, a, problem.begin(index)}), from = panel * work.dz.features;
+  int64_t size = p.ldz - from < work.dz.features ? p.ldz - from : work.dz.features;
+  work.dz.write(problem.rows(index), p.ldz, size, p.dz + row * p.ldz + from);
 }
 
 }  // namespace

@@ -78,6 +78,9 @@ TCLR_DEVICE uint32_t pair(float low, float high) {
   return word;
 }
 
+// x of the lane whose number differs in these bits.
+TCLR_DEVICE float of_other_lane(float x, int bits) { return __shfl_xor_sync(0xffffffff, x, bits); }
+
 // exp x to float's precision for |x| < 100, and 0 for what is below
 TCLR_DEVICE float exponential(float x) {
   float y;

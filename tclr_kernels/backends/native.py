@@ -135,6 +135,56 @@ def backward(
     return call(sets, *_split(tau), normalize, cross, neg, pos, *gradients, tf32_allowed())
 
 
+def rectangle(
+    rows: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    tau: float | Tensor,
+    normalize: bool,
+    cross: bool,
+    first: int,
+    row_keys: Tensor | None,
+    column_keys: Tensor | None,
+    mean: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    call = torch.ops.tclr_kernels.rectangle
+    return call(rows, columns, *_split(tau), normalize, cross, first, row_keys, column_keys, mean, tf32_allowed())
+
+
+def pairs(
+    rows: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    tau: float | Tensor,
+    normalize: bool,
+    cross: bool,
+    first: int,
+    row_keys: Tensor,
+    column_keys: Tensor,
+    negatives: Tensor,
+) -> tuple[Tensor, Tensor]:
+    call = torch.ops.tclr_kernels.pairs
+    keys = row_keys, column_keys
+    return call(rows, columns, *_split(tau), normalize, cross, first, *keys, negatives, tf32_allowed())
+
+
+def rectangle_backward(
+    rows: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    tau: float | Tensor,
+    normalize: bool,
+    cross: bool,
+    first: int,
+    row_keys: Tensor | None,
+    column_keys: Tensor | None,
+    of_rows: Sequence[Tensor],
+    of_columns: Sequence[Tensor],
+    for_rows: bool,
+    for_columns: bool,
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    settings = normalize, cross, first, row_keys, column_keys
+    call = torch.ops.tclr_kernels.rectangle_backward
+    return call(rows, columns, *_split(tau), *settings, of_rows, of_columns, for_rows, for_columns, tf32_allowed())
+
+
 def objective(
     g: Tensor,
     s: Tensor,
@@ -183,6 +233,47 @@ def register_fakes(namespace: str) -> None:
         G, N, _ = sets[0].shape
         dz = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in sets]
         return dz, neg.new_empty(G, len(sets), N)
+
+    @torch.library.register_fake(f"{namespace}::rectangle")
+    def _(rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys, mean, tf32=False):
+        anchors = rows or columns
+        G, n, D = anchors[0].shape
+        blocks = [columns[0].new_empty(G, len(anchors), len(columns), n, dtype=torch.float64) for _ in range(5)]
+        if row_keys is None:
+            blocks[2:] = [x.new_empty(0) for x in blocks[2:]]
+        wide = torch.promote_types(columns[0].dtype, torch.float32)
+        return *blocks, columns[0].new_empty(*((G, n, D) if mean else (0,)), dtype=wide)
+
+    @torch.library.register_fake(f"{namespace}::pairs")
+    def _(rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys, negatives, tf32=False):
+        return tuple(torch.empty_like(negatives, memory_format=torch.contiguous_format) for _ in range(2))
+
+    @torch.library.register_fake(f"{namespace}::rectangle_backward")
+    def _(
+        rows,
+        columns,
+        tau,
+        tau_value,
+        normalize,
+        cross,
+        first,
+        row_keys,
+        column_keys,
+        of_rows,
+        of_columns,
+        for_rows,
+        for_columns,
+        tf32=False,
+    ):
+        sides = [rows or columns] * for_rows, [columns] * for_columns
+        d_rows, d_columns = (
+            [torch.empty_like(x, memory_format=torch.contiguous_format) for sets in side for x in sets]
+            for side in sides
+        )
+        along = rows or columns if for_rows else columns
+        wide = torch.promote_types(columns[0].dtype, torch.float32)
+        G, n, _ = along[0].shape
+        return d_rows, d_columns, along[0].new_empty(G, len(along), n, dtype=wide)
 
     @torch.library.register_fake(f"{namespace}::objective")
     def _(g, s, x, tau, tau_value, normalize, scales, weights, gradient):

@@ -81,6 +81,56 @@ def backward(
     return list(dx.unbind(0)), zdz
 
 
+def rectangle(
+    rows: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    tau: float | Tensor,
+    normalize: bool,
+    cross: bool,
+    first: int,
+    row_keys: Tensor | None,
+    column_keys: Tensor | None,
+    mean: bool,
+) -> tuple[Tensor, ...]:
+    settings = *_split(tau), normalize, cross, first, row_keys, column_keys
+    return torch.ops.tclr_kernels_triton.rectangle(rows, columns, *settings, mean)
+
+
+def pairs(
+    rows: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    tau: float | Tensor,
+    normalize: bool,
+    cross: bool,
+    first: int,
+    row_keys: Tensor,
+    column_keys: Tensor,
+    negatives: Tensor,
+) -> tuple[Tensor, Tensor]:
+    settings = *_split(tau), normalize, cross, first, row_keys, column_keys
+    return torch.ops.tclr_kernels_triton.pairs(rows, columns, *settings, negatives)
+
+
+def rectangle_backward(
+    rows: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    tau: float | Tensor,
+    normalize: bool,
+    cross: bool,
+    first: int,
+    row_keys: Tensor | None,
+    column_keys: Tensor | None,
+    of_rows: Sequence[Tensor],
+    of_columns: Sequence[Tensor],
+    for_rows: bool,
+    for_columns: bool,
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    settings = *_split(tau), normalize, cross, first, row_keys, column_keys
+    rest = of_rows, of_columns, for_rows, for_columns
+    d_rows, d_columns, along = torch.ops.tclr_kernels_triton.rectangle_backward(rows, columns, *settings, *rest)
+    return list(d_rows.unbind(0)), list(d_columns.unbind(0)), along
+
+
 def _split(tau: float | Tensor) -> tuple[Tensor | None, float]:
     """The temperature as the operators take it: a tensor that is never read on the host, or a float."""
     return (tau, 0.0) if isinstance(tau, torch.Tensor) else (None, tau)
@@ -119,6 +169,70 @@ def _empty_backward(sets, tau, tau_value, normalize, cross, neg, pos, *gradients
     return sets[0].new_empty(V, G, N, D), neg.new_empty(G, V, N)
 
 
+def _rectangle(rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys, mean):
+    settings = normalize, cross, first, row_keys, column_keys
+    if not _pairs_of_rows(rows, columns):
+        neg, pos, pos_lse, *others = _empty_rectangle(rows, columns, tau, tau_value, *settings, mean)
+        for x in (neg, pos_lse):
+            x.fill_(-torch.inf)
+        return neg, pos.zero_(), pos_lse, *(x.zero_() for x in others)
+    from tclr_kernels.triton import rectangle
+
+    return rectangle.forward(rows, columns, tau_value if tau is None else tau, *settings, mean)
+
+
+def _pairs(rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys, negatives):
+    if not _pairs_of_rows(rows, columns):
+        return torch.zeros_like(negatives), torch.zeros_like(negatives)
+    from tclr_kernels.triton import rectangle
+
+    tau = tau_value if tau is None else tau
+    return rectangle.pairs(rows, columns, tau, normalize, cross, first, row_keys, column_keys, negatives)
+
+
+def _rectangle_backward(rows, columns, tau, tau_value, *others):
+    of_rows, of_columns = others[5:7]
+    if not (of_rows or of_columns) or not _pairs_of_rows(rows, columns):
+        return tuple(x.zero_() for x in _empty_rectangle_backward(rows, columns, tau, tau_value, *others))
+    from tclr_kernels.triton import rectangle
+
+    return rectangle.backward(rows, columns, tau_value if tau is None else tau, *others)
+
+
+def _pairs_of_rows(rows, columns):
+    """Whether there is anything to compare."""
+    return all(size > 0 for sets in (rows or columns, columns) for size in sets[0].shape)
+
+
+def _empty_rectangle(rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys, mean):
+    like, C = (rows or columns)[0], len(columns)
+    G, n, D = like.shape
+    shape = G, len(rows or columns), C, n
+    wide, real = torch.float64, torch.promote_types(like.dtype, torch.float32)
+    outputs = [like.new_empty(shape, dtype=wide) for _ in range(2)]
+    outputs += [like.new_empty(0 if row_keys is None else shape, dtype=wide) for _ in range(3)]
+    return *outputs, like.new_empty((G, n, D) if mean else 0, dtype=real)
+
+
+def _empty_pairs(rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys, negatives):
+    return torch.empty_like(negatives), torch.empty_like(negatives)
+
+
+def _empty_rectangle_backward(
+    rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys, of_rows, of_columns, for_rows,
+    for_columns,
+):  # fmt: skip
+    rows = rows or columns
+    d_rows, d_columns = (
+        sets[0].new_empty((len(sets), *sets[0].shape) if wanted else 0)
+        for sets, wanted in ((rows, for_rows), (columns, for_columns))
+    )
+    sets = rows if for_rows else columns
+    G, n, _ = sets[0].shape
+    along = sets[0].new_empty((G, len(sets), n), dtype=torch.promote_types(sets[0].dtype, torch.float32))
+    return d_rows, d_columns, along
+
+
 _settings = "Tensor[] sets, Tensor? tau, float tau_value, bool normalize, bool cross"
 _gradients = "Tensor neg, Tensor pos, Tensor? g_term, Tensor? g_neg, Tensor? g_pos"
 torch.library.define(f"{NAMESPACE}::gram_forward", f"({_settings}) -> (Tensor, Tensor, Tensor)")
@@ -127,3 +241,23 @@ torch.library.impl(f"{NAMESPACE}::gram_forward", ("CPU", "CUDA"), _forward)
 torch.library.impl(f"{NAMESPACE}::gram_backward", ("CPU", "CUDA"), _backward)
 torch.library.register_fake(f"{NAMESPACE}::gram_forward", _empty_forward)
 torch.library.register_fake(f"{NAMESPACE}::gram_backward", _empty_backward)
+
+_settings = (
+    "Tensor[] rows, Tensor[] columns, Tensor? tau, float tau_value, bool normalize, bool cross, int first, "
+    "Tensor? row_keys, Tensor? column_keys"
+)
+_schemas = {
+    "rectangle": f"({_settings}, bool mean) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "pairs": f"({_settings}, Tensor negatives) -> (Tensor, Tensor)",
+    "rectangle_backward": f"({_settings}, Tensor[] of_rows, Tensor[] of_columns, bool for_rows, bool for_columns)"
+    " -> (Tensor, Tensor, Tensor)",
+}
+_general = {  # operator -> what computes, and what says the shapes alone
+    "rectangle": (_rectangle, _empty_rectangle),
+    "pairs": (_pairs, _empty_pairs),
+    "rectangle_backward": (_rectangle_backward, _empty_rectangle_backward),
+}
+for _name, (_call, _empty) in _general.items():
+    torch.library.define(f"{NAMESPACE}::{_name}", _schemas[_name])
+    torch.library.impl(f"{NAMESPACE}::{_name}", ("CPU", "CUDA"), _call)
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", _empty)

@@ -30,13 +30,15 @@ ANY = 1 << 30
 FLOAT: Table = {  # no tensor cores without TF32: what fits the registers
     "sums": [(32, 64, 64, 16, 0, 4, 2), (ANY, 64, 64, 16, 0, 8, 2)],
     "gradient": [(256, 64, 32, 16, 0, 8, 2), (ANY, 64, 32, 16, 256, 8, 2)],
+    "gradient unbounded rectangle": [(32, 64, 32, 0, 0, 4, 2), (128, 64, 32, 0, 0, 8, 2), (ANY, 64, 32, 16, 256, 8, 2)],
 }
 DOUBLE: Table = {"sums": [(ANY, 32, 32, 16, 0, 4, 2)], "gradient": [(ANY, 32, 32, 16, 16, 4, 1)]}
 INTERPRETED: Table = {
     "sums": [(512, 64, 64, 0, 0, 4, 1), (ANY, 64, 64, 256, 0, 4, 1)],
     "gradient": [(512, 64, 64, 0, 0, 4, 1), (ANY, 64, 64, 256, 256, 4, 1)],
 }
-# (largest DP, BM, BN, BK, DC, warps, stages); BK or DC of 0: all of DP. Where "unbounded" is missing, it is as bounded;
+# (largest DP, BM, BN, BK, DC, warps, stages); BK or DC of 0: all of DP. Where "unbounded" is missing, it is as bounded,
+# and where "rectangle" is, the general form's kernel is as that of a matrix with itself;
 # where "tf32" is, which the user has to allow, it is "float". Of the gradient, bounded and unbounded have the same BM,
 # BN and DC, as one launch of the coefficients serves both; a test holds that.
 TABLES: dict[str, dict[str, Table]] = {
@@ -146,10 +148,15 @@ def padded(D: int) -> int:
 
 
 def choose(table: str, kernel: str, dtype: torch.dtype, D: int, tf32: bool = False) -> Tile:
-    """The tile of "sums" or "gradient", or of either's "unbounded". table: of TABLES; dtype: of the packed rows"""
+    """The tile of "sums" or "gradient", or of either's "unbounded", or of that's "rectangle", or the nearest there is.
+
+    table: of TABLES; dtype: of the packed rows
+    """
     kind = {2: "half", 4: "tf32" if tf32 else "float", 8: "double"}[dtype.itemsize]
     DP = padded(D)
     entries = TABLES[table][kind if kind in TABLES[table] else "float"]
-    entry = next(entry for entry in entries.get(kernel, entries[kernel.split()[0]]) if entry[0] >= DP)
+    while kernel not in entries:
+        kernel = kernel.rpartition(" ")[0]
+    entry = next(entry for entry in entries[kernel] if entry[0] >= DP)
     _, BM, BN, BK, DC, warps, stages = entry
     return Tile(BM, BN, DP, BK or DP, DC or DP, warps, stages)

@@ -1,0 +1,20 @@
+// One instruction-set level: all kernels, compiled with what the including file says.
+#include "gram.inl"
+#include "rectangle.inl"
+
+namespace tclr {
+
+#define TCLR_JOIN_(a, b) a##b
+#define TCLR_JOIN(a, b) TCLR_JOIN_(a, b)
+#define TCLR_NAME_(a) #a
+#define TCLR_NAME(a) TCLR_NAME_(a)
+
+const Level TCLR_JOIN(TCLR_LEVEL, _level) = {
+    TCLR_NAME(TCLR_LEVEL),
+    {workspace<float>, forward<float>, backward<float>, local_local<float>, rectangle_workspace<float>,
+     rectangle<float>},
+    {workspace<double>, forward<double>, backward<double>, local_local<double>, rectangle_workspace<double>,
+     rectangle<double>},
+};
+
+}  // namespace tclr

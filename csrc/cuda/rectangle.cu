@@ -1,0 +1,299 @@
+// The launches of a rectangle.
+//
+//   forward   read the rows, read the columns, sum, finish; for the mean a gradient with weights exp(S - neg), and
+//   write backward  read both, note the largest coefficients, and for a side whose gradient is wanted make it, and
+//   write it;
+//             of pairs the sums again, for the size of what their gradients are made of
+#include "calls.cuh"
+#include "rectangle_tensor.cuh"
+
+namespace tclr {
+namespace {
+
+using cuda::RectangleCall;
+
+// What the kernels of a rectangle take.
+template <typename T>
+struct Step {
+  Rectangle<T> p;
+  Packed z, passing_z;  // for tensor cores
+};
+
+// How it is computed: as in calls.cuh.
+template <typename T>
+struct PlainRectangle {
+  using Number = T;
+  using Path = Plain<T>;
+
+  static int64_t resident_tiles(const Step<T>& s) {
+    const Gram<T>& R = s.p.resident;
+    return R.G * Cut{R.V * R.N, tile}.tiles();
+  }
+  static int64_t tiles_of_set(const Step<T>& s) { return Cut{s.p.passing.N, tile}.tiles(); }
+  static int64_t passing_tiles(const Step<T>& s) { return Cut{s.p.passing.V * s.p.passing.N, tile}.tiles(); }
+  static int64_t panels(const Step<T>& s) { return s.p.resident.panels(); }
+  static size_t shared(const Step<T>& s) {
+    size_t tiles = Tile<T>::size(s.p.resident.ldz), sums = threads * sizeof(Sums<T>);
+    return tiles > sums ? tiles : sums;
+  }
+  template <bool keyed>
+  TCLR_METHOD static void sum(const Step<T>& s, int64_t block) {
+    rectangle_sums<T, keyed>(s.p, block);
+  }
+  template <bool keyed, int>
+  TCLR_METHOD static void add_gradient(const Step<T>& s, int64_t block) {
+    rectangle_gradient<T, keyed>(s.p, block);
+  }
+  template <bool keyed>
+  static auto gradient_kernel(const Step<T>&);
+  static bool sums_with_mean(const Step<T>&) { return false; }
+  TCLR_METHOD static void sum_with_mean(const Step<T>&, int64_t) {}
+  TCLR_METHOD static void finish_mean(const Step<T>& s, int64_t k) { write_mean(s.p, k); }
+};
+
+template <typename E>
+struct RectangleOnTensorCores {
+  using Number = float;
+  using Path = OnTensorCores<E>;
+
+  TCLR_METHOD static TwoSides sides(const Step<float>& s) { return {s.p, s.z, s.passing_z}; }
+  static int64_t resident_tiles(const Step<float>& s) {
+    const Gram<float>& R = s.p.resident;
+    return R.G * R.V * Cut{R.N, square}.tiles();
+  }
+  static int64_t tiles_of_set(const Step<float>& s) { return Cut{s.p.passing.N, square}.tiles(); }
+  static int64_t passing_tiles(const Step<float>& s) {
+    return (s.p.resident.cross ? s.p.passing.V / 2 : s.p.passing.V) * tiles_of_set(s);
+  }
+  static int64_t panels(const Step<float>& s) { return s.z.chunks(); }
+  static size_t shared(const Step<float>& s) {
+    return TwoSides{s.p, s.z, s.passing_z}.shared() + square * sizeof(Coefficients<true>);
+  }
+  template <bool keyed>
+  TCLR_METHOD static void sum(const Step<float>& s, int64_t block) {
+    rectangle_sums_on_tensor_cores<E, keyed>(s.p, sides(s), block);
+  }
+  template <bool keyed, int weighed>
+  TCLR_METHOD static void add_gradient(const Step<float>& s, int64_t block) {
+    rectangle_gradient_on_tensor_cores<E, keyed, weighed>(s.p, sides(s), block);
+  }
+  template <bool keyed>
+  static auto gradient_kernel(const Step<float>&);
+  static bool sums_with_mean(const Step<float>& s) { return s.z.chunks() == 1; }
+  TCLR_METHOD static void sum_with_mean(const Step<float>& s, int64_t block) {
+    rectangle_mean_on_tensor_cores<E>(s.p, sides(s), block);
+  }
+  TCLR_METHOD static void finish_mean(const Step<float>& s, int64_t k) {
+    s.z.chunks() == 1 ? join_mean(s.p, k) : write_mean(s.p, k);
+  }
+};
+
+template <typename Way>
+using StepOf = Step<typename Way::Number>;
+
+template <typename Way, bool keyed>
+TCLR_KERNEL sum_rectangle(TCLR_ARGUMENT StepOf<Way> s) {
+  Way::template sum<keyed>(s, blockIdx.x);
+}
+
+template <typename T, bool keyed>
+TCLR_KERNEL finish_rectangle(TCLR_ARGUMENT Step<T> s) {
+  finish_sums<T, keyed>(s.p, int64_t(blockIdx.x) * threads + threadIdx.x);
+}
+
+template <typename T>
+TCLR_KERNEL note_coefficients(TCLR_ARGUMENT Step<T> s) {
+  note_largest(s.p, int64_t(blockIdx.x) * threads + threadIdx.x);
+}
+
+template <typename Way, bool keyed, int weighed>
+TCLR_KERNEL make_rectangle_gradient(TCLR_ARGUMENT StepOf<Way> s) {
+  Way::template add_gradient<keyed, weighed>(s, blockIdx.x);
+}
+
+template <typename Way>
+TCLR_KERNEL sum_rectangle_with_mean(TCLR_ARGUMENT StepOf<Way> s) {
+  Way::sum_with_mean(s, blockIdx.x);
+}
+
+template <typename Way>
+TCLR_KERNEL write_means(TCLR_ARGUMENT StepOf<Way> s) {
+  Way::finish_mean(s, int64_t(blockIdx.x) * threads + threadIdx.x);
+}
+
+template <typename T>
+template <bool keyed>
+auto PlainRectangle<T>::gradient_kernel(const Step<T>&) {
+  return make_rectangle_gradient<PlainRectangle, keyed, of_resident | of_passing>;
+}
+
+bool has(const Anchors& x) { return x.neg || x.g_pairs; }
+
+template <typename E>
+template <bool keyed>
+auto RectangleOnTensorCores<E>::gradient_kernel(const Step<float>& s) {
+  if (!has(s.p.passing_anchors)) return make_rectangle_gradient<RectangleOnTensorCores, keyed, of_resident>;
+  if (!has(s.p.anchors)) return make_rectangle_gradient<RectangleOnTensorCores, keyed, of_passing>;
+  return make_rectangle_gradient<RectangleOnTensorCores, keyed, of_resident | of_passing>;
+}
+
+// One call: its sides, and what its launches take.
+template <typename Way>
+struct RectangleLaunches {
+  using T = typename Way::Number;
+  using Path = typename Way::Path;
+
+  const RectangleCall& call;
+  Stream stream;
+  Arena arena;
+  bool keyed = call.row_keys.data, pairs = call.of_rows.negatives || call.of_columns.negatives;
+  Call<T> rows = side(call.rows), columns = call.symmetric ? rows : side(call.columns);
+  const char* error = nullptr;
+
+  Call<T> side(const GramCall& of) {
+    Call<T> c{};
+    Gram<T>& p = c.p;
+    p.G = of.G, p.V = of.V, p.N = of.N, p.D = of.D, p.ldz = (of.D + 3) / 4 * 4;
+    p.normalize = of.normalize, p.cross = of.cross, p.tau = of.tau;
+    Path::describe(c, arena);
+    p.parts = 1;
+    p.boost = std::is_same_v<Path, OnTensorCores<Half>> ? 4096 : 1;  // weights are 12 at most
+    arena.take(p.norms, p.rows());
+    c.zdz = static_cast<T*>(of.zdz), c.dtype = of.dtype;
+    return c;
+  }
+  // The rectangle from the side of the rows, or from that of the columns.
+  Step<T> step(bool of_rows) const {
+    const Call<T>&resident = of_rows ? rows : columns, &passing = of_rows ? columns : rows;
+    Step<T> s{};
+    s.p.resident = resident.p, s.p.passing = passing.p, s.z = resident.z, s.passing_z = passing.z;
+    s.p.keys = of_rows ? call.row_keys : call.column_keys;
+    s.p.passing_keys = of_rows ? call.column_keys : call.row_keys;
+    s.p.anchors = of_rows ? call.of_rows : call.of_columns;
+    s.p.passing_anchors = of_rows && !call.symmetric ? call.of_columns : call.of_rows;
+    s.p.offset = call.first < 0 ? no_index : of_rows ? call.first : -call.first;
+    s.p.pairs = pairs, s.p.parts = 1;
+    return s;
+  }
+
+  // In what counts the memory, nothing is launched.
+  template <typename A>
+  void run(void (*kernel)(A), int64_t blocks, size_t shared, const A& argument) {
+    if (arena.base && !error) error = launch(kernel, blocks, shared, stream, argument);
+  }
+  void run_for_each(void (*kernel)(Step<T>), int64_t count, const Step<T>& s) {
+    run(kernel, (count + threads - 1) / threads, 0, s);
+  }
+  void over(const Call<T>& c, const GramCall& of, void (*kernel)(Call<T>), size_t shared) {
+    if (arena.base && !error) error = over_sets(c, of, kernel, shared, stream);
+  }
+
+  void read(bool backward) {
+    if (backward || call.mean) arena.take(rows.p.largest, rows.p.G);
+    columns.p.largest = rows.p.largest;
+    over(rows, call.rows, read_sets<Path>, threads * sizeof(T));
+    if (!call.symmetric) over(columns, call.columns, read_sets<Path>, threads * sizeof(T));
+  }
+  void sum(Step<T>& s, bool with_mean = false) {
+    int64_t sets = s.p.passing.V, tiles = Way::resident_tiles(s) * sets;
+    s.p.parts = parts_of(Way::tiles_of_set(s), tiles, enough_blocks);
+    int64_t size = keyed ? sizeof(SumsOf<T, true>) : sizeof(SumsOf<T, false>);
+    char* sums;
+    arena.take(sums, s.p.parts * s.p.anchor_count() * size);
+    s.p.sums = reinterpret_cast<Sums<T>*>(sums);
+    if (with_mean) arena.take(s.p.resident.dz, s.p.parts * s.p.resident.rows() * s.p.resident.ldz);
+    auto kernel = keyed ? sum_rectangle<Way, true> : sum_rectangle<Way, false>;
+    run(with_mean ? sum_rectangle_with_mean<Way> : kernel, tiles * s.p.parts, Way::shared(s), s);
+    run_for_each(keyed ? finish_rectangle<T, true> : finish_rectangle<T, false>, s.p.anchor_count(), s);
+  }
+  void make_gradient(Step<T>& s) {
+    int64_t tiles = Way::resident_tiles(s) * Way::panels(s);
+    Gram<T>& p = s.p.resident;
+    s.p.parts = p.parts = parts_of(Way::passing_tiles(s), tiles, enough_blocks);
+    arena.take(p.dz, p.parts * p.rows() * p.ldz);
+    run(keyed ? Way::template gradient_kernel<true>(s) : Way::template gradient_kernel<false>(s), tiles * p.parts,
+        Way::shared(s), s);
+  }
+
+  void forward() {
+    read(false);
+    Step<T> s = step(true);
+    s.p.neg = call.neg, s.p.pos = call.pos, s.p.pos_lse = call.pos_lse, s.p.spread = call.spread;
+    s.p.count = call.count, s.p.pair_sums = call.pair_sums, s.p.slope = call.slope;
+    bool together = call.mean && Way::sums_with_mean(s);
+    sum(s, together);
+    if (!call.mean) return;
+    s.p.mean = static_cast<T*>(call.mean), s.p.anchors.neg = call.neg;
+    if (!together) make_gradient(s);
+    run_for_each(write_means<Way>, s.p.resident.rows() * s.p.resident.D, s);
+  }
+  void note(bool of_rows) {
+    Step<T> s = step(of_rows);
+    if (!has(s.p.anchors) || (!of_rows && call.symmetric)) return;
+    if (pairs) {
+      arena.take(s.p.slope, s.p.anchor_count());
+      sum(s);
+    }
+    run_for_each(note_coefficients<T>, s.p.anchor_count(), s);
+  }
+  void write(bool of_rows) {
+    Step<T> s = step(of_rows);
+    make_gradient(s);
+    Call<T> c = of_rows ? rows : columns;
+    c.p = s.p.resident;
+    if (!c.zdz) arena.take(c.zdz, c.p.rows());
+    over(c, of_rows ? call.rows : call.columns, write_sets<T>, threads * sizeof(double));
+  }
+  void backward() {
+    read(true);
+    for (bool of_rows : {true, false}) note(of_rows);
+    if (call.for_rows) write(true);
+    if (call.for_columns) write(false);
+  }
+};
+
+// f with the way that serves a call, as on_path; `many`: enough rows and columns to fill a tile of tensor cores. Those
+// have no sums of pairs, which want double precision for every positive.
+template <typename F>
+auto on_way(const RectangleCall& call, F f) {
+  bool pairs = call.of_rows.negatives || call.of_columns.negatives;
+  bool many = !pairs && call.rows.N * call.columns.N >= square * square;
+  Dtype dtype = call.rows.dtype;
+  bool half = dtype == Dtype::f16 || dtype == Dtype::bf16, normalize = call.rows.normalize;
+  if (dtype == Dtype::f64) return f(PlainRectangle<double>());
+  if (many && half && !normalize && dtype == Dtype::bf16) return f(RectangleOnTensorCores<Bfloat>());
+  if (many && half && (!normalize || call.rows.D >= 64)) return f(RectangleOnTensorCores<Half>());
+  if (many && !half && call.rows.tf32) return f(RectangleOnTensorCores<Tf32>());
+  return f(PlainRectangle<float>());
+}
+
+}  // namespace
+
+namespace cuda {
+
+size_t rectangle_memory(const RectangleCall& call, bool backward) {
+  return on_way(call, [&](auto way) {
+    RectangleLaunches<decltype(way)> launches{call, nullptr, {nullptr}};
+    backward ? launches.backward() : launches.forward();
+    return launches.arena.used;
+  });
+}
+
+const char* rectangle_forward(const RectangleCall& call, void* memory, void* stream) {
+  return on_way(call, [&](auto way) {
+    RectangleLaunches<decltype(way)> launches{call, static_cast<Stream>(stream), {static_cast<char*>(memory)}};
+    launches.forward();
+    return launches.error;
+  });
+}
+
+const char* rectangle_backward(const RectangleCall& call, void* memory, void* stream) {
+  return on_way(call, [&](auto way) {
+    RectangleLaunches<decltype(way)> launches{call, static_cast<Stream>(stream), {static_cast<char*>(memory)}};
+    launches.backward();
+    return launches.error;
+  });
+}
+
+}  // namespace cuda
+}  // namespace tclr

@@ -1,0 +1,851 @@
+"""The operation in its general form by tiles: some rows against some columns, with positives told by labels.
+
+`tclr_kernels/general.py` defines its outputs and gradients. The kernels, in the order of their launches:
+
+    rows          unit rows of both sides, packed and padded to whole tiles (`large.py`)
+    sums          of some rows and some columns: sum exp S and the largest S over the negatives; with keys the same over
+                  the positives, the sum of S over them and their number
+    pairs         of some rows and some columns: sum softplus(negatives - S) and its slope over the positives
+    finish        neg, pos_lse, spread, count in float64, from the parts of the columns in their order
+    units         the largest gradient of each block of rows, as a power of two
+    coefficients  what the weights of an anchor are made of, in units of the group's largest gradient
+    gradient      sum_j W_ij z_j of the rows of one side, from some rows of the other
+    join          their sum, the pair of the same index, the projection; the gradient of the inputs
+
+A row of one side has one writer in every launch. The side whose gradient is made is called x and has i; the other, y,
+has j. W_ij adds what i contributes as an anchor and what j does, whichever of the two are anchors.
+
+Exponentials are taken of S - neg, never of S alone: no similarity is too large for that, so one kernel serves every
+temperature. neg does not fit float32; its nearest float32 is subtracted, and the coefficient makes up for the rest.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import large, tiles, tuning
+from .epilogue import (
+    exists,
+    exponent_of,
+    factors,
+    finite_size,
+    gradient_scale,
+    inverse_of,
+    log1p,
+    narrowed,
+    power_of_two,
+    scaled,
+)
+from .large import (
+    cosines,
+    exponential,
+    features,
+    finite,
+    largest_exponent,
+    log_of_slots,
+    of_tiles,
+    packed,
+    partners_of,
+    splits_of,
+    to_tf32,
+)
+from .sets import INTERPRETED, accumulator, launch, temperature
+from .tiles import Tile
+
+ROW_KEY, COLUMN_KEY = tl.constexpr(-1), tl.constexpr(-2)  # in the place of negative keys, which are equal to nothing
+
+
+@triton.jit
+def keys_of(keys, i, n, none: tl.constexpr):
+    """The keys of rows i of n; `none` for a row without a key and beyond the end."""
+    key = tl.load(keys + i, mask=i < n, other=none)
+    return tl.where(key < 0, none, key)
+
+
+@triton.jit
+def candidates(
+    s, x_key, y_key, i, j, begin, start, offset, end, alike, INDEX: tl.constexpr, KEYS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """S, which is -inf of columns left out of all sums, and whether each of the others is positive (with KEYS).
+
+    i, j: rows and columns, from begin and start; column i + offset has the index of row i; end: the number of columns;
+    alike: whether rows and columns belong to one set, so that the same index is the row itself.
+    """
+    if KEYS:
+        positive = x_key[:, None] == y_key[None, :]
+    if INDEX:  # noqa: SIM102
+        if (start < begin + offset + BM) & (begin + offset < start + BN):
+            index = (i + offset)[:, None] == j[None, :]
+            if KEYS:
+                positive = positive & ~(index & alike)
+                index = index & ~positive
+            s = tl.where(index, float("-inf"), s)
+    if start + BN > end:
+        s = tl.where((j < end)[None, :], s, float("-inf"))
+    return s, positive if KEYS else s
+
+
+@triton.jit
+def more(total, largest, top, added):
+    """A sum of exp S, kept divided by the exponential of the largest S so far, with further ones relative to top."""
+    return total * exponential(largest - finite(top)) + added
+
+
+SIZES = ["G", "A", "C", "n", "K", "first"]  # NP, KP and columns_a_split are always divisible by 16
+
+
+@triton.jit(do_not_specialize=SIZES)
+def rectangle_sums_kernel(
+    r, z, tau, row_keys, column_keys, pos, sums, largest, positive_sums, positive_largest, similarities, counts,
+    weighted, G, A, C, n, K, NP, KP, first, columns_a_split,
+    TENSOR: tl.constexpr, CROSS: tl.constexpr, INDEX: tl.constexpr, KEYS: tl.constexpr, MEAN: tl.constexpr,
+    BOOST: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    DP: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """sums, largest and so on: [splits, G, A, C, n]; pos: [G, A, C, n]. A program has BM rows and a split of a set.
+
+    MEAN: also weighted [splits, G, NP, DP], the sum of exp(S - largest) z_j, of one set of rows and one of columns.
+    """
+    block, a, c, g, split = places(tl.program_id(0), G, A, C, NP // BM)
+    inverse_tau = inverse_of(tau, TENSOR, ACC)
+    begin = block * BM
+    i = begin + tl.arange(0, BM)
+    z_i = r + ((g * A + a) * NP + begin) * DP
+    rows = features(z_i, tl.arange(0, BK), BM, DP, UPCAST)
+    cell = ((g * A + a) * C + c) * n + i
+    row_key = i
+    if KEYS:
+        row_key = keys_of(row_keys + g * n, i, n, ROW_KEY)
+        positive_total = tl.zeros([BM], ACC)
+        positive_top = tl.full([BM], float("-inf"), ACC)
+        similarity = tl.zeros([BM], tl.float64)
+        count = tl.zeros([BM], tl.int32)
+    if MEAN:
+        sum_z = tl.zeros([BM, DP], ACC)
+    total = tl.zeros([BM], ACC)
+    top = tl.full([BM], float("-inf"), ACC)
+    start_j = split * columns_a_split
+    end_j = tl.minimum(start_j + columns_a_split, K)
+    if CROSS:
+        end_j = tl.where(exists(a, c, A, CROSS), end_j, start_j)
+    for start in range(start_j, end_j, BN):
+        j = start + tl.arange(0, BN)
+        z_j = z + ((g * C + c) * KP + start) * DP
+        columns = features(z_j, tl.arange(0, BK), BN, DP, UPCAST)
+        s = cosines(z_i, z_j, rows, columns, BM, BN, DP, BK, ACC, PRECISION, UPCAST) * inverse_tau
+        if INDEX:  # noqa: SIM102
+            if (start < begin + first + BM) & (begin + first < start + BN) & (a != c):
+                partner = i + first
+                value = tl.sum(tl.where(partner[:, None] == j[None, :], s, 0.0), 1)
+                here = (i < n) & (partner >= start) & (partner < start + BN)
+                tl.store(pos + cell, value.to(tl.float64), mask=here)
+        column_key = j
+        if KEYS:
+            column_key = keys_of(column_keys + g * K, j, K, COLUMN_KEY)
+        s, positive = candidates(s, row_key, column_key, i, j, begin, start, first, K, a == c, INDEX, KEYS, BM, BN)
+        if KEYS:
+            higher = tl.maximum(top, tl.max(tl.where(positive, float("-inf"), s), 1))
+            positive_higher = tl.maximum(positive_top, tl.max(tl.where(positive, s, float("-inf")), 1))
+            e = exponential(s - tl.where(positive, finite(positive_higher)[:, None], finite(higher)[:, None]))
+            added = tl.sum(tl.where(positive, 0.0, e), 1)
+            positive_added = tl.sum(tl.where(positive, e, 0.0), 1)
+            positive_total = more(positive_total, positive_top, positive_higher, positive_added)
+            positive_top = positive_higher
+            similarity += tl.sum(tl.where(positive, s, 0.0), 1).to(tl.float64)
+            count += tl.sum(positive.to(tl.int32), 1)
+        else:
+            higher = tl.maximum(top, tl.max(s, 1))
+            e = exponential(s - finite(higher)[:, None])
+            added = tl.sum(e, 1)
+        if MEAN:
+            w = e * BOOST
+            if PRECISION == "tf32":
+                w = to_tf32(w)
+            if BK != DP:
+                columns = features(z_j, tl.arange(0, DP), BN, DP, UPCAST)
+            sum_z *= exponential(top - finite(higher))[:, None]
+            sum_z = tl.dot(w.to(columns.dtype), columns, sum_z, input_precision=PRECISION, out_dtype=ACC)
+        total = more(total, top, higher, added)
+        top = higher
+    slot = split.to(tl.int64) * (G.to(tl.int64) * A * C * n) + cell
+    tl.store(sums + slot, total, mask=i < n)
+    tl.store(largest + slot, top, mask=i < n)
+    if KEYS:
+        tl.store(positive_sums + slot, positive_total, mask=i < n)
+        tl.store(positive_largest + slot, positive_top, mask=i < n)
+        tl.store(similarities + slot, similarity, mask=i < n)
+        tl.store(counts + slot, count, mask=i < n)
+    if MEAN:
+        to = weighted + ((split * G + g) * NP + begin) * DP
+        tl.store(to + (tl.arange(0, BM)[:, None] * DP + tl.arange(0, DP)[None, :]), sum_z)
+
+
+@triton.jit
+def places(program, G, A, C, blocks):
+    """Block of rows, its set, the other set, group and split of the columns, of which the blocks of one run together"""
+    block = program % blocks
+    pair = program // blocks
+    c = pair % C
+    a = pair // C % A
+    g = (pair // C // A % G).to(tl.int64)
+    return block, a, c, g, pair // C // A // G
+
+
+@triton.jit(do_not_specialize=["A", "C", "n", "splits", "cells"])
+def rectangle_finish_kernel(
+    sums, largest, positive_sums, positive_largest, similarities, counts, neg, pos, pos_lse, spread, count,
+    A, C, n, splits, cells: tl.int64,
+    CROSS: tl.constexpr, INDEX: tl.constexpr, KEYS: tl.constexpr, BI: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """The outputs of BI of all cells (g, a, c, i), in float64. pos comes with what there is of it."""
+    at = tl.program_id(0).to(tl.int64) * BI + tl.arange(0, BI)
+    inside = at < cells
+    c = at // n % C
+    a = at // n // C % A
+    there = exists(a, c, A, CROSS) & inside
+    from_slots = tl.where(there, at, -1)
+    value = log_of_slots(sums, largest, from_slots, cells, splits, False, BI, SLOTS)
+    tl.store(neg + at, value, mask=inside)
+    paired = tl.zeros([BI], tl.float64)
+    if INDEX:
+        paired = tl.load(pos + at, mask=there & (a != c), other=0.0)
+    tl.store(pos + at, paired, mask=inside)
+    if KEYS:
+        value = log_of_slots(positive_sums, positive_largest, from_slots, cells, splits, False, BI, SLOTS)
+        number = tl.zeros([BI], tl.int32)
+        similarity = tl.zeros([BI], tl.float64)
+        for split in range(splits):
+            slot = split * cells + at
+            number += tl.load(counts + slot, mask=there, other=0)
+            similarity += tl.load(similarities + slot, mask=there, other=0.0)
+        several = tl.where(number > 1, number, 1).to(tl.float64)
+        # a NaN stays one; of one positive the difference is 0
+        apart = tl.where(number > 1, value - similarity / several, similarity - similarity)
+        tl.store(pos_lse + at, value, mask=inside)
+        tl.store(spread + at, tl.where(number > 0, apart, 0.0), mask=inside)
+        tl.store(count + at, number.to(tl.float64), mask=inside)
+
+
+@triton.jit(do_not_specialize=["splits", "G", "n", "D"])
+def rectangle_mean_kernel(
+    largest, neg, weighted, mean, splits, G, n, NP, D, ACC: tl.constexpr, BR: tl.constexpr, DP: tl.constexpr,
+    BD: tl.constexpr, BOOST: tl.constexpr,
+):  # fmt: skip
+    """mean: [G, n, D] of BR rows, from the splits' weighted [splits, G, NP, DP] and largest [splits, G, n]."""
+    begin = (tl.program_id(0) % (NP // BR)) * BR
+    g = (tl.program_id(0) // (NP // BR)).to(tl.int64)
+    i = begin + tl.arange(0, BR)
+    d = tl.arange(0, BD)
+    lies = tl.arange(0, BR)[:, None] * DP + d[None, :]
+    value = tl.load(neg + g * n + i, mask=i < n, other=0.0)
+    total = tl.zeros([BR, BD], ACC)
+    for split in range(splits):
+        top = tl.load(largest + (split * G + g) * n + i, mask=i < n, other=float("-inf"))
+        share = tl.where(top == float("-inf"), 0.0, tl.exp(top.to(tl.float64) - value) / BOOST)
+        part = tl.load(weighted + ((split * G + g) * NP + begin) * DP + lies, mask=(d < DP)[None, :], other=0.0)
+        total += part * share.to(ACC)[:, None]
+    to = mean + (g * n + i)[:, None] * D + d[None, :]
+    tl.store(to, total, mask=(i < n)[:, None] & (d < D)[None, :])
+
+
+@triton.jit(do_not_specialize=SIZES)
+def rectangle_pairs_kernel(
+    r, z, tau, row_keys, column_keys, negatives, pairs, slopes, G, A, C, n, K, NP, KP, first, columns_a_split,
+    TENSOR: tl.constexpr, CROSS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """pairs, slopes: [splits, G, A, C, n], sums over the positives of softplus(negatives - S) and of its derivative."""
+    block, a, c, g, split = places(tl.program_id(0), G, A, C, NP // BM)
+    inverse_tau = inverse_of(tau, TENSOR, ACC)
+    begin = block * BM
+    i = begin + tl.arange(0, BM)
+    z_i = r + ((g * A + a) * NP + begin) * DP
+    rows = features(z_i, tl.arange(0, BK), BM, DP, UPCAST)
+    cell = ((g * A + a) * C + c) * n + i
+    level = tl.load(negatives + cell, mask=i < n, other=0.0).to(ACC)
+    row_key = keys_of(row_keys + g * n, i, n, ROW_KEY)
+    total = tl.zeros([BM], tl.float64)
+    slope = tl.zeros([BM], tl.float64)
+    start_j = split * columns_a_split
+    end_j = tl.minimum(start_j + columns_a_split, K)
+    if CROSS:
+        end_j = tl.where(exists(a, c, A, CROSS), end_j, start_j)
+    for start in range(start_j, end_j, BN):
+        j = start + tl.arange(0, BN)
+        z_j = z + ((g * C + c) * KP + start) * DP
+        columns = features(z_j, tl.arange(0, BK), BN, DP, UPCAST)
+        s = cosines(z_i, z_j, rows, columns, BM, BN, DP, BK, ACC, PRECISION, UPCAST) * inverse_tau
+        column_key = keys_of(column_keys + g * K, j, K, COLUMN_KEY)
+        s, positive = candidates(s, row_key, column_key, i, j, begin, start, first, K, a == c, INDEX, True, BM, BN)
+        t = level[:, None] - s
+        e = exponential(-tl.abs(t))
+        loss = tl.where(t > 0, t, 0.0) + log1p(e)
+        total += tl.sum(tl.where(positive, loss, 0.0), 1).to(tl.float64)
+        slope += tl.sum(tl.where(positive, tl.where(t > 0, 1.0, e) / (1.0 + e), 0.0), 1).to(tl.float64)
+    slot = split.to(tl.int64) * (G.to(tl.int64) * A * C * n) + cell
+    tl.store(pairs + slot, total, mask=i < n)
+    tl.store(slopes + slot, slope, mask=i < n)
+
+
+@triton.jit(do_not_specialize=["cells", "blocks", "before", "all_blocks"])
+def rectangle_units_kernel(
+    first, second, third, fourth, exponents, cells: tl.int64, blocks, before, all_blocks,
+    GRADIENTS: tl.constexpr, BI: tl.constexpr,
+):  # fmt: skip
+    """exponents: [G, all_blocks], from `before` on those of blocks of BI cells of a group's GRADIENTS gradients."""
+    block = tl.program_id(0) % blocks
+    g = (tl.program_id(0) // blocks).to(tl.int64)
+    k = block.to(tl.int64) * BI + tl.arange(0, BI)
+    at = g * cells + k
+    gradients = (first, second, third, fourth)
+    top = tl.zeros([BI], tl.float64)
+    for one in tl.static_range(GRADIENTS):
+        top = tl.maximum(top, finite_size(tl.load(gradients[one] + at, mask=k < cells, other=0.0)))
+    tl.store(exponents + g * all_blocks + before + block, exponent_of(tl.max(top, 0)))
+
+
+@triton.jit
+def relative_to(level, g, ACC: tl.constexpr):
+    """Shift and scale of g exp(S - level) = scale exp(S - shift); exp(S - inf) is 0 where there is no gradient."""
+    none = (g == 0) | (level == float("-inf"))
+    level = tl.where(none, 0.0, level)
+    shift = level.to(ACC)
+    scale = tl.exp(shift.to(tl.float64) - level)
+    return tl.where(none, float("inf"), shift), tl.where(none, 0.0, scale)
+
+
+@triton.jit(do_not_specialize=["G", "pairs_of_sets", "n", "all_blocks"])
+def rectangle_coefficients_kernel(
+    neg, g_neg, g_pos, pos_lse, g_pos_lse, g_spread, count, exponents, coefficients, G, pairs_of_sets, n, NP,
+    all_blocks, KIND: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr, BOOST: tl.constexpr, BI: tl.constexpr,
+    BE: tl.constexpr,
+):  # fmt: skip
+    """coefficients: [fields, G, A, C, NP], in units of the group; NP: n, padded with what weighs nothing.
+
+    Fields: shift and scale of the negatives; with keys the shift of the positives, and factor and constant of their
+    weight factor exp(S - shift) - constant; last g_pos. For pairs: negatives and g_pairs, no more.
+    """
+    blocks = tl.cdiv(NP, BI)
+    i = tl.program_id(0) % blocks * BI + tl.arange(0, BI)
+    pair = (tl.program_id(0) // blocks).to(tl.int64)
+    g = pair // pairs_of_sets
+    unit = power_of_two(-largest_exponent(exponents + g * all_blocks, all_blocks, BE))
+    at = pair * n + i
+    to = coefficients + pair * NP + i
+    step = (G * pairs_of_sets).to(tl.int64) * NP
+    valid = i < n
+    inside = i < NP
+    level = tl.load(neg + at, mask=valid, other=0.0)
+    gradient = tl.load(g_neg + at, mask=valid, other=0.0) * unit * BOOST
+    if KIND == "pairs":
+        tl.store(to, level.to(ACC), mask=inside)
+        tl.store(to + step, gradient.to(ACC), mask=inside)
+    else:
+        shift, scale = relative_to(level, gradient, ACC)
+        tl.store(to, shift, mask=inside)
+        tl.store(to + step, tl.where(scale == 0, 0.0, gradient * scale).to(ACC), mask=inside)
+        if KIND == "keys":
+            of_lse = tl.load(g_pos_lse + at, mask=valid, other=0.0) * unit * BOOST
+            of_spread = tl.load(g_spread + at, mask=valid, other=0.0) * unit * BOOST
+            number = tl.load(count + at, mask=valid, other=0.0)
+            of_spread = tl.where(number > 1, of_spread, 0.0)  # of one positive, the spread is 0 whatever S is
+            level = tl.load(pos_lse + at, mask=valid, other=0.0)
+            shift, scale = relative_to(level, tl.abs(of_lse) + tl.abs(of_spread), ACC)
+            factor = tl.where(scale == 0, 0.0, (of_lse + of_spread) * scale)
+            constant = of_spread / tl.where(number > 1, number, 1.0)
+            tl.store(to + 2 * step, shift, mask=inside)
+            tl.store(to + 3 * step, factor.to(ACC), mask=inside)
+            tl.store(to + 4 * step, constant.to(ACC), mask=inside)
+        if INDEX:
+            last: tl.constexpr = 5 if KIND == "keys" else 2
+            beta = tl.load(g_pos + at, mask=valid, other=0.0) * unit
+            tl.store(to + last * step, beta.to(ACC), mask=inside)
+
+
+@triton.jit
+def anchor_of(coefficients, step, KIND: tl.constexpr):
+    """The fields of some anchors' weights. coefficients: pointers to their first field"""
+    fields = (tl.load(coefficients), tl.load(coefficients + step))
+    if KIND == "keys":
+        fields = fields + (
+            tl.load(coefficients + 2 * step),
+            tl.load(coefficients + 3 * step),
+            tl.load(coefficients + 4 * step),
+        )
+    return fields
+
+
+@triton.jit
+def weights(s, positive, fields, ROWS: tl.constexpr, KIND: tl.constexpr):
+    """What anchors contribute to W: the rows of S, or its columns."""
+    axis: tl.constexpr = 1 if ROWS else 0
+    shift = tl.expand_dims(fields[0], axis)
+    scale = tl.expand_dims(fields[1], axis)
+    if KIND == "plain":
+        w = scale * exponential(s - shift)
+    elif KIND == "keys":
+        e = exponential(s - tl.where(positive, tl.expand_dims(fields[2], axis), shift))
+        of_positive = tl.expand_dims(fields[3], axis) * e - tl.expand_dims(fields[4], axis)
+        w = tl.where(positive, of_positive, scale * e)
+    else:
+        t = shift - s
+        e = exponential(-tl.abs(t))
+        w = tl.where(positive, -scale * tl.where(t > 0, 1.0, e) / (1.0 + e), 0.0)
+    return w
+
+
+@triton.jit(do_not_specialize=["programs", "G", "A", "C", "n", "K", "offset"])
+def rectangle_gradient_kernel(
+    x, y, tau, x_keys, y_keys, of_x, of_y, partial, programs, G, A, C, n, K, NP, KP, offset, columns_a_split,
+    TENSOR: tl.constexpr, CROSS: tl.constexpr, INDEX: tl.constexpr, KIND: tl.constexpr, OF_X: tl.constexpr,
+    OF_Y: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    DP: tl.constexpr, BK: tl.constexpr, DC: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """partial: [splits, G, A, NP, DP], sum_j W_ij y_j over a split of the columns of every set.
+
+    A program has BM rows of a set of x and DC of their features. of_x: [fields, G, A, C, NP], if rows of x are anchors
+    (OF_X); of_y: [fields, G, C, A, KP], if rows of y are.
+    """
+    KEYS: tl.constexpr = KIND != "plain"
+    split = tl.program_id(0) // programs
+    program = tl.program_id(0) % programs
+    chunk = (program % (DP // DC)) * DC
+    block = program // (DP // DC)
+    begin = (block % (NP // BM)) * BM
+    a = block // (NP // BM) % A
+    g = (block // (NP // BM) // A).to(tl.int64)
+    inverse_tau = inverse_of(tau, TENSOR, ACC)
+    i = begin + tl.arange(0, BM)
+    z_i = x + ((g * A + a) * NP + begin) * DP
+    rows = features(z_i, tl.arange(0, BK), BM, DP, UPCAST)
+    x_key = i
+    if KEYS:
+        x_key = keys_of(x_keys + g * n, i, n, ROW_KEY)
+    x_step = (G * A * C).to(tl.int64) * NP
+    y_step = (G * A * C).to(tl.int64) * KP
+    start_j = split * columns_a_split
+    end_j = tl.minimum(start_j + columns_a_split, K)
+    dz = tl.zeros([BM, DC], ACC)
+    first_set, last_set = partners_of(a, C, CROSS)
+    for c in range(first_set, last_set):
+        if OF_X:
+            x_fields = anchor_of(of_x + ((g * A + a) * C + c) * NP + i, x_step, KIND)
+        for start in range(start_j, end_j, BN):
+            j = start + tl.arange(0, BN)
+            z_j = y + ((g * C + c) * KP + start) * DP
+            columns = features(z_j, tl.arange(0, BK), BN, DP, UPCAST)
+            s = cosines(z_i, z_j, rows, columns, BM, BN, DP, BK, ACC, PRECISION, UPCAST) * inverse_tau
+            y_key = j
+            if KEYS:
+                y_key = keys_of(y_keys + g * K, j, K, COLUMN_KEY)
+            s, positive = candidates(s, x_key, y_key, i, j, begin, start, offset, K, a == c, INDEX, KEYS, BM, BN)
+            w = tl.zeros([BM, BN], ACC)
+            if OF_X:
+                w += weights(s, positive, x_fields, True, KIND)
+            if OF_Y:
+                y_fields = anchor_of(of_y + ((g * C + c) * A + a) * KP + j, y_step, KIND)
+                w += weights(s, positive, y_fields, False, KIND)
+            if PRECISION == "tf32":
+                w = to_tf32(w)
+            if DC != DP or BK != DP:
+                columns = features(z_j + chunk, tl.arange(0, DC), BN, DP, UPCAST)
+            dz = tl.dot(w.to(columns.dtype), columns, dz, input_precision=PRECISION, out_dtype=ACC)
+    to = partial + (((split * G + g) * A + a) * NP + begin) * DP + chunk
+    tl.store(to + (tl.arange(0, BM)[:, None] * DP + tl.arange(0, DC)[None, :]), dz)
+
+
+@triton.jit(do_not_specialize=["splits", "G", "A", "C", "n", "K", "D", "offset", "all_blocks"])
+def rectangle_join_kernel(
+    x, y, tau, norms, of_x, of_y, exponents, partial, dx, along, splits, G, A, C, n, K, NP, KP, D, offset, all_blocks,
+    TENSOR: tl.constexpr, NORMALIZE: tl.constexpr, CROSS: tl.constexpr, INDEX: tl.constexpr, LAST: tl.constexpr,
+    OF_X: tl.constexpr, OF_Y: tl.constexpr, ACC: tl.constexpr, BR: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr,
+    UPCAST: tl.constexpr, BOOST: tl.constexpr, BE: tl.constexpr,
+):  # fmt: skip
+    """dx: [A, G, n, D] and along = <z, dz>: [G, A, n] of BR rows, from what the splits left; LAST: g_pos's field."""
+    begin = (tl.program_id(0) % (NP // BR)) * BR
+    a = tl.program_id(0) // (NP // BR) % A
+    g = (tl.program_id(0) // (NP // BR) // A).to(tl.int64)
+    i = begin + tl.arange(0, BR)
+    d = tl.arange(0, BD)
+    inside = (d < DP)[None, :]
+    lies = tl.arange(0, BR)[:, None] * DP + d[None, :]
+    row = (g * A + a) * NP + begin
+    dz = tl.zeros([BR, BD], ACC)
+    for split in range(splits):
+        dz += tl.load(partial + (split * G * A * NP + row) * DP + lies, mask=inside, other=0.0)
+    dz *= 1.0 / BOOST
+    if INDEX:  # the pairs of the same index, whose weights are not rounded to the products' dtype
+        partner = i + offset
+        paired = (i < n) & (partner >= 0) & (partner < K)
+        first_set, last_set = partners_of(a, C, CROSS)
+        for c in range(first_set, last_set):
+            if c != a:
+                weight = tl.zeros([BR], ACC)
+                if OF_X:
+                    field = of_x + LAST * G.to(tl.int64) * A * C * NP
+                    weight += tl.load(field + ((g * A + a) * C + c) * NP + i, mask=paired, other=0.0)
+                if OF_Y:
+                    field = of_y + LAST * G.to(tl.int64) * A * C * KP
+                    weight += tl.load(field + ((g * C + c) * A + a) * KP + partner, mask=paired, other=0.0)
+                z_c = y + ((g * C + c) * KP + begin + offset) * DP
+                other = tl.load(z_c + lies, mask=paired[:, None] & inside, other=0.0)
+                dz += weight[:, None] * (other.to(tl.float32) if UPCAST else other).to(ACC)
+    own = tl.load(x + row * DP + lies, mask=inside, other=0.0)
+    own = (own.to(tl.float32) if UPCAST else own).to(ACC)
+    length = tl.sum(own * dz, 1)
+    unit = power_of_two(largest_exponent(exponents + g * all_blocks, all_blocks, BE))
+    inverse_tau = inverse_of(tau, TENSOR, ACC)
+    tl.store(along + (g * A + a) * n + i, length.to(tl.float64) * (unit * inverse_tau.to(tl.float64)), mask=i < n)
+    norm = tl.full([BR], 1.0, tl.float64)
+    if NORMALIZE:
+        norm = tl.load(norms + row + tl.arange(0, BR))
+        dz -= own * length[:, None]
+    one, other_factor = factors(gradient_scale(norm, unit, inverse_tau, NORMALIZE), ACC)
+    gradient = narrowed(scaled(dz, norm, one, other_factor), dx.dtype.element_ty)
+    to = dx + (a.to(tl.int64) * G + g) * n * D + i.to(tl.int64)[:, None] * D + d[None, :]
+    tl.store(to, gradient, mask=(i < n)[:, None] & (d < D)[None, :])
+
+
+class Side(NamedTuple):
+    """The rows or the columns: packed, with the lengths of the rows and their keys."""
+
+    sets: Sequence[Tensor]
+    z: Tensor
+    norms: Tensor
+    keys: Tensor
+
+    @property
+    def count(self) -> int:
+        return len(self.sets)
+
+    @property
+    def n(self) -> int:
+        return self.sets[0].shape[1]
+
+    @property
+    def padded(self) -> int:
+        return self.z.shape[2]
+
+
+class Problem(NamedTuple):
+    """What all launches of a call have in common. rows is columns where they are the same."""
+
+    rows: Side
+    columns: Side
+    tau: float | Tensor  # as `sets.temperature` gives it
+    tile: Tile
+    normalize: bool
+    cross: bool
+    first: int
+
+    def settings(self) -> dict[str, Any]:
+        return dict(TENSOR=isinstance(self.tau, torch.Tensor), CROSS=self.cross, INDEX=self.first >= 0)
+
+
+def fitted(tile: Tile, rows: int, columns: int) -> Tile:
+    """The tile, with as few rows or columns as a product can have where there are no more: 16."""
+    return tile._replace(BM=16 if rows <= 16 else tile.BM, BN=16 if columns <= 16 else tile.BN)
+
+
+def problem(
+    served: Sequence[Tile],
+    rows: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    tau: float | Tensor,
+    normalize: bool,
+    cross: bool,
+    first: int,
+    row_keys: Tensor | None,
+    column_keys: Tensor | None,
+) -> Problem:
+    """Both sides packed, once where they are the same: no rows are the columns. served: the tiles they shall do for.
+
+    Each side may be the rows of a tile, or its columns.
+    """
+    n, K = (rows or columns)[0].shape[1], columns[0].shape[1]
+
+    def side(sets, size, other, keys):
+        whole = max(max(fitted(tile, size, other).BM, fitted(tile, other, size).BN) for tile in served)
+        z, norms = packed(sets, normalize, served[0].DP, whole)
+        return Side(sets, z, norms, z if keys is None else keys.contiguous())
+
+    of_columns = side(columns, K, n, column_keys)
+    of_rows = side(rows, n, K, row_keys) if rows else of_columns
+    return Problem(of_rows, of_columns, temperature(tau, columns[0]), served[0], normalize, cross, first)
+
+
+def from_table(kernel: str, x: Tensor, normalize: bool) -> Tile:
+    """x: a set"""
+    kernel, dtype = f"{kernel} unbounded rectangle", large.carrier(x, normalize)
+    return tiles.choose(large.table_of(x)[0], kernel, dtype, x.shape[-1], large.tf32_allowed())
+
+
+def tile_for(kernel: str, call: Any, rows: Sequence[Tensor], columns: Sequence[Tensor], *settings: Any) -> Tile:
+    """The table's tile of "sums" or "gradient", or with TCLR_KERNELS_AUTOTUNE=1 the fastest for such a call."""
+    tau, normalize, cross, first, row_keys = settings[:5]
+    tile = from_table(kernel, columns[0], normalize)
+    if row_keys is not None:  # more to hold for each similarity
+        tile = tile._replace(BM=min(tile.BM, 64), warps=8) if kernel == "sums" else tile._replace(BN=min(tile.BN, 64))
+    if not tuning.ENABLED:
+        return tile
+    n = rows[0].shape[1].bit_length() if rows else 0
+    kind = "rectangle", call, n, len(rows), first >= 0, row_keys is None
+    kind += large.kind_of(columns, tau, normalize, cross)
+    return tuning.by_trial(kind, tile, lambda one: call(rows, columns, *settings, tile=one)) or tile
+
+
+def split(programs: int, tile: Tile, y: Side, partners: int) -> tuple[int, int]:
+    """The number of splits of the columns, and the columns a split."""
+    alone = 1.5 if tile.warps == 4 else 1.0  # as `large.py` guesses
+    tiles_a_set = triton.cdiv(y.n, tile.BN)
+    splits, tiles_a_split = splits_of(programs, large.table_of(y.z)[1], alone, tiles_a_set, partners)
+    return splits, tiles_a_split * tile.BN
+
+
+def boost(z: Tensor) -> float:
+    """What lifts weights of at most 4 into the middle of float16's range."""
+    return 4096.0 if z.dtype == torch.float16 else 1.0
+
+
+def rows_a_program(x: Side) -> int:
+    """Of a kernel that has whole rows: as many as fit its registers."""
+    return 16 if INTERPRETED else min(16, max(1, 2048 // triton.next_power_of_2(x.z.shape[3])))
+
+
+def over_pairs(
+    kernel: Any, p: Problem, inputs: Sequence[Tensor], outputs: Sequence, rows: Sequence = (), **settings: Any
+) -> list[Tensor]:
+    """Launches a kernel whose programs have a block of rows and a split of a set's columns.
+
+    outputs: the dtype of each, [splits, G, A, C, n]; None for one that it does not touch, given back as a stand-in;
+    rows: the same of outputs [splits, G, NP, DP]
+    """
+    x, y = p.rows, p.columns
+    G, tile = len(x.z), fitted(p.tile, x.n, y.n)
+    programs = G * x.count * y.count * (x.padded // tile.BM)
+    splits, columns_a_split = split(programs, tile, y, 1)
+    shape = splits, G, x.count, y.count, x.n
+    slots = [x.z.new_empty(shape if dtype else 0, dtype=dtype) for dtype in outputs]
+    slots += [x.z.new_empty((splits, G, *x.z.shape[2:]) if dtype else 0, dtype=dtype) for dtype in rows]
+    launch(
+        kernel, programs * splits, x.z, y.z, p.tau, x.keys, y.keys, *inputs, *slots, G, x.count, y.count, x.n, y.n,
+        x.padded, y.padded, p.first, columns_a_split, **settings, **p.settings(), **of_tiles(x.z, tile),
+    )  # fmt: skip
+    return slots
+
+
+def forward(
+    rows: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    tau: float | Tensor,
+    normalize: bool,
+    cross: bool,
+    first: int,
+    row_keys: Tensor | None,
+    column_keys: Tensor | None,
+    mean: bool,
+    tile: Tile | None = None,
+) -> tuple[Tensor, ...]:
+    """neg, pos, pos_lse, spread, count, mean by four launches, three where rows are columns.
+
+    The mean takes one more, made with the sums where all features of a row fit the registers; elsewhere three.
+    tile: in place of the table's
+    """
+    settings = tau, normalize, cross, first, row_keys, column_keys
+    for_mean = from_table("gradient", columns[0], normalize)
+    at_once = mean and for_mean.DC == for_mean.DP
+    tile = tile or tile_for("gradient" if at_once else "sums", forward, rows, columns, *settings, mean)
+    p = problem([tile, for_mean] if mean else [tile], rows, columns, *settings)
+    x, y, KEYS = p.rows, p.columns, row_keys is not None
+    real = torch.promote_types(columns[0].dtype, torch.float32)
+    pos = x.z.new_empty((len(x.z), x.count, y.count, x.n), dtype=torch.float64)
+    slots = [real, real, *([real, real, torch.float64, torch.int32] if KEYS else [None] * 4)]
+    *slots, weighted = over_pairs(
+        rectangle_sums_kernel, p, [pos], slots, [real if at_once else None], KEYS=KEYS, MEAN=at_once, BOOST=boost(x.z)
+    )
+    outputs = [torch.empty_like(pos) for _ in range(4 if KEYS else 1)]
+    neg, *labelled = outputs
+    BI = 128
+    launch(
+        rectangle_finish_kernel, triton.cdiv(pos.numel(), BI), *slots, neg, pos, *(labelled or [neg] * 3), x.count,
+        y.count, x.n, len(slots[0]), pos.numel(), CROSS=cross, INDEX=first >= 0, KEYS=KEYS, BI=BI, SLOTS=8, num_warps=4,
+    )  # fmt: skip
+    if at_once:
+        average = mean_of(p, slots[1], neg, weighted)
+    else:
+        average = mean_by_gradient(p._replace(tile=for_mean), neg) if mean else pos.new_empty(0, dtype=real)
+    return neg, pos, *(labelled or [pos.new_empty(0) for _ in range(3)]), average
+
+
+def mean_of(p: Problem, largest: Tensor, neg: Tensor, weighted: Tensor) -> Tensor:
+    """The mean of the columns weighted by exp(S - neg): [G, n, D], from what the splits left."""
+    x = p.rows
+    G, n, D = x.sets[0].shape
+    mean = weighted.new_empty((G, n, D))
+    launch(
+        rectangle_mean_kernel, G * (x.padded // rows_a_program(x)), largest, neg, weighted, mean, len(weighted), G, n,
+        x.padded, D, ACC=accumulator(x.z), BR=rows_a_program(x), DP=p.tile.DP, BD=triton.next_power_of_2(p.tile.DP),
+        BOOST=boost(x.z), num_warps=4,
+    )  # fmt: skip
+    return mean
+
+
+def mean_by_gradient(p: Problem, neg: Tensor) -> Tensor:
+    """The same as the gradient of sum neg; one more product for each pair of rows."""
+    w = coefficients(p, [neg, torch.ones_like(neg), neg], [])
+    G, n, D = p.rows.sets[0].shape
+    return partial_gradient(p, w, for_rows=True)[:, :, 0, :n, :D].sum(0).div_(boost(p.rows.z))
+
+
+def pairs(
+    rows: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    tau: float | Tensor,
+    normalize: bool,
+    cross: bool,
+    first: int,
+    row_keys: Tensor,
+    column_keys: Tensor,
+    negatives: Tensor,
+    tile: Tile | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The sums over the positives of softplus(negatives - S) and of its derivative: [G, A, C, n]"""
+    settings = tau, normalize, cross, first, row_keys, column_keys
+    tile = tile or tile_for("sums", pairs, rows, columns, *settings, negatives)
+    p = problem([tile], rows, columns, *settings)
+    slots = over_pairs(rectangle_pairs_kernel, p, [negatives.contiguous()], [torch.float64] * 2)
+    sums, slopes = (x.sum(0) for x in slots)
+    return sums, slopes
+
+
+KINDS = {2: ("pairs", (1,)), 3: ("plain", (1, 2)), 7: ("keys", (1, 4, 5, 2))}  # -> gradients, that of pos the last
+
+
+class Weights(NamedTuple):
+    """The coefficients of the rows as anchors, and of the columns; None where they are none."""
+
+    kind: str
+    of_rows: Tensor | None
+    of_columns: Tensor | None
+    exponents: Tensor
+
+    def of(self, for_rows: bool) -> tuple[tuple[Tensor | None, Tensor | None], dict[str, bool]]:
+        """Those of the side whose gradient is made and of the other, and which of them there are."""
+        of_x, of_y = (self.of_rows, self.of_columns) if for_rows else (self.of_columns, self.of_rows)
+        there = dict(OF_X=of_x is not None, OF_Y=of_y is not None)
+        return (of_y if of_x is None else of_x, of_x if of_y is None else of_y), there
+
+
+def coefficients(p: Problem, of_rows: Sequence[Tensor], of_columns: Sequence[Tensor]) -> Weights:
+    """of_rows, of_columns: as `general.py` has them; where rows are columns, of_rows serves both."""
+    anchors = [(p.rows, [x.contiguous() for x in of_rows])] if of_rows else []
+    if of_columns and p.columns is not p.rows:
+        anchors.append((p.columns, [x.contiguous() for x in of_columns]))
+    kind, gradients = KINDS[len(anchors[0][1])]
+    INDEX = p.first >= 0 and kind != "pairs"
+    if kind != "pairs" and not INDEX:
+        gradients = gradients[:-1]
+    exponents = units([[x[at] for at in gradients] for _, x in anchors])
+    z, BI = p.rows.z, 256
+    made = []
+    for side, x in anchors:
+        G, A, C, n = x[0].shape
+        shape = (5 if kind == "keys" else 2) + INDEX, G, A, C, side.padded
+        made.append(z.new_empty(shape, dtype=torch.promote_types(z.dtype, torch.float32)))
+        launch(
+            rectangle_coefficients_kernel, G * A * C * triton.cdiv(side.padded, BI), *(x * 4)[:7], exponents, made[-1],
+            G, A * C, n, side.padded, exponents.shape[1], KIND=kind, INDEX=INDEX, ACC=accumulator(z), BOOST=boost(z),
+            BI=BI, BE=256, num_warps=4,
+        )  # fmt: skip
+    by_rows = made[0] if of_rows else None
+    by_columns = by_rows if p.columns is p.rows else made[-1] if of_columns else None
+    return Weights(kind, by_rows, by_columns, exponents)
+
+
+def units(gradients: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Exponents [G, blocks] of the largest gradients in blocks of each group. gradients: of each side with anchors"""
+    G, BI = len(gradients[0][0]), 1024
+    cells = [x[0].numel() // G for x in gradients]
+    blocks = [triton.cdiv(count, BI) for count in cells]
+    exponents = gradients[0][0].new_empty((G, sum(blocks)), dtype=torch.int32)
+    for k, x in enumerate(gradients):
+        launch(
+            rectangle_units_kernel, G * blocks[k], *(x * 4)[:4], exponents, cells[k], blocks[k], sum(blocks[:k]),
+            sum(blocks), GRADIENTS=len(x), BI=BI, num_warps=4,
+        )  # fmt: skip
+    return exponents
+
+
+def partial_gradient(p: Problem, w: Weights, for_rows: bool) -> Tensor:
+    """What each split of the other side adds to dz of this one's rows: [splits, G, A, NP, DP]"""
+    x, y = (p.rows, p.columns) if for_rows else (p.columns, p.rows)
+    G, tile = len(x.z), fitted(p.tile, x.n, y.n)
+    programs = G * x.count * (x.padded // tile.BM) * (tile.DP // tile.DC)
+    splits, columns_a_split = split(programs, tile, y, y.count // 2 if p.cross else y.count)
+    dtype = torch.promote_types(x.z.dtype, torch.float32)
+    partial = x.z.new_empty((splits, G, x.count, x.padded, tile.DP), dtype=dtype)
+    of, there = w.of(for_rows)
+    launch(
+        rectangle_gradient_kernel, programs * splits, x.z, y.z, p.tau, x.keys, y.keys, *of, partial, programs, G,
+        x.count, y.count, x.n, y.n, x.padded, y.padded, p.first if for_rows else -p.first, columns_a_split,
+        KIND=w.kind, DC=tile.DC, **there, **p.settings(), **of_tiles(x.z, tile),
+    )  # fmt: skip
+    return partial
+
+
+def gradient(p: Problem, w: Weights, for_rows: bool) -> tuple[Tensor, Tensor]:
+    """The gradient of one side's sets [A, G, n, D], and <z, dz> of their rows [G, A, n]."""
+    partial = partial_gradient(p, w, for_rows)
+    x, y = (p.rows, p.columns) if for_rows else (p.columns, p.rows)
+    G, n, D = x.sets[0].shape
+    dx = x.sets[0].new_empty((x.count, G, n, D))
+    along = partial.new_empty((G, x.count, n))
+    DP = p.tile.DP
+    BD, BR = triton.next_power_of_2(DP), rows_a_program(x)
+    of, there = w.of(for_rows)
+    settings = p.settings() | dict(INDEX=p.first >= 0 and w.kind != "pairs")
+    launch(
+        rectangle_join_kernel, G * x.count * (x.padded // BR), x.z, y.z, p.tau, x.norms, *of, w.exponents, partial, dx,
+        along, len(partial), G, x.count, y.count, x.n, y.n, x.padded, y.padded, D, p.first if for_rows else -p.first,
+        w.exponents.shape[1], NORMALIZE=p.normalize, LAST=5 if w.kind == "keys" else 2, BR=BR, DP=DP, BD=BD,
+        ACC=accumulator(x.z), UPCAST=INTERPRETED and x.z.dtype == torch.bfloat16, BOOST=boost(x.z), BE=256, num_warps=4,
+        **there, **settings,
+    )  # fmt: skip
+    return dx, along
+
+
+def backward(
+    rows: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    tau: float | Tensor,
+    normalize: bool,
+    cross: bool,
+    first: int,
+    row_keys: Tensor | None,
+    column_keys: Tensor | None,
+    of_rows: Sequence[Tensor],
+    of_columns: Sequence[Tensor],
+    for_rows: bool,
+    for_columns: bool,
+    tile: Tile | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dr [A, G, n, D] and dz [C, G, K, D], empty if not asked for, and <r, dr> [G, A, n], or <z, dz> without dr.
+
+    By six launches for one side, eight for both; two more where both sides are anchors, one less where rows are columns
+    """
+    settings = tau, normalize, cross, first, row_keys, column_keys
+    rest = of_rows, of_columns, for_rows, for_columns
+    tile = tile or tile_for("gradient", backward, rows, columns, *settings, *rest)
+    p = problem([tile], rows, columns, *settings)
+    w = coefficients(p, of_rows, of_columns)
+    dr, dz = (columns[0].new_empty(0) for _ in range(2))
+    if for_columns:
+        dz, along = gradient(p, w, for_rows=False)
+    if for_rows:
+        dr, along = gradient(p, w, for_rows=True)
+    return dr, dz, along
