@@ -1,6 +1,11 @@
 """Networks trained by several processes: the weights of one process with the whole batch, whatever averages."""
 
 import contextlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -308,3 +313,41 @@ def test_what_autograd_cannot_do_is_an_error(pool):
         assert "differentiate twice" in second
         assert "vmap" in vmap and "Error" in vmap
         assert "jvp" in forward or "forward" in forward
+
+
+# ---- the page's loops
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "processes.md"
+BLOCKS = dict(
+    re.findall(r"^#+ ([^\n]+)\n(?:(?!^#)[^\n]*\n)*?```python\n(.*?)```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+)
+FIRST = BLOCKS.pop("Losses over several processes")
+SAME = """
+weights = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in (*net.parameters(), *loss.parameters())]
+flat = torch.cat([p.detach().flatten() for p in weights])
+together = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
+dist.all_gather(together, flat)
+assert len(together) == 2 and torch.equal(*together) and flat.isfinite().all() and loss.temperature != 0.1
+print("the same")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name == "DistributedDataParallel" else pytest.param(name, marks=pytest.mark.full) for name in BLOCKS],
+)
+def test_the_page_s_loops_run(name, tmp_path):
+    for library in ("accelerate", "lightning"):
+        if f"import {library}" in BLOCKS[name] or f"from {library}" in BLOCKS[name]:
+            pytest.importorskip(library)
+    script = tmp_path / "train.py"
+    script.write_text(FIRST + BLOCKS[name] + SAME)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PAGE.parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path, env=environment)
+    assert done.returncode == 0 and done.stdout.count("the same") == 2, done.stdout + done.stderr
+
+
+def test_every_loop_of_the_page_is_run():
+    assert list(BLOCKS) == ["DistributedDataParallel", "FSDP2", "Accelerate", "Lightning", "By hand"]
