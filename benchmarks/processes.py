@@ -188,7 +188,7 @@ def _bytes(value):
 
 def count(group, provider, n, dtype):
     P = dist.get_world_size(group)
-    name, _, known = provider.partition(", shares")
+    name, known, _ = provider.partition(", shares")
     x, w = inputs(n, P, dtype)
     scale = torch.tensor(1 / TAU, dtype=dtype, requires_grad=True)
     z = (x[:, dist.get_rank() * n :][:, :n] @ w).unbind(0)
@@ -211,7 +211,7 @@ def counted(pool, *arguments):
     return found[0]
 
 
-def sent(n=256):
+def sent(n=32):
     names = [x for name in PROVIDERS for x in ([name, f"{name}, shares"] if name.startswith("tclr") else [name])]
     for P in (2, 4):
         with Pool(P) as pool:
