@@ -71,6 +71,8 @@ def _ready(group):
 
 def _serve(rank, size, store, pipe, backend):
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     dist.init_process_group(
         backend, init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=LIMIT)
     )
