@@ -22,13 +22,13 @@ What the denominators hold beside this:
 Over several processes (docs/processes.md), each gives its share of the rows, with their labels and negatives:
 
 - `group`: None, this process alone; "world", all processes, or this one alone where torch.distributed is not
-  initialised; a ProcessGroup; or a DeviceMesh of one dimension. "mean" and "sum" are then over the rows of all, the same
-  bits on each process; "none" gives the terms of its own rows. The gradient is that of the sum over the processes of
-  what they return: averaged over them, as by DistributedDataParallel, it is the gradient of a single process.
+  initialised; a ProcessGroup; or a DeviceMesh of one dimension. "mean" and "sum" are then over the rows of all, the
+  same bits on each process; "none" gives the terms of its own rows. The gradient is that of the sum over the processes
+  of what they return: averaged over them, as by DistributedDataParallel, it is the gradient of a single process.
 - `shares`: the rows of each process, known beforehand, so that nothing is exchanged and read on the host to find them.
 
-An error of one process before the rows are gathered is raised on all, unless shares are given: there a RuntimeError that
-names the process, or a ValueError where they differ in what must be alike.
+Without shares an error of one process is an error on all: it raises its own, the others a RuntimeError that names it.
+Where they differ in what must be alike, all raise a ValueError.
 
 Source: TCLR, Dave et al., CVIU 2022, https://arxiv.org/abs/2101.07974, section 3, and its official release.
 """

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import tclr_kernels as tk
 
 from . import oracle
-from .conftest import INTERPRETED
+from .conftest import INTERPRETED, usable
 from .ranks import Error
 
 LABELS = torch.tensor([0, 1, 0, 2, -1, 1, -1, 3, 0, 2, 5, 1, 1])
@@ -436,23 +436,31 @@ def test_what_is_sent_is_what_the_page_says(name, reduction, dtype, pool):
 # ---- bits, dtypes
 
 
-def some_bits(group, shares):
+def some_bits(group, shares, backend, threads=1):
+    torch.set_num_threads(threads)
     a, b = (part(x.float(), shares, dist.get_rank(group), 0) for x in oracle.correlated([(300, 40)] * 2, 0.5, 0))
     a, b = a.clone().requires_grad_(), b.clone().requires_grad_()
     runs = []
     for _ in range(3):
-        value = tk.nt_xent(a, b, group=group, shares=shares, backend="reference")
+        value = tk.nt_xent(a, b, group=group, shares=shares, backend=backend)
         runs.append([x.detach().numpy().tobytes() for x in (value, *torch.autograd.grad(value, [a, b]))])
+    torch.set_num_threads(1)
     return runs
 
 
+@pytest.mark.parametrize("backend", ["reference", "native"])
 @pytest.mark.parametrize("shares", [[150, 150], [100, 101, 99]], ids=str)
-def test_the_same_bits_on_every_rank_and_in_every_run(shares, pool):
-    found = check(pool.run(len(shares), some_bits, shares))
-    again = check(pool.run(len(shares), some_bits, shares))
-    assert found == again
+def test_the_same_bits_on_every_rank_and_in_every_run(shares, backend, pool):
+    usable(backend)
+    found = check(pool.run(len(shares), some_bits, shares, backend))
+    assert found == check(pool.run(len(shares), some_bits, shares, backend))
     for runs in found:
         assert runs[0] == runs[1] == runs[2] and runs[0][0] == found[0][0][0]
+
+
+def test_the_same_bits_with_any_number_of_threads(pool, native):
+    one, two = (check(pool.run(2, some_bits, [150, 150], native, threads)) for threads in (1, 2))
+    assert one == two
 
 
 def narrow(group, name, dtype):
@@ -486,8 +494,8 @@ def test_narrow_dtypes_give_one_process_s_values(name, dtype, pool):
 # ---- torch.compile
 
 
-def compiled(group, name, shares, known, backend):
-    """Of the compiled loss: the number of graphs, and the largest differences from the loss as it is."""
+def compiled(group, name, shares, known, backend, kernels="reference"):
+    """Of the compiled loss: the number of graphs that run, and the largest differences from the loss as it is."""
     torch._dynamo.reset()
     loss, rank, N = LOSSES[name], dist.get_rank(group), sum(shares)
     own = [split(x, loss, k, shares, rank).clone().requires_grad_() for k, x in enumerate(loss.inputs(N))]
@@ -496,22 +504,22 @@ def compiled(group, name, shares, known, backend):
 
     def call(*z, shares):
         z = [x * 2 for x in z]
-        out = loss.call(*z[:-1], temperature=z[-1], group=group, shares=shares, backend="reference", **labels)
+        out = loss.call(*z[:-1], temperature=z[-1], group=group, shares=shares, backend=kernels, **labels)
         return 3 * out.sum()
 
-    graphs = []  # PyTorch 2.13 compiles the same one twice
+    graphs = []  # those that run
 
-    def count(graph, examples):
-        graphs.append(graph)
-        return lookup_backend(backend)(graph, examples)
+    def counting(graph, examples):
+        run = lookup_backend(backend)(graph, examples)
+        return lambda *given: (graphs.append(graph), run(*given))[1]
 
     given = shares if known else None
     values = []
-    for function in (call, torch.compile(call, backend=count, fullgraph=known)):
+    for function in (call, torch.compile(call, backend=counting, fullgraph=known)):
         out = function(*inputs, shares=given)
         values.append([out.detach(), *torch.autograd.grad(out, inputs)])
     differences = [(x - y).abs().max().item() if x.numel() else 0.0 for x, y in zip(*values, strict=True)]
-    return len({graph.code for graph in graphs}), max(differences)
+    return len(graphs), max(differences)
 
 
 @pytest.mark.parametrize(
@@ -529,6 +537,14 @@ def test_compiled_whole_with_shares(name, backend, pool):
             assert graphs == 1 and difference < 1e-12
 
 
+@pytest.mark.parametrize(
+    "name", ["nt_xent", *(pytest.param(x, marks=pytest.mark.full) for x in LOSSES if x != "nt_xent")]
+)
+def test_the_kernels_compiled_whole(name, native, pool):
+    for graphs, difference in check(pool.run(2, compiled, name, [4, 1], True, "aot_eager", native, limit=300)):
+        assert graphs == 1 and difference < 1e-12
+
+
 def test_one_graph_break_without_shares(pool):
     for graphs, difference in check(pool.run(2, compiled, "nt_xent", [4, 1], False, "aot_eager", limit=300)):
-        assert graphs <= 2 and difference < 1e-12
+        assert graphs == 2 and difference < 1e-12
