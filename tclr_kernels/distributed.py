@@ -329,7 +329,6 @@ def contrast(
     if negatives is not None:
         tau, *sets = map(widened, (tau, *sets))
     columns = gathered(process, sets)
-    settings = settings._replace(first=process.first)
     outputs = Blocks.apply(process, settings, tau, keys, all_keys, len(sets), *sets, *columns)
     return outputs, None if negatives is None else beyond(process, settings, tau, sets, columns, negatives)
 
@@ -389,7 +388,7 @@ class Blocks(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         rows, columns = sets[:V], sets[V:]
         call = backends.BACKENDS[settings.name].rectangle
-        outputs = call(rows, columns, tau, *settings[1:], row_keys, column_keys, False)
+        outputs = call(rows, columns, tau, *settings[1:3], process.first, row_keys, column_keys, False)
         outputs = outputs[:2] if row_keys is None else outputs[:5]
         return process.gather(torch.stack(outputs), -1, process.shares).unbind(0)
 
@@ -415,7 +414,7 @@ class Blocks(torch.autograd.Function):
         of_rows = [x.narrow(-1, first, own) for x in anchors]
         keys = row_keys, column_keys
         call = backends.BACKENDS[ctx.settings.name].rectangle_backward
-        d_rows, _, along = call(rows, columns, tau, *ctx.settings[1:], *keys, of_rows, anchors, True, False)
+        d_rows, _, along = call(rows, columns, tau, *ctx.settings[1:3], first, *keys, of_rows, anchors, True, False)
         d_tau = (ordered_sum(along) / (-2 * tau)).to(tau) if ctx.needs_input_grad[2] else None
         return None, None, d_tau, None, None, None, *d_rows, *([None] * V)
 

@@ -548,3 +548,31 @@ def test_the_kernels_compiled_whole(name, native, pool):
 def test_one_graph_break_without_shares(pool):
     for graphs, difference in check(pool.run(2, compiled, "nt_xent", [4, 1], False, "aot_eager", limit=300)):
         assert graphs == 2 and difference < 1e-12
+
+
+def over_sizes(group, plans):
+    """One compiled loss, called with several shares: the number of graphs, the largest difference in the values."""
+    torch._dynamo.reset()
+    graphs, differences = set(), []
+
+    def counting(graph, examples):
+        run = lookup_backend("aot_eager")(graph, examples)
+        return lambda *given: (graphs.add(id(graph)), run(*given))[1]
+
+    def call(a, b, shares):
+        return tk.nt_xent(a * 2, b, group=group, shares=shares, backend="reference")
+
+    compiled = torch.compile(call, backend=counting, fullgraph=True)
+    for shares in plans:
+        a, b = (x.requires_grad_() for x in oracle.correlated([(shares[dist.get_rank(group)], 6)] * 2, 0.5, 0))
+        values = [(out := f(a, b, shares), *torch.autograd.grad(out, [a, b])) for f in (compiled, call)]
+        differences += [(x - y).abs().max().item() for x, y in zip(*values, strict=True)]
+    return len(graphs), max(differences)
+
+
+@pytest.mark.full
+def test_two_graphs_serve_all_sizes(pool):
+    """The first is made for its sizes alone. Sizes of 1, as of one row of padding, would take graphs of their own."""
+    for plans in ([[n, n] for n in (3, 5, 7, 9, 4)], [[6, 2], [9, 4], [12, 3], [8, 5], [9, 6]]):
+        for graphs, difference in check(pool.run(2, over_sizes, plans, limit=300)):
+            assert graphs <= 2 and difference < 1e-12

@@ -366,7 +366,7 @@ def test_a_dead_rank_is_the_backend_s_error_on_the_others(how):
 SOURCE = inspect.getsource(distributed)
 BUGS = {
     "no factor P": ("return None, ctx.process.sum(g), None", "return None, g, None"),
-    "the first row's place ignored": ("settings._replace(first=process.first)", "settings._replace(first=0)"),
+    "the first row's place ignored": ("tau, *settings[1:3], process.first,", "tau, *settings[1:3], 0,"),
     "the gradient without the columns' side": (
         "*keys, of_rows, anchors, True, False)",
         "*keys, of_rows, [], True, False)",
