@@ -50,6 +50,82 @@ def log_sum_exp(rows, columns, tau):
     return ((F.normalize(rows) * (1 / tau)) @ F.normalize(columns).T).logsumexp(1).mean()
 
 
+def classes(M):
+    """Labels of M rows: 100 classes, or two rows a class, in turns."""
+    return torch.arange(M) % min(100, M // 2)
+
+
+def sup_con(z, tau):
+    """Supervised contrast in the fastest plain PyTorch found: the positives of a row by the sum of its class.
+
+    The log-sum-exp is the fused cross-entropy with any target, to which the target's similarity is added again.
+    """
+    labels = classes(len(z))
+    z = F.normalize(z) * tau**-0.5
+    S = torch.mm(z, z.T).fill_diagonal_(-torch.inf)
+    sums = torch.zeros(int(labels.max()) + 1, z.shape[1]).index_add(0, labels, z)
+    positives = (z * (sums[labels] - z)).sum(1) / (labels.bincount()[labels] - 1)
+    other = torch.arange(len(z)).roll(1)
+    return F.cross_entropy(S, other) + ((z * z[other]).sum(1) - positives).mean()
+
+
+def sup_con_masked(z, tau):
+    """Supervised contrast as its authors write it: a mask of the positives, and the logarithm of every candidate."""
+    labels = classes(len(z))
+    z = F.normalize(z)
+    S = torch.matmul(z, z.T) / tau
+    S = S - S.max(1, keepdim=True).values.detach()
+    others = 1 - torch.eye(len(z))
+    mask = (labels[:, None] == labels).float() * others
+    log_prob = S - torch.log((S.exp() * others).sum(1, keepdim=True))
+    return -((mask * log_prob).sum(1) / mask.sum(1)).mean()
+
+
+def dcl(a, b, tau):
+    """Decoupled contrast in the fastest plain PyTorch found: one matrix, a row and its partner masked in place.
+
+    The log-sum-exp is made as in `sup_con`.
+    """
+    z = F.normalize(torch.cat([a, b])) * tau**-0.5
+    row = torch.arange(len(z))
+    partner, other = row.roll(len(a)), row.roll(1)
+    S = torch.mm(z, z.T).fill_diagonal_(-torch.inf)
+    S[row, partner] = -torch.inf
+    return F.cross_entropy(S, other) + (z * (z[other] - z[partner])).sum(1).mean()
+
+
+def dcl_blocks(a, b, tau):
+    """Decoupled contrast as its authors write it: two blocks beside each other, masked by adding, for each view."""
+
+    def one(a, b):
+        cross = a @ b.T
+        blocks = torch.cat([a @ a.T, cross], 1) / tau + torch.eye(len(a)).repeat(1, 2) * -1e9
+        return (blocks.logsumexp(1) - cross.diagonal() / tau).mean()
+
+    a, b = F.normalize(a), F.normalize(b)
+    return (one(a, b) + one(b, a)) / 2
+
+
+def moco(q, k, queue, tau):
+    """MoCo in the fastest plain PyTorch found: the positive beside the queue's log-sum-exp, made as in `sup_con`.
+
+    The queue is copied, since the step's keys will replace some of its rows before the backward.
+    """
+    q, queue = F.normalize(q) * (1 / tau), F.normalize(queue.clone())
+    positive = (q * F.normalize(k)).sum(1)
+    first = torch.zeros(len(q), dtype=torch.long)
+    negatives = F.cross_entropy(q @ queue.T, first, reduction="none") + q @ queue[0]
+    return F.softplus(negatives - positive).mean()
+
+
+def moco_concatenated(q, k, queue, tau):
+    """MoCo as its authors write it: the positive as a first column."""
+    q, k, queue = F.normalize(q), F.normalize(k), F.normalize(queue.clone()).T
+    positive = torch.einsum("nc,nc->n", q, k)[:, None]
+    logits = torch.cat([positive, torch.einsum("nc,ck->nk", q, queue)], 1) / tau
+    return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long))
+
+
 def clip_linear(a, b, tau):
     """The same by PyTorch's fused linear cross-entropy, in both directions."""
     a, b, own = F.normalize(a) * (1 / tau), F.normalize(b), torch.arange(len(a))

@@ -29,8 +29,8 @@ class Case(NamedTuple):
         if self.loss in ("local_local", "global_local"):
             B, T, _ = self.shapes[0]
             return B * (2 * T) ** 2
-        if self.loss in ("rectangle", "queue"):
-            return self.shapes[0][0] * self.shapes[1][0]
+        if self.loss in ("rectangle", "queue", "moco"):
+            return self.shapes[0][0] * self.shapes[-1][0]
         return self.rows**2
 
     @property
@@ -73,6 +73,18 @@ def queue(n, K, regime):
     return Case("queue", n + K, ((n, 128), (K, 128)), regime, constant=1)
 
 
+def sup_con(M, regime):
+    return Case("sup_con", M, ((M, 128),), regime)
+
+
+def dcl(N, regime):
+    return Case("dcl", 2 * N, ((N, 128),) * 2, regime)
+
+
+def moco(n, K, regime):
+    return Case("moco", n + K, ((n, 128), (n, 128), (K, 128)), regime, constant=2)
+
+
 def tclr_release(B, regime):
     return Case("tclr_release", 8 * B, ((2, B, 128), (2, B, 4, 128), (2, B, 4, 128)), regime)
 
@@ -96,6 +108,9 @@ CASES = [
     clip(32768, "4.3 GB a matrix"),
     rectangle(1024, 65536, "log-sum-exp over other columns: a matrix of 268 MB in plain PyTorch"),
     queue(1024, 65536, "the same, the columns without gradient"),
+    sup_con(4096, "labels of 100 classes: several matrices of 67 MB in plain PyTorch"),
+    dcl(2048, "NT-Xent without the positive in its denominator"),
+    moco(256, 65536, "a queue far larger than the batch: a matrix of 67 MB in plain PyTorch"),
     tclr_release(8, "the objective at a small batch"),
     tclr_release(40, "the recipe's batch: every term of the objective"),
     tclr_release(256, "a batch of several machines"),
@@ -112,6 +127,9 @@ WARM_UP = {
         clips("global_local", 2, 4),
         rectangle(8, 16, "warm-up"),
         queue(8, 16, "warm-up"),
+        sup_con(16, "warm-up"),
+        dcl(8, "warm-up"),
+        moco(8, 16, "warm-up"),
         tclr_release(2, "warm-up"),
     )
 }

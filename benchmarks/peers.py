@@ -8,6 +8,8 @@ import types
 import torch
 import torch.nn.functional as F
 
+from . import baselines
+
 
 def hollow(*names):
     """Packages, and modules, as empty ones: what is needed of the rest imports without what these would import."""
@@ -23,10 +25,10 @@ def hollow(*names):
 
 def lightly(tau):
     hollow("lightly", "lightly.loss", "lightly.models", "lightly.models.modules", "lightly.models.utils")  # torchvision
+    from lightly.loss.dcl_loss import DCLLoss
     from lightly.loss.ntx_ent_loss import NTXentLoss
 
-    loss = NTXentLoss(temperature=tau)
-    return dict(nt_xent=loss)
+    return dict(nt_xent=NTXentLoss(temperature=tau), dcl=DCLLoss(temperature=tau))
 
 
 def metric_learning(tau):
@@ -38,7 +40,8 @@ def metric_learning(tau):
 def metric_learning_supcon(tau):
     from pytorch_metric_learning.losses import SupConLoss
 
-    return dict(nt_xent=_labelled(SupConLoss(temperature=tau)))
+    loss = SupConLoss(temperature=tau)
+    return dict(nt_xent=_labelled(loss), sup_con=lambda z: loss(z, baselines.classes(len(z))))
 
 
 def _labelled(loss):

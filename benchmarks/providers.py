@@ -74,6 +74,11 @@ def ours(backend):
     losses = dict(nt_xent=tk.nt_xent, clip=tk.clip_loss, views=tk.instance_contrastive)
     losses |= dict(local_local=tk.local_local, global_local=tk.global_local)
     losses["rectangle"] = losses["queue"] = lambda *inputs, **settings: tk.rectangle(*inputs, **settings).mean()
+    losses["sup_con"] = lambda z, **settings: tk.sup_con(z, baselines.classes(len(z)), **settings)
+    losses["dcl"] = functools.partial(tk.nt_xent, decoupled=True)
+    losses["moco"] = lambda q, k, queue, **settings: tk.info_nce(
+        q, k, negatives=queue.clone(), in_batch=False, **settings
+    )
     losses["tclr_release"] = lambda *inputs, **settings: tk.tclr(*inputs, form="release", **settings).total
     return {name: by(function) for name, function in losses.items()}
 
@@ -86,6 +91,9 @@ FASTEST = {
     "global_local": baselines.global_local,
     "rectangle": baselines.log_sum_exp,
     "queue": baselines.log_sum_exp,
+    "sup_con": baselines.sup_con,
+    "dcl": baselines.dcl,
+    "moco": baselines.moco,
     "tclr_release": baselines.release_batched,
 }
 WRITTEN = {
@@ -93,12 +101,15 @@ WRITTEN = {
     "views": baselines.views_in_pairs,
     "local_local": baselines.local_local_loop,
     "global_local": baselines.global_local_loop,
+    "sup_con": baselines.sup_con_masked,
+    "dcl": baselines.dcl_blocks,
+    "moco": baselines.moco_concatenated,
     "tclr_release": baselines.release,
 }
 PEERS_SERVE = {
-    peers.lightly: {"nt_xent"},
+    peers.lightly: {"nt_xent", "dcl"},
     peers.metric_learning: {"nt_xent"},
-    peers.metric_learning_supcon: {"nt_xent"},
+    peers.metric_learning_supcon: {"nt_xent", "sup_con"},
     peers.flex_attention: {"nt_xent"},
     peers.open_clip: {"clip"},
     peers.inf_cl: {"clip"},

@@ -19,6 +19,9 @@ NAMES = {
     "clip": "CLIP",
     "rectangle": "log-sum-exp of a rectangle",
     "queue": "the same, columns without gradient",
+    "sup_con": "supervised contrast, 100 classes",
+    "dcl": "NT-Xent, decoupled",
+    "moco": "MoCo, a queue",
     "tclr_release": "TCLR objective, release's form",
 }
 

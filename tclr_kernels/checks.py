@@ -108,10 +108,10 @@ def keys(name: str, value: object, beside: Tensor) -> Tensor:
         raise TypeError(f"{name}: found {value!r}, wanted a tensor of {_wanted_keys(shape)}")
     if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{name}: found dtype {value.dtype}, wanted {_wanted_keys(shape)}")
-    if value.shape not in (shape, shape[-1:]):
+    if value.shape != shape and value.shape != shape[-1:]:  # torch.compile cannot trace `in` here
         raise ValueError(f"{name}: found shape {list(value.shape)}, wanted {_wanted_keys(shape)}")
     _one_device("the embeddings", beside, name, value)
-    return value.to(torch.int64).expand(shape)
+    return saveable(value.to(torch.int64))[0].expand(shape)
 
 
 def _wanted_keys(shape: torch.Size) -> str:

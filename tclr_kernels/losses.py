@@ -100,7 +100,9 @@ def nt_xent(
     a, b = checks.embeddings("... N D", group is not None, a=a, b=b)
     checks.flag("symmetric", symmetric)
     tau = _tau(temperature, logit_scale, normalize, reduction, a, group)
-    further = None if negatives is None else [candidates.given("negatives", negatives, a, group)]
+    further = None
+    if negatives is not None:
+        further = [candidates.given("negatives", negatives, a, group), *([] if symmetric else [None])]
     term = _terms([a, b], tau, normalize, False, backend, labels, further, decoupled, group)  # [G, 2, 2, N]
     if reduction == "none":
         term = _own(term, group)

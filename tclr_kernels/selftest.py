@@ -19,12 +19,27 @@ import tclr_kernels as tk
 from .backends import missing
 from .info import devices
 
+
+def _halves(z: Tensor) -> Tensor:
+    """Labels of two rows each."""
+    return torch.arange(len(z), device=z.device) // 2
+
+
 Check = Callable[[str, str], None]  # of a backend and a device
 Shapes = list[tuple[int, ...]]
 # name -> (function of the tensors, their shapes for B rows or videos of width D)
 LOSSES: dict[str, tuple[Callable[..., Tensor], Callable[[int, int], Shapes]]] = {
     "nt_xent": (tk.nt_xent, lambda B, D: [(B, D), (B, D)]),
     "clip_loss": (tk.clip_loss, lambda B, D: [(B, D), (B, D)]),
+    "info_nce": (
+        lambda q, k, n, **s: tk.info_nce(q, k, negatives=n, in_batch=False, **s),
+        lambda B, D: [(B, D), (B, D), (2 * B + 1, D)],
+    ),
+    "nt_xent further": (
+        lambda a, b, n, **s: tk.nt_xent(a, b, labels=_halves(a), negatives=n, **s),
+        lambda B, D: [(B, D), (B, D), (2 * B + 1, D)],
+    ),
+    "sup_con": (lambda z, **s: tk.sup_con(z, _halves(z), **s), lambda B, D: [(B + 1, D)]),
     "instance_contrastive": (tk.instance_contrastive, lambda B, D: [(5, B, D)]),
     "local_local": (tk.local_local, lambda B, D: [(B, 4, D), (B, 4, D)]),
     "global_local": (tk.global_local, lambda B, D: [(B, 4, D), (B, 4, D)]),

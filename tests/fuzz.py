@@ -74,9 +74,10 @@ def main(about, draw, survives):
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=3000)
+    parser.add_argument("--first", type=int, default=0, help="the first of the seeds, to go on where a run ended")
     parser.add_argument("--backend", default=None)
     options = parser.parse_args()
-    dead = lost(range(options.count), options.backend, draw, survives)
+    dead = lost(range(options.first, options.first + options.count), options.backend, draw, survives)
     print(*dead, sep="\n", end="\n" if dead else "")
     print(f"{options.backend or 'default'}: {options.count - len(dead)} of {options.count} survive")
     return bool(dead)

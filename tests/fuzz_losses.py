@@ -21,7 +21,7 @@ CALLS = {
     "clip_loss": lambda a, b, q, **s: tk.clip_loss(a, b, negatives=(q, q), **s),
     "clip_loss of one side": lambda a, b, q, **s: tk.clip_loss(a, b, negatives=(None, q), **s),
     "info_nce": lambda a, b, q, **s: tk.info_nce(a, b, negatives=q, **s),
-    "moco": lambda a, b, q, labels, **s: tk.info_nce(a, b, negatives=b if q is None else q, in_batch=False, **s),
+    "moco": lambda a, b, q, labels, **s: tk.info_nce(a, b, negatives=q, in_batch=False, **s),
     "views": lambda a, b, q, **s: tk.instance_contrastive([a, b, a.flip(0)], negatives=q, **s),
     "joint": lambda a, b, q, **s: tk.instance_contrastive([a, b, b.flip(0)], negatives=q, softmax="joint", **s),
     "sup_con": lambda a, b, q, labels, decoupled, **s: tk.sup_con(
@@ -63,7 +63,7 @@ def draw(seed):
     choose = random.Random(-1 - seed)
     classes, extra = choose.choice([0, 1, 2, rows.B]), choose.choice([0, 1, choose.randint(2, 40)])
     name = choose.choice(list(CALLS))
-    extra = 0 if name == "sup_con" else extra
+    extra = {"sup_con": 0, "moco": max(1, extra)}.get(name, extra)
     return Draw(rows, name, classes, extra, choose.random() < 0.5, choose.random() < 0.3)
 
 

@@ -6,6 +6,8 @@ In float64 and to 1e-12, values and the gradients of everything that may take on
 import functools
 import itertools
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -339,6 +341,36 @@ def test_negatives_of_each_query_are_groups_of_one_row(backend):
     torch.testing.assert_close(found, torch.cat(wanted).mean())
 
 
+@pytest.mark.parametrize("name", ["nt_xent", "clip_loss", "info_nce", "instance_contrastive"])
+def test_autocast_promotes_mixed_dtypes(name, backend):
+    """And the rows of a queue are those of the anchors' dtype."""
+    a, b, q = (x.float() for x in tensors())
+    call = {
+        "nt_xent": lambda a, b, q: tk.nt_xent(a, b, negatives=q, backend=backend),
+        "clip_loss": lambda a, b, q: tk.clip_loss(a, b, negatives=(q, None), backend=backend),
+        "info_nce": lambda a, b, q: tk.info_nce(a, b, negatives=q, in_batch=False, backend=backend),
+        "instance_contrastive": lambda a, b, q: tk.instance_contrastive([a, b], negatives=q, backend=backend),
+    }[name]
+    half = a.bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, grads = run(call, [half, b, q])
+    assert out.dtype == torch.float32 and [g.dtype for g in grads] == [torch.bfloat16, torch.float32, torch.float32]
+    torch.testing.assert_close(out, call(half.float(), b, q))
+
+
+def test_labels_negatives_and_scale_may_be_made_in_inference_mode(backend):
+    a, b, q = (x.float() for x in tensors())
+    with torch.inference_mode():
+        labels, further, scale = LABELS.clone(), q.clone(), torch.tensor(5.0)
+    for call, negatives in ((tk.nt_xent, further), (tk.clip_loss, (further, None)), (tk.info_nce, further)):
+        settings = dict(labels=labels, negatives=negatives, logit_scale=scale, backend=backend)
+        out, grads = run(functools.partial(call, **settings), [a, b])
+        settings |= dict(labels=LABELS, negatives=(q, None) if call is tk.clip_loss else q, logit_scale=5.0)
+        torch.testing.assert_close((out, grads), run(functools.partial(call, **settings), [a, b]))
+    found, wanted = (run(functools.partial(tk.sup_con, labels=x, backend=backend), [a]) for x in (labels, LABELS))
+    oracle.same_bits(found, wanted)
+
+
 # ---- faults
 
 
@@ -469,3 +501,41 @@ def test_a_module_learns_a_logit_scale_of_the_model(backend):
     tk.CLIPLoss(backend=backend)(a, b, logit_scale=log_scale.exp()).backward()
     _, (slope,) = run(lambda x: tk.clip_loss(a, b, 1 / x.exp(), backend=backend), [log_scale])
     torch.testing.assert_close(log_scale.grad, slope)
+
+
+# ---- the page that says which loss is which
+
+
+def test_the_examples_in_the_documentation_are_the_printed_formulas(float64, monkeypatch):
+    monkeypatch.setenv("TCLR_KERNELS_BACKEND", float64)
+    page = (Path(__file__).parents[1] / "docs/losses.md").read_text()
+    names = {}
+    exec("\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)), names)
+    a, b, video = (names[x][..., :8] if x == "video" else names[x][:8].double() for x in ("a", "b", "video"))
+    own, sim = names["own"][:8].double(), functools.partial(oracle.sim, tau=0.1)
+
+    found = names["batch_and_own"](a, b, own)
+    one = lambda i: torch.cat([a[i : i + 1], a[:i], a[i + 1 :]])  # noqa: E731  the query first
+    wanted = [
+        oracle.among_loops(one(i), torch.cat([b[i : i + 1], b[:i], b[i + 1 :]]), sim, further=own[i], own=False)[0]
+        for i in range(8)
+    ]
+    torch.testing.assert_close(found, torch.stack(wanted).mean(), rtol=1e-12, atol=0)
+
+    terms = []
+    for i, j in itertools.permutations(range(8), 2):
+        if video[i] == video[j]:
+            negatives = sum(sim(a[i], a[n]).exp() for n in range(8) if video[n] != video[i])
+            terms.append(-(sim(a[i], a[j]).exp() / (sim(a[i], a[j]).exp() + negatives)).log())
+    found = names["ntxent_of_pairs"](a, video)
+    torch.testing.assert_close(found, torch.stack(terms).mean(), rtol=1e-12, atol=0)
+
+
+def test_with_indices_as_labels_the_losses_of_labels_are_nt_xent(float64):
+    a, b = tensors()[:2]
+    wanted = tk.nt_xent(a, b, backend=float64)
+    z, index = torch.cat([a, b]), torch.arange(N).repeat(2)
+    torch.testing.assert_close(tk.sup_con(z, index, backend=float64), wanted, rtol=1e-12, atol=0)
+    for softmax in ("pairs", "joint"):
+        found = tk.instance_contrastive([a, b], softmax=softmax, backend=float64)
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)

@@ -91,13 +91,13 @@ OF_RECTANGLES = {
     "pairs: the gradient's sign": ("size > 0 ? -1 : size < 0 ? 1", "size > 0 ? 1 : size < 0 ? -1"),
 }
 RECTANGLES_ON_TENSOR_CORES = {
-    "the same index on the diagonal alone": ("apart > -square && apart < square", "apart == 0"),
+    "the same index on the diagonal alone": ("by > -square && by < square", "by == 0"),
     "other candidates counted": ("if (others >> (4 * n + e) & 1)", "if (false)"),
     "all candidates positive": ("sum += is ? S[n][e] : 0, count", "sum += S[n][e], count"),
     "own blocks in cross": ("(p.resident.V + 1) / 2 ? half() : 0", "(p.resident.V + 1) / 2 ? 0 : 0"),
-    "the passing anchors forgotten": ("(weighed & of_passing) sum += y.negative", "(false) sum += y.negative"),
+    "the passing anchors forgotten": ("if (weighed & of_passing) sum += weight", "if (false) sum += weight"),
     "coefficients of the first set": ("if (J.a == set ||", "if (set >= 0 ||"),
-    "the gradient of pos forgotten": (": 0) + of_same_index(J, i + row)", ": 0)"),
+    "the gradient of pos forgotten": (": 0) + of_same_index(J, sides", ": 0) + 0 * of_same_index(J, sides"),
     "a positive of the same index forgotten": ("(same_key(n, e) ? S[n][e] : 0) + of", "of"),
     "a part forgotten": (
         "first + part_begin(part + 1, tiles, p.parts), panel",

@@ -1,6 +1,10 @@
-"""A sample of `fuzz.py`."""
+"""Samples of `fuzz.py` and its likes. Where the interpreter is slow, each commit takes another part."""
+
+import pytest
 
 from . import fuzz, fuzz_general, fuzz_losses
+
+PARTS = range(0, 300, 30)
 
 
 def test_random_inputs_survive(backend):
@@ -13,9 +17,11 @@ def test_the_fuzz_can_fail(monkeypatch, backend):
     assert fuzz.lost(range(10), backend)
 
 
-def test_random_ranges_labels_and_extra_columns_survive(backend):
-    assert fuzz.lost(range(300), backend, fuzz_general.draw, fuzz_general.survives) == []
+@pytest.mark.parametrize("first", PARTS)
+def test_random_ranges_labels_and_extra_columns_survive(first, backend):
+    assert fuzz.lost(range(first, first + 30), backend, fuzz_general.draw, fuzz_general.survives) == []
 
 
-def test_random_losses_survive(backend):
-    assert fuzz.lost(range(100), backend, fuzz_losses.draw, fuzz_losses.survives) == []
+@pytest.mark.parametrize("first", PARTS)
+def test_random_losses_survive(first, backend):
+    assert fuzz.lost(range(first, first + 10), backend, fuzz_losses.draw, fuzz_losses.survives) == []

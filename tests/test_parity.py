@@ -167,13 +167,13 @@ def test_expanded_and_flipped_inputs_change_no_bit(name, backend):
 
 @st.composite
 def problems(draw, names):
-    # a key that equals its query has no gradient
-    rhos = [0, 0.5, 0.9, 0.99, *([] if names is FURTHER else [1])]
+    # a key that equals its query has no gradient; of few terms, C1 compares one rounding with another
+    rhos, fewest = ([0, 0.5, 0.9, 0.99], 12) if names is FURTHER else ([0, 0.5, 0.9, 0.99, 1], 1)
     dtype = draw(st.sampled_from(DTYPES))
     reach = 2 if dtype == torch.float16 else 18
     return dict(
         name=draw(st.sampled_from(names)),
-        sizes=(draw(st.integers(1, 40)), draw(st.integers(2, 5)), draw(st.integers(2, 70))),
+        sizes=(draw(st.integers(fewest, 40)), draw(st.integers(2, 5)), draw(st.integers(2, 70))),
         dtype=dtype,
         rho=draw(st.sampled_from(rhos)),
         scale=10.0 ** draw(st.integers(-reach, reach)),

@@ -5,15 +5,16 @@ Those planted in the C++ kernels are in `test_kernels.py`.
 
 import functools
 import inspect
+import sys
 import types
 
 import pytest
 import torch
 
 import tclr_kernels as tk
-from tclr_kernels import backends
+from tclr_kernels import backends, candidates, losses
 
-from . import oracle, test_general
+from . import oracle, test_candidates, test_general
 
 SOURCE = inspect.getsource(backends.reference)
 BUGS = {
@@ -44,6 +45,19 @@ GENERAL_BUGS = {
     "the mean of one positive more": ("count.clamp(min=1)", "(count + 1)"),
     "half of the columns' gradient": ("self.z.flatten(1, 2)", "(self.z / 2 + self.z.detach() / 2).flatten(1, 2)"),
     "blocks that do not exist": ("m.left_out | ~m.there", "m.left_out"),
+}
+
+
+CANDIDATES = inspect.getsource(candidates)
+CANDIDATE_BUGS = {
+    "labels forgotten": ("keys = None if labels is None else", "keys = None if True else"),
+    "one set's negatives for all": ("rows = torch.stack(sets, 1)", "rows = torch.stack([sets[0]] * len(sets), 1)"),
+    "all groups' negatives for each": ("1 if negatives.dim() == 2 else len(anchors)", "1"),
+    "sides exchanged": ("zip(sets, negatives, strict=True)", "zip(sets, reversed(negatives), strict=True)"),
+    "a row its own positive": (".masked_fill(itself, -torch.inf).logsumexp(2)", ".logsumexp(2)"),
+    "the first block alone": ("blocks = [*self.neg.unbind(2),", "blocks = [*self.neg.unbind(2)[:1],"),
+    "positives among the keys of others": ("tau, normalize, True, backend)[1]", "tau, normalize, False, backend)[0]"),
+    "gradients added in half precision": ("torch.promote_types(x.dtype, torch.float32)", "x.dtype"),
 }
 
 
@@ -92,9 +106,26 @@ def check_general():
                 assert oracle.error(found, want) < 1e-11
 
 
+def check_candidates():
+    """Raises AssertionError unless the losses with labels and further negatives are their printed formulas."""
+    own = dict(labels=test_candidates.LABELS, further="own", decoupled=False)
+    alone = dict(labels=None, further="of all", decoupled=True)
+    for case, leading in ((own, (2,)), (alone, ())):
+        test_candidates.test_nt_xent(case, True, leading, "reference")
+        test_candidates.test_clip_loss(case, (True, False), leading, "reference")
+        test_candidates.test_info_nce(case, case is own, leading, "reference")
+    test_candidates.test_instance_contrastive(alone, "joint", 3, "reference")
+    short = [1e-6 * x.double() for x in oracle.LOSSES["moco"].inputs((3, 2, 4))]
+    _, grads = oracle.run(
+        tk.info_nce, [x.half() for x in short[:2]], in_batch=False, negatives=short[1].half(), backend="reference"
+    )
+    assert not any(g.isnan().any() for g in grads)
+
+
 def test_the_definition_passes():
     check()
     check_general()
+    check_candidates()
 
 
 @pytest.mark.parametrize("bug", BUGS)
@@ -113,3 +144,16 @@ def test_planted_bug_of_the_general_operation_is_found(bug, monkeypatch):
     monkeypatch.setattr(backends, "reference", backend_from(SOURCE.replace(old, new)))
     with pytest.raises(AssertionError):
         check_general()
+
+
+@pytest.mark.parametrize("bug", CANDIDATE_BUGS)
+def test_planted_bug_of_the_candidates_is_found(bug, monkeypatch):
+    old, new = CANDIDATE_BUGS[bug]
+    assert old in CANDIDATES
+    planted = types.ModuleType("tclr_kernels.planted")
+    planted.__package__ = "tclr_kernels"
+    monkeypatch.setitem(sys.modules, "tclr_kernels.planted", planted)
+    exec(CANDIDATES.replace(old, new), vars(planted))
+    monkeypatch.setattr(losses, "candidates", planted)
+    with pytest.raises(AssertionError):
+        check_candidates()

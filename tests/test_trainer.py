@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import tclr_kernels as tk
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "python"))
 
 from tclr import checkpoint, models, train  # noqa: E402
@@ -101,6 +103,33 @@ def test_the_interrupted_run_draws_what_the_whole_one_does(videos, tmp_path):
         result = trained(videos, lambda **terms: parts.append(terms), tmp_path / "last.pt", steps=steps)
     assert parts == whole and same(result, wanted)
     assert whole[-1]["temperature"] != pytest.approx(0.1, abs=1e-9)
+
+
+@pytest.mark.parametrize("weights", [None, dict(ic_global=2.0, ll=0.0, gl=0.0)])
+def test_a_queue_gives_ic_global_the_embeddings_of_earlier_steps(weights, videos, tmp_path, monkeypatch):
+    """Its terms are those of the loss with such negatives, and a run that is interrupted goes on bit by bit."""
+    seen, original = [], train.Run.objective
+
+    def objective(run, g, s, x):
+        before, terms = run.queue(), original(run, g, s, x)
+        wanted = tk.tclr(g, s, x, run.loss.temperature, form="release", weights=weights)
+        ic = tk.nt_xent(*g, run.loss.temperature, negatives=before)
+        torch.testing.assert_close(terms.ic_global, ic)
+        weight = (weights or {}).get("ic_global", 1)
+        torch.testing.assert_close(terms.total, wanted.total + weight * (ic - wanted.ic_global))
+        seen.append(terms.ic_global.item() - wanted.ic_global.item())
+        torch.testing.assert_close(run.queue()[: len(before)].norm(dim=1), torch.ones(len(before)))
+        return terms
+
+    recipe = dict(queue=20, weights=weights)
+    wanted = trained(videos, steps=5, **recipe)
+    for steps in 2, 5:
+        result = trained(videos, file=tmp_path / "last.pt", steps=steps, **recipe)
+    assert same(result, wanted)
+    monkeypatch.setattr(train.Run, "objective", objective)
+    assert same(trained(videos, steps=5, **recipe), wanted) and all(more > 0 for more in seen)
+    with pytest.raises(ValueError, match="recipe.queue: found 21, wanted 20"):
+        trained(videos, file=tmp_path / "last.pt", steps=6, **recipe | dict(queue=21))
 
 
 def test_a_loss_that_is_no_number_names_its_videos(videos):

@@ -426,6 +426,7 @@ REFUSED = {  # key -> another value
     "recipe.batch": 2,
     "recipe.accumulate": 2,
     "recipe.learn_temperature": "true",
+    "recipe.queue": 4,
     "recipe.seed": 1,
 }
 APPLIED = {

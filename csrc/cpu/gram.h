@@ -67,9 +67,9 @@ struct RectangleInput {
 
 // What the weights are made of with one side as anchors, contiguous [G, A, C, n]; null where there is none.
 struct Anchors {
-  const double *neg, *g_neg, *g_pos;
-  const double *pos_lse, *g_pos_lse, *g_spread, *count;
-  const double *negatives, *g_pairs;
+  const double *neg{}, *g_neg{}, *g_pos{};
+  const double *pos_lse{}, *g_pos_lse{}, *g_spread{}, *count{};
+  const double *negatives{}, *g_pairs{};
 };
 
 enum class Wanted { blocks, pairs, gradients };
@@ -78,13 +78,13 @@ enum class Wanted { blocks, pairs, gradients };
 template <typename T>
 struct RectangleCall {
   Wanted wanted;
-  double *neg, *pos, *pos_lse, *spread, *count;  // blocks
-  T* mean;                                       // [G, n, D]
-  const double* negatives;                       // pairs: [G, A, C, n]
-  double *sums, *slope;
-  Anchors of_rows, of_columns;           // gradients
-  const Gradient<T>*d_rows, *d_columns;  // one a set
-  T* along;                              // [G, A, n], or [G, C, K] where only the columns' gradients are wanted
+  double *neg{}, *pos{}, *pos_lse{}, *spread{}, *count{};  // blocks
+  T* mean{};                                               // [G, n, D]
+  const double* negatives{};                               // pairs: [G, A, C, n]
+  double *sums{}, *slope{};
+  Anchors of_rows{}, of_columns{};           // gradients
+  const Gradient<T>*d_rows{}, *d_columns{};  // one a set
+  T* along{};                                // [G, A, n], or [G, C, K] where only the columns' gradients are wanted
 
   bool of_pairs() const { return wanted == Wanted::pairs || of_rows.negatives || of_columns.negatives; }
 };

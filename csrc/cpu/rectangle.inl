@@ -4,6 +4,9 @@
 // have none. These few are taken out of a strip of S before its exponentials, and weighted by arithmetic of their own
 // in double; so all else is the code that there is without keys. Each tile of S is computed once, whichever gradients
 // it serves. Who writes where, and in which order, depends on sizes alone, never on the number of threads.
+//
+// Memory: both sides once as unit rows, backward as much again for the gradients that are wanted; sums and weights of
+// every (set, other set, row); one side's sums and gradients up to 31 blocks of 192 rows more; a tile for each thread.
 #pragma once
 #include "gram.inl"
 
@@ -71,14 +74,14 @@ template <typename T>
 struct Half {
   Cut cut;
   int64_t others, copies, ldz;
-  const int64_t* order;
-  T *z, *d;               // [sets, N, ldz], [copies, sets, N, ldz]: the gradient, or the weighted columns' sum
-  Norm* norms;            // [sets, N]
-  int64_t* stage;         // [copies, blocks] the round in which each block is next
-  Sums<T> neg, pos;       // [copies, size]
-  double *total, *slope;  // [copies, size] of the positives: the sum of S or softplus, and of its derivative
-  T *scale, *shift;       // [size] the weight of a negative is scale * exp(S - shift), in `unit`s
-  double *g_pos, *lse, *g_lse, *g_spread, *share;  // [size] those of the positives; of pairs lse is `negatives`
+  const int64_t* order = nullptr;
+  T *z{}, *d{};               // [sets, N, ldz], [copies, sets, N, ldz]: the gradient, or the weighted columns' sum
+  Norm* norms{};              // [sets, N]
+  int64_t* stage{};           // [copies, blocks] the round in which each block is next
+  Sums<T> neg{}, pos{};       // [copies, size]
+  double *total{}, *slope{};  // [copies, size] of the positives: the sum of S or softplus, and of its derivative
+  T *scale{}, *shift{};       // [size] the weight of a negative is scale * exp(S - shift), in `unit`s
+  double *g_pos{}, *lse{}, *g_lse{}, *g_spread{}, *share{};  // [size] of the positives; of pairs lse is `negatives`
 
   Half(Cut cut, int64_t others, int64_t copies, int64_t ldz) : cut(cut), others(others), copies(copies), ldz(ldz) {}
 
@@ -123,8 +126,10 @@ struct Patch {
     columns = memory.take<T>(D * chunk);
     S = memory.take<T>(rows.block * lds + NR<T>);
     positives = memory.take<T>(strip * lds + NR<T>);
-    for (T** x : {&column_sum, &column_max, &scale, &shift, &positive_sum, &positive_max}) *x = memory.take<T>(chunk);
-    for (double** x : {&total, &slope, &negatives}) *x = memory.take<double>(chunk);
+    T** of_columns[] = {&column_sum, &column_max, &scale, &shift, &positive_sum, &positive_max};
+    double** wide[] = {&total, &slope, &negatives};
+    for (T** x : of_columns) *x = memory.take<T>(chunk);
+    for (double** x : wide) *x = memory.take<double>(chunk);
   }
 };
 
@@ -516,7 +521,8 @@ void meet(const Sheet<T>& w, int64_t row, int64_t column, int64_t row_copy, int6
 // The power of two of the largest gradient that arrives.
 INLINE double unit(const Anchors& from, int64_t first, int64_t n, double top) {
   Vec<double> largest = splat(top);
-  for (const double* x : {from.g_neg, from.g_pos, from.g_pos_lse, from.g_spread, from.g_pairs})
+  const double* gradients[] = {from.g_neg, from.g_pos, from.g_pos_lse, from.g_spread, from.g_pairs};
+  for (const double* x : gradients)
     for (int64_t i = 0; x && i < n; i += lanes<double>) {
       Vec<double> g = widen(x + first + i, n - i), size = g < 0 ? -g : g;
       largest = larger<double>(size, largest);

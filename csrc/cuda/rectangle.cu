@@ -19,6 +19,9 @@ struct Step {
   Packed z, passing_z;  // for tensor cores
 };
 
+template <typename T>
+using Kernel = void (*)(Step<T>);
+
 // How it is computed: as in calls.cuh.
 template <typename T>
 struct PlainRectangle {
@@ -45,9 +48,8 @@ struct PlainRectangle {
     rectangle_gradient<T, keyed>(s.p, block);
   }
   template <bool keyed>
-  static auto gradient_kernel(const Step<T>&);
-  static bool sums_with_mean(const Step<T>&) { return false; }
-  TCLR_METHOD static void sum_with_mean(const Step<T>&, int64_t) {}
+  static Kernel<T> gradient_kernel(const Step<T>&);
+  static Kernel<T> mean_kernel(const Step<T>&) { return nullptr; }
   TCLR_METHOD static void finish_mean(const Step<T>& s, int64_t k) { write_mean(s.p, k); }
 };
 
@@ -78,11 +80,8 @@ struct RectangleOnTensorCores {
     rectangle_gradient_on_tensor_cores<E, keyed, weighed>(s.p, sides(s), block);
   }
   template <bool keyed>
-  static auto gradient_kernel(const Step<float>&);
-  static bool sums_with_mean(const Step<float>& s) { return s.z.chunks() == 1; }
-  TCLR_METHOD static void sum_with_mean(const Step<float>& s, int64_t block) {
-    rectangle_mean_on_tensor_cores<E>(s.p, sides(s), block);
-  }
+  static Kernel<float> gradient_kernel(const Step<float>&);
+  static Kernel<float> mean_kernel(const Step<float>& s);
   TCLR_METHOD static void finish_mean(const Step<float>& s, int64_t k) {
     s.z.chunks() == 1 ? join_mean(s.p, k) : write_mean(s.p, k);
   }
@@ -111,9 +110,9 @@ TCLR_KERNEL make_rectangle_gradient(TCLR_ARGUMENT StepOf<Way> s) {
   Way::template add_gradient<keyed, weighed>(s, blockIdx.x);
 }
 
-template <typename Way>
-TCLR_KERNEL sum_rectangle_with_mean(TCLR_ARGUMENT StepOf<Way> s) {
-  Way::sum_with_mean(s, blockIdx.x);
+template <typename E>
+TCLR_KERNEL sum_rectangle_with_mean(TCLR_ARGUMENT Step<float> s) {
+  rectangle_mean_on_tensor_cores<E>(s.p, {s.p, s.z, s.passing_z}, blockIdx.x);
 }
 
 template <typename Way>
@@ -123,7 +122,7 @@ TCLR_KERNEL write_means(TCLR_ARGUMENT StepOf<Way> s) {
 
 template <typename T>
 template <bool keyed>
-auto PlainRectangle<T>::gradient_kernel(const Step<T>&) {
+Kernel<T> PlainRectangle<T>::gradient_kernel(const Step<T>&) {
   return make_rectangle_gradient<PlainRectangle, keyed, of_resident | of_passing>;
 }
 
@@ -131,10 +130,15 @@ bool has(const Anchors& x) { return x.neg || x.g_pairs; }
 
 template <typename E>
 template <bool keyed>
-auto RectangleOnTensorCores<E>::gradient_kernel(const Step<float>& s) {
+Kernel<float> RectangleOnTensorCores<E>::gradient_kernel(const Step<float>& s) {
   if (!has(s.p.passing_anchors)) return make_rectangle_gradient<RectangleOnTensorCores, keyed, of_resident>;
   if (!has(s.p.anchors)) return make_rectangle_gradient<RectangleOnTensorCores, keyed, of_passing>;
   return make_rectangle_gradient<RectangleOnTensorCores, keyed, of_resident | of_passing>;
+}
+
+template <typename E>
+Kernel<float> RectangleOnTensorCores<E>::mean_kernel(const Step<float>& s) {
+  return s.z.chunks() == 1 ? sum_rectangle_with_mean<E> : nullptr;
 }
 
 // One call: its sides, and what its launches take.
@@ -177,11 +181,10 @@ struct RectangleLaunches {
   }
 
   // In what counts the memory, nothing is launched.
-  template <typename A>
-  void run(void (*kernel)(A), int64_t blocks, size_t shared, const A& argument) {
-    if (arena.base && !error) error = launch(kernel, blocks, shared, stream, argument);
+  void run(Kernel<T> kernel, int64_t blocks, size_t shared, const Step<T>& s) {
+    if (arena.base && !error) error = launch(kernel, blocks, shared, stream, s);
   }
-  void run_for_each(void (*kernel)(Step<T>), int64_t count, const Step<T>& s) {
+  void run_for_each(Kernel<T> kernel, int64_t count, const Step<T>& s) {
     run(kernel, (count + threads - 1) / threads, 0, s);
   }
   void over(const Call<T>& c, const GramCall& of, void (*kernel)(Call<T>), size_t shared) {
@@ -194,7 +197,7 @@ struct RectangleLaunches {
     over(rows, call.rows, read_sets<Path>, threads * sizeof(T));
     if (!call.symmetric) over(columns, call.columns, read_sets<Path>, threads * sizeof(T));
   }
-  void sum(Step<T>& s, bool with_mean = false) {
+  void sum(Step<T>& s, Kernel<T> with_mean = nullptr) {
     int64_t sets = s.p.passing.V, tiles = Way::resident_tiles(s) * sets;
     s.p.parts = parts_of(Way::tiles_of_set(s), tiles, enough_blocks);
     int64_t size = keyed ? sizeof(SumsOf<T, true>) : sizeof(SumsOf<T, false>);
@@ -202,8 +205,8 @@ struct RectangleLaunches {
     arena.take(sums, s.p.parts * s.p.anchor_count() * size);
     s.p.sums = reinterpret_cast<Sums<T>*>(sums);
     if (with_mean) arena.take(s.p.resident.dz, s.p.parts * s.p.resident.rows() * s.p.resident.ldz);
-    auto kernel = keyed ? sum_rectangle<Way, true> : sum_rectangle<Way, false>;
-    run(with_mean ? sum_rectangle_with_mean<Way> : kernel, tiles * s.p.parts, Way::shared(s), s);
+    Kernel<T> without = keyed ? sum_rectangle<Way, true> : sum_rectangle<Way, false>;
+    run(with_mean ? with_mean : without, tiles * s.p.parts, Way::shared(s), s);
     run_for_each(keyed ? finish_rectangle<T, true> : finish_rectangle<T, false>, s.p.anchor_count(), s);
   }
   void make_gradient(Step<T>& s) {
@@ -220,11 +223,11 @@ struct RectangleLaunches {
     Step<T> s = step(true);
     s.p.neg = call.neg, s.p.pos = call.pos, s.p.pos_lse = call.pos_lse, s.p.spread = call.spread;
     s.p.count = call.count, s.p.pair_sums = call.pair_sums, s.p.slope = call.slope;
-    bool together = call.mean && Way::sums_with_mean(s);
-    sum(s, together);
+    Kernel<T> with_mean = call.mean ? Way::mean_kernel(s) : nullptr;
+    sum(s, with_mean);
     if (!call.mean) return;
     s.p.mean = static_cast<T*>(call.mean), s.p.anchors.neg = call.neg;
-    if (!together) make_gradient(s);
+    if (!with_mean) make_gradient(s);
     run_for_each(write_means<Way>, s.p.resident.rows() * s.p.resident.D, s);
   }
   void note(bool of_rows) {

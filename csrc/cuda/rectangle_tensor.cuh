@@ -36,15 +36,19 @@ struct TwoSides {
   constexpr int64_t last(int64_t a) const {
     return p.resident.cross && a >= (p.resident.V + 1) / 2 ? half() : p.passing.V * columns().tiles();
   }
-  // Whether a tile holds rows of the same index.
+  // Rows of the same index are those where column + apart = row, in the tile; and whether it holds some.
+  TCLR_METHOD int64_t apart(const Block& I, const Block& J) const {
+    return columns().begin(J.index) - rows().begin(I.index) - p.offset;
+  }
   TCLR_METHOD bool touch(const Block& I, const Block& J) const {
-    if (p.offset == no_index) return false;
-    int64_t apart = columns().begin(J.index) - rows().begin(I.index) - p.offset;
-    return apart > -square && apart < square;
+    int64_t by = apart(I, J);
+    return p.offset != no_index && by > -square && by < square;
   }
 };
 
 // ---- sums
+
+constexpr uint32_t all_entries = 0xffffffff;  // of a lane's, a bit for each
 
 template <bool keyed>
 struct RectangleSums {
@@ -67,40 +71,38 @@ struct RectangleSums {
   TCLR_METHOD void take_others(const Block& J, TileOfS& S) {
     bool touch = sides.touch(I, J);
     if (!touch && !keyed) return;
-    int64_t first = sides.columns().begin(J.index);
-    uint32_t others = 0, positives = 0;  // a bit for each entry
+    int apart = touch ? int(sides.apart(I, J)) : 2 * square;
+    uint32_t others = 0, positives = 0;  // as all_entries
 #pragma unroll
     for (int n = 0; n < square / 8; ++n)
       for (int e = 0; e < 4; ++e) {
         const auto& anchor = anchors[e / 2];
         int column = lane.column(n, e);
-        bool same_index = touch && anchor.same_index(first + column);
+        bool same_index = column + apart == lane.row(e) && anchor.valid;
         bool same_key = keyed && anchor.same_key(keys[column]);
         if (same_index) anchor.take_same_index(S[n][e]);
         others |= uint32_t(same_index || same_key) << (4 * n + e);
         positives |= uint32_t(same_key && !(same_index && anchor.a == anchor.c)) << (4 * n + e);
       }
     if constexpr (keyed)
-      if (positives)
-        for (int h = 0; h < 2; ++h) add_positives(S, positives, h);
+      if (positives) add_positives<0>(S, positives), add_positives<1>(S, positives);
 #pragma unroll
     for (int n = 0; n < square / 8; ++n)
       for (int e = 0; e < 4; ++e)
         if (others >> (4 * n + e) & 1) S[n][e] = -INFINITY;
   }
-  TCLR_METHOD void add_positives(const TileOfS& S, uint32_t positives, int h) {
-    TileOfS among;
+  template <int h>
+  TCLR_METHOD void add_positives(const TileOfS& S, uint32_t positives) {
     float sum = 0;
     int count = 0;
 #pragma unroll
     for (int n = 0; n < square / 8; ++n)
       for (int e = 2 * h; e < 2 * h + 2; ++e) {
         bool is = positives >> (4 * n + e) & 1;
-        among[n][e] = is ? S[n][e] : -INFINITY;
         sum += is ? S[n][e] : 0, count += is;
       }
     Sums<float>& of = anchors[h].sums;
-    of.positives.merge(of_tile(among, h)), of.sum += sum, of.count += count;
+    of.positives.merge(of_tile<h>(S, positives)), of.sum += sum, of.count += count;
   }
   TCLR_METHOD void scored(const Block& b, TileOfS& S) {
     Block J = sides.tile_of(b);
@@ -112,15 +114,18 @@ struct RectangleSums {
       for (float& s : row) s *= inverse_tau;
     take_others(J, S);
     lane.put(S, sides.columns().of(J.index), -INFINITY);
-    for (int h = 0; h < 2; ++h) negatives_of(anchors[h].sums).merge(of_tile(S, h));
+    negatives_of(anchors[0].sums).merge(of_tile<0>(S, all_entries));
+    negatives_of(anchors[1].sums).merge(of_tile<1>(S, all_entries));
   }
-  TCLR_METHOD Exponentials<float> of_tile(const TileOfS& S, int h) const {
+  template <int h>
+  TCLR_METHOD Exponentials<float> of_tile(const TileOfS& S, uint32_t entries) const {
+    auto value = [&](int n, int e) { return entries >> (4 * n + e) & 1 ? S[n][e] : -INFINITY; };
     float top = lowest<float>, sum = 0;
     for (int n = 0; n < square / 8; ++n)
-      for (int e = 2 * h; e < 2 * h + 2; ++e) top = S[n][e] > top ? S[n][e] : top;
+      for (int e = 2 * h; e < 2 * h + 2; ++e) top = value(n, e) > top ? value(n, e) : top;
     float offset = top < INFINITY ? top : 0;
     for (int n = 0; n < square / 8; ++n)
-      for (int e = 2 * h; e < 2 * h + 2; ++e) sum += exponential(S[n][e] - offset);
+      for (int e = 2 * h; e < 2 * h + 2; ++e) sum += exponential(value(n, e) - offset);
     return {top, sum};
   }
   TCLR_METHOD void met(TileOfS&, const uint32_t*, int) {}
@@ -143,7 +148,8 @@ TCLR_DEVICE void rectangle_sums_on_tensor_cores(const Rectangle<float>& p, const
   int64_t tiles = p.exists(I.a, c) ? sides.columns().tiles() : 0, first = c * sides.columns().tiles();
   meet<E>(sides, I, first + part_begin(part, tiles, p.parts), first + part_begin(part + 1, tiles, p.parts), -1, work);
   auto* to = reinterpret_cast<SumsOf<float, keyed>*>(p.sums) + part * p.anchor_count();
-  for (auto& anchor : work.anchors) join_four(anchor.sums, anchor.valid, to + anchor.at());
+#pragma unroll
+  for (int h = 0; h < 2; ++h) join_four(work.anchors[h].sums, work.anchors[h].valid, to + work.anchors[h].at());
 }
 
 // ---- sums, and the mean of the columns
@@ -283,19 +289,15 @@ struct RectangleGradient {
     if constexpr (keyed) return own[e / 2].key >= 0 && own[e / 2].key == shared[lane.column(n, e)].key;
     return false;
   }
-  TCLR_METHOD float weight(int n, int e, float s) const {
-    const Coefficients<keyed>&x = own[e / 2], &y = shared[lane.column(n, e)];
-    float sum = 0;
-    if constexpr (keyed) {
-      if (same_key(n, e)) {
-        if (weighed & of_resident) sum += x.positive.weight(s, false);
-        if (weighed & of_passing) sum += y.positive.weight(s, false);
-        return sum;
-      }
-    }
-    if (weighed & of_resident) sum += x.negative.g * exponential(s - x.negative.shift);
-    if (weighed & of_passing) sum += y.negative.g * exponential(s - y.negative.shift);
-    return sum;
+  // The weight of one entry for the anchor of one side.
+  TCLR_METHOD static float weight(const Coefficients<keyed>& x, float s, bool same_key) {
+    float g = x.negative.g, shift = x.negative.shift;
+    if constexpr (keyed)
+      if (same_key) g = x.positive.g, shift = x.positive.shift;
+    float e = exponential(s - shift), w = g * e;
+    if constexpr (keyed)
+      if (same_key) w += x.positive.g_spread * (e - x.positive.share);
+    return w;
   }
 
   TCLR_METHOD void scored(const Block& b, TileOfS& S) {
@@ -306,15 +308,21 @@ struct RectangleGradient {
     }
 #pragma unroll
     for (int n = 0; n < square / 8; ++n)
-      for (int e = 0; e < 4; ++e) S[n][e] = weight(n, e, S[n][e] * inverse_tau);
+      for (int e = 0; e < 4; ++e) {
+        float s = S[n][e] * inverse_tau, sum = 0;
+        bool positive = same_key(n, e);
+        if (weighed & of_resident) sum += weight(own[e / 2], s, positive);
+        if (weighed & of_passing) sum += weight(shared[lane.column(n, e)], s, positive);
+        S[n][e] = sum;
+      }
     lane.put(S, sides.columns().of(J.index), 0);
     if (!sides.touch(I, J)) return;
-    int64_t i = sides.rows().begin(I.index), apart = sides.columns().begin(J.index) - i - p.offset;
+    int apart = int(sides.apart(I, J));
     for (int n = 0; n < square / 8; ++n)
       for (int e = 0; e < 4; ++e) {
         int row = lane.row(e);
         if (lane.column(n, e) + apart != row || row >= sides.rows().of(I.index)) continue;
-        S[n][e] = I.a == J.a ? 0 : (same_key(n, e) ? S[n][e] : 0) + of_same_index(J, i + row);
+        S[n][e] = I.a == J.a ? 0 : (same_key(n, e) ? S[n][e] : 0) + of_same_index(J, sides.rows().begin(I.index) + row);
       }
   }
   TCLR_METHOD void met(TileOfS& W, const uint32_t* columns, int words) { dz.add(W, columns, words); }

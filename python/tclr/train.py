@@ -30,10 +30,10 @@ AUGMENTS = {"demo": Augment, "release": ReleaseAugment}
 AMP = {"fp16": torch.float16, "bf16": torch.bfloat16}
 # What a checkpoint's state, or the meaning of its number of steps, hangs on: the rest may change as a run goes on.
 FIXED = "net.", "clips.", "data.dataset", "data.split", "data.train", "recipe.optimizer", "recipe.batch"
-FIXED += "recipe.accumulate", "recipe.learn_temperature", "recipe.seed"
+FIXED += "recipe.accumulate", "recipe.learn_temperature", "recipe.queue", "recipe.seed"
 OBJECTIVE = "recipe.weights", "recipe.form", "recipe.temperature"
 LEAST = dict(steps=0, epochs=0, batch=1, accumulate=1, lr=0, warmup=0, weight_decay=0, side=1, readers=0)
-LEAST |= dict(checkpoint_every=1)
+LEAST |= dict(checkpoint_every=1, queue=0)
 WARM = 0.01, 0.05, 0.1, 0.5, 1.0  # the release's factors of the learning rate, an epoch each
 
 
@@ -44,6 +44,7 @@ class Recipe:
     steps: how many, or 0 for `epochs` times the steps of an epoch. schedule: "cosine" warms up over `warmup` steps;
     "plateau" is the release's, five epochs of warm-up, then a tenth after 9 epochs without a new best mean loss.
     accumulate: batches a step, each contrasted within itself. learn_temperature: `temperature` is where it starts.
+    queue: how many embeddings of earlier global clips are further negatives of ic_global; each process keeps its own.
     readers: threads that decode the next batch while one is trained on; 0 for videos in memory.
     """
 
@@ -60,6 +61,7 @@ class Recipe:
     learn_temperature: bool = False
     weights: dict[str, float] | None = None
     form: Literal["paper", "release"] = "paper"
+    queue: int = 0
     backend: str | None = None
     augment: Literal["demo", "release"] = "demo"
     side: int = 32
@@ -124,6 +126,12 @@ class Run:
         self.ahead = Ahead(recipe.readers) if recipe.readers else None
         temperature = nn.Parameter(torch.tensor(recipe.temperature)) if recipe.learn_temperature else recipe.temperature
         settings = dict(form=recipe.form, weights=recipe.weights, backend=recipe.backend)
+        self.queue = None
+        if recipe.queue:
+            settings["weights"] = {**(recipe.weights or {}), "ic_global": 0.0}  # `objective` adds that term
+            dim = embedder.head[-1].num_features
+            self.queue = tk.NegativeQueue(recipe.queue, dim).to(device)
+            self.queue.enqueue(torch.randn(recipe.queue, dim, generator=drawn(recipe.seed, "queue")).to(device))
         self.loss = tk.TCLRLoss(temperature=temperature, **settings).to(device)
         self.parameters = [*embedder.parameters(), *self.loss.parameters()]
         kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[recipe.optimizer]
@@ -167,12 +175,22 @@ class Run:
         augment = AUGMENTS[recipe.augment](recipe.side, generator)
         with torch.autocast(torch.device(self.device).type, AMP.get(recipe.amp), enabled=recipe.amp != "off"):
             g, s, x = self.embed(self.embedder, windows, self.plan, augment, local=recipe.weights != IC_ONLY)
-        terms = self.loss(g.float(), s.float(), x.float())
+        terms = self.objective(g.float(), s.float(), x.float())
         if not math.isfinite(terms.total.item()):
             names = ", ".join(self.videos.names[i] for i in chosen)
             raise FloatingPointError(f"step {self.done}: the loss is {terms.total.item()}; its batch: {names}")
         self.scaler.scale(terms.total / recipe.accumulate).backward()
         return terms
+
+    def objective(self, g, s, x):
+        """The terms of a batch; with a queue, ic_global has the earlier global clips as further negatives."""
+        terms = self.loss(g, s, x)
+        if self.queue is None:
+            return terms
+        ic = tk.nt_xent(*g, self.loss.temperature, negatives=self.queue, backend=self.recipe.backend)
+        self.queue.enqueue(g)
+        weight = (self.recipe.weights or {}).get("ic_global", 1.0)
+        return terms._replace(total=terms.total + weight * ic, ic_global=ic)
 
     def read(self, step, part, threads=None):
         """A batch's videos, its windows, and the generator that draws its augmentations."""
@@ -199,6 +217,7 @@ class Run:
         parts = self.embedder, self.loss, self.optimizer, self.scaler
         names = "embedder", "loss", "optimizer", "scaler"
         states = {name: part.state_dict() for name, part in zip(names, parts, strict=True)}
+        states |= {"queue": self.queue.state_dict()} if self.queue else {}
         kept = dict(settings=self.settings, videos=listing_digest(self.videos), classes=self.videos.classes)
         return dict(done=self.done, plateau=vars(self.plateau).copy(), **kept, **states)
 
@@ -213,6 +232,8 @@ class Run:
             raise ValueError(f"net: found another network than the checkpoint's: {error}") from None
         if self.recipe.learn_temperature:
             self.loss.load_state_dict(state["loss"])
+        if self.queue:
+            self.queue.load_state_dict(state["queue"])
         now = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, given in zip(self.optimizer.param_groups, now, strict=True):
@@ -226,7 +247,7 @@ class Run:
 
     def refuse(self, settings, state):
         """Raises ValueError that names every setting that differs from the checkpoint's and cannot change."""
-        before, now = flat(settings), flat(self.settings)
+        before, now = {"recipe.queue": 0, **flat(settings)}, flat(self.settings)
         fixed = FIXED + ("recipe.temperature",) * self.recipe.learn_temperature
         names = [name for name in before.keys() & now.keys() if before[name] != now[name] and name.startswith(fixed)]
         found = [f"{name}: found {now[name]!r}, wanted {before[name]!r}" for name in sorted(names)]

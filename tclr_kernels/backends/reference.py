@@ -84,8 +84,10 @@ class _Matrix:
         wide = torch.promote_types(columns[0].dtype, torch.float32)
         self.dtype = torch.float64 if columns[0].device.type == "cpu" else wide
         self.normalize = normalize
-        stacked = [torch.stack([x.to(self.dtype) for x in sets], dim=1) for sets in (rows or columns, columns)]
-        self.r, self.z = map(unit_rows, stacked) if normalize else stacked
+        # rows that are the columns are converted once, so that the gradients of both sides are added in this dtype
+        stacked = [torch.stack([x.to(self.dtype) for x in sets], dim=1) for sets in (columns, rows) if sets]
+        stacked = [unit_rows(x) for x in stacked] if normalize else stacked
+        self.z, self.r = stacked[0], stacked[-1]
         device = self.z.device
         self.tau = tau.to(device=device, dtype=self.dtype) if isinstance(tau, torch.Tensor) else tau
         (A, n), (C, K) = self.r.shape[1:3], self.z.shape[1:3]

@@ -5,6 +5,10 @@ Launches: small groups one forward and one backward; else three forward (rows, t
 the range where exponentials are safe and for that where they need a maximum, and one of the two returns at once. Sets
 whose addresses are in no arithmetic progression, strided gradients, and float64 with a number for its temperature take
 a launch more.
+
+The general form (`rectangle`, `pairs`, `rectangle_backward`): four forward (both sides' rows, sums, finish), three
+where the rows are the columns, one more for the columns' mean, which a backward without columns is made of; six
+backward for one side (rows, units, coefficients, gradient, join), two more for the other.
 """
 
 import importlib.util

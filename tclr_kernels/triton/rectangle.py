@@ -4,9 +4,9 @@
 
     rows          unit rows of both sides, packed and padded to whole tiles (`large.py`)
     sums          of some rows and some columns: sum exp S and the largest S over the negatives; with keys the same over
-                  the positives, the sum of S over them and their number
+                  the positives, the sum of S over them and their number; on request the columns weighted by exp S
     pairs         of some rows and some columns: sum softplus(negatives - S) and its slope over the positives
-    finish        neg, pos_lse, spread, count in float64, from the parts of the columns in their order
+    finish, mean  neg, pos_lse, spread, count in float64 and the columns' mean, from the splits of them in their order
     units         the largest gradient of each block of rows, as a power of two
     coefficients  what the weights of an anchor are made of, in units of the group's largest gradient
     gradient      sum_j W_ij z_j of the rows of one side, from some rows of the other
@@ -16,7 +16,12 @@ A row of one side has one writer in every launch. The side whose gradient is mad
 has j. W_ij adds what i contributes as an anchor and what j does, whichever of the two are anchors.
 
 Exponentials are taken of S - neg, never of S alone: no similarity is too large for that, so one kernel serves every
-temperature. neg does not fit float32; its nearest float32 is subtracted, and the coefficient makes up for the rest.
+temperature, and one launch a temperature on the device. What it costs beside `large.py`, which also has a kernel for
+exponentials of S itself, is a maximum and a difference for each similarity, and a second exponential where rows and
+columns are anchors. neg is more exact than float32: the nearest one is subtracted, and the coefficient has the rest.
+
+Rows are padded to whole tiles, and to 16 where they are no more. Beside the packed rows of both sides, dz takes
+float32 memory as large as the rows of one side, a few times that where they are few and the columns are split.
 """
 
 from collections.abc import Sequence
@@ -327,8 +332,9 @@ def rectangle_coefficients_kernel(
 ):  # fmt: skip
     """coefficients: [fields, G, A, C, NP], in units of the group; NP: n, padded with what weighs nothing.
 
-    Fields: shift and scale of the negatives; with keys the shift of the positives, and factor and constant of their
-    weight factor exp(S - shift) - constant; last g_pos. For pairs: negatives and g_pairs, no more.
+    Fields: shift and scale of the negatives; with keys the positives' shift, the factor of e = exp(S - shift), the
+    factor of (e - share) and the share, so that the spread's weights are formed before they are added to anything; last
+    g_pos. For pairs: negatives and g_pairs, no more.
     """
     blocks = tl.cdiv(NP, BI)
     i = tl.program_id(0) % blocks * BI + tl.arange(0, BI)
@@ -356,13 +362,13 @@ def rectangle_coefficients_kernel(
             of_spread = tl.where(number > 1, of_spread, 0.0)  # of one positive, the spread is 0 whatever S is
             level = tl.load(pos_lse + at, mask=valid, other=0.0)
             shift, scale = relative_to(level, tl.abs(of_lse) + tl.abs(of_spread), ACC)
-            factor = tl.where(scale == 0, 0.0, (of_lse + of_spread) * scale)
-            constant = of_spread / tl.where(number > 1, number, 1.0)
+            share = 1.0 / (tl.where(number > 1, number, 1.0) * tl.where(scale == 0, 1.0, scale))
             tl.store(to + 2 * step, shift, mask=inside)
-            tl.store(to + 3 * step, factor.to(ACC), mask=inside)
-            tl.store(to + 4 * step, constant.to(ACC), mask=inside)
+            tl.store(to + 3 * step, (of_lse * scale).to(ACC), mask=inside)
+            tl.store(to + 4 * step, (of_spread * scale).to(ACC), mask=inside)
+            tl.store(to + 5 * step, share.to(ACC), mask=inside)
         if INDEX:
-            last: tl.constexpr = 5 if KIND == "keys" else 2
+            last: tl.constexpr = 6 if KIND == "keys" else 2
             beta = tl.load(g_pos + at, mask=valid, other=0.0) * unit
             tl.store(to + last * step, beta.to(ACC), mask=inside)
 
@@ -376,6 +382,7 @@ def anchor_of(coefficients, step, KIND: tl.constexpr):
             tl.load(coefficients + 2 * step),
             tl.load(coefficients + 3 * step),
             tl.load(coefficients + 4 * step),
+            tl.load(coefficients + 5 * step),
         )
     return fields
 
@@ -390,7 +397,8 @@ def weights(s, positive, fields, ROWS: tl.constexpr, KIND: tl.constexpr):
         w = scale * exponential(s - shift)
     elif KIND == "keys":
         e = exponential(s - tl.where(positive, tl.expand_dims(fields[2], axis), shift))
-        of_positive = tl.expand_dims(fields[3], axis) * e - tl.expand_dims(fields[4], axis)
+        of_positive = tl.expand_dims(fields[3], axis) * e
+        of_positive += tl.expand_dims(fields[4], axis) * (e - tl.expand_dims(fields[5], axis))
         w = tl.where(positive, of_positive, scale * e)
     else:
         t = shift - s
@@ -579,18 +587,23 @@ def problem(
     return Problem(of_rows, of_columns, temperature(tau, columns[0]), served[0], normalize, cross, first)
 
 
-def from_table(kernel: str, x: Tensor, normalize: bool) -> Tile:
+def from_table(kernel: str, x: Tensor, normalize: bool, KEYS: bool) -> Tile:
     """x: a set"""
-    kernel, dtype = f"{kernel} unbounded rectangle", large.carrier(x, normalize)
-    return tiles.choose(large.table_of(x)[0], kernel, dtype, x.shape[-1], large.tf32_allowed())
+    name, dtype = f"{kernel} unbounded rectangle" + " keys" * KEYS, large.carrier(x, normalize)
+    tile = tiles.choose(large.table_of(x)[0], name, dtype, x.shape[-1], large.tf32_allowed())
+    if not KEYS:
+        return tile
+    # with keys there is more to hold for each similarity
+    if kernel == "sums":
+        return tile._replace(BM=64, warps=8) if tile.BM > 32 else tile
+    widest = 16 if x.dtype == torch.float64 else 64 if tile.DC <= 256 else 32
+    return tile._replace(BN=min(tile.BN, widest))
 
 
 def tile_for(kernel: str, call: Any, rows: Sequence[Tensor], columns: Sequence[Tensor], *settings: Any) -> Tile:
     """The table's tile of "sums" or "gradient", or with TCLR_KERNELS_AUTOTUNE=1 the fastest for such a call."""
     tau, normalize, cross, first, row_keys = settings[:5]
-    tile = from_table(kernel, columns[0], normalize)
-    if row_keys is not None:  # more to hold for each similarity
-        tile = tile._replace(BM=min(tile.BM, 64), warps=8) if kernel == "sums" else tile._replace(BN=min(tile.BN, 64))
+    tile = from_table(kernel, columns[0], normalize, row_keys is not None)
     if not tuning.ENABLED:
         return tile
     n = rows[0].shape[1].bit_length() if rows else 0
@@ -657,7 +670,7 @@ def forward(
     tile: in place of the table's
     """
     settings = tau, normalize, cross, first, row_keys, column_keys
-    for_mean = from_table("gradient", columns[0], normalize)
+    for_mean = from_table("gradient", columns[0], normalize, False)
     at_once = mean and for_mean.DC == for_mean.DP
     tile = tile or tile_for("gradient" if at_once else "sums", forward, rows, columns, *settings, mean)
     p = problem([tile, for_mean] if mean else [tile], rows, columns, *settings)
@@ -755,7 +768,7 @@ def coefficients(p: Problem, of_rows: Sequence[Tensor], of_columns: Sequence[Ten
     made = []
     for side, x in anchors:
         G, A, C, n = x[0].shape
-        shape = (5 if kind == "keys" else 2) + INDEX, G, A, C, side.padded
+        shape = (6 if kind == "keys" else 2) + INDEX, G, A, C, side.padded
         made.append(z.new_empty(shape, dtype=torch.promote_types(z.dtype, torch.float32)))
         launch(
             rectangle_coefficients_kernel, G * A * C * triton.cdiv(side.padded, BI), *(x * 4)[:7], exponents, made[-1],
@@ -812,7 +825,7 @@ def gradient(p: Problem, w: Weights, for_rows: bool) -> tuple[Tensor, Tensor]:
     launch(
         rectangle_join_kernel, G * x.count * (x.padded // BR), x.z, y.z, p.tau, x.norms, *of, w.exponents, partial, dx,
         along, len(partial), G, x.count, y.count, x.n, y.n, x.padded, y.padded, D, p.first if for_rows else -p.first,
-        w.exponents.shape[1], NORMALIZE=p.normalize, LAST=5 if w.kind == "keys" else 2, BR=BR, DP=DP, BD=BD,
+        w.exponents.shape[1], NORMALIZE=p.normalize, LAST=6 if w.kind == "keys" else 2, BR=BR, DP=DP, BD=BD,
         ACC=accumulator(x.z), UPCAST=INTERPRETED and x.z.dtype == torch.bfloat16, BOOST=boost(x.z), BE=256, num_warps=4,
         **there, **settings,
     )  # fmt: skip

@@ -30,7 +30,12 @@ ANY = 1 << 30
 FLOAT: Table = {  # no tensor cores without TF32: what fits the registers
     "sums": [(32, 64, 64, 16, 0, 4, 2), (ANY, 64, 64, 16, 0, 8, 2)],
     "gradient": [(256, 64, 32, 16, 0, 8, 2), (ANY, 64, 32, 16, 256, 8, 2)],
-    "gradient unbounded rectangle": [(32, 64, 32, 0, 0, 4, 2), (128, 64, 32, 0, 0, 8, 2), (ANY, 64, 32, 16, 256, 8, 2)],
+    "gradient unbounded rectangle": [(128, 64, 32, 0, 0, 8, 2), (ANY, 64, 32, 16, 256, 8, 2)],
+    "gradient unbounded rectangle keys": [
+        (32, 64, 32, 0, 0, 4, 2),
+        (128, 64, 32, 0, 0, 8, 2),
+        (ANY, 64, 32, 16, 256, 8, 2),
+    ],
 }
 DOUBLE: Table = {"sums": [(ANY, 32, 32, 16, 0, 4, 2)], "gradient": [(ANY, 32, 32, 16, 16, 4, 1)]}
 INTERPRETED: Table = {
@@ -148,7 +153,7 @@ def padded(D: int) -> int:
 
 
 def choose(table: str, kernel: str, dtype: torch.dtype, D: int, tf32: bool = False) -> Tile:
-    """The tile of "sums" or "gradient", or of either's "unbounded", or of that's "rectangle", or the nearest there is.
+    """The tile of "sums" or "gradient"; after either, "unbounded", "rectangle" and "keys" say more, where a table does.
 
     table: of TABLES; dtype: of the packed rows
     """
