@@ -71,16 +71,25 @@ READABLE = "width", "sets", "dtype"  # whose values mean something to a reader; 
 class Process:
     """This rank's part in one call of a loss. The shares, rows of each rank, are known once the ranks have agreed."""
 
+    name: str  # of the group
+    rank: int
+    size: int
+    devices: list[str]
+    promised: Shares
+    exchanges: bool  # whether the ranks compare what they have
+    agreed: bool
+    dtype: torch.dtype  # of the rows that are given, and sent
+    shares: list[int]
+    negatives: list[list[int]]  # of each rank, for the first and for the second tensor of them
+    call: tuple[str, dict[str, object]]  # the loss and its arguments, until the ranks have agreed
+
     def __init__(self, group: "dist.ProcessGroup", promised: Shares) -> None:
         self.name, self.rank, self.size = group.group_name, dist.get_rank(group), dist.get_world_size(group)
         self.devices = _devices(self.name)
         self.promised = promised
         self.exchanges = promised is None or os.environ.get("TCLR_KERNELS_CHECK") == "1"
-        self.agreed = False
-        self.dtype = torch.float32  # of the rows that are given, and sent
-        self.shares: list[int] = []
-        self.negatives: list[list[int]] = []  # of each rank, for the first and for the second tensor of them
-        self.call: tuple[str, dict[str, object]] = "", {}  # the loss and its arguments, until the ranks have agreed
+        self.agreed, self.dtype = False, torch.float32
+        self.shares, self.negatives, self.call = [], [], ("", {})
 
     @property
     def first(self) -> int:
