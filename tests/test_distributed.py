@@ -522,15 +522,9 @@ def compiled(group, name, shares, known, backend, kernels="reference"):
     return len(graphs), max(differences)
 
 
-@pytest.mark.parametrize(
-    "name, backend",
-    [
-        ("nt_xent", "aot_eager"),
-        *(pytest.param(name, "inductor", marks=pytest.mark.full) for name in LOSSES),
-        pytest.param("tclr release", "aot_eager", marks=pytest.mark.full),
-        pytest.param("moco", "aot_eager", marks=pytest.mark.full),
-    ],
-)
+@pytest.mark.full
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_whole_with_shares(name, backend, pool):
     for shares in ([3, 3], [4, 1]):
         for graphs, difference in check(pool.run(2, compiled, name, shares, True, backend, limit=300)):
