@@ -311,7 +311,7 @@ def _digest(*values: object) -> int:
 def _plain(value: object) -> object:
     """What of an argument is to be the same on all ranks, so that its repr is too."""
     if isinstance(value, torch.Tensor):
-        return "a tensor"
+        return "a tensor", value.dim()  # negatives may be of all groups or of each
     if isinstance(value, nn.Module):  # a queue, which is the same on all ranks
         return [list(x.shape) for x in value.buffers()]
     if isinstance(value, Mapping):

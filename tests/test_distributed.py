@@ -3,6 +3,7 @@
 import copy
 import functools
 import pickle
+import timeit
 from typing import NamedTuple
 
 import pytest
@@ -12,6 +13,7 @@ from torch._dynamo import lookup_backend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tclr_kernels as tk
+from tclr_kernels import distributed
 
 from . import oracle
 from .conftest import INTERPRETED, usable
@@ -211,6 +213,28 @@ def test_the_sum_of_all_terms(name, pool):
     for value, _ in found:
         torch.testing.assert_close(value, out.detach(), rtol=1e-12, atol=1e-12)
     compare(name, shares, found, torch.autograd.grad(6 * out, inputs))
+
+
+def without_graph(group):
+    """The values of an evaluation: without gradients, and in inference mode."""
+    found = []
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            a, b = (x[2 * dist.get_rank(group) :][:2] for x in oracle.correlated([(6, 5), (6, 5)], 0.5, 0))
+            for shares in (None, [2, 2, 2]):
+                settings = dict(group=group, shares=shares, backend="reference")
+                terms = tk.clip_loss(a, b, reduction="none", **settings).tolist()
+                found.append([tk.nt_xent(a, b, negatives=b, **settings).item(), *terms])
+    return found
+
+
+def test_an_evaluation_needs_no_graph(pool):
+    a, b = oracle.correlated([(6, 5), (6, 5)], 0.5, 0)
+    wanted = tk.nt_xent(a, b, negatives=b, backend="reference").item()
+    terms = tk.clip_loss(a, b, reduction="none", backend="reference")
+    for rank, found in enumerate(check(pool.run(3, without_graph))):
+        own = own_of(terms, 6, [2, 2, 2], rank).tolist()
+        assert all(values == pytest.approx([wanted, *own], rel=1e-12) for values in found)
 
 
 # ---- which group
@@ -570,3 +594,15 @@ def test_two_graphs_serve_all_sizes(pool):
     for plans in ([[n, n] for n in (3, 5, 7, 9, 4)], [[6, 2], [9, 4], [12, 3], [8, 5], [9, 6]]):
         for graphs, difference in check(pool.run(2, over_sizes, plans, limit=300)):
             assert graphs <= 2 and difference < 1e-12
+
+
+def test_a_loss_without_a_group_hardly_costs_more():
+    """The look for a group takes less than 2 us, and sends nothing: see above."""
+
+    def plain(a, b, *, temperature=0.1, group=None, shares=None):
+        return a
+
+    def seconds(call):
+        return min(timeit.repeat(lambda: call(1, 2, temperature=0.2), number=1000, repeat=30)) / 1000
+
+    assert seconds(distributed.collective(plain)) - seconds(plain) < 2e-6

@@ -94,6 +94,11 @@ CALLS = {  # fault: (the sound call, the faulty call, what the faulty rank says,
         lambda **s: nt_xent(rows(), rows(), labels=torch.zeros(3, dtype=torch.int64), **s),
         "ranks differ in the loss or its settings",
     ),
+    "negatives of each group": (
+        lambda **s: nt_xent(torch.randn(2, 3, 6), torch.randn(2, 3, 6), negatives=rows(4), **s),
+        lambda **s: nt_xent(torch.randn(2, 3, 6), torch.randn(2, 3, 6), negatives=torch.randn(2, 4, 6), **s),
+        "ranks differ in the loss or its settings",
+    ),
     "a queue on one rank": (
         lambda **s: nt_xent(rows(), rows(), negatives=rows(5), **s),
         lambda **s: nt_xent(rows(), rows(), negatives=tk.NegativeQueue(5, 6), **s),
