@@ -168,7 +168,8 @@ class Rectangle(torch.autograd.Function):
         _, settings, tau, *keys, ctx.mean, n_rows = inputs[:7]
         neg, _, pos_lse, _, count, mean = output
         ctx.mark_non_differentiable(count, mean)
-        _keep(ctx, settings, tau, n_rows, *keys, neg, pos_lse, count, mean, *inputs[7:])
+        sets = inputs[7 : 7 + n_rows] if ctx.mean else inputs[7:]  # what the mean has of the columns is all it needs
+        _keep(ctx, settings, tau, n_rows, *keys, neg, pos_lse, count, mean, *sets)
 
     @staticmethod
     def backward(
@@ -176,9 +177,12 @@ class Rectangle(torch.autograd.Function):
     ) -> tuple[Any, ...]:
         tau, row_keys, column_keys, neg, pos_lse, count, mean, *sets = ctx.saved_tensors
         tau = tau if ctx.tau is None else ctx.tau
-        if ctx.mean and not torch.is_grad_enabled():
-            d_tau, d_rows = _from_mean(ctx, sets[0], mean, neg, g_neg, tau)
-            return None, None, d_tau, None, None, None, None, d_rows, None
+        if ctx.mean:
+            g_neg = torch.zeros_like(neg) if g_neg is None else g_neg
+            call = MeanBackward.apply if torch.is_grad_enabled() else MeanBackward.forward
+            of_tau, of_rows = ctx.needs_input_grad[2], ctx.needs_input_grad[7]
+            d_tau, d_rows = call(ctx.settings.name, ctx.settings.normalize, tau, sets[0], mean, neg, g_neg)
+            return None, None, d_tau if of_tau else None, None, None, None, None, d_rows if of_rows else None, None
         of_rows = [neg, g_neg, g_pos]
         if row_keys is not None:
             of_rows += [pos_lse, g_pos_lse, g_spread, count]
@@ -262,20 +266,21 @@ class RectangleBackward(Once, torch.autograd.Function):
         return d_tau, *(d_rows or [None] * len(rows)), *(d_columns or [None] * len(columns))
 
 
-def _from_mean(
-    ctx: Any, x: Tensor, mean: Tensor, neg: Tensor, g_neg: Tensor | None, tau: float | Tensor
-) -> tuple[Tensor | None, Tensor]:
-    """The gradients of tau and of the rows x [G, n, D], made of the columns' weighted mean."""
-    g = torch.zeros_like(neg) if g_neg is None else g_neg.masked_fill(neg == -torch.inf, 0)
-    z, dz = x.double(), g[:, 0, 0, :, None] * mean / tau
-    along = (z * dz).sum(-1)
-    if ctx.settings.normalize:
-        largest = z.abs().amax(-1, keepdim=True)
-        zero = largest == 0
-        largest = largest.masked_fill(zero, 1)
-        length = (z / largest).norm(dim=-1, keepdim=True).masked_fill(zero, 1)
-        z = z / largest / length
+class MeanBackward(Once, torch.autograd.Function):
+    @staticmethod
+    def forward(
+        name: str, normalize: bool, tau: float | Tensor, x: Tensor, mean: Tensor, neg: Tensor, g_neg: Tensor
+    ) -> tuple[Tensor | None, Tensor]:
+        """The gradients of tau, if it is a tensor, and of the rows x [G, n, D], from the columns' weighted mean."""
+        g = g_neg.masked_fill(neg == -torch.inf, 0)[:, 0, 0, :, None]
+        z, dz = x.double(), g * mean / tau
+        if normalize:
+            largest = z.abs().amax(-1, keepdim=True)
+            zero = largest == 0
+            largest = largest.masked_fill(zero, 1)
+            length = (z / largest).norm(dim=-1, keepdim=True).masked_fill(zero, 1)
+            z = z / largest / length
         along = (z * dz).sum(-1)
-        dz = ((dz - z * along[..., None]) / length / largest).masked_fill(zero, 0)
-    d_tau = (ordered_sum(along) / -tau).to(tau) if ctx.needs_input_grad[2] else None
-    return d_tau, dz.to(x.dtype)
+        if normalize:
+            dz = ((dz - z * along[..., None]) / length / largest).masked_fill(zero, 0)
+        return (ordered_sum(along) / -tau).to(tau) if isinstance(tau, torch.Tensor) else None, dz.to(x.dtype)

@@ -631,7 +631,12 @@ def rows_a_program(x: Side) -> int:
 
 
 def over_pairs(
-    kernel: Any, p: Problem, inputs: Sequence[Tensor], outputs: Sequence, rows: Sequence = (), **settings: Any
+    kernel: Any,
+    p: Problem,
+    inputs: Sequence[Tensor],
+    outputs: Sequence[torch.dtype | None],
+    rows: Sequence[torch.dtype | None] = (),
+    **settings: Any,
 ) -> list[Tensor]:
     """Launches a kernel whose programs have a block of rows and a split of a set's columns.
 
@@ -736,7 +741,11 @@ def pairs(
     return sums, slopes
 
 
-KINDS = {2: ("pairs", (1,)), 3: ("plain", (1, 2)), 7: ("keys", (1, 4, 5, 2))}  # -> gradients, that of pos the last
+KINDS: dict[int, tuple[str, tuple[int, ...]]] = {
+    2: ("pairs", (1,)),
+    3: ("plain", (1, 2)),
+    7: ("keys", (1, 4, 5, 2)),
+}  # -> gradients, that of pos the last
 
 
 class Weights(NamedTuple):
