@@ -568,7 +568,7 @@ def test_one_graph_break_without_shares(pool):
         assert graphs == 2 and difference < 1e-12
 
 
-def over_sizes(group, plans):
+def over_sizes(group, plans, kernels):
     """One compiled loss, called with several shares: the number of graphs, the largest difference in the values."""
     torch._dynamo.reset()
     graphs, differences = set(), []
@@ -578,7 +578,7 @@ def over_sizes(group, plans):
         return lambda *given: (graphs.add(id(graph)), run(*given))[1]
 
     def call(a, b, shares):
-        return tk.nt_xent(a * 2, b, group=group, shares=shares, backend="reference")
+        return tk.nt_xent(a * 2, b, group=group, shares=shares, backend=kernels)
 
     compiled = torch.compile(call, backend=counting, fullgraph=True)
     for shares in plans:
@@ -589,10 +589,11 @@ def over_sizes(group, plans):
 
 
 @pytest.mark.full
-def test_two_graphs_serve_all_sizes(pool):
+@pytest.mark.parametrize("kernels", ["reference", "native"])
+def test_two_graphs_serve_all_sizes(kernels, pool):
     """The first is made for its sizes alone. Sizes of 1, as of one row of padding, would take graphs of their own."""
     for plans in ([[n, n] for n in (3, 5, 7, 9, 4)], [[6, 2], [9, 4], [12, 3], [8, 5], [9, 6]]):
-        for graphs, difference in check(pool.run(2, over_sizes, plans, limit=300)):
+        for graphs, difference in check(pool.run(2, over_sizes, plans, usable(kernels), limit=300)):
             assert graphs <= 2 and difference < 1e-12
 
 
