@@ -328,8 +328,9 @@ flat = torch.cat([p.detach().flatten() for p in weights])
 together = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
 dist.all_gather(together, flat)
 assert len(together) == 2 and torch.equal(*together) and flat.isfinite().all() and loss.temperature != 0.1
-print("the same")
-dist.destroy_process_group()
+print("the same", flush=True)
+dist.barrier()
+__import__("os")._exit(0)  # gloo's threads sometimes abort a process that ends in the usual way
 """
 
 
