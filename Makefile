@@ -40,7 +40,8 @@ test-all: setup
 	$(MAKE) test-triton-versions
 
 # what depends on PyTorch's version, for the oldest and the newest: make test-core TORCH=torch==2.11.0 VENV=.venv-2.11
-CORE := candidates queue objective parity behaviour promises gradients definitions modules dispatch installation stable_abi
+CORE := candidates queue objective parity behaviour promises gradients definitions modules dispatch installation \
+	stable_abi distributed distributed_training distributed_faults
 test-core: setup
 	$(BIN)/python -m pytest $(PARALLEL) $(CORE:%=tests/test_%.py) $(ARGS)
 

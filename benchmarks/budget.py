@@ -15,10 +15,11 @@ TOTAL = 540
 
 
 class Step(NamedTuple):
-    """running: seconds of all but Triton's compilations; compilations: of the busiest process, at most."""
+    """running: seconds of all but Triton's compilations; compilations: of the busiest process; gpus: at least."""
 
     running: int
     compilations: int = 0
+    gpus: int = 1
 
 
 STEPS = {
@@ -31,7 +32,9 @@ STEPS = {
     "compute-sanitizer racecheck": Step(30),
     "compute-sanitizer initcheck": Step(30),
     "compute-sanitizer synccheck": Step(30),
+    "tests on several GPUs": Step(200, gpus=2),  # beyond TOTAL, which is for one
 }
+ON_ONE = [name for name, step in STEPS.items() if step.gpus == 1]
 
 
 def limit(name, processes=PROCESSES):

@@ -37,12 +37,16 @@ step "build" "$PYTHON" setup.py --quiet build_ext --inplace
 step "what is here" "$PYTHON" -m tclr_kernels.info
 on_gpu "compile for the times and the sanitizers" "$PYTHON" -m benchmarks.gpu --compile "$CORES"
 on_gpu "times" "$PYTHON" -m benchmarks.gpu --results "$OUT"
-on_gpu "tests on the GPU" "$PYTHON" -m pytest -q -rs -p no:cacheprovider "${parallel[@]}" tests/gpu
+on_gpu "tests on the GPU" "$PYTHON" -m pytest -q -rs -p no:cacheprovider "${parallel[@]}" tests/gpu \
+  --ignore tests/gpu/test_several_gpus.py
 command -v compute-sanitizer >/dev/null || missing=${missing:-no compute-sanitizer}
 for tool in memcheck racecheck initcheck synccheck; do
   on_gpu "compute-sanitizer $tool" \
     compute-sanitizer --tool "$tool" --error-exitcode 1 "$PYTHON" -m benchmarks.gpu --sanitize
 done
+gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+if [ "${gpus:-0}" -lt 2 ]; then missing=${missing:-it needs two GPUs}; else missing=; fi
+on_gpu "tests on several GPUs" "$PYTHON" -m pytest -q -rs -p no:cacheprovider tests/gpu/test_several_gpus.py
 echo "== steps: status, seconds, limit"
 cat "$OUT/steps.csv"
 exit $failed

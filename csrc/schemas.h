@@ -9,13 +9,13 @@ constexpr const char* schemas[] = {
     "bool tf32=False) -> (Tensor term, Tensor neg, Tensor pos)",
     "gram_backward(Tensor[] sets, Tensor? tau, float tau_value, bool normalize, bool cross, Tensor neg, Tensor pos, "
     "Tensor? g_term, Tensor? g_neg, Tensor? g_pos, bool tf32=False) -> (Tensor[] dz, Tensor zdz)",
-    "rectangle(Tensor[] rows, Tensor[] columns, Tensor? tau, float tau_value, bool normalize, bool cross, int first, "
+    "rectangle(Tensor[] rows, Tensor[] columns, Tensor? tau, float tau_value, bool normalize, bool cross, SymInt first, "
     "Tensor? row_keys, Tensor? column_keys, bool mean, bool tf32=False) "
     "-> (Tensor neg, Tensor pos, Tensor pos_lse, Tensor spread, Tensor count, Tensor weighted)",
-    "pairs(Tensor[] rows, Tensor[] columns, Tensor? tau, float tau_value, bool normalize, bool cross, int first, "
+    "pairs(Tensor[] rows, Tensor[] columns, Tensor? tau, float tau_value, bool normalize, bool cross, SymInt first, "
     "Tensor row_keys, Tensor column_keys, Tensor negatives, bool tf32=False) -> (Tensor sums, Tensor slope)",
     "rectangle_backward(Tensor[] rows, Tensor[] columns, Tensor? tau, float tau_value, bool normalize, bool cross, "
-    "int first, Tensor? row_keys, Tensor? column_keys, Tensor[] of_rows, Tensor[] of_columns, bool for_rows, "
+    "SymInt first, Tensor? row_keys, Tensor? column_keys, Tensor[] of_rows, Tensor[] of_columns, bool for_rows, "
     "bool for_columns, bool tf32=False) -> (Tensor[] d_rows, Tensor[] d_columns, Tensor along)",
     "objective(Tensor g, Tensor s, Tensor x, Tensor? tau, float tau_value, bool normalize, float[] scales, "
     "float[] weights, bool gradient) -> (Tensor[] terms, Tensor[] kept)",

@@ -6,25 +6,27 @@ float16, that of a short row may be inf - inf.
 """
 
 import functools
+import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import backends, checks, general
+from . import backends, checks, distributed, general
+from .distributed import Further, Process
 from .queue import NegativeQueue
 
 Negatives = Tensor | NegativeQueue
 
 
-def given(name: str, negatives: Negatives | None, anchors: Tensor) -> Tensor | None:
+def given(name: str, negatives: Negatives | None, anchors: Tensor, process: Process | None = None) -> Further | None:
     """The negatives of anchors [..., N, D], checked: [K, D] or [..., K, D]; of a queue, a copy of its rows."""
     if negatives is None:
         return None
-    if isinstance(negatives, NegativeQueue):
-        negatives = negatives.rows.to(anchors.dtype, copy=torch.is_grad_enabled())
-    return checks.sides(embeddings=anchors, **{name: negatives})[1]
+    queue = isinstance(negatives, NegativeQueue)
+    rows = negatives.rows.to(anchors.dtype, copy=torch.is_grad_enabled()) if queue else negatives
+    return Further(checks.sides(process is not None, embeddings=anchors, **{name: rows})[1], everywhere=queue)
 
 
 class Contrast(NamedTuple):
@@ -58,16 +60,22 @@ def contrast(
     cross: bool,
     backend: str | None,
     labels: Tensor | None = None,
-    negatives: Sequence[Tensor | None] | None = None,
+    negatives: Sequence[Further | None] | None = None,
+    process: Process | None = None,
 ) -> Contrast:
     """The sets [..., N, D] against each other and against further negatives.
 
-    labels: integers [N] or [..., N]. negatives: one tensor for all anchors, or for each set's one or None.
+    labels: integers [N] or [..., N]. negatives: those of all anchors, or for each set its own or None.
+    process: this one's part in a group; then the results are of all anchors of all processes.
     """
     *_, N, D = sets[0].shape
-    keys = None if labels is None else checks.keys("labels", labels, sets[0]).reshape(-1, N)
+    keys = None if labels is None else checks.keys("labels", labels, sets[0])
+    if process is not None:
+        (neg, pos, *_), further = _of_all(process, sets, tau, normalize, cross, backend, keys, negatives)
+        return Contrast(neg, pos, further)
+    keys = None if keys is None else keys.reshape(-1, N)
     if negatives is not None:
-        tau, *sets = map(widened, (tau, *sets))
+        tau, *sets = map(distributed.widened, (tau, *sets))
     sets = [z.reshape(-1, N, D) for z in sets]
     neg, pos, *_ = everything(sets, tau, normalize, cross, backend, keys)
     if negatives is None:
@@ -75,9 +83,9 @@ def contrast(
     rows = torch.stack(sets, 1)
     call = functools.partial(log_sum, tau=tau, normalize=normalize, backend=backend)
     if len(negatives) == 1:
-        return Contrast(neg, pos, call(rows, negatives[0]))
+        return Contrast(neg, pos, call(rows, negatives[0].rows))
     absent = neg.new_full((len(rows), N), -torch.inf)
-    parts = [absent if x is None else call(z, x) for z, x in zip(sets, negatives, strict=True)]
+    parts = [absent if x is None else call(z, x.rows) for z, x in zip(sets, negatives, strict=True)]
     return Contrast(neg, pos, torch.stack(parts, 1))
 
 
@@ -88,12 +96,36 @@ def everything(
     cross: bool,
     backend: str | None,
     keys: Tensor | None = None,
+    process: Process | None = None,
 ) -> tuple[Tensor, ...]:
     """What `general.rectangle` gives for all rows of sets [G, N, D] against each other; keys: [G, N]"""
+    if process is not None:
+        return _of_all(process, sets, tau, normalize, cross, backend, keys)[0]
     G, N, D = sets[0].shape
     name = backends.choose(backend, sets[0].device, G * len(sets) * N, D, sets[0].dtype)
     of_rows = keys if keys is None else keys.view(G, N)  # torch.compile takes no tensor twice
     return general.rectangle(general.Settings(name, normalize, cross, 0), tau, (of_rows, keys), [], sets)
+
+
+def _of_all(
+    process: Process,
+    sets: Sequence[Tensor],
+    tau: float | Tensor,
+    normalize: bool,
+    cross: bool,
+    backend: str | None,
+    keys: Tensor | None = None,
+    negatives: Sequence[Further | None] | None = None,
+) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """The outputs for all anchors of all processes, and the log-sum-exp of their further negatives."""
+    *leading, n, D = sets[0].shape
+    G = math.prod(leading)
+    backends.choose(backend, sets[0].device)  # raises what there is to raise while the other processes can be told
+    process.agree(sets[0], len(sets), negatives or ())
+    name = backends.choose(backend, sets[0].device, G * len(sets) * process.rows, D, sets[0].dtype)
+    sets = [z.reshape(G, n, D) for z in sets]
+    keys = None if keys is None else keys.reshape(G, n)
+    return distributed.contrast(process, general.Settings(name, normalize, cross), tau, keys, sets, negatives)
 
 
 def log_sum(anchors: Tensor, negatives: Tensor, tau: float | Tensor, normalize: bool, backend: str | None) -> Tensor:
@@ -107,18 +139,28 @@ def log_sum(anchors: Tensor, negatives: Tensor, tau: float | Tensor, normalize: 
 
 
 def partners(
-    a: Tensor, b: Tensor, negatives: Tensor, tau: float | Tensor, normalize: bool, backend: str | None
+    a: Tensor,
+    b: Tensor,
+    negatives: Further,
+    tau: float | Tensor,
+    normalize: bool,
+    backend: str | None,
+    process: Process | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Rows [..., N, D] that have no other candidates than their partners in b and further negatives.
 
     Returns the log-sum-exp of the negatives, and the partners' similarities: [..., N].
     """
-    tau, a, b = map(widened, (tau, a, b))
-    pos = everything([z.reshape(-1, 1, z.shape[-1]) for z in (a, b)], tau, normalize, True, backend)[1][:, 0, 1]
-    neg = log_sum(a.reshape(-1, *a.shape[-2:]), negatives, tau, normalize, backend)
-    return neg.reshape(a.shape[:-1]), pos.reshape(a.shape[:-1])
-
-
-def widened(x: Any) -> Any:
-    """A tensor in float32 at least; a number as it is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32)) if isinstance(x, torch.Tensor) else x
+    if process is not None:
+        backends.choose(backend, a.device)  # as above
+        process.agree(a, 2, [negatives])
+    tau, a, b = map(distributed.widened, (tau, a, b))
+    in_pairs = [z.reshape(a.shape[:-1].numel(), 1, z.shape[-1]) for z in (a, b)]
+    _, pos, *_ = everything(in_pairs, tau, normalize, True, backend)
+    pos, rows = pos[:, 0, 1].reshape(a.shape[:-1]), a.reshape(a.shape[:-2].numel(), *a.shape[-2:])
+    if process is None:
+        return log_sum(rows, negatives.rows, tau, normalize, backend).reshape(a.shape[:-1]), pos
+    name = backends.choose(backend, a.device, process.rows, a.shape[-1], a.dtype)
+    settings = general.Settings(name, normalize)
+    neg = distributed.beyond(process, settings, tau, [rows], distributed.gathered(process, [rows]), [negatives])
+    return neg.reshape(*a.shape[:-2], -1), distributed.Everybody.apply(process, pos)

@@ -12,12 +12,13 @@ from torch import Tensor
 DTYPES = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
 
-def embeddings(dims: str, **tensors: Tensor) -> list[Tensor]:
+def embeddings(dims: str, empty: bool = False, /, **tensors: Tensor) -> list[Tensor]:
     """The tensors, checked to be embeddings of one shape, dtype and device.
 
-    dims: the dimensions' names, in brackets the leading ones that may be any number: "... N D".
+    dims: the dimensions' names, in brackets the leading ones that may be any number: "... N D"; empty: whether there
+    may be no rows, as on one of many processes.
     """
-    return _alike(dims, tensors)
+    return _alike(dims, tensors, empty)
 
 
 def _alike(dims: str, tensors: Mapping[str, Tensor], empty: bool = False) -> list[Tensor]:
@@ -55,11 +56,14 @@ def sets(given: Sequence[Tensor]) -> list[Tensor]:
     return _alike("G N D", {f"sets[{a}]": x for a, x in enumerate(given)}, empty=True)
 
 
-def sides(**tensors: Tensor) -> list[Tensor]:
-    """The two sides of a rectangle: rows [..., n, D], and columns [K, D] or [..., K, D] with the same leading ones."""
+def sides(empty: bool = False, /, **tensors: Tensor) -> list[Tensor]:
+    """The two sides of a rectangle: rows [..., n, D], and columns [K, D] or [..., K, D] with the same leading ones.
+
+    empty: whether there may be no rows or columns, as on one of many processes.
+    """
     check_values = _check_values()
     for name, x in tensors.items():
-        _embedding(name, x, ["...", "N", "D"], check_values)
+        _embedding(name, x, ["...", "N", "D"], check_values, empty)
     (first, rows), (second, columns) = tensors.items()
     _one_device(first, rows, second, columns)
     if columns.shape[-1] != rows.shape[-1] or (columns.dim() > 2 and columns.shape[:-2] != rows.shape[:-2]):
@@ -73,9 +77,9 @@ def sides(**tensors: Tensor) -> list[Tensor]:
     return saveable(*same_dtype(**tensors))
 
 
-def queued(keys: Tensor, queue: Tensor) -> Tensor:
-    """New rows of a queue [size, D]: [..., n, D], of any dtype."""
-    _embedding("keys", keys, ["...", "n", "D"], _check_values())
+def queued(keys: Tensor, queue: Tensor, empty: bool = False) -> Tensor:
+    """New rows of a queue [size, D]: [..., n, D], of any dtype; empty: as for `embeddings`."""
+    _embedding("keys", keys, ["...", "n", "D"], _check_values(), empty)
     _one_device("the queue", queue, "keys", keys)
     if keys.shape[-1] != queue.shape[-1]:
         raise ValueError(f"keys: found shape {list(keys.shape)}, wanted [..., n, {queue.shape[-1]}]")
@@ -189,7 +193,7 @@ def _embedding(name: str, x: object, dims: Sequence[str], check_values: bool, em
     fixed = [d for d in dims if d != "..."]
     if x.dim() < len(fixed) or ("..." not in dims and x.dim() > len(fixed)):
         raise ValueError(f"{name}: found {x.dim()} dimensions, shape {list(x.shape)}, wanted {wanted}")
-    if 0 in x.shape and not empty:
+    if 0 in x.shape and not (empty and x.shape[-1]):
         raise ValueError(f"{name}: found an empty tensor, shape {list(x.shape)}, wanted every size of {wanted} >= 1")
     if check_values:
         finite = torch.isfinite(x).all(-1)

@@ -65,7 +65,7 @@ def rectangle(
 ) -> tuple[Tensor, ...]:
     """neg, pos and, with keys, pos_lse, spread, count: [G, A, C, n], float64 where kernels compute."""
     if settings.name == "reference":
-        return _reference(settings, tau, keys, rows, columns)
+        return _reference(backends.reference.rectangle, settings, tau, keys, rows, columns)
     mean = keys[0] is None and settings.first < 0 and wants_gradient(tau, *rows) and not wants_gradient(*columns)
     call = Rectangle if torch.compiler.is_compiling() else EagerRectangle
     outputs = call.apply(settings.name, settings, tau, *keys, mean, len(rows), *rows, *columns)
@@ -82,14 +82,14 @@ def pairs(
 ) -> Tensor:
     """The sum of softplus(negatives - S) over the positives. negatives: [G, A, C, n], of the dtype of `rectangle`'s."""
     if settings.name == "reference":
-        return _reference(settings, tau, keys, rows, columns, negatives)[0]
+        return _reference(backends.reference.pairs, settings, tau, keys, rows, columns, negatives)
     call = Pairs if torch.compiler.is_compiling() else EagerPairs
     return call.apply(settings.name, settings, tau, *keys, negatives, len(rows), *rows, *columns)[0]
 
 
-def _reference(settings, tau, keys, rows, columns, negatives=None):
+def _reference(call, settings, tau, keys, rows, columns, *more):
     with torch.autocast(checks.autocast_type(columns[0].device), enabled=False):
-        return backends.reference.rectangle(rows, columns, tau, *settings[1:], *keys, negatives)
+        return call(rows, columns, tau, *settings[1:], *keys, *more)
 
 
 def wide_dtype(name: str, x: Tensor) -> torch.dtype:

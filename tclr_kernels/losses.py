@@ -19,6 +19,17 @@ What the denominators hold beside this:
 - `decoupled=True`: the positive is left out too (DCL, https://arxiv.org/abs/2110.06848). The loss may then be
   negative; without any negatives it is 0.
 
+Over several processes (docs/processes.md), each gives its share of the rows, with their labels and negatives:
+
+- `group`: None, this process alone; "world", all processes, or this one alone where torch.distributed is not
+  initialised; a ProcessGroup; or a DeviceMesh of one dimension. "mean" and "sum" are then over the rows of all, the
+  same bits on each process; "none" gives the terms of its own rows. The gradient is that of the sum over the processes
+  of what they return: averaged over them, as by DistributedDataParallel, it is the gradient of a single process.
+- `shares`: the rows of each process, known beforehand, so that nothing is exchanged and read on the host to find them.
+
+Without shares an error of one process is an error on all: it raises its own, the others a RuntimeError that names it.
+Where they differ in what must be alike, all raise a ValueError.
+
 Source: TCLR, Dave et al., CVIU 2022, https://arxiv.org/abs/2101.07974, section 3, and its official release.
 """
 
@@ -29,9 +40,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends, candidates, checks, general
+from . import backends, candidates, checks, distributed, general
 from .candidates import Negatives
 from .checks import TEMPERATURE
+from .distributed import Further, Group, Process, Shares
 from .objective import objective
 from .symmetric import blocks, ordered_sum
 
@@ -58,6 +70,7 @@ class TCLRTerms(NamedTuple):
     gl: Tensor
 
 
+@distributed.collective
 def nt_xent(
     a: Tensor,
     b: Tensor,
@@ -71,6 +84,8 @@ def nt_xent(
     decoupled: bool = False,
     reduction: Reduction = "mean",
     backend: str | None = None,
+    group: Group = None,
+    shares: Shares = None,
 ) -> Tensor:
     """NT-Xent: each row against its partner in the other view, among all other rows of both views.
 
@@ -82,19 +97,23 @@ def nt_xent(
     reduction: "mean" or "sum" over all groups and anchors; "none": [..., 2N], a's then b's ([..., N] if not symmetric).
     Source: SimCLR, https://arxiv.org/abs/2002.05709, equation 1; TCLR section 3.1.
     """
-    a, b = checks.embeddings("... N D", a=a, b=b)
+    a, b = checks.embeddings("... N D", group is not None, a=a, b=b)
     checks.flag("symmetric", symmetric)
-    tau = _tau(temperature, logit_scale, normalize, reduction, a)
+    tau = _tau(temperature, logit_scale, normalize, reduction, a, group)
     further = None
     if negatives is not None:
-        further = [candidates.given("negatives", negatives, a), *([] if symmetric else [None])]
-    term = _terms([a, b], tau, normalize, False, backend, labels, further, decoupled)  # [G, 2, 2, N]
+        further = [candidates.given("negatives", negatives, a, group), *([] if symmetric else [None])]
+    term = _terms([a, b], tau, normalize, False, backend, labels, further, decoupled, group)  # [G, 2, 2, N]
     if reduction == "none":
+        term = _own(term, group)
         return (_off_diagonal(term) if symmetric else term[:, 0, 1]).reshape(*a.shape[:-2], -1)
-    anchors = a.shape[:-1].numel()
-    return _reduce(term, reduction, 2 * anchors) if symmetric else _reduce(term[:, 0, 1], reduction, anchors)
+    anchors = a.shape[:-2].numel() * _rows(a, group)
+    if symmetric:
+        return _reduce(term, reduction, 2 * anchors, group)
+    return _reduce(term[:, 0, 1], reduction, anchors, group)
 
 
+@distributed.collective
 def clip_loss(
     a: Tensor,
     b: Tensor,
@@ -107,6 +126,8 @@ def clip_loss(
     decoupled: bool = False,
     reduction: Reduction = "mean",
     backend: str | None = None,
+    group: Group = None,
+    shares: Shares = None,
 ) -> Tensor:
     """The contrastive loss of CLIP: each row against its partner among the rows of the other side, both directions.
 
@@ -117,18 +138,19 @@ def clip_loss(
     reduction: "mean" or "sum" over all groups and anchors; "none": [..., 2N], a's rows then b's.
     Source: CLIP, https://arxiv.org/abs/2103.00020, figure 3.
     """
-    a, b = checks.embeddings("... N D", a=a, b=b)
-    tau = _tau(temperature, logit_scale, normalize, reduction, a)
+    a, b = checks.embeddings("... N D", group is not None, a=a, b=b)
+    tau = _tau(temperature, logit_scale, normalize, reduction, a, group)
     of_a, of_b = checks.pair("negatives", negatives)
     further = None
     if of_a is not None or of_b is not None:
-        further = [candidates.given(f"negatives[{k}]", x, a) for k, x in enumerate((of_a, of_b))]
-    term = _terms([a, b], tau, normalize, True, backend, labels, further, decoupled)
+        further = [candidates.given(f"negatives[{k}]", x, a, group) for k, x in enumerate((of_a, of_b))]
+    term = _terms([a, b], tau, normalize, True, backend, labels, further, decoupled, group)
     if reduction == "none":
-        return _off_diagonal(term).reshape(*a.shape[:-2], -1)
-    return _reduce(term, reduction, 2 * a.shape[:-1].numel())
+        return _off_diagonal(_own(term, group)).reshape(*a.shape[:-2], -1)
+    return _reduce(term, reduction, 2 * a.shape[:-2].numel() * _rows(a, group), group)
 
 
+@distributed.collective
 def info_nce(
     query: Tensor,
     key: Tensor,
@@ -142,6 +164,8 @@ def info_nce(
     decoupled: bool = False,
     reduction: Reduction = "mean",
     backend: str | None = None,
+    group: Group = None,
+    shares: Shares = None,
 ) -> Tensor:
     """InfoNCE in one direction: each query against its key, among the other keys and further negatives.
 
@@ -155,26 +179,27 @@ def info_nce(
     reduction: "mean" or "sum" over all groups and queries; "none": [..., N].
     Source: CPC, https://arxiv.org/abs/1807.03748, equation 4; MoCo, https://arxiv.org/abs/1911.05722, equation 1.
     """
-    query, key = checks.embeddings("... N D", query=query, key=key)
+    query, key = checks.embeddings("... N D", group is not None, query=query, key=key)
     checks.flag("in_batch", in_batch)
-    tau = _tau(temperature, logit_scale, normalize, reduction, query)
-    further = candidates.given("negatives", negatives, query)
+    tau = _tau(temperature, logit_scale, normalize, reduction, query, group)
+    further = candidates.given("negatives", negatives, query, group)
     if in_batch:
         beside = None if further is None else [further, None]
-        term = _terms([query, key], tau, normalize, True, backend, labels, beside, decoupled)[:, 0, 1]
+        term = _terms([query, key], tau, normalize, True, backend, labels, beside, decoupled, group)[:, 0, 1]
     else:
         if further is None:
             raise ValueError("negatives: found None, wanted further candidates beside in_batch=False")
         if labels is not None:
             raise ValueError("labels: found a value beside in_batch=False, wanted None: they are of keys of the batch")
         checks.flag("decoupled", decoupled)
-        neg, pos = candidates.partners(query, key, further, tau, normalize, backend)
+        neg, pos = candidates.partners(query, key, further, tau, normalize, backend, group)
         term = _rounded(general.cost(neg, pos, decoupled), query)
     if reduction == "none":
-        return term.reshape(query.shape[:-1])
-    return _reduce(term, reduction, query.shape[:-1].numel())
+        return _own(term, group).reshape(query.shape[:-1])
+    return _reduce(term, reduction, query.shape[:-2].numel() * _rows(query, group), group)
 
 
+@distributed.collective
 def sup_con(
     z: Tensor,
     labels: Tensor,
@@ -184,6 +209,8 @@ def sup_con(
     normalize: bool = True,
     reduction: Reduction = "mean",
     backend: str | None = None,
+    group: Group = None,
+    shares: Shares = None,
 ) -> Tensor:
     """Supervised contrast: each row against all rows of its label, the logarithm outside of their mean (L_out).
 
@@ -195,22 +222,22 @@ def sup_con(
     reduction: "mean" over the rows that have positives, of all groups; "sum"; "none": [..., M], 0 without positives.
     Source: Khosla et al., https://arxiv.org/abs/2004.11362, equation 2.
     """
-    (z,) = checks.embeddings("... M D", z=z)
-    tau = _tau(temperature, logit_scale, normalize, reduction, z)
-    M, D = z.shape[-2:]
-    keys = checks.keys("labels", labels, z).reshape(-1, M)
-    outputs = candidates.everything([z.reshape(-1, M, D)], tau, normalize, False, backend, keys)
+    (z,) = checks.embeddings("... M D", group is not None, z=z)
+    tau = _tau(temperature, logit_scale, normalize, reduction, z, group)
+    G, M, D = z.shape[:-2].numel(), *z.shape[-2:]
+    keys = checks.keys("labels", labels, z).reshape(G, M)
+    outputs = candidates.everything([z.reshape(G, M, D)], tau, normalize, False, backend, keys, group)
     neg, _, pos_lse, spread, count = (x[:, 0, 0] for x in outputs)  # [G, M]
     alone = count == 0
     # log-sum-exp of all minus the mean of the positives, in two parts: of confident classes, the first is the smaller
     term = general.cost(neg, pos_lse.masked_fill(alone, 0)) + spread
     term = _rounded(term.masked_fill(alone, 0), z)
     if reduction == "none":
-        return term.reshape(z.shape[:-1])
-    total = ordered_sum(term)
-    return total / (~alone).sum().clamp(min=1) if reduction == "mean" else total
+        return _own(term, group).reshape(z.shape[:-1])
+    return _reduce(term, reduction, (~alone).sum().clamp(min=1), group)
 
 
+@distributed.collective
 def instance_contrastive(
     views: Tensor | Sequence[Tensor],
     temperature: Temperature = TEMPERATURE,
@@ -223,6 +250,8 @@ def instance_contrastive(
     decoupled: bool = False,
     reduction: Reduction = "mean",
     backend: str | None = None,
+    group: Group = None,
+    shares: Shares = None,
 ) -> Tensor:
     """Instance contrast of many views: NT-Xent over all ordered pairs of views, from one Gram matrix.
 
@@ -236,23 +265,26 @@ def instance_contrastive(
     a = c; or [V, B].
     Source: TCLR section 3.1; its official release, which computes each pair twice. "joint": the SimCLR of solo-learn.
     """
-    (views,) = checks.embeddings("V B D", views=checks.stacked("views", views))
+    (views,) = checks.embeddings("V B D", group is not None, views=checks.stacked("views", views))
     V, B, _ = views.shape
     if V < 2:
         raise ValueError(f"views: found V = {V}, shape {list(views.shape)}, wanted V >= 2")
     checks.one_of("softmax", softmax, SOFTMAXES)
-    tau = _tau(temperature, logit_scale, normalize, reduction, views)
+    tau = _tau(temperature, logit_scale, normalize, reduction, views, group)
     sets = views.unsqueeze(1).unbind(0)
-    further = None if negatives is None else [candidates.given("negatives", negatives, views[0])]
+    further = None if negatives is None else [candidates.given("negatives", negatives, views[0], group)]
     if softmax == "pairs":
-        term = _terms(sets, tau, normalize, False, backend, labels, further, decoupled)
+        term = _terms(sets, tau, normalize, False, backend, labels, further, decoupled, group)
     else:
         checks.flag("decoupled", decoupled)
-        parts = candidates.contrast(sets, tau, normalize, False, backend, labels, further)
+        parts = candidates.contrast(sets, tau, normalize, False, backend, labels, further, group)
         term = _rounded(parts.joint_terms(decoupled), views)
-    return term[0] if reduction == "none" else _reduce(term, reduction, V * B * (V - 1 if softmax == "pairs" else 1))
+    if reduction == "none":
+        return _own(term, group)[0]
+    return _reduce(term, reduction, V * _rows(views, group) * (V - 1 if softmax == "pairs" else 1), group)
 
 
+@distributed.collective
 def local_local(
     x1: Tensor,
     x2: Tensor,
@@ -263,6 +295,8 @@ def local_local(
     symmetric: bool = True,
     reduction: Reduction = "mean",
     backend: str | None = None,
+    group: Group = None,
+    shares: Shares = None,
 ) -> Tensor:
     """Local-local temporal contrast: NT-Xent within each video, between the embeddings of its local clips.
 
@@ -273,14 +307,15 @@ def local_local(
     reduction: "mean" or "sum" over videos; "none": [B].
     Source: TCLR section 3.2.
     """
-    x1, x2 = checks.embeddings("B T D", x1=x1, x2=x2)
+    x1, x2 = checks.embeddings("B T D", group is not None, x1=x1, x2=x2)
     checks.flag("symmetric", symmetric)
-    tau = _tau(temperature, logit_scale, normalize, reduction, x1)
+    tau = _tau(temperature, logit_scale, normalize, reduction, x1, group)
+    _agree(group, x1, backend)
     term = _terms([x1, x2], tau, normalize, False, backend)
-    term = term / 2 if symmetric else term[:, 0, 1]
-    return term.flatten(1).sum(1) if reduction == "none" else _reduce(term, reduction, len(x1))
+    return _reduce_videos(term / 2 if symmetric else term[:, 0, 1], reduction, group)
 
 
+@distributed.collective
 def global_local(
     s: Tensor,
     x: Tensor,
@@ -290,6 +325,8 @@ def global_local(
     normalize: bool = True,
     reduction: Reduction = "mean",
     backend: str | None = None,
+    group: Group = None,
+    shares: Shares = None,
 ) -> Tensor:
     """Global-local temporal contrast: time slices of the global clip against the local clips of its video, and back.
 
@@ -299,12 +336,14 @@ def global_local(
     reduction: "mean" or "sum" over videos; "none": [B].
     Source: TCLR section 3.3.
     """
-    s, x = checks.embeddings("B T D", s=s, x=x)
-    tau = _tau(temperature, logit_scale, normalize, reduction, s)
+    s, x = checks.embeddings("B T D", group is not None, s=s, x=x)
+    tau = _tau(temperature, logit_scale, normalize, reduction, s, group)
+    _agree(group, s, backend)
     term = _terms([s, x], tau, normalize, True, backend)
-    return term.flatten(1).sum(1) if reduction == "none" else _reduce(term, reduction, len(s))
+    return _reduce_videos(term, reduction, group)
 
 
+@distributed.collective
 def tclr(
     g: Tensor | Sequence[Tensor],
     s: Tensor | Sequence[Tensor],
@@ -317,6 +356,8 @@ def tclr(
     normalize: bool = True,
     labels: Tensor | None = None,
     backend: str | None = None,
+    group: Group = None,
+    shares: Shares = None,
 ) -> TCLRTerms:
     """The TCLR objective: instance, local-local and global-local contrast, and their weighted sum.
 
@@ -333,8 +374,8 @@ def tclr(
     checks.one_of("form", form, FORMS)
     checks.flag("normalize", normalize)
     weights = checks.weights(weights, FORMS[form])
-    s, x = checks.embeddings("V B T D", s=checks.stacked("s", s), x=checks.stacked("x", x))
-    (g,) = checks.embeddings("V B D", g=checks.stacked("g", g))
+    s, x = checks.embeddings("V B T D", group is not None, s=checks.stacked("s", s), x=checks.stacked("x", x))
+    (g,) = checks.embeddings("V B D", group is not None, g=checks.stacked("g", g))
     V, B, T, D = x.shape
     if V != 2:
         raise ValueError(f"x: found V = {V}, shape {list(x.shape)}, wanted V = 2")
@@ -346,6 +387,9 @@ def tclr(
     tau = checks.scaled(temperature, logit_scale, x.device)
     keys = None if labels is None else checks.keys("labels", labels, g[0])
     name = backends.choose(backend, x.device, V * B * T, D)
+    if group is not None:
+        group.agree(g, V * T)
+        tau, B = distributed.shared(group, tau, x.device), group.rows
 
     release = form == "release"
     scales = {  # of each term, times the sum over its anchors
@@ -357,6 +401,8 @@ def tclr(
     scales, weights = ([float(values[k]) for k in scales] for values in (scales, weights))
     compose = functools.partial(_compose, backend, normalize, scales, weights)
     offered = any(weights) and hasattr(backends.BACKENDS[name], "objective")
+    if group is not None:
+        return TCLRTerms(*compose(tau, g, s, x, keys, group))
     if keys is not None or torch.compiler.is_compiling() or not offered:
         return TCLRTerms(*compose(tau, g, s, x, keys))
     return TCLRTerms(*objective(name, compose, normalize, scales, weights, tau, g, s, x))
@@ -372,14 +418,19 @@ def _compose(
     s: Tensor,
     x: Tensor,
     labels: Tensor | None = None,
+    process: Process | None = None,
 ) -> tuple[Tensor, ...]:
     """total, ic_global, ic_local, ll, gl from the one operation."""
 
-    def contrast(sets, cross=False, labels=None):
-        if labels is None:
-            return blocks(sets, tau, normalize=normalize, cross=cross, backend=backend)
-        parts = candidates.contrast(sets, tau, normalize, cross, backend, labels)
-        return [_rounded(y, sets[0]) for y in (parts.terms(cross, False), parts.neg, parts.pos)]
+    def contrast(sets, cross=False):
+        return blocks(sets, tau, normalize=normalize, cross=cross, backend=backend)
+
+    def instances(sets):
+        """The same of sets of which each row is a video: with labels, and with those of other processes."""
+        if labels is None and process is None:
+            return contrast(sets)
+        parts = candidates.contrast(sets, tau, normalize, False, backend, labels, process=process)
+        return [_rounded(y, sets[0]) for y in (parts.terms(False, False), parts.neg, parts.pos)]
 
     V, B, T, D = x.shape
     # gradients of several terms meet in float32 at least: in float16, that of a short row may be inf - inf
@@ -387,9 +438,9 @@ def _compose(
     with_ic_global, with_ic_local, with_ll, with_gl = (w != 0 for w in weights)
     sums = [_zero(g), _zero(x), _zero(x), _zero(s) + _zero(x)]
     if with_ic_global:
-        sums[0] = ordered_sum(contrast(g.unsqueeze(1).unbind(0), labels=labels)[0])
+        sums[0] = ordered_sum(instances(g.unsqueeze(1).unbind(0))[0])
     if with_ic_local:  # its one Gram matrix holds all that LL needs
-        term, _, pos = contrast(x.transpose(1, 2).reshape(V * T, 1, B, D).unbind(0), labels=labels)
+        term, _, pos = instances(x.transpose(1, 2).reshape(V * T, 1, B, D).unbind(0))
         sums[1] = ordered_sum(term)
         if with_ll:
             sums[2] = ordered_sum(_local_local_from(pos[0]))
@@ -397,17 +448,26 @@ def _compose(
         sums[2] = ordered_sum(contrast(x.unbind(0))[0])
     if with_gl:
         sums[3] = ordered_sum(contrast([*s.unbind(0), *x.unbind(0)], cross=True)[0])
+    if process is not None:
+        own = False, False, not with_ic_local, True  # which are sums over this process's videos alone
+        sums = list(distributed.Total.apply(process, torch.stack(sums), own))
     terms = [scale * x for scale, x in zip(scales, sums, strict=True)]
     return sum(weight * term for weight, term in zip(weights, terms, strict=True)), *terms
 
 
 def _tau(
-    temperature: Temperature, logit_scale: Temperature | None, normalize: bool, reduction: Reduction, like: Tensor
+    temperature: Temperature,
+    logit_scale: Temperature | None,
+    normalize: bool,
+    reduction: Reduction,
+    like: Tensor,
+    process: Process | None,
 ) -> float | Tensor:
     """The temperature, and the checks of what nearly every loss takes."""
     checks.one_of("reduction", reduction, REDUCTIONS)
     checks.flag("normalize", normalize)
-    return checks.scaled(temperature, logit_scale, like.device)
+    tau = checks.scaled(temperature, logit_scale, like.device)
+    return tau if process is None else distributed.shared(process, tau, like.device)
 
 
 def _terms(
@@ -417,16 +477,17 @@ def _terms(
     cross: bool,
     backend: str | None,
     labels: Tensor | None = None,
-    negatives: Sequence[Tensor | None] | None = None,
+    negatives: Sequence[Further | None] | None = None,
     decoupled: bool = False,
+    process: Process | None = None,
 ) -> Tensor:
     """The operation's terms, [G, V, V, N], of the sets: [..., N, D]; negatives: as for `candidates.contrast`"""
-    if labels is None and negatives is None and decoupled is False:
+    if labels is None and negatives is None and decoupled is False and process is None:
         N, D = sets[0].shape[-2:]
         sets = [z if z.dim() == 3 else z.reshape(-1, N, D) for z in sets]
         return blocks(sets, tau, normalize=normalize, cross=cross, backend=backend)[0]
     checks.flag("decoupled", decoupled)
-    parts = candidates.contrast(sets, tau, normalize, cross, backend, labels, negatives)
+    parts = candidates.contrast(sets, tau, normalize, cross, backend, labels, negatives, process)
     return _rounded(parts.terms(cross, decoupled), sets[0])
 
 
@@ -440,10 +501,40 @@ def _off_diagonal(term: Tensor) -> Tensor:
     return term.flatten(1, 2)[:, 1:3]
 
 
-def _reduce(term: Tensor, reduction: Reduction, count: int) -> Tensor:
-    """The sum or the mean of `count` terms; what is no term reads 0."""
+def _reduce(
+    term: Tensor, reduction: Reduction, count: int | Tensor, process: Process | None = None, parts: bool = False
+) -> Tensor:
+    """The sum or the mean of `count` terms; what is no term reads 0.
+
+    parts: whether a process has its own terms alone, or those of all.
+    """
     total = ordered_sum(term)
-    return total / count if reduction == "mean" else total
+    total = total / count if reduction == "mean" else total
+    return total if process is None else distributed.Total.apply(process, total[None], (parts,))[0]
+
+
+def _agree(process: Process | None, videos: Tensor, backend: str | None) -> None:
+    """The processes of a loss whose videos [B, T, D] meet no others compare what they have."""
+    if process is not None:
+        backends.choose(backend, videos.device)  # raises what there is to raise while the others can be told
+        process.agree(videos.transpose(0, 1), 2)
+
+
+def _reduce_videos(term: Tensor, reduction: Reduction, process: Process | None) -> Tensor:
+    """The terms of each video [B, ...], of which a process has those of its own: their sum, and its mean or sum."""
+    if reduction == "none":
+        return term.flatten(1).sum(1)
+    return _reduce(term, reduction, len(term) if process is None else process.rows, process, parts=True)
+
+
+def _rows(x: Tensor, process: Process | None) -> int:
+    """N of x [..., N, D], on all processes together."""
+    return x.shape[-2] if process is None else process.rows
+
+
+def _own(term: Tensor, process: Process | None) -> Tensor:
+    """Of the terms of all anchors, [..., N], those of this process."""
+    return term if process is None else distributed.Own.apply(process, term)
 
 
 def _local_local_from(pos: Tensor) -> Tensor:

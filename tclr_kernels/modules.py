@@ -1,14 +1,16 @@
 """The losses as modules: settings at construction; in `forward` the tensors, and all that changes at every step."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from . import checks, losses
+from . import checks, distributed, losses
 from .candidates import Negatives
 from .checks import TEMPERATURE
+from .distributed import Group, Shares
 from .losses import Form, Reduction, Softmax, TCLRTerms, Temperature
 
 CHOICES = dict(reduction=losses.REDUCTIONS, softmax=losses.SOFTMAXES)
@@ -20,7 +22,8 @@ class _Loss(nn.Module):
     temperature: a float; an `nn.Parameter` of one element, which is learnt; or a tensor of one element that requires no
     gradient, which becomes a buffer. ValueError for a tensor that requires one and is no Parameter: a module would
     keep the graph of one step for all the others, and an optimizer would not find it.
-    `forward` takes `logit_scale` in the place of a temperature, if none was given here; labels and negatives too.
+    `forward` takes `logit_scale` in the place of a temperature, if none was given here; labels, negatives and shares
+    too. group: "world" is looked up at each call, so a module may be made before the processes meet, and be pickled.
     """
 
     temperature: Temperature
@@ -37,7 +40,15 @@ class _Loss(nn.Module):
         for name, choices in CHOICES.items():
             if name in settings:
                 checks.one_of(name, settings[name], choices)
+        distributed.check_group(settings["group"])
         self.settings = settings
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Loss":
+        group = self.settings["group"]
+        memo[id(group)] = group  # copies share it: PyTorch cannot copy a ProcessGroup
+        memo[id(self)] = copied = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def _loss(self, *tensors: Tensor | Sequence[Tensor], **changing: Any) -> Any:
         return type(self)._function(*tensors, temperature=self.temperature, **changing, **self.settings)
@@ -63,6 +74,7 @@ class NTXentLoss(_Loss):
         decoupled: bool = False,
         reduction: Reduction = "mean",
         backend: str | None = None,
+        group: Group = None,
     ) -> None:
         super().__init__(
             temperature,
@@ -71,6 +83,7 @@ class NTXentLoss(_Loss):
             decoupled=decoupled,
             reduction=reduction,
             backend=backend,
+            group=group,
         )
 
     def forward(
@@ -81,8 +94,9 @@ class NTXentLoss(_Loss):
         labels: Tensor | None = None,
         negatives: Negatives | None = None,
         logit_scale: Temperature | None = None,
+        shares: Shares = None,
     ) -> Tensor:
-        return self._loss(a, b, labels=labels, negatives=negatives, logit_scale=logit_scale)
+        return self._loss(a, b, labels=labels, negatives=negatives, logit_scale=logit_scale, shares=shares)
 
 
 class CLIPLoss(_Loss):
@@ -98,8 +112,11 @@ class CLIPLoss(_Loss):
         decoupled: bool = False,
         reduction: Reduction = "mean",
         backend: str | None = None,
+        group: Group = None,
     ) -> None:
-        super().__init__(temperature, normalize=normalize, decoupled=decoupled, reduction=reduction, backend=backend)
+        super().__init__(
+            temperature, normalize=normalize, decoupled=decoupled, reduction=reduction, backend=backend, group=group
+        )
 
     def forward(
         self,
@@ -109,8 +126,9 @@ class CLIPLoss(_Loss):
         labels: Tensor | None = None,
         negatives: tuple[Negatives | None, Negatives | None] = (None, None),
         logit_scale: Temperature | None = None,
+        shares: Shares = None,
     ) -> Tensor:
-        return self._loss(a, b, labels=labels, negatives=negatives, logit_scale=logit_scale)
+        return self._loss(a, b, labels=labels, negatives=negatives, logit_scale=logit_scale, shares=shares)
 
 
 class InfoNCELoss(_Loss):
@@ -127,6 +145,7 @@ class InfoNCELoss(_Loss):
         decoupled: bool = False,
         reduction: Reduction = "mean",
         backend: str | None = None,
+        group: Group = None,
     ) -> None:
         super().__init__(
             temperature,
@@ -135,6 +154,7 @@ class InfoNCELoss(_Loss):
             decoupled=decoupled,
             reduction=reduction,
             backend=backend,
+            group=group,
         )
 
     def forward(
@@ -145,8 +165,9 @@ class InfoNCELoss(_Loss):
         labels: Tensor | None = None,
         negatives: Negatives | None = None,
         logit_scale: Temperature | None = None,
+        shares: Shares = None,
     ) -> Tensor:
-        return self._loss(query, key, labels=labels, negatives=negatives, logit_scale=logit_scale)
+        return self._loss(query, key, labels=labels, negatives=negatives, logit_scale=logit_scale, shares=shares)
 
 
 class SupConLoss(_Loss):
@@ -161,8 +182,9 @@ class SupConLoss(_Loss):
         normalize: bool = True,
         reduction: Reduction = "mean",
         backend: str | None = None,
+        group: Group = None,
     ) -> None:
-        super().__init__(temperature, normalize=normalize, reduction=reduction, backend=backend)
+        super().__init__(temperature, normalize=normalize, reduction=reduction, backend=backend, group=group)
 
     def forward(
         self,
@@ -170,8 +192,9 @@ class SupConLoss(_Loss):
         labels: Tensor,
         *,
         logit_scale: Temperature | None = None,
+        shares: Shares = None,
     ) -> Tensor:
-        return self._loss(z, labels, logit_scale=logit_scale)
+        return self._loss(z, labels, logit_scale=logit_scale, shares=shares)
 
 
 class InstanceContrastiveLoss(_Loss):
@@ -188,9 +211,16 @@ class InstanceContrastiveLoss(_Loss):
         decoupled: bool = False,
         reduction: Reduction = "mean",
         backend: str | None = None,
+        group: Group = None,
     ) -> None:
         super().__init__(
-            temperature, normalize=normalize, softmax=softmax, decoupled=decoupled, reduction=reduction, backend=backend
+            temperature,
+            normalize=normalize,
+            softmax=softmax,
+            decoupled=decoupled,
+            reduction=reduction,
+            backend=backend,
+            group=group,
         )
 
     def forward(
@@ -200,8 +230,9 @@ class InstanceContrastiveLoss(_Loss):
         labels: Tensor | None = None,
         negatives: Negatives | None = None,
         logit_scale: Temperature | None = None,
+        shares: Shares = None,
     ) -> Tensor:
-        return self._loss(views, labels=labels, negatives=negatives, logit_scale=logit_scale)
+        return self._loss(views, labels=labels, negatives=negatives, logit_scale=logit_scale, shares=shares)
 
 
 class LocalLocalLoss(_Loss):
@@ -217,8 +248,11 @@ class LocalLocalLoss(_Loss):
         symmetric: bool = True,
         reduction: Reduction = "mean",
         backend: str | None = None,
+        group: Group = None,
     ) -> None:
-        super().__init__(temperature, normalize=normalize, symmetric=symmetric, reduction=reduction, backend=backend)
+        super().__init__(
+            temperature, normalize=normalize, symmetric=symmetric, reduction=reduction, backend=backend, group=group
+        )
 
     def forward(
         self,
@@ -226,8 +260,9 @@ class LocalLocalLoss(_Loss):
         x2: Tensor,
         *,
         logit_scale: Temperature | None = None,
+        shares: Shares = None,
     ) -> Tensor:
-        return self._loss(x1, x2, logit_scale=logit_scale)
+        return self._loss(x1, x2, logit_scale=logit_scale, shares=shares)
 
 
 class GlobalLocalLoss(_Loss):
@@ -242,8 +277,9 @@ class GlobalLocalLoss(_Loss):
         normalize: bool = True,
         reduction: Reduction = "mean",
         backend: str | None = None,
+        group: Group = None,
     ) -> None:
-        super().__init__(temperature, normalize=normalize, reduction=reduction, backend=backend)
+        super().__init__(temperature, normalize=normalize, reduction=reduction, backend=backend, group=group)
 
     def forward(
         self,
@@ -251,8 +287,9 @@ class GlobalLocalLoss(_Loss):
         x: Tensor,
         *,
         logit_scale: Temperature | None = None,
+        shares: Shares = None,
     ) -> Tensor:
-        return self._loss(s, x, logit_scale=logit_scale)
+        return self._loss(s, x, logit_scale=logit_scale, shares=shares)
 
 
 class TCLRLoss(_Loss):
@@ -268,10 +305,13 @@ class TCLRLoss(_Loss):
         weights: Mapping[str, float] | None = None,
         normalize: bool = True,
         backend: str | None = None,
+        group: Group = None,
     ) -> None:
         checks.one_of("form", form, losses.FORMS)
         weights = checks.weights(weights, losses.FORMS[form])
-        super().__init__(temperature, form=form, weights=dict(weights), normalize=normalize, backend=backend)
+        super().__init__(
+            temperature, form=form, weights=dict(weights), normalize=normalize, backend=backend, group=group
+        )
 
     def forward(
         self,
@@ -281,5 +321,6 @@ class TCLRLoss(_Loss):
         *,
         labels: Tensor | None = None,
         logit_scale: Temperature | None = None,
+        shares: Shares = None,
     ) -> TCLRTerms:
-        return self._loss(g, s, x, labels=labels, logit_scale=logit_scale)
+        return self._loss(g, s, x, labels=labels, logit_scale=logit_scale, shares=shares)

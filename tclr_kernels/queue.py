@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from . import checks
+from . import checks, distributed
 from .backends.reference import unit_rows
+from .distributed import Group, Shares
 
 
 class NegativeQueue(nn.Module):
@@ -13,6 +14,9 @@ class NegativeQueue(nn.Module):
         queue = NegativeQueue(65536, 128)
         loss = info_nce(q, k, negatives=queue, in_batch=False)
         queue.enqueue(k)
+
+    Over several processes it must be the same on each, as it is if all make it from one seed, or load it, and enqueue
+    with `group=`: a loss takes its own queue for that of every process.
 
     Before it is full, random rows of length one fill the places that are left, so that the number of negatives is
     always `size`. Each loss takes a copy of the rows in the dtype of its inputs: enqueueing between the loss and its
@@ -39,14 +43,20 @@ class NegativeQueue(nn.Module):
         return self.rows.clone()
 
     @torch.no_grad()
-    def enqueue(self, keys: Tensor) -> None:
+    @distributed.collective
+    def enqueue(self, keys: Tensor, *, group: Group = None, shares: Shares = None) -> None:
         """Puts rows in the place of the oldest ones; of more than `size` the last stay.
 
         keys: [..., n, dim] on the module's device, of any floating-point dtype; no gradient flows into them.
+        group, shares: as of the losses; each process then puts in the keys of all, so that its queue stays the same.
         Raises TypeError or ValueError, naming keys, for a wrong type, size, dtype or device, and for an empty tensor.
         """
         size, dim = self.rows.shape
-        keys = checks.queued(keys, self.rows).reshape(-1, dim)
+        keys = checks.queued(keys, self.rows, group is not None)
+        if group is not None:
+            group.agree(keys, 1)
+            keys = group.gather(keys, -2, group.shares)
+        keys = keys.reshape(-1, dim)
         n = len(keys)
         keys = keys[-size:].to(torch.promote_types(keys.dtype, torch.float32))
         places = (self.position + torch.arange(n - len(keys), n, device=self.rows.device)) % size

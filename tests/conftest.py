@@ -122,6 +122,15 @@ def float64(backend):
     return backend
 
 
+@pytest.fixture(scope="session")
+def pool():
+    """Four processes that play the ranks of a run."""
+    from .ranks import Pool
+
+    with Pool(4) as pool:
+        yield pool
+
+
 @pytest.fixture
 def native():
     """The compiled CPU kernels."""

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import accuracy, cases, oracle, providers, rows, run, step, table
+from benchmarks import accuracy, cases, oracle, processes, providers, rows, run, step, table
 
 CHEAP = [name for name, provider in providers.PROVIDERS.items() if not provider.compiled]
 
@@ -128,3 +128,28 @@ def test_the_readme_shows_the_committed_rows():
 def test_the_inputs_of_a_case_are_leaves_and_always_the_same():
     first, again = (cases.CASES[0].inputs() for _ in range(2))
     assert all(x.is_leaf and x.requires_grad for x in first) and all(map(torch.equal, first, again))
+
+
+def test_the_page_of_several_processes_shows_the_committed_rows():
+    assert processes.PAGE.read_text() == processes.page()
+    for name in ("exact", "sent"):
+        found = rows.read(rows.RESULTS / f"processes-{name}.csv")
+        assert {row["provider"].partition(", shares")[0] for row in found} == set(processes.PROVIDERS)
+        assert all(row["status"] == "ok" for row in found)
+
+
+def test_a_rank_s_own_work_by_itself():
+    made = list(processes.compute(N=64, seconds=0.01))
+    assert [row["P"] for row in made] == [1, 2, 4, 8] and all(float(row["ratio"]) > 0 for row in made)
+
+
+@pytest.mark.full
+def test_several_processes_are_measured(pool):
+    made = list(processes.speed(N=64, runs=2, rounds=1))
+    assert [(row["processes"], row["threads_each"]) for row in made] == [(1, 1), (1, 2), (2, 1)]
+    row = processes.against_one_process(pool, "tclr-kernels nt_xent")
+    assert row["value"] == row["gradient"] == row["scale"] == "1" and float(row["error"]) < 1e-12
+    n, D = 8, processes.D
+    sent = processes.counted(pool, "tclr-kernels clip_loss, shares", n, torch.float32)
+    assert sent["handed"] == 2 * n * D * 4 + 16 * 4 * n + 8 + 8 and sent["wire"] == 3 * sent["handed"]
+    assert (sent["forward"], sent["backward"]) == (2, 2)

@@ -56,7 +56,7 @@ def test_defaults_are_those_of_the_function(name):
     kept = {"temperature": built.temperature, **built.settings, **of_forward}
     assert all(kept[key] == value for key, value in settings.items() if key != "weights")
     assert defaults(module.__init__) | of_forward == settings
-    assert of_forward.keys() <= {"labels", "negatives", "logit_scale"}
+    assert of_forward.keys() <= {"labels", "negatives", "logit_scale", "shares"}
 
 
 def defaults(function):

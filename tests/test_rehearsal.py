@@ -50,7 +50,7 @@ def table(path):
 
 
 def test_all_limits_together_are_below_nine_minutes():
-    assert sum(map(budget.limit, budget.STEPS)) < budget.TOTAL
+    assert sum(map(budget.limit, budget.ON_ONE)) < budget.TOTAL
 
 
 def test_fewer_processes_take_longer():
@@ -80,8 +80,8 @@ def test_a_step_that_fails_or_takes_too_long_does_not_stop_the_others(tmp_path):
     python.chmod(0o755)
     done = run(tmp_path, PYTHON=str(python), PATH=rehearsing(ROOT, "")["PATH"])
     steps = {row["step"]: row["status"] for row in table(tmp_path / "out" / "steps.csv")}
-    assert steps == dict.fromkeys(budget.STEPS, "0") | {"times": "3", TESTS: "124"}
-    assert list(steps) == list(budget.STEPS) and done.returncode == 1
+    assert steps == dict.fromkeys(budget.ON_ONE, "0") | {"times": "3", TESTS: "124"}
+    assert list(steps) == list(budget.ON_ONE) and done.returncode == 1
     assert "FAILED: times, status 3" in done.stdout and "FAILED: tests on the GPU, status 124" in done.stdout
     told = collections.Counter(line for line in done.stdout.splitlines() if line.endswith("triton 1"))
     assert set(told.values()) == {7}  # all others have the same cache, and ask for the CUDA kernels
@@ -145,7 +145,7 @@ def test_all_of_it_runs(tmp_path):
     done = run(folder, PYTHON=sys.executable, **one_target, **rehearsing(folder, log))
     print(done.stdout[-20000:], done.stderr[-5000:])
     steps = table(folder / "out/steps.csv")
-    assert [(row["step"], row["status"]) for row in steps] == [(name, "0") for name in budget.STEPS]
+    assert [(row["step"], row["status"]) for row in steps] == [(name, "0") for name in budget.ON_ONE]
     assert done.returncode == 0
 
     operations = table(folder / "out/operation-stand-in.csv")

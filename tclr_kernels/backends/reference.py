@@ -81,8 +81,9 @@ class _Matrix:
         row_keys: Tensor | None,
         column_keys: Tensor | None,
     ) -> None:
-        self.wide = torch.promote_types(columns[0].dtype, torch.float32)
-        self.dtype = torch.float64 if columns[0].device.type == "cpu" else self.wide
+        wide = torch.promote_types(columns[0].dtype, torch.float32)
+        self.dtype = torch.float64 if columns[0].device.type == "cpu" else wide
+        self.normalize = normalize
         # rows that are the columns are converted once, so that the gradients of both sides are added in this dtype
         stacked = [torch.stack([x.to(self.dtype) for x in sets], dim=1) for sets in (columns, rows) if sets]
         stacked = [unit_rows(x) for x in stacked] if normalize else stacked
@@ -121,6 +122,19 @@ class _Matrix:
             W = W + (g_pos_lse * share + g_spread * off).where(positive, 0)
         return W
 
+    def gradients(self, sets: Sequence[Tensor], z: Tensor, dz: Tensor) -> list[Tensor]:
+        """The gradients of sets, from those of their rows z [G, V, N, D] as the products take them."""
+        dz = dz.view_as(z)
+        if self.normalize:
+            x = torch.stack([x.to(z.dtype) for x in sets], dim=1)
+            largest = x.abs().amax(-1, keepdim=True)
+            zero = largest == 0
+            largest = largest.masked_fill(zero, 1)
+            length = (x / largest).norm(dim=-1, keepdim=True).masked_fill(zero, 1)
+            along = (z * dz).sum(-1, keepdim=True)
+            dz = ((dz - z * along) / length / largest).masked_fill(zero, 0)
+        return [d.to(x.dtype) for d, x in zip(dz.unbind(1), sets, strict=True)]
+
 
 def rectangle(
     rows: Sequence[Tensor],
@@ -131,17 +145,14 @@ def rectangle(
     first: int,
     row_keys: Tensor | None,
     column_keys: Tensor | None,
-    negatives: Tensor | None = None,
+    mean: bool = False,
 ) -> tuple[Tensor, ...]:
-    """What `tclr_kernels/general.py` defines: (neg, pos, pos_lse, spread, count), or the sum over the positives.
+    """What `tclr_kernels/general.py` defines: neg, pos and, with keys, pos_lse, spread, count. No mean is made.
 
     rows: sets [G, n, D], none where they are the columns; columns: sets [G, K, D]; first: the rows' place among the
-    columns, or -1; negatives: [G, A, C, n] for softplus(negatives - S), summed over the positives: the only output.
-    Results have the dtype of the arithmetic, which is that of `gram`.
+    columns, or -1. Results have the dtype of the arithmetic, which is that of `gram`.
     """
     m = _Matrix(rows, columns, tau, normalize, cross, first, row_keys, column_keys)
-    if negatives is not None:
-        return ((-F.logsigmoid(m.S - negatives[..., None])).masked_fill(~m.positive, 0).sum(-1),)
     neg = m.S.masked_fill(m.left_out | ~m.there, -torch.inf).logsumexp(-1)
     pos = torch.zeros_like(neg)
     if first >= 0:
@@ -153,6 +164,22 @@ def rectangle(
     count = m.positive.sum(-1)
     mean = m.S.masked_fill(~m.positive, 0).sum(-1) / count.clamp(min=1)
     return neg, pos, pos_lse, (pos_lse - mean).masked_fill(count < 2, 0), count.to(m.dtype)
+
+
+def pairs(
+    rows: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    tau: float | Tensor,
+    normalize: bool,
+    cross: bool,
+    first: int,
+    row_keys: Tensor | None,
+    column_keys: Tensor | None,
+    negatives: Tensor,
+) -> Tensor:
+    """The sum of softplus(negatives - S) over the positives. negatives: [G, A, C, n]"""
+    m = _Matrix(rows, columns, tau, normalize, cross, first, row_keys, column_keys)
+    return (-F.logsigmoid(m.S - negatives[..., None])).masked_fill(~m.positive, 0).sum(-1)
 
 
 def rectangle_backward(
@@ -170,21 +197,18 @@ def rectangle_backward(
     for_columns: bool,
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """The gradient by the weights that `tclr_kernels/general.py` prints, for anchors that other processes have."""
-    with torch.enable_grad():
-        rows, columns = ([x.detach().requires_grad_() for x in side] for side in (rows, columns))
-        m = _Matrix(rows, columns, tau, normalize, cross, first, row_keys, column_keys)
-        W = m.weights(of_rows, lambda x: x) if of_rows else torch.zeros_like(m.S)
-        if of_columns:
-            W = W + _turned(m.weights(of_columns, _turned))
-        products = W * m.S
-        sides = rows if for_rows and rows else [], columns if for_columns or not rows else []
-        sizes = len(sides[0])
-        grads = torch.autograd.grad(products.sum(), [*sides[0], *sides[1]])
-    products = products.detach()
+    m = _Matrix(rows, columns, tau, normalize, cross, first, row_keys, column_keys)
+    W = m.weights(of_rows, lambda x: x) if of_rows else torch.zeros_like(m.S)
+    if of_columns:
+        W = W + _turned(m.weights(of_columns, _turned))
+    products = W * m.S
     of_side = products.sum((2, 4)), products.sum((1, 3))
+    W = W.transpose(2, 3).flatten(3, 4).flatten(1, 2) / m.tau  # [G, A n, C K]
     if not rows:
-        return list(grads), [], of_side[0] + of_side[1]
-    return list(grads[:sizes]), list(grads[sizes:]), of_side[0] if for_rows else of_side[1]
+        return m.gradients(columns, m.z, W @ m.z.flatten(1, 2) + W.mT @ m.r.flatten(1, 2)), [], sum(of_side)
+    d_rows = m.gradients(rows, m.r, W @ m.z.flatten(1, 2)) if for_rows else []
+    d_columns = m.gradients(columns, m.z, W.mT @ m.r.flatten(1, 2)) if for_columns else []
+    return d_rows, d_columns, of_side[0] if for_rows else of_side[1]
 
 
 def _turned(x: Tensor) -> Tensor:
