@@ -9,7 +9,8 @@ constexpr const char* schemas[] = {
     "bool tf32=False) -> (Tensor term, Tensor neg, Tensor pos)",
     "gram_backward(Tensor[] sets, Tensor? tau, float tau_value, bool normalize, bool cross, Tensor neg, Tensor pos, "
     "Tensor? g_term, Tensor? g_neg, Tensor? g_pos, bool tf32=False) -> (Tensor[] dz, Tensor zdz)",
-    "rectangle(Tensor[] rows, Tensor[] columns, Tensor? tau, float tau_value, bool normalize, bool cross, SymInt first, "
+    "rectangle(Tensor[] rows, Tensor[] columns, Tensor? tau, float tau_value, bool normalize, bool cross, SymInt "
+    "first, "
     "Tensor? row_keys, Tensor? column_keys, bool mean, bool tf32=False) "
     "-> (Tensor neg, Tensor pos, Tensor pos_lse, Tensor spread, Tensor count, Tensor weighted)",
     "pairs(Tensor[] rows, Tensor[] columns, Tensor? tau, float tau_value, bool normalize, bool cross, SymInt first, "
