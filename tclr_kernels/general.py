@@ -103,12 +103,27 @@ def terms(neg: Tensor, pos: Tensor, cross: bool, further: Tensor | None = None, 
 
     further: the log-sum-exp of each anchor's negatives beyond the sets, [G, V, n]; decoupled: as for `cost`.
     """
-    sets = torch.arange(neg.shape[1], device=neg.device)
-    paired = (sets[:, None] != sets)[:, :, None]
-    negatives = neg if cross else log_add(neg[:, sets, sets][:, :, None], neg)
+    negatives = others(neg)
+    if not cross:
+        sets = torch.arange(neg.shape[1], device=neg.device)
+        own = neg[:, sets, sets][:, :, None]  # by an index, as `backends/reference.py` explains
+        negatives = log_add(own.expand_as(negatives), negatives)
     if further is not None:
         negatives = log_add(negatives, further[:, :, None].expand_as(negatives))
-    return cost(negatives, pos, decoupled).masked_fill(~paired, 0)
+    return with_diagonal(cost(negatives, others(pos), decoupled))
+
+
+def others(x: Tensor) -> Tensor:
+    """Each set's blocks with the other sets: [G, V, V, n] as [G, V, V - 1, n]."""
+    V = x.shape[1]
+    return x.flatten(1, 2)[:, 1:].unflatten(1, (V - 1, V + 1))[:, :, :V].flatten(1, 2).unflatten(1, (V, V - 1))
+
+
+def with_diagonal(x: Tensor) -> Tensor:
+    """The reverse, with zeros where a set would meet itself: [G, V, V - 1, n] as [G, V, V, n]"""
+    V = x.shape[1]
+    rows = F.pad(x.flatten(1, 2).unflatten(1, (V - 1, V)), (0, 0, 0, 1)).flatten(1, 2)
+    return F.pad(rows, (0, 0, 1, 0)).unflatten(1, (V, V))
 
 
 def cost(negatives: Tensor, positive: Tensor, decoupled: bool = False) -> Tensor:

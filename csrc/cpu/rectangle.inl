@@ -142,6 +142,7 @@ struct Sheet {
   bool bounded;  // |S| <= 1/tau is known to be small: no maximum is needed
   T inverse_tau;
   double unit;                     // of the gradients, a power of two
+  bool of_positives;               // whether any gradient arrives at what the positives make
   bool keys, by_rows, by_columns;  // weights have the rows, the columns as anchors
   Problem tournament;              // of blocks with each other, where the rows are the columns
   Meetings meetings;
@@ -175,6 +176,7 @@ Sheet<T> make_sheet(const RectangleInput& in, const RectangleCall<T>& call, int6
              in.normalize && 1 / in.tau <= Lane<T>::largest_inverse_tau,
              T(1 / in.tau),
              1,
+             true,
              keys,
              given(call.of_rows),
              in.symmetric || given(call.of_columns),
@@ -455,7 +457,7 @@ void weigh_row(const Sheet<T>& w, const Place& p, int64_t r, T* s, const Patch<T
   Match m = find(w.match, p, r);
   int64_t row = p.of_rows + r, column = p.of_columns + m.own;
   T to_exponent = T(w.inverse_tau * log2e);
-  weigh_positives(w, p, r, m, s, patch.positives);
+  if (w.of_positives) weigh_positives(w, p, r, m, s, patch.positives);
   Weight<T> weight{0, INFINITY};
   if (w.by_rows && !w.call.of_pairs()) weight = {w.rows.scale[row], w.rows.shift[row]};
   if (w.call.of_pairs())
@@ -464,7 +466,7 @@ void weigh_row(const Sheet<T>& w, const Place& p, int64_t r, T* s, const Patch<T
     weights(s, p.width, w.bounded, to_exponent, weight, patch.scale, patch.shift);
   else
     weigh_negatives(s, p.width, w.bounded, to_exponent, weight);
-  for (int64_t j = m.begin; j < m.end; ++j) s[j] = patch.positives[j];
+  for (int64_t j = m.begin; j < m.end; ++j) s[j] = w.of_positives ? patch.positives[j] : T(0);
   if (m.own < 0) return;
   bool itself = p.a == p.c;
   double of_index = itself || !holds(m, m.own) ? 0 : double(s[m.own]);
@@ -528,6 +530,13 @@ INLINE double unit(const Anchors& from, int64_t first, int64_t n, double top) {
       largest = larger<double>(size, largest);
     }
   return maximum<double>(largest);
+}
+
+INLINE bool reaches_positives(const Anchors& from, int64_t first, int64_t n) {
+  for (const double* x : {from.g_pos_lse, from.g_spread, from.g_pairs})
+    for (int64_t i = 0; x && i < n; ++i)
+      if (!(x[first + i] == 0)) return true;
+  return false;
 }
 
 // The weights of one block's rows as anchors, in the rows' order: in units, and exp(S - neg) as exp(S) exp(-neg) where
@@ -728,6 +737,8 @@ void run_sheet(Sheet<T>& w, const Executor& executor) {
   double top = unit(of_rows, w.g * w.rows.size(), w.rows.size(), 0);
   top = unit(of_columns, w.g * w.columns.size(), w.columns.size(), top);
   w.unit = top > 1e-300 && top < 1e300 ? ldexp(1, ilogb(top)) : 1;
+  w.of_positives = reaches_positives(of_rows, w.g * w.rows.size(), w.rows.size()) ||
+                   reaches_positives(of_columns, w.g * w.columns.size(), w.columns.size());
   if (w.call.pos) clear(w.call.pos + w.g * w.rows.size(), w.rows.size(), 0.0);
   clear(w.rows.stage, w.rows.copies * w.rows.cut.all(), int64_t(0));
   clear(w.columns.stage, w.columns.copies * w.columns.cut.all(), int64_t(0));
