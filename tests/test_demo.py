@@ -89,7 +89,9 @@ def test_global_frames_lie_in_their_local_clip(frames, stride):
 def test_windows_and_even_clips():
     video = torch.arange(50, dtype=torch.uint8)[:, None, None, None].expand(50, 3, 2, 2)
     generator = torch.Generator().manual_seed(0)
-    starts = {int(clips.random_windows([video], [0], 48, generator)[0, 0, 0, 0, 0]) for _ in range(40)}
+    starts = {
+        int(clips.random_windows([video], [0], clips.ClipPlan(12, 4), generator)[0, 0, 0, 0, 0]) for _ in range(40)
+    }
     assert starts == {0, 1, 2}
     assert clips.even_clips(video, 3, 8, 2)[:, :, 0, 0, 0].tolist() == [list(range(s, s + 16, 2)) for s in (6, 18, 30)]
     assert clips.spread(1, 8).tolist() == [4] and clips.spread(8, 8).tolist() == list(range(8))
