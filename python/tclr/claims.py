@@ -1,56 +1,284 @@
 """The ablation's tables, pictures and statements, all computed from the figures of its jobs."""
 
 import csv
+import io
 import math
-from collections import defaultdict
 from statistics import mean, stdev
 
 import matplotlib
+import numpy as np
+
+from . import motions
+from .ablation import INVARIANT, ROWS, SCRATCH, SHARES, TCLR, oracle
+from .checkpoint import whole
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-import torch  # noqa: E402
 
-from . import motions  # noqa: E402
-from .ablation import INVARIANT, ROWS, SCRATCH, SHARES, TCLR, oracle  # noqa: E402
-from .checkpoint import whole  # noqa: E402
-
-# Student's t, two-sided 95 %, by degrees of freedom
-T95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
-LABEL = dict(r1="R@1", r5="R@5", linear="linear accuracy")
-COLUMNS = ["row", "seed", "steps", "clips", "r1", "r5", "linear", "seconds", "hash"]
-FACTS = ["commit", "code", "torch", "python", "numpy", "machine", "threads"]
-
-
-def interval(values):
-    """(mean, half the width of its 95 % interval by Student's t); NaN for fewer than two values."""
-    values = list(values)
-    if len(values) < 2:
-        return mean(values), math.nan
-    t = T95[len(values) - 2] if len(values) - 2 < len(T95) else 1.96 + 2.4 / (len(values) - 1)
-    return mean(values), t * stdev(values) / len(values) ** 0.5
+# Student's t, two-sided 95 %, for 1, 2, ... degrees of freedom
+T95 = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131
+FIGURES = dict(r1="R@1", linear="linear accuracy")
+COMPARED = [  # pairs of rows whose differences are tabled, the second taken from the first
+    *((TCLR, other) for other in (INVARIANT, "IC (same)", "IC + LL", "IC + GL", SCRATCH)),
+    *((pair, ic) for pair in ("IC + LL", "IC + GL") for ic in (INVARIANT, "IC (same)")),
+    ("IC (same)", INVARIANT),
+]
+FACTS = "seconds", "hash", "code", "commit", "torch", "python", "numpy", "machine", "threads"
 
 
 class Found:
-    """The figures there are. value(row, seed, steps, clips, figure) in %."""
+    """The figures there are, in %, of one number of steps; `steps` picks another than the scale's."""
 
-    def __init__(self, figures, scale):
-        self.figures, self.scale = figures, scale
-        self.jobs = {(each["row"], each["seed"], each["steps"]): each for each in figures}
+    def __init__(self, figures, scale, steps=None):
+        self.steps, self.clips = steps or scale.steps, scale.eval_clips
+        self.jobs = {(each["row"], each["seed"]): each for each in figures if each["steps"] == self.steps}
 
-    def seeds(self, *rows, steps=None):
+    def seeds(self, *rows):
         """The seeds of which all these rows are there."""
-        steps = steps or self.scale.steps
-        seeds = [{seed for row, seed, of in self.jobs if (row, of) == (wanted, steps)} for wanted in rows]
-        return sorted(set.intersection(*seeds))
+        return sorted(set.intersection(*({seed for row, seed in self.jobs if row == wanted} for wanted in rows)))
 
-    def value(self, row, seed, clips, figure, steps=None):
-        return 100 * self.jobs[row, seed, steps or self.scale.steps]["by_clips"][str(clips)][figure]
+    def at(self, figure, clips=None):
+        """A measure (row, seed) -> the figure with so many clips a video, by default all."""
+        return lambda row, seed: 100 * self.jobs[row, seed]["by_clips"][str(clips or self.clips)][figure]
 
-    def values(self, row, clips, figure, steps=None):
-        return [self.value(row, seed, clips, figure, steps) for seed in self.seeds(row, steps=steps)]
+    def gain(self, figure):
+        """A measure (row, seed) -> what all clips bring over one."""
+        return lambda row, seed: self.at(figure)(row, seed) - self.at(figure, 1)(row, seed)
 
-    def gain(self, row, seed, figure, steps=None):
-        """What all clips add to one."""
-        every = self.scale.eval_clips
-        return self.value(row, seed, every, figure, steps) - self.value(row, seed, 1, figure, steps)
+    def mean(self, row, measure):
+        """(mean over seeds, half the width of its 95 % interval, number of seeds)"""
+        return interval([measure(row, seed) for seed in self.seeds(row)])
+
+    def difference(self, first, second, measure):
+        """The same of first - second, seed by seed."""
+        return interval([measure(first, seed) - measure(second, seed) for seed in self.seeds(first, second)])
+
+
+def interval(values):
+    """(mean, half the width of its 95 % interval by Student's t, number of values); no width for fewer than two."""
+    count = len(values)
+    if count < 2:
+        return (values[0] if values else math.nan), math.nan, count
+    t = T95[count - 2] if count - 2 < len(T95) else 1.96 + 2.5 / (count - 1)
+    return mean(values), t * stdev(values) / math.sqrt(count), count
+
+
+def shown(value, half, count):
+    """ "12.3 ± 1.2": a mean with half of its interval"""
+    return "" if not count else f"{value:.1f}" if math.isnan(half) else f"{value:.1f} ± {half:.1f}"
+
+
+def told(value, half, count):
+    """ "12.3 [11.1, 13.5]": a difference with its interval"""
+    return "" if not count else f"{value:+.1f} [{value - half:+.1f}, {value + half:+.1f}]"
+
+
+def statement(found):
+    """What the rows say about the paper's claims, in words that the figures choose."""
+    if not found.seeds(TCLR, INVARIANT):
+        return "No seed has both rows."
+    sentences = []
+    for name, measures in {
+        f"with {found.clips} clips a video": found.at,
+        f"as a gain from 1 to {found.clips} clips a video": found.gain,
+    }.items():
+        parts = []
+        for figure, label in FIGURES.items():
+            value, half, count = found.difference(TCLR, INVARIANT, measures(figure))
+            verdict = "not told apart"
+            if not math.isnan(half) and abs(value) > half:
+                verdict = "above" if value > 0 else "below"
+            values = (found.mean(row, measures(figure))[0] for row in (TCLR, INVARIANT))
+            parts.append(
+                "{}: {:.1f} against {:.1f}, {} (difference {})".format(
+                    label, *values, verdict, told(value, half, count)
+                )
+            )
+        sentences.append(f"{TCLR} against {INVARIANT}, {name}, {count} seeds: " + "; ".join(parts) + ".")
+    return "\n".join(sentences)
+
+
+def table(head, lines):
+    """A Markdown table: the first column words, the others numbers."""
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in [head, rule, *lines])
+
+
+def rows_table(found):
+    columns = {
+        f"{label}, {clips} clip{'s' * (clips > 1)}": found.at(figure, clips)
+        for clips in (1, found.clips)
+        for figure, label in FIGURES.items()
+    }
+    columns |= {f"gain in {label}": found.gain(figure) for figure, label in FIGURES.items()}
+    lines = [
+        [row, str(len(found.seeds(row))), *(shown(*found.mean(row, measure)) for measure in columns.values())]
+        for row in ROWS
+        if found.seeds(row)
+    ]
+    return table(["row", "seeds", *columns], lines)
+
+
+def differences_table(found):
+    columns = {f"{label}, {found.clips} clips": found.at(figure) for figure, label in FIGURES.items()}
+    columns |= {f"gain in {label}": found.gain(figure) for figure, label in FIGURES.items()}
+    lines = [
+        [f"{a} − {b}", str(len(found.seeds(a, b))), *(told(*found.difference(a, b, each)) for each in columns.values())]
+        for a, b in COMPARED
+        if found.seeds(a, b)
+    ]
+    return table(["difference", "seeds", *columns], lines)
+
+
+def schedules_table(figures, scale):
+    """IC + LL + GL against IC (independent) by the number of steps."""
+    lines = []
+    for steps in sorted({each["steps"] for each in figures}):
+        found = Found(figures, scale, steps)
+        if found.seeds(TCLR, INVARIANT):
+            measures = [found.at(figure) for figure in FIGURES]
+            means = (shown(*found.mean(row, measure)) for measure in measures for row in (INVARIANT, TCLR))
+            lines.append([str(steps), str(len(found.seeds(TCLR, INVARIANT))), *means])
+            lines[-1] += [told(*found.difference(TCLR, INVARIANT, measure)) for measure in measures]
+    names = [f"{label}, {row}" for label in FIGURES.values() for row in (INVARIANT, TCLR)]
+    return table(["steps", "seeds", *names, *(f"difference in {label}" for label in FIGURES.values())], lines)
+
+
+def labels_table(found):
+    share = lambda part: lambda row, seed: 100 * found.jobs[row, seed]["by_share"][str(part)]  # noqa: E731
+    rows = [row for row in (SCRATCH, INVARIANT, "IC (same)", TCLR) if found.seeds(row)]
+    lines = [
+        [row, str(len(found.seeds(row))), *(shown(*found.mean(row, share(part))) for part in SHARES)] for row in rows
+    ]
+    return table(["row", "seeds", *(f"{100 * part:g} % of the labels" for part in SHARES)], lines)
+
+
+def confusions(found, row):
+    """Videos by true and predicted class, of all seeds together: [classes, classes]"""
+    return sum(np.array(found.jobs[row, seed]["confusion"]) for seed in found.seeds(row))
+
+
+def confusion_table(found):
+    """How often a video is taken for the one class that shares its frames, by the pair."""
+    names, rows = list(motions.ROUTINES), [row for row in (SCRATCH, INVARIANT, TCLR) if found.seeds(row)]
+    lines = []
+    for pair in motions.MIRRORED:
+        i, j = (names.index(name) for name in pair)
+        counts = [confusions(found, row) for row in rows]
+        right = [(each[i, i] + each[j, j], each[i, j] + each[j, i]) for each in counts]
+        lines.append([" / ".join(pair), *(f"{yes} : {no}" for yes, no in right)])
+    return table(["pair", *(f"{row}, right : taken for the other" for row in rows)], lines)
+
+
+def oracle_line(scale, seeds):
+    bounds = [oracle(scale, seed) for seed in seeds]
+    average = {clips: 100 * mean(each[clips] for each in bounds) for clips in bounds[0]}
+    every = ", ".join(f"{clips}: {value:.0f}" for clips, value in average.items() if clips != "best")
+    return f"Bound of the accuracy in %, by clips a video: {every}; of the best single clip: {average['best']:.0f}.\n"
+
+
+def write(figures, scale, out):
+    """The CSV files, ablation.md and the pictures of the figures there are."""
+    found = Found(figures, scale)
+    write_csv(figures, out)
+    parts = {
+        "": statement(found).replace("\n", "\n\n") + "\n",
+        "Rows": rows_table(found),
+        "Differences": differences_table(found),
+        "Steps": schedules_table(figures, scale),
+        "Labels": labels_table(found),
+        "Confusion": confusion_table(found),
+        "Oracle": oracle_line(scale, found.seeds(SCRATCH) or [0]),
+    }
+    text = "\n".join(f"## {name}\n\n{part}" if name else part for name, part in parts.items())
+    with whole(out / "ablation.md") as file:
+        file.write(text.encode())
+    for name, draw in dict(ablation=draw_curves, confusion=draw_confusions, labels=draw_labels).items():
+        if found.seeds(TCLR, INVARIANT, SCRATCH):
+            figure = draw(found)
+            with whole(out / f"{name}.png") as file:
+                figure.savefig(file, dpi=130, format="png")
+            plt.close(figure)
+    print(statement(found), flush=True)
+
+
+def write_csv(figures, out):
+    """ablation.csv by clips a video, ablation-labels.csv by shares of the labels, ablation-confusion.csv by classes."""
+    kinds = {
+        "ablation": lambda each: [dict(clips=n, **values) for n, values in each["by_clips"].items()],
+        "ablation-labels": lambda each: [dict(share=s, linear=value) for s, value in each["by_share"].items()],
+        "ablation-confusion": lambda each: [
+            {"true": name} | dict(zip(motions.ROUTINES, counts, strict=True))
+            for name, counts in zip(motions.ROUTINES, each["confusion"], strict=True)
+        ],
+    }
+    for name, lines in kinds.items():
+        facts = FACTS if name == "ablation" else ("hash", "code")
+        rows = [
+            {key: each[key] for key in ("row", "seed", "steps")} | line | {key: each[key] for key in facts}
+            for each in figures
+            for line in lines(each)
+        ]
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, rows[0] if rows else [])
+        writer.writeheader()
+        writer.writerows(
+            {key: f"{v:.4f}" if isinstance(v, float) and key != "seconds" else v for key, v in row.items()}
+            for row in rows
+        )
+        with whole(out / f"{name}.csv") as file:
+            file.write(text.getvalue().encode())
+
+
+def draw_curves(found):
+    """The slides' first figure: R@1 and linear accuracy against the number of clips a video, with 95 % intervals."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    clips = range(1, found.clips + 1)
+    for axis, (name, label) in zip(axes, FIGURES.items(), strict=True):
+        for colour, row in dict(C7=SCRATCH, C0=INVARIANT, C3=TCLR).items():
+            means, halves, _ = zip(*(found.mean(row, found.at(name, n)) for n in clips), strict=True)
+            axis.errorbar(clips, means, halves, color=colour, marker="o", markersize=4, capsize=3, label=row)
+        axis.axhline(100 / len(motions.ROUTINES), color="gray", linestyle=":", label="chance")
+        axis.set(xlabel="clips a video", ylabel=f"{label} (%)", ylim=(0, None), xticks=list(clips))
+    axes[0].legend(frameon=False)
+    figure.supxlabel(statement(found), fontsize=7)
+    return figure
+
+
+def draw_confusions(found):
+    """Confusion matrices of scratch, IC and TCLR; the squares are those of two classes that share their frames."""
+    rows = SCRATCH, INVARIANT, TCLR
+    figure, axes = plt.subplots(1, 3, figsize=(14, 6), layout="constrained")
+    names = list(motions.ROUTINES)
+    order = [names.index(name) for pair in motions.MIRRORED for name in pair]
+    labels = [names[i].replace("And", " ") for i in order]
+    for axis, row in zip(axes, rows, strict=True):
+        counts = confusions(found, row)[order][:, order]
+        shares = 100 * counts / counts.sum(1, keepdims=True)
+        image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=60)
+        for (i, j), value in np.ndenumerate(shares):
+            axis.text(
+                j, i, f"{value:.0f}", ha="center", va="center", fontsize=7, color="white" if value > 35 else "black"
+            )
+        for start in range(0, len(order), 2):
+            axis.add_patch(plt.Rectangle((start - 0.5, start - 0.5), 2, 2, fill=False, edgecolor="C3", linewidth=1.5))
+        axis.set(title=row, xlabel="predicted")
+        axis.set_xticks(range(len(order)), labels, rotation=90, fontsize=7)
+        axis.set_yticks(range(len(order)), labels if axis is axes[0] else [], fontsize=7)
+    axes[0].set_ylabel("true")
+    figure.colorbar(image, ax=axes, label="% of the true class", shrink=0.6)
+    return figure
+
+
+def draw_labels(found):
+    """Linear accuracy against the share of the labels, with 95 % intervals."""
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    for colour, row in dict(C7=SCRATCH, C0=INVARIANT, C3=TCLR).items():
+        jobs = [found.jobs[row, seed]["by_share"] for seed in found.seeds(row)]
+        means, halves, _ = zip(*(interval([100 * job[str(part)] for job in jobs]) for part in SHARES), strict=True)
+        axis.errorbar([100 * part for part in SHARES], means, halves, color=colour, marker="o", capsize=3, label=row)
+    axis.axhline(100 / len(motions.ROUTINES), color="gray", linestyle=":", label="chance")
+    axis.set(xlabel="share of the labels (%)", ylabel="linear accuracy (%)", xscale="log", ylim=(0, None))
+    axis.set_xticks([100 * part for part in SHARES], [f"{100 * part:g}" for part in SHARES])
+    axis.legend(frameon=False)
+    return figure
