@@ -229,7 +229,7 @@ class Run:
 
     def refuse(self, settings, state):
         """Raises ValueError that names every setting that differs from the checkpoint's and cannot change."""
-        before, now = flat(settings), flat(self.settings)
+        before, now = EARLIER | flat(settings), flat(self.settings)
         fixed = FIXED + ("recipe.temperature",) * self.recipe.learn_temperature
         names = [name for name in before.keys() & now.keys() if before[name] != now[name] and name.startswith(fixed)]
         found = [f"{name}: found {now[name]!r}, wanted {before[name]!r}" for name in sorted(names)]
