@@ -209,10 +209,9 @@ def test_ablation_job_by_job(tmp_path, capsys):
     assert sum(map(sum, row["confusion"])) == 8 and list(row["by_share"]) == ["0.01", "0.1", "0.2", "0.5", "1.0"]
     cli.main([*given, "--dry_run=true"])
     assert sum(line.endswith("(done)") for line in capsys.readouterr().out.splitlines()) == 6
-    for name, lines in dict(ablation=6 * 2, labels=6 * 5, confusion=6 * 8).items():
-        path = tmp_path / ("ablation.csv" if name == "ablation" else f"ablation-{name}.csv")
-        assert len(path.read_text().splitlines()) == 1 + lines
-        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    lines = [len((tmp_path / f"{name}.csv").read_text().splitlines()) for name in claims.LINES]
+    assert lines == [1 + 6 * 2, 1 + 6 * 5, 1 + 6 * 8]
+    assert all((tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in claims.LINES)
     with pytest.raises(SystemExit, match="job: found 99, wanted 0..20"):
         cli.main([*given, "--job=99"])
 
@@ -228,12 +227,11 @@ def figures(row, seed, r1, linear):
 @pytest.mark.parametrize("better, verdict", [(6, "above"), (1, "not told apart"), (-6, "below")])
 def test_the_statement_follows_the_figures(better, verdict):
     """Paired differences of better - 1, better, better + 1: half of their 95 % interval is 4.303 / sqrt(3)."""
-    scale = ablation.Ablation(steps=2, eval_clips=2)
     rows = []
     for seed, noise in enumerate((-1, 0, 1)):
         rows.append(figures(claims.INVARIANT, seed, (20 + 9 * seed, 30), (20, 20)))
         rows.append(figures(claims.TCLR, seed, (20 + 9 * seed, 30 + better + noise), (20, 20)))
-    found = claims.Found(rows, scale)
+    found = claims.Found(rows, steps=2)
     value, half, count = found.difference(claims.TCLR, claims.INVARIANT, found.at("r1"))
     assert (value, count) == (pytest.approx(better), 3) and half == pytest.approx(4.303 / 3**0.5)
     first, second = claims.statement(found).splitlines()
@@ -243,11 +241,10 @@ def test_the_statement_follows_the_figures(better, verdict):
 
 
 def test_rows_of_other_steps_and_unpaired_seeds_are_left_out():
-    scale = ablation.Ablation(steps=2, eval_clips=2)
     rows = [figures(claims.TCLR, seed, (10, 40), (10, 40)) for seed in range(3)]
     rows += [figures(claims.INVARIANT, seed, (10, 20), (10, 20)) for seed in range(1, 5)]
     rows.append(figures(claims.INVARIANT, 0, (99, 99), (99, 99)) | dict(steps=4))
-    found = claims.Found(rows, scale)
+    found = claims.Found(rows, steps=2)
     assert found.seeds(claims.TCLR, claims.INVARIANT) == [1, 2]
     assert found.difference(claims.TCLR, claims.INVARIANT, found.gain("linear"))[0] == pytest.approx(20)
 

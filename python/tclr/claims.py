@@ -1,15 +1,20 @@
-"""The ablation's tables, pictures and statements, all computed from the figures of its jobs."""
+"""The ablation's tables, pictures and statements, all computed from its rows: three CSV files in a folder.
+
+python -m tclr.claims --folder benchmarks/results   # ablation.md and the pictures, from the rows that lie there
+"""
 
 import csv
 import io
 import math
+from pathlib import Path
 from statistics import mean, stdev
 
 import matplotlib
 import numpy as np
+from jsonargparse import auto_cli
 
 from . import motions
-from .ablation import INVARIANT, ROWS, SCRATCH, SHARES, TCLR, oracle
+from .ablation import INVARIANT, ROWS, SCRATCH, SHARES, TCLR, Ablation
 from .checkpoint import whole
 
 matplotlib.use("Agg")
@@ -23,15 +28,25 @@ COMPARED = [  # pairs of rows whose differences are tabled, the second taken fro
     *((pair, ic) for pair in ("IC + LL", "IC + GL") for ic in (INVARIANT, "IC (same)")),
     ("IC (same)", INVARIANT),
 ]
+KEY = "row", "seed", "steps"
+MEASURED = "r1", "r5", "linear"
+LINES = {  # the lines of each file that a job's figures fill
+    "ablation": lambda each: [dict(clips=clips, **values) for clips, values in each["by_clips"].items()],
+    "ablation-labels": lambda each: [dict(share=share, linear=value) for share, value in each["by_share"].items()],
+    "ablation-confusion": lambda each: [
+        dict(true=name, **dict(zip(motions.ROUTINES, counts, strict=True)))
+        for name, counts in zip(motions.ROUTINES, each["confusion"], strict=True)
+    ],
+}
 FACTS = "seconds", "hash", "code", "commit", "torch", "python", "numpy", "machine", "threads"
 
 
 class Found:
-    """The figures there are, in %, of one number of steps; `steps` picks another than the scale's."""
+    """The figures there are, in %, of one number of steps."""
 
-    def __init__(self, figures, scale, steps=None):
-        self.steps, self.clips = steps or scale.steps, scale.eval_clips
-        self.jobs = {(each["row"], each["seed"]): each for each in figures if each["steps"] == self.steps}
+    def __init__(self, figures, steps):
+        self.jobs = {(each["row"], each["seed"]): each for each in figures if each["steps"] == steps}
+        self.clips = max((int(clips) for each in figures for clips in each["by_clips"]), default=1)
 
     def seeds(self, *rows):
         """The seeds of which all these rows are there."""
@@ -130,11 +145,11 @@ def differences_table(found):
     return table(["difference", "seeds", *columns], lines)
 
 
-def schedules_table(figures, scale):
+def steps_table(figures):
     """IC + LL + GL against IC (independent) by the number of steps."""
     lines = []
     for steps in sorted({each["steps"] for each in figures}):
-        found = Found(figures, scale, steps)
+        found = Found(figures, steps)
         if found.seeds(TCLR, INVARIANT):
             measures = [found.at(figure) for figure in FIGURES]
             means = (shown(*found.mean(row, measure)) for measure in measures for row in (INVARIANT, TCLR))
@@ -170,64 +185,65 @@ def confusion_table(found):
     return table(["pair", *(f"{row}, right : taken for the other" for row in rows)], lines)
 
 
-def oracle_line(scale, seeds):
-    bounds = [oracle(scale, seed) for seed in seeds]
-    average = {clips: 100 * mean(each[clips] for each in bounds) for clips in bounds[0]}
-    every = ", ".join(f"{clips}: {value:.0f}" for clips, value in average.items() if clips != "best")
-    return f"Bound of the accuracy in %, by clips a video: {every}; of the best single clip: {average['best']:.0f}.\n"
-
-
 def write(figures, scale, out):
-    """The CSV files, ablation.md and the pictures of the figures there are."""
-    found = Found(figures, scale)
-    write_csv(figures, out)
-    parts = {
-        "": statement(found).replace("\n", "\n\n") + "\n",
-        "Rows": rows_table(found),
-        "Differences": differences_table(found),
-        "Steps": schedules_table(figures, scale),
-        "Labels": labels_table(found),
-        "Confusion": confusion_table(found),
-        "Oracle": oracle_line(scale, found.seeds(SCRATCH) or [0]),
-    }
-    text = "\n".join(f"## {name}\n\n{part}" if name else part for name, part in parts.items())
-    with whole(out / "ablation.md") as file:
-        file.write(text.encode())
-    for name, draw in dict(ablation=draw_curves, confusion=draw_confusions, labels=draw_labels).items():
-        if found.seeds(TCLR, INVARIANT, SCRATCH):
-            figure = draw(found)
-            with whole(out / f"{name}.png") as file:
-                figure.savefig(file, dpi=130, format="png")
-            plt.close(figure)
-    print(statement(found), flush=True)
-
-
-def write_csv(figures, out):
-    """ablation.csv by clips a video, ablation-labels.csv by shares of the labels, ablation-confusion.csv by classes."""
-    kinds = {
-        "ablation": lambda each: [dict(clips=n, **values) for n, values in each["by_clips"].items()],
-        "ablation-labels": lambda each: [dict(share=s, linear=value) for s, value in each["by_share"].items()],
-        "ablation-confusion": lambda each: [
-            {"true": name} | dict(zip(motions.ROUTINES, counts, strict=True))
-            for name, counts in zip(motions.ROUTINES, each["confusion"], strict=True)
-        ],
-    }
-    for name, lines in kinds.items():
+    """The rows of these figures as CSV files, and what `tabulate` makes of them."""
+    for name, lines in LINES.items():
         facts = FACTS if name == "ablation" else ("hash", "code")
         rows = [
-            {key: each[key] for key in ("row", "seed", "steps")} | line | {key: each[key] for key in facts}
+            {key: each[key] for key in KEY} | line | {key: each[key] for key in facts}
             for each in figures
             for line in lines(each)
         ]
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, rows[0] if rows else [])
+        writer = csv.DictWriter(text, rows[0] if rows else KEY, lineterminator="\n")
         writer.writeheader()
         writer.writerows(
-            {key: f"{v:.4f}" if isinstance(v, float) and key != "seconds" else v for key, v in row.items()}
-            for row in rows
+            {key: f"{value:.4f}" if key in MEASURED else value for key, value in row.items()} for row in rows
         )
         with whole(out / f"{name}.csv") as file:
             file.write(text.getvalue().encode())
+    tabulate(out, scale.steps)
+
+
+def read(folder):
+    """The figures that the CSV files of a folder hold."""
+    figures = {}
+    for name in LINES:
+        with (folder / f"{name}.csv").open(newline="") as file:
+            for line in csv.DictReader(file):
+                key = line["row"], int(line["seed"]), int(line["steps"])
+                each = figures.setdefault(key, dict(zip(KEY, key, strict=True), by_clips={}, by_share={}, confusion=[]))
+                if name == "ablation":
+                    each["by_clips"][line["clips"]] = {figure: float(line[figure]) for figure in ("r1", "r5", "linear")}
+                elif name == "ablation-labels":
+                    each["by_share"][line["share"]] = float(line["linear"])
+                else:
+                    each["confusion"].append([int(line[name]) for name in motions.ROUTINES])
+    return list(figures.values())
+
+
+def tabulate(folder: Path, steps: int = Ablation.steps):
+    """ablation.md and the pictures of the rows in a folder. steps: of all tables but the one that compares them."""
+    figures = read(folder)
+    found = Found(figures, steps)
+    parts = {
+        "": statement(found).replace("\n", "\n\n") + "\n",
+        "Rows": rows_table(found),
+        "Differences": differences_table(found),
+        "Steps": steps_table(figures),
+        "Labels": labels_table(found),
+        "Confusion": confusion_table(found),
+    }
+    text = "\n".join(f"## {name}\n\n{part}" if name else part for name, part in parts.items())
+    with whole(folder / "ablation.md") as file:
+        file.write(text.encode())
+    for name, draw in zip(LINES, (draw_curves, draw_labels, draw_confusions), strict=True):
+        if found.seeds(TCLR, INVARIANT, SCRATCH):
+            figure = draw(found)
+            with whole(folder / f"{name}.png") as file:
+                figure.savefig(file, dpi=130, format="png")
+            plt.close(figure)
+    print(statement(found), flush=True)
 
 
 def draw_curves(found):
@@ -282,3 +298,7 @@ def draw_labels(found):
     axis.set_xticks([100 * part for part in SHARES], [f"{100 * part:g}" for part in SHARES])
     axis.legend(frameon=False)
     return figure
+
+
+if __name__ == "__main__":
+    auto_cli(tabulate, as_positional=False)
