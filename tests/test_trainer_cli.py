@@ -192,7 +192,7 @@ SMALL = ["groups=2", "test_groups=1", "takes=1", "steps=2", "batch=4", "width=2"
 def test_ablation_job_by_job(tmp_path, capsys):
     """A job is measured once; the tables hold the jobs there are, and say only what they can."""
     given = ["ablation", "--out", str(tmp_path), "--seeds=2", "--other_seeds=1", *(f"--scale.{each}" for each in SMALL)]
-    cli.main([*given, "--dry_run=true"])
+    cli.main([*given, "--plan=true"])
     listed = capsys.readouterr().out.splitlines()
     assert listed[1] == "1: IC (independent), seed 0, 2 steps" and listed[-1].endswith(", 4 steps")
     assert not list(tmp_path.iterdir())
@@ -207,7 +207,7 @@ def test_ablation_job_by_job(tmp_path, capsys):
     row = json.loads(next(tmp_path.glob("IC+LL+GL-seed0*.json")).read_text())
     assert row["last_step"]["step"] == 1 and list(row["by_clips"]) == ["1", "2"] and row["torch"] == torch.__version__
     assert sum(map(sum, row["confusion"])) == 8 and list(row["by_share"]) == ["0.01", "0.1", "0.2", "0.5", "1.0"]
-    cli.main([*given, "--dry_run=true"])
+    cli.main([*given, "--plan=true"])
     assert sum(line.endswith("(done)") for line in capsys.readouterr().out.splitlines()) == 6
     lines = [len((tmp_path / f"{name}.csv").read_text().splitlines()) for name in claims.LINES]
     assert lines == [1 + 6 * 2, 1 + 6 * 5, 1 + 6 * 8]

@@ -8,7 +8,7 @@ other code measured are left aside, and measured again.
 
     tclr ablation --out runs/ablation               # the jobs that are missing, then tables and pictures
     tclr ablation --out runs/ablation --job 5       # one of them
-    tclr ablation --out runs/ablation --dry_run true  # lists them
+    tclr ablation --out runs/ablation --plan true   # lists them
 """
 
 import dataclasses
@@ -262,15 +262,15 @@ def finished(out, wanted):
 
 
 def run(out: Path = Path("runs/ablation"), seeds: int = 8, other_seeds: int = 3, job: int | None = None,
-        scale: Ablation = Ablation(), dry_run: bool = False):  # fmt: skip  # noqa: B008
+        scale: Ablation = Ablation(), plan: bool = False):  # fmt: skip  # noqa: B008
     """Measures the jobs that are missing, or the one of that number; then tables and pictures of what there is.
 
-    Several processes with the same arguments share the jobs. dry_run: lists the jobs, and measures none.
+    Several processes with the same arguments share the jobs. plan: lists the jobs, and measures none.
     """
     wanted = jobs(scale, seeds, other_seeds)
     if job is not None and not 0 <= job < len(wanted):
         raise SystemExit(f"job: found {job}, wanted 0..{len(wanted) - 1}")
-    if dry_run:
+    if plan:
         for number, (row, seed, of) in enumerate(wanted):
             done = " (done)" if figures_file(out, wanted[number]).exists() else ""
             print(f"{number}: {row}, seed {seed}, {of.steps} steps{done}")
