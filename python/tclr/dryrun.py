@@ -1,8 +1,8 @@
 """`tclr COMMAND ... --dry-run`: the same command within a minute, on a few small generated videos in UCF101's layout.
 
-What is read, trained, evaluated and written is as without it, but small: two steps of two videos, a narrow network of the
-same kind, pictures of 32 x 32, two clips a video. The folder of the run gets "-dry-run" behind its name, so that dry runs
-of evaluations find that of their pretraining, and no other run is touched.
+What is read, trained, evaluated and written is as without it, but small: two steps of two videos, a narrow network of
+the same kind, pictures of 32 x 32, two clips a video. The folder of the run gets "-dry-run" behind its name, so that
+dry runs of evaluations find that of their pretraining, and no other run is touched.
 """
 
 import dataclasses
@@ -32,9 +32,12 @@ def small(command):
         name = next((name for name in ("out", "run") if name in given), None)
         folder = given[name].with_name(f"{given[name].name}-dry-run")
         given |= {name: folder} | {key: value for key, value in VALUES.items() if key in given}
+        untrained = "recipe" in given and not given["recipe"].steps and not given["recipe"].epochs
         for key, values in SMALL.items():
             if key in given:
                 given[key] = dataclasses.replace(given[key], **values)
+        if untrained:
+            given["recipe"] = dataclasses.replace(given["recipe"], steps=0)
         if "recipe" in given and config.device(given["device"]) == "cpu":
             given["recipe"] = dataclasses.replace(given["recipe"], amp="off")
         if given.get("data") is not None:
