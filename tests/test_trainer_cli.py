@@ -210,8 +210,9 @@ def test_ablation_job_by_job(tmp_path, capsys):
     cli.main([*given, "--plan=true"])
     assert sum(line.endswith("(done)") for line in capsys.readouterr().out.splitlines()) == 6
     lines = [len((tmp_path / f"{name}.csv").read_text().splitlines()) for name in claims.LINES]
-    assert lines == [1 + 6 * 2, 1 + 6 * 5, 1 + 6 * 8]
-    assert all((tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in claims.LINES)
+    assert lines == [1 + 6 * 2, 1 + 6 * 5, 1, 1, 1 + 6 * 8]
+    for name in "ablation", "ablation-labels", "ablation-confusion":
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit, match="job: found 99, wanted 0..20"):
         cli.main([*given, "--job=99"])
 

@@ -261,12 +261,47 @@ def finished(out, wanted):
     return [json.loads(file.read_text()) for file in files if file.exists()]
 
 
-def run(out: Path = Path("runs/ablation"), seeds: int = 8, other_seeds: int = 3, job: int | None = None,
-        scale: Ablation = Ablation(), plan: bool = False):  # fmt: skip  # noqa: B008
+def weights_of(out, job):
+    """The weights that a job left, the newest ones of its scale; None where there are none."""
+    stem = figures_file(out, job).stem.rpartition("-")[0]
+    return max(out.glob(f"{stem}-????????.pt"), key=lambda path: path.stat().st_mtime, default=None)
+
+
+def follow(out, wanted, named, measure):
+    """Measures more on the networks that these jobs left: measure(out, job, weights) -> figures, once each.
+
+    named(weights): the file of the figures. Jobs without weights are left out.
+    """
+    for job in wanted:
+        if weights := weights_of(out, job):
+            path, started = named(weights), time.perf_counter()
+            with claimed(path) as mine:
+                if mine and not path.exists():
+                    figures = measure(out, job, weights)
+                    made = here() | dict(weights=weights.name, seconds=round(time.perf_counter() - started, 1))
+                    figures = dict(row=job.row, seed=job.seed, figures=figures, made=made)
+                    with whole(path) as file:
+                        file.write(json.dumps(figures, indent=1).encode() + b"\n")
+                    print(path.stem, made["seconds"], "s", flush=True)
+
+
+def followed(out, wanted, named):
+    """{(row, seed): figures} of those that `follow` has measured."""
+    files = {job: named(weights) for job in wanted if (weights := weights_of(out, job))}
+    read = {job: json.loads(path.read_text()) for job, path in files.items() if path.exists()}
+    return {(job.row, job.seed): each["figures"] for job, each in read.items()}
+
+
+def run(out: Path = Path("runs/ablation"), seeds: int = 8, other_seeds: int = 3, label_seeds: int = 5,
+        job: int | None = None, scale: Ablation = Ablation(), plan: bool = False):  # fmt: skip  # noqa: B008
     """Measures the jobs that are missing, or the one of that number; then tables and pictures of what there is.
 
-    Several processes with the same arguments share the jobs. plan: lists the jobs, and measures none.
+    Several processes with the same arguments share the jobs. Where all are asked for, the networks of `label_seeds`
+    seeds are finetuned on shares of the labels (labels.py), and those of all seeds are compared clip by clip (sets.py).
+    plan: lists the jobs, and measures none.
     """
+    from . import claims, labels, sets  # which are made of this module's figures
+
     wanted = jobs(scale, seeds, other_seeds)
     if job is not None and not 0 <= job < len(wanted):
         raise SystemExit(f"job: found {job}, wanted 0..{len(wanted) - 1}")
@@ -281,9 +316,16 @@ def run(out: Path = Path("runs/ablation"), seeds: int = 8, other_seeds: int = 3,
         with claimed(path) as mine:
             if mine and not path.exists():
                 run_job(out, one)
-    from . import claims
-
-    claims.write(finished(out, wanted), scale, out)
+    figures = finished(out, wanted)
+    for module, count in ((sets, seeds), (labels, label_seeds)):
+        networks = [Job(row, seed, scale) for seed in range(count) for row in module.ROWS]
+        if job is None:
+            follow(out, networks, module.named, module.measure)
+        found = followed(out, networks, module.named)
+        for each in figures:
+            if each["steps"] == scale.steps:
+                each |= found.get((each["row"], each["seed"]), {})
+    claims.write(figures, scale, out)
 
 
 if __name__ == "__main__":

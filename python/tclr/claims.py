@@ -29,10 +29,16 @@ COMPARED = [  # pairs of rows whose differences are tabled, the second taken fro
     ("IC (same)", INVARIANT),
 ]
 KEY = "row", "seed", "steps"
-MEASURED = "r1", "r5", "linear"
+MEASURED = "r1", "r5", "linear", "accuracy", "constancy"
 LINES = {  # the lines of each file that a job's figures fill
     "ablation": lambda each: [dict(clips=clips, **values) for clips, values in each["by_clips"].items()],
     "ablation-labels": lambda each: [dict(share=share, linear=value) for share, value in each["by_share"].items()],
+    "ablation-finetuned": lambda each: [
+        dict(share=share, accuracy=value) for share, value in each.get("finetuned", {}).items()
+    ],
+    "ablation-sets": lambda each: [
+        dict(clips=clips, r1=value, constancy=each["constancy"]) for clips, value in each.get("sets", {}).items()
+    ],
     "ablation-confusion": lambda each: [
         dict(true=name, **dict(zip(motions.ROUTINES, counts, strict=True)))
         for name, counts in zip(motions.ROUTINES, each["confusion"], strict=True)
@@ -45,6 +51,7 @@ class Found:
     """The figures there are, in %, of one number of steps."""
 
     def __init__(self, figures, steps):
+        self.steps = steps
         self.jobs = {(each["row"], each["seed"]): each for each in figures if each["steps"] == steps}
         self.clips = max((int(clips) for each in figures for clips in each["by_clips"]), default=1)
 
@@ -59,6 +66,17 @@ class Found:
     def gain(self, figure):
         """A measure (row, seed) -> what all clips bring over one."""
         return lambda row, seed: self.at(figure)(row, seed) - self.at(figure, 1)(row, seed)
+
+    def in_sets(self, clips):
+        """A measure (row, seed) -> R@1 clip by clip."""
+        return lambda row, seed: 100 * self.jobs[row, seed]["sets"][str(clips)]
+
+    def gain_in_sets(self):
+        return lambda row, seed: self.in_sets(self.clips)(row, seed) - self.in_sets(1)(row, seed)
+
+    def by_share(self, row, kind):
+        """The accuracies by the share of the labels, of each seed that has them."""
+        return [self.jobs[row, seed][kind] for seed in self.seeds(row) if self.jobs[row, seed][kind]]
 
     def mean(self, row, measure):
         """(mean over seeds, half the width of its 95 % interval, number of seeds)"""
@@ -85,7 +103,8 @@ def shown(value, half, count):
 
 def told(value, half, count):
     """ "12.3 [11.1, 13.5]": a difference with its interval"""
-    return "" if not count else f"{value:+.1f} [{value - half:+.1f}, {value + half:+.1f}]"
+    bounds = "" if math.isnan(half) else f" [{value - half:+.1f}, {value + half:+.1f}]"
+    return f"{value:+.1f}{bounds}" if count else ""
 
 
 def statement(found):
@@ -146,26 +165,51 @@ def differences_table(found):
 
 
 def steps_table(figures):
-    """IC + LL + GL against IC (independent) by the number of steps."""
+    """IC + LL + GL minus IC (independent) by the number of steps."""
     lines = []
     for steps in sorted({each["steps"] for each in figures}):
         found = Found(figures, steps)
-        if found.seeds(TCLR, INVARIANT):
-            measures = [found.at(figure) for figure in FIGURES]
-            means = (shown(*found.mean(row, measure)) for measure in measures for row in (INVARIANT, TCLR))
-            lines.append([str(steps), str(len(found.seeds(TCLR, INVARIANT))), *means])
-            lines[-1] += [told(*found.difference(TCLR, INVARIANT, measure)) for measure in measures]
-    names = [f"{label}, {row}" for label in FIGURES.values() for row in (INVARIANT, TCLR)]
-    return table(["steps", "seeds", *names, *(f"difference in {label}" for label in FIGURES.values())], lines)
+        if seeds := found.seeds(TCLR, INVARIANT):
+            means = [shown(*found.mean(row, found.at(figure))) for figure in FIGURES for row in (INVARIANT, TCLR)]
+            measures = [measure(figure) for measure in (found.at, found.gain) for figure in FIGURES]
+            differences = [told(*found.difference(TCLR, INVARIANT, measure)) for measure in measures]
+            lines.append([str(steps), str(len(seeds)), *means, *differences])
+    head = [f"{label}, {row}" for label in FIGURES.values() for row in (INVARIANT, TCLR)]
+    head += [f"{what} {label}" for what in ("difference in", "difference of gains in") for label in FIGURES.values()]
+    return table(["steps", "seeds", *head], lines)
 
 
-def labels_table(found):
-    share = lambda part: lambda row, seed: 100 * found.jobs[row, seed]["by_share"][str(part)]  # noqa: E731
-    rows = [row for row in (SCRATCH, INVARIANT, "IC (same)", TCLR) if found.seeds(row)]
+def labels_table(found, kind):
+    """Accuracy by the share of the labels: of a linear layer (kind "by_share"), or "finetuned"."""
+    rows = [row for row in (SCRATCH, INVARIANT, "IC (same)", TCLR) if any(found.by_share(row, kind))]
+    shares = [part for part in SHARES if any(str(part) in each for row in rows for each in found.by_share(row, kind))]
+    lines = []
+    for row in rows:
+        jobs = found.by_share(row, kind)
+        lines.append(
+            [row, str(len(jobs)), *(shown(*interval([100 * job[str(part)] for job in jobs])) for part in shares)]
+        )
+    return table(["row", "seeds", *(f"{100 * part:g} % of the labels" for part in shares)], lines)
+
+
+def sets_table(found):
+    """R@1 by the mean of the clips' features, and clip by clip; how constant the features are."""
+    measured = Found([each for each in found.jobs.values() if each["sets"]], found.steps)
+    clips = sorted({1, 2, measured.clips}) if measured.jobs else []
+    measures = {f"clip by clip, {n} clip{'s' * (n > 1)}": measured.in_sets(n) for n in clips}
+    if clips:
+        measures["gain, clip by clip"] = measured.gain_in_sets()
+        measures["gain, mean"] = measured.gain("r1")
+        measures["variance between videos (%)"] = lambda row, seed: 100 * measured.jobs[row, seed]["constancy"]
+    rows = [row for row in ROWS if measured.seeds(row)]
     lines = [
-        [row, str(len(found.seeds(row))), *(shown(*found.mean(row, share(part))) for part in SHARES)] for row in rows
+        [row, str(len(measured.seeds(row))), *(shown(*measured.mean(row, each)) for each in measures.values())]
+        for row in rows
     ]
-    return table(["row", "seeds", *(f"{100 * part:g} % of the labels" for part in SHARES)], lines)
+    if TCLR in rows and INVARIANT in rows:
+        differences = [told(*measured.difference(TCLR, INVARIANT, each)) for each in measures.values()]
+        lines.append([f"{TCLR} − {INVARIANT}", str(len(measured.seeds(TCLR, INVARIANT))), *differences])
+    return table(["row", "seeds", *measures], lines)
 
 
 def confusions(found, row):
@@ -212,11 +256,16 @@ def read(folder):
         with (folder / f"{name}.csv").open(newline="") as file:
             for line in csv.DictReader(file):
                 key = line["row"], int(line["seed"]), int(line["steps"])
-                each = figures.setdefault(key, dict(zip(KEY, key, strict=True), by_clips={}, by_share={}, confusion=[]))
+                empty = dict(by_clips={}, by_share={}, finetuned={}, sets={}, constancy=None, confusion=[])
+                each = figures.setdefault(key, dict(zip(KEY, key, strict=True)) | empty)
                 if name == "ablation":
                     each["by_clips"][line["clips"]] = {figure: float(line[figure]) for figure in ("r1", "r5", "linear")}
                 elif name == "ablation-labels":
                     each["by_share"][line["share"]] = float(line["linear"])
+                elif name == "ablation-finetuned":
+                    each["finetuned"][line["share"]] = float(line["accuracy"])
+                elif name == "ablation-sets":
+                    each["sets"][line["clips"]], each["constancy"] = float(line["r1"]), float(line["constancy"])
                 else:
                     each["confusion"].append([int(line[name]) for name in motions.ROUTINES])
     return list(figures.values())
@@ -231,13 +280,16 @@ def tabulate(folder: Path, steps: int = Ablation.steps):
         "Rows": rows_table(found),
         "Differences": differences_table(found),
         "Steps": steps_table(figures),
-        "Labels": labels_table(found),
+        "Labels, linear": labels_table(found, "by_share"),
+        "Labels, finetuned": labels_table(found, "finetuned"),
         "Confusion": confusion_table(found),
+        "Retrieval clip by clip": sets_table(found),
     }
     text = "\n".join(f"## {name}\n\n{part}" if name else part for name, part in parts.items())
     with whole(folder / "ablation.md") as file:
         file.write(text.encode())
-    for name, draw in zip(LINES, (draw_curves, draw_labels, draw_confusions), strict=True):
+    pictures = {"ablation": draw_curves, "ablation-labels": draw_labels, "ablation-confusion": draw_confusions}
+    for name, draw in pictures.items():
         if found.seeds(TCLR, INVARIANT, SCRATCH):
             figure = draw(found)
             with whole(folder / f"{name}.png") as file:
@@ -287,16 +339,22 @@ def draw_confusions(found):
 
 
 def draw_labels(found):
-    """Linear accuracy against the share of the labels, with 95 % intervals."""
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-    for colour, row in dict(C7=SCRATCH, C0=INVARIANT, C3=TCLR).items():
-        jobs = [found.jobs[row, seed]["by_share"] for seed in found.seeds(row)]
-        means, halves, _ = zip(*(interval([100 * job[str(part)] for job in jobs]) for part in SHARES), strict=True)
-        axis.errorbar([100 * part for part in SHARES], means, halves, color=colour, marker="o", capsize=3, label=row)
-    axis.axhline(100 / len(motions.ROUTINES), color="gray", linestyle=":", label="chance")
-    axis.set(xlabel="share of the labels (%)", ylabel="linear accuracy (%)", xscale="log", ylim=(0, None))
-    axis.set_xticks([100 * part for part in SHARES], [f"{100 * part:g}" for part in SHARES])
-    axis.legend(frameon=False)
+    """Accuracy against the share of the labels, with 95 % intervals: of a linear layer, and finetuned."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
+    for axis, (kind, title) in zip(axes, dict(by_share="linear", finetuned="finetuned").items(), strict=True):
+        for colour, row in dict(C7=SCRATCH, C0=INVARIANT, C3=TCLR).items():
+            jobs = found.by_share(row, kind)
+            shares = [part for part in SHARES if jobs and str(part) in jobs[0]]
+            points = [interval([100 * job[str(part)] for job in jobs])[:2] for part in shares]
+            if points:
+                means, halves = zip(*points, strict=True)
+                percent = [100 * part for part in shares]
+                axis.errorbar(percent, means, halves, color=colour, marker="o", markersize=4, capsize=3, label=row)
+        axis.axhline(100 / len(motions.ROUTINES), color="gray", linestyle=":", label="chance")
+        axis.set(xlabel="share of the labels (%)", title=title, xscale="log", ylim=(0, None))
+        axis.set_xticks([100 * part for part in SHARES], [f"{100 * part:g}" for part in SHARES])
+    axes[0].set_ylabel("accuracy (%)")
+    axes[0].legend(frameon=False)
     return figure
 
 
