@@ -15,7 +15,19 @@ for needed in "av", "jsonargparse", "safetensors", "tensorboard":
     pytest.importorskip(needed, reason=f"the trainer needs {needed}: pip install .[train]")
 sys.path.insert(0, str(Path(__file__).parents[1] / "python"))
 
-from tclr import ablation, claims, cli, config, features, finetune, linear, motions  # noqa: E402
+from tclr import (  # noqa: E402
+    ablation,
+    claims,
+    cli,
+    config,
+    evaluate,
+    features,
+    finetune,
+    labels,
+    linear,
+    motions,
+    sets,
+)  # fmt: skip
 
 CONFIGS = Path(cli.__file__).parent / "configs"
 EVALUATION = [f"--evaluation.{what}" for what in ("clips=2", "frames=8", "stride=3", "side=32")]
@@ -189,32 +201,86 @@ def test_linear_layer_is_the_convex_minimum():
 SMALL = ["groups=2", "test_groups=1", "takes=1", "steps=2", "batch=4", "width=2", "eval_clips=2"]
 
 
-def test_ablation_job_by_job(tmp_path, capsys):
+def test_ablation_job_by_job(tmp_path, capsys, monkeypatch):
     """A job is measured once; the tables hold the jobs there are, and say only what they can."""
-    given = ["ablation", "--out", str(tmp_path), "--seeds=2", "--other_seeds=1", *(f"--scale.{each}" for each in SMALL)]
+    monkeypatch.setitem(labels.SETTINGS, "epochs", 1)
+    given = ["ablation", "--out", str(tmp_path), "--seeds=1", "--other_seeds=0", "--label_seeds=1"]
+    given += [f"--scale.{each}" for each in SMALL]
     cli.main([*given, "--plan=true"])
     listed = capsys.readouterr().out.splitlines()
-    assert listed[1] == "1: IC (independent), seed 0, 2 steps" and listed[-1].endswith(", 4 steps")
-    assert not list(tmp_path.iterdir())
+    assert listed[1] == "1: IC (independent), seed 0, 2 steps" and len(listed) == 6 and not list(tmp_path.iterdir())
+    with pytest.raises(SystemExit, match="job: found 6, wanted 0..5"):
+        cli.main([*given, "--job=6"])
     cli.main([*given, "--job=0"])
     assert "No seed has both rows." in (tmp_path / "ablation.md").read_text()
-    for job in range(1, 6):
-        cli.main([*given, f"--job={job}"])
+    cli.main(given)
     files = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
-    assert len(files) == 6 and not list(tmp_path.glob("*.part")) and not list(tmp_path.glob(".*.lock"))
-    cli.main([*given, "--job=2"])
+    assert len(files) == 6 + 4 + 3 and not list(tmp_path.glob("*.part")) and not list(tmp_path.glob(".*.lock"))
+    cli.main(given)
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")} == files
-    row = json.loads(next(tmp_path.glob("IC+LL+GL-seed0*.json")).read_text())
+    row = json.loads(
+        next(path for path in tmp_path.glob("IC+LL+GL-seed0*.json") if path.stem.count("-") == 3).read_text()
+    )
     assert row["last_step"]["step"] == 1 and list(row["by_clips"]) == ["1", "2"] and row["torch"] == torch.__version__
     assert sum(map(sum, row["confusion"])) == 8 and list(row["by_share"]) == ["0.01", "0.1", "0.2", "0.5", "1.0"]
     cli.main([*given, "--plan=true"])
     assert sum(line.endswith("(done)") for line in capsys.readouterr().out.splitlines()) == 6
-    lines = [len((tmp_path / f"{name}.csv").read_text().splitlines()) for name in claims.LINES]
-    assert lines == [1 + 6 * 2, 1 + 6 * 5, 1, 1, 1 + 6 * 8]
+    lines = {name: len((tmp_path / f"{name}.csv").read_text().splitlines()) - 1 for name in claims.LINES}
+    assert list(lines.values()) == [6 * 2, 6 * 5, 3 * 4, 4 * 2, 6 * 8]
     for name in "ablation", "ablation-labels", "ablation-confusion":
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(SystemExit, match="job: found 99, wanted 0..20"):
-        cli.main([*given, "--job=99"])
+
+
+def test_more_steps_and_other_rows_come_after_what_the_claims_need():
+    listed = ablation.jobs(ablation.Ablation(), seeds=8, other_seeds=3)
+    assert len(listed) == len(set(listed)) == 8 * 6 + 3 * 5 + 2 * 3 * 2
+    assert {job.row for job in listed[:24]} == {claims.SCRATCH, claims.INVARIANT, claims.TCLR}
+    assert {job.row for job in listed} == set(ablation.ROWS) and {job.scale.steps for job in listed[-12:]} == {75, 300}
+
+
+def test_the_tables_come_from_the_rows_alone(tmp_path):
+    """Written, read back and tabled again: the same text."""
+    rows = []
+    for seed in range(3):
+        for row in claims.INVARIANT, claims.TCLR, claims.SCRATCH:
+            facts = dict.fromkeys(claims.FACTS, "x") | dict(sets={"1": 0.25, "2": 0.5}, constancy=0.125)
+            labelled = {str(share): share / 2 for share in claims.SHARES}
+            confusion = torch.randint(9, (8, 8), generator=torch.Generator().manual_seed(seed)).tolist()
+            rows.append(
+                figures(row, seed, (10, 20 + seed), (10, 30)) | facts | dict(by_share=labelled, confusion=confusion)
+            )
+            rows[-1]["finetuned"] = labelled if seed < 2 else {}
+    claims.write(rows, ablation.Ablation(steps=2), tmp_path)
+    text = (tmp_path / "ablation.md").read_text()
+    assert (
+        "| IC + LL + GL | 2 | 0.5 ± 0.0 |" in text
+        and "| IC + LL + GL | 3 | 25.0 ± 0.0 | 50.0 ± 0.0 | 25.0 ± 0.0 |" in text
+    )
+    (tmp_path / "ablation.md").unlink()
+    claims.tabulate(tmp_path, steps=2)
+    assert (tmp_path / "ablation.md").read_text() == text
+    assert [each["confusion"] for each in claims.read(tmp_path)] == [each["confusion"] for each in rows]
+
+
+def test_videos_are_compared_clip_by_clip():
+    """Two videos of each of two classes: each has a background of its own, and one clip, at any time, tells the class."""
+    background, event = torch.eye(8)[:4] * 3, torch.eye(8)[4:6] * 2
+    videos = background[:, None].repeat(1, 4, 1)
+    videos[torch.arange(4), torch.tensor([0, 1, 2, 3])] = event[[0, 1, 0, 1]]
+    gallery, queries = videos[:2], videos[2:]
+    assert evaluate.set_ranking(gallery, queries, 4)[:, 0].tolist() == [0, 1]
+    random = torch.randn(2, 5, 4, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(evaluate.set_ranking(*random, 1), evaluate.ranking(*random, 1))
+    shuffled = random[0][:, torch.randperm(4)]
+    assert torch.equal(evaluate.set_ranking(shuffled, random[1], 4), evaluate.set_ranking(*random, 4))
+
+
+def test_constancy_is_1_of_what_stays_and_small_of_what_changes():
+    generator = torch.Generator().manual_seed(0)
+    still = torch.randn(50, 1, 6, generator=generator).expand(50, 8, 6)
+    moving = torch.randn(50, 8, 6, generator=generator)
+    assert sets.constancy(still) == pytest.approx(1) and sets.constancy(moving) == pytest.approx(1 / 8, abs=0.03)
+    assert sets.constancy(still + moving) == pytest.approx((1 + 1 / 8) / 2, abs=0.06)
 
 
 def figures(row, seed, r1, linear):
