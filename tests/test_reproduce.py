@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ for needed in "av", "jsonargparse", "matplotlib", "safetensors", "tensorboard":
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "python"))
 
-from tclr import checkpoint, cli, dryrun, motions  # noqa: E402
+from tclr import checkpoint, claims, cli, dryrun, motions  # noqa: E402
 
 PAGE = (ROOT / "docs" / "reproduce.md").read_text()
 COMMANDS = [shlex.split(line)[1:] for line in PAGE.splitlines() if line.startswith("    tclr ")]
@@ -64,6 +65,20 @@ def test_the_page_names_what_its_commands_need():
         if "--config" in command:
             assert (ROOT / command[command.index("--config") + 1]).is_file()
         assert command[0] == "pretrain" or command[command.index("--run") + 1] in PRETRAININGS
+
+
+def test_the_ablation_s_tables_are_those_of_its_rows(tmp_path):
+    """ablation.md is what the committed rows give, and the page quotes nothing else."""
+    results = ROOT / "benchmarks" / "results"
+    for name in claims.LINES:
+        shutil.copy(results / f"{name}.csv", tmp_path)
+    claims.tabulate(tmp_path)
+    text = (tmp_path / "ablation.md").read_text()
+    assert (results / "ablation.md").read_text() == text
+    page = (ROOT / "docs" / "trainer.md").read_text()
+    quoted = page.partition("<!-- ablation:begin -->")[2].partition("<!-- ablation:end -->")[0].splitlines()
+    tables = [line for line in quoted if line.startswith(("| ", "IC + LL + GL against"))]
+    assert len(tables) > 20 and set(tables) <= set(text.splitlines())
 
 
 def test_a_dry_run_touches_no_run_of_that_name(tmp_path, monkeypatch):

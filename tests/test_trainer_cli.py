@@ -263,7 +263,7 @@ def test_the_tables_come_from_the_rows_alone(tmp_path):
 
 
 def test_videos_are_compared_clip_by_clip():
-    """Two videos of each of two classes: each has a background of its own, and one clip, at any time, tells the class."""
+    """Two videos of each of two classes: each has a background of its own, and one clip of any time tells the class."""
     background, event = torch.eye(8)[:4] * 3, torch.eye(8)[4:6] * 2
     videos = background[:, None].repeat(1, 4, 1)
     videos[torch.arange(4), torch.tensor([0, 1, 2, 3])] = event[[0, 1, 0, 1]]

@@ -16,8 +16,9 @@ class ClipPlan:
     Of the global clip's frames, j * frames / T .. (j + 1) * frames / T - 1 lie in local clip j; with the paper's 16
     frames and stride 4 these are 4j..4j+3. The alignment is what the global-local loss relies on.
 
-    windows: "same", both views of a video show the same window, which LL and GL need; "independent", each view shows a
-    window of its own, as in CVRL and in the paper's IC baseline, so that instance contrast enforces invariance to time.
+    windows: "same", both views of a video show the same window, which LL and GL need, as in the official release, whose
+    IC contrasts the local clips too (`ic_local`); "independent", each view shows a window of its own, as in CVRL and in
+    the paper's baseline "IC", so that instance contrast enforces invariance to time.
     decay: of independent windows. None draws the two starts independently of each other. A number p >= 0 draws the
     distance t of the two starts, of 0..R, with a probability proportional to (1 - t / (R + 1))^p: every distance alike
     for 0, CVRL's linear decrease for 1, nearer windows for more.
