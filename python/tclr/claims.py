@@ -1,4 +1,4 @@
-"""The ablation's tables, pictures and statements, all computed from its rows: three CSV files in a folder.
+"""The ablation's tables, pictures and statements, all computed from its rows: the CSV files of a folder.
 
 python -m tclr.claims --folder benchmarks/results   # ablation.md and the pictures, from the rows that lie there
 """
@@ -6,6 +6,7 @@ python -m tclr.claims --folder benchmarks/results   # ablation.md and the pictur
 import csv
 import io
 import math
+import textwrap
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -300,7 +301,7 @@ def tabulate(folder: Path, steps: int = Ablation.steps):
 
 def draw_curves(found):
     """The slides' first figure: R@1 and linear accuracy against the number of clips a video, with 95 % intervals."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
     clips = range(1, found.clips + 1)
     for axis, (name, label) in zip(axes, FIGURES.items(), strict=True):
         for colour, row in dict(C7=SCRATCH, C0=INVARIANT, C3=TCLR).items():
@@ -309,14 +310,15 @@ def draw_curves(found):
         axis.axhline(100 / len(motions.ROUTINES), color="gray", linestyle=":", label="chance")
         axis.set(xlabel="clips a video", ylabel=f"{label} (%)", ylim=(0, None), xticks=list(clips))
     axes[0].legend(frameon=False)
-    figure.supxlabel(statement(found), fontsize=7)
+    lines = [textwrap.fill(sentence, 150) for sentence in statement(found).splitlines()]
+    figure.supxlabel("\n".join(lines), fontsize=8)
     return figure
 
 
 def draw_confusions(found):
     """Confusion matrices of scratch, IC and TCLR; the squares are those of two classes that share their frames."""
     rows = SCRATCH, INVARIANT, TCLR
-    figure, axes = plt.subplots(1, 3, figsize=(14, 6), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(14, 7), layout="constrained")
     names = list(motions.ROUTINES)
     order = [names.index(name) for pair in motions.MIRRORED for name in pair]
     labels = [names[i].replace("And", " ") for i in order]
