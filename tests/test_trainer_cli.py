@@ -243,7 +243,9 @@ def test_the_tables_come_from_the_rows_alone(tmp_path):
     rows = []
     for seed in range(3):
         for row in claims.INVARIANT, claims.TCLR, claims.SCRATCH:
-            facts = dict.fromkeys(claims.FACTS, "x") | dict(sets={"1": 0.25, "2": 0.5}, constancy=0.125)
+            facts = dict.fromkeys([*claims.FACTS, "sets_commit", "finetuned_commit"], "x") | dict(
+                sets={"1": 0.25, "2": 0.5}, constancy=0.125
+            )
             labelled = {str(share): share / 2 for share in claims.SHARES}
             confusion = torch.randint(9, (8, 8), generator=torch.Generator().manual_seed(seed)).tolist()
             rows.append(

@@ -286,10 +286,11 @@ def follow(out, wanted, named, measure):
 
 
 def followed(out, wanted, named):
-    """{(row, seed): figures} of those that `follow` has measured."""
+    """{(row, seed): figures} of those that `follow` has measured; <first figure>_commit: by which commit."""
     files = {job: named(weights) for job in wanted if (weights := weights_of(out, job))}
     read = {job: json.loads(path.read_text()) for job, path in files.items() if path.exists()}
-    return {(job.row, job.seed): each["figures"] for job, each in read.items()}
+    commits = {job: {f"{next(iter(each['figures']))}_commit": each["made"]["commit"]} for job, each in read.items()}
+    return {(job.row, job.seed): each["figures"] | commits[job] for job, each in read.items()}
 
 
 def run(out: Path = Path("runs/ablation"), seeds: int = 8, other_seeds: int = 3, label_seeds: int = 5,

@@ -35,10 +35,12 @@ LINES = {  # the lines of each file that a job's figures fill
     "ablation": lambda each: [dict(clips=clips, **values) for clips, values in each["by_clips"].items()],
     "ablation-labels": lambda each: [dict(share=share, linear=value) for share, value in each["by_share"].items()],
     "ablation-finetuned": lambda each: [
-        dict(share=share, accuracy=value) for share, value in each.get("finetuned", {}).items()
+        dict(share=share, accuracy=value, commit=each["finetuned_commit"])
+        for share, value in each.get("finetuned", {}).items()
     ],
     "ablation-sets": lambda each: [
-        dict(clips=clips, r1=value, constancy=each["constancy"]) for clips, value in each.get("sets", {}).items()
+        dict(clips=clips, r1=value, constancy=each["constancy"], commit=each["sets_commit"])
+        for clips, value in each.get("sets", {}).items()
     ],
     "ablation-confusion": lambda each: [
         dict(true=name, **dict(zip(motions.ROUTINES, counts, strict=True)))
