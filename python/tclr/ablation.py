@@ -108,17 +108,17 @@ def digest(values):
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def jobs(scale, seeds=8, other_seeds=3, schedules=(0.5, 2.0)):
+def jobs(scale, seeds=8, other_seeds=3):
     """Every job, those that the claims need first: the rows of DECISIVE with `seeds` seeds, all others with fewer.
 
-    Then IC (independent) and IC + LL + GL with other numbers of steps: whether more of them turn the order round.
+    Then IC (independent) and IC + LL + GL with half and with twice the steps: whether more turn the order round.
     """
     wanted = [Job(row, seed, scale) for rows in DECISIVE for seed in range(seeds) for row in rows]
     decisive = sum(DECISIVE, ())
     wanted += [Job(row, seed, scale) for seed in range(other_seeds) for row in ROWS if row not in decisive]
-    for factor in schedules:
-        longer = dataclasses.replace(scale, steps=round(factor * scale.steps))
-        wanted += [Job(row, seed, longer) for seed in range(other_seeds) for row in (INVARIANT, TCLR)]
+    for factor, count in (0.5, other_seeds), (2, seeds):
+        other = dataclasses.replace(scale, steps=round(factor * scale.steps))
+        wanted += [Job(row, seed, other) for seed in range(count) for row in (INVARIANT, TCLR)]
     return wanted
 
 

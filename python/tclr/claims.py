@@ -131,7 +131,9 @@ def statement(found):
                     label, *values, verdict, told(value, half, count)
                 )
             )
-        sentences.append(f"{TCLR} against {INVARIANT}, {name}, {count} seeds: " + "; ".join(parts) + ".")
+        sentences.append(
+            f"{TCLR} against {INVARIANT}, {name}, {count} seed{'s' * (count != 1)}: " + "; ".join(parts) + "."
+        )
     return "\n".join(sentences)
 
 
