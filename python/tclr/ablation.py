@@ -116,9 +116,9 @@ def jobs(scale, seeds=8, other_seeds=3):
     wanted = [Job(row, seed, scale) for rows in DECISIVE for seed in range(seeds) for row in rows]
     decisive = sum(DECISIVE, ())
     wanted += [Job(row, seed, scale) for seed in range(other_seeds) for row in ROWS if row not in decisive]
-    for factor, count in (0.5, other_seeds), (2, seeds):
+    for factor in 0.5, 2:
         other = dataclasses.replace(scale, steps=round(factor * scale.steps))
-        wanted += [Job(row, seed, other) for seed in range(count) for row in (INVARIANT, TCLR)]
+        wanted += [Job(row, seed, other) for seed in range(other_seeds) for row in (INVARIANT, TCLR)]
     return wanted
 
 

@@ -81,9 +81,9 @@ class Found:
         """The accuracies by the share of the labels, of each seed that has them."""
         return [self.jobs[row, seed][kind] for seed in self.seeds(row) if self.jobs[row, seed][kind]]
 
-    def mean(self, row, measure):
-        """(mean over seeds, half the width of its 95 % interval, number of seeds)"""
-        return interval([measure(row, seed) for seed in self.seeds(row)])
+    def mean(self, row, measure, seeds=None):
+        """(mean over seeds, by default all of the row, half the width of its 95 % interval, number of seeds)"""
+        return interval([measure(row, seed) for seed in (self.seeds(row) if seeds is None else seeds)])
 
     def difference(self, first, second, measure):
         """The same of first - second, seed by seed."""
@@ -112,7 +112,7 @@ def told(value, half, count):
 
 def statement(found):
     """What the rows say about the paper's claims, in words that the figures choose."""
-    if not found.seeds(TCLR, INVARIANT):
+    if not (seeds := found.seeds(TCLR, INVARIANT)):
         return "No seed has both rows."
     sentences = []
     for name, measures in {
@@ -125,7 +125,7 @@ def statement(found):
             verdict = "not told apart"
             if not math.isnan(half) and abs(value) > half:
                 verdict = "above" if value > 0 else "below"
-            values = (found.mean(row, measures(figure))[0] for row in (TCLR, INVARIANT))
+            values = (found.mean(row, measures(figure), seeds)[0] for row in (TCLR, INVARIANT))
             parts.append(
                 "{}: {:.1f} against {:.1f}, {} (difference {})".format(
                     label, *values, verdict, told(value, half, count)
@@ -175,7 +175,9 @@ def steps_table(figures):
     for steps in sorted({each["steps"] for each in figures}):
         found = Found(figures, steps)
         if seeds := found.seeds(TCLR, INVARIANT):
-            means = [shown(*found.mean(row, found.at(figure))) for figure in FIGURES for row in (INVARIANT, TCLR)]
+            means = [
+                shown(*found.mean(row, found.at(figure), seeds)) for figure in FIGURES for row in (INVARIANT, TCLR)
+            ]
             measures = [measure(figure) for measure in (found.at, found.gain) for figure in FIGURES]
             differences = [told(*found.difference(TCLR, INVARIANT, measure)) for measure in measures]
             lines.append([str(steps), str(len(seeds)), *means, *differences])
