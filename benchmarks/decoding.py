@@ -149,7 +149,7 @@ def release_round(case, pool, paths, decoding=()):
 def trainer_work(case, found, i, seed):
     """In a thread of its own: the window, read once, and all ten clips from it."""
     generator = torch.Generator().manual_seed(seed)
-    windows = clips.random_windows(found, [i], PLAN.window, generator)
+    windows = clips.random_windows(found, [i], PLAN, generator)
     if case == "clips":
         augmentation = augment.ReleaseAugment(SIDE, generator)
         made = [augmentation(some, views=2) for some in PLAN.cut(windows)]

@@ -57,7 +57,20 @@ def test_what_a_run_leaves(runs):
     assert all((row["ll"] > 0 and row["gl"] > 0) == (row["run"] == demo.TCLR) for row in steps)
     for picture in "losses.png", "clips.png", "gallery.png":
         assert (folder / picture).read_bytes().startswith(b"\x89PNG")
-    assert json.loads((folder / "run.json").read_text())["options"]["steps"] == 3
+    facts = json.loads((folder / "run.json").read_text())
+    assert facts["options"]["steps"] == 3 and facts["windows"] == {demo.IC: "independent", demo.TCLR: "same"}
+
+
+def test_ic_shows_two_times_of_a_video_and_tclr_the_same_frames(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, "pretrain", lambda embedder, videos, plan, recipe, *_: seen.append((plan, recipe)))
+    run = demo.Demo(demo.arguments([*SMALL.split(), "--out", str(tmp_path)]))
+    run.gallery = None
+    for name in demo.IC, demo.TCLR, demo.RANDOM:
+        run.trained(name)
+    (ic, alone), (tclr, every) = seen
+    assert (ic.windows, alone.weights) == ("independent", train.IC_ONLY)
+    assert (tclr.windows, every.weights) == ("same", None)
 
 
 def test_same_seed_same_metrics(runs):
@@ -89,7 +102,9 @@ def test_global_frames_lie_in_their_local_clip(frames, stride):
 def test_windows_and_even_clips():
     video = torch.arange(50, dtype=torch.uint8)[:, None, None, None].expand(50, 3, 2, 2)
     generator = torch.Generator().manual_seed(0)
-    starts = {int(clips.random_windows([video], [0], 48, generator)[0, 0, 0, 0, 0]) for _ in range(40)}
+    starts = {
+        int(clips.random_windows([video], [0], clips.ClipPlan(12, 4), generator)[0, 0, 0, 0, 0]) for _ in range(40)
+    }
     assert starts == {0, 1, 2}
     assert clips.even_clips(video, 3, 8, 2)[:, :, 0, 0, 0].tolist() == [list(range(s, s + 16, 2)) for s in (6, 18, 30)]
     assert clips.spread(1, 8).tolist() == [4] and clips.spread(8, 8).tolist() == list(range(8))

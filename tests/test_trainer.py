@@ -17,7 +17,7 @@ import tclr_kernels as tk
 sys.path.insert(0, str(Path(__file__).parents[1] / "python"))
 
 from tclr import checkpoint, models, train  # noqa: E402
-from tclr.clips import ClipPlan  # noqa: E402
+from tclr.clips import ClipPlan, random_starts, random_windows  # noqa: E402
 from tclr.videos import Loaded  # noqa: E402
 
 PLAN = ClipPlan(4, 2)
@@ -233,3 +233,103 @@ def test_the_release_s_augmentation_trains_too(videos):
 def test_a_batch_larger_than_the_data_is_refused(videos):
     with pytest.raises(ValueError, match="batch: found 6 x 2 a step, wanted at most the 10 videos"):
         train.Run(embedder(), videos, PLAN, train.Recipe(batch=6, accumulate=2), "cpu")
+
+
+def test_every_weight_decides_whether_local_clips_are_embedded(videos):
+    """form="release" contrasts local clips unless ic_local is 0: that term once read stand-ins of global clips."""
+    rows = []
+    for weights in dict(ic_global=1.0, ll=0.0, gl=0.0), dict(ic_global=1.0, ic_local=1.0, ll=0.0, gl=0.0):
+        trained(videos, lambda **terms: rows.append(terms), steps=1, weights=weights)
+    assert rows[0] == rows[1] and rows[0]["ic_local"] > 0
+    trained(videos, lambda **terms: rows.append(terms), steps=1, weights=dict.fromkeys(("ic_local", "ll", "gl"), 0.0))
+    assert rows[2]["ic_local"] == 0 and rows[2]["ic_global"] == rows[0]["ic_global"]
+
+
+# Windows of two times
+
+
+def starts(plan, latest, count=8_000):
+    generator = torch.Generator().manual_seed(0)
+    return torch.tensor([random_starts(latest, plan, generator) for _ in range(count)])
+
+
+@pytest.mark.parametrize("decay, power", [(None, 1), (0.0, 0), (1.0, 1), (3.0, 3)])
+def test_the_distance_of_independent_windows_is_distributed_as_documented(decay, power):
+    """Two starts drawn apart have a linear distribution of distances as well, but for distance 0."""
+    latest = 9
+    drawn = starts(ClipPlan(4, 2, "independent", decay), latest)
+    assert drawn.shape == (8_000, 2) and drawn.min() == 0 and drawn.max() == latest
+    distances = (drawn[:, 0] - drawn[:, 1]).abs().bincount(minlength=latest + 1) / len(drawn)
+    wanted = (1 - torch.arange(latest + 1) / (latest + 1)) ** power
+    if decay is None:
+        wanted[0] /= 2
+    assert torch.allclose(distances, wanted / wanted.sum(), atol=0.015)
+    assert (drawn[:, 0] < drawn[:, 1]).sum().item() == pytest.approx((drawn[:, 0] > drawn[:, 1]).sum().item(), rel=0.1)
+    for distance in range(3):  # where a pair lies: anywhere that it fits
+        first = drawn[(drawn[:, 0] - drawn[:, 1]).abs() == distance].min(1).values
+        assert first.unique().tolist() == list(range(latest - distance + 1))
+
+
+def test_same_windows_are_one_and_drawn_as_before():
+    drawn = starts(ClipPlan(4, 2), 9, count=50)
+    generator = torch.Generator().manual_seed(0)
+    assert drawn.tolist() == [[int(torch.randint(10, (), generator=generator))] for _ in range(50)]
+    assert {tuple(random_starts(0, ClipPlan(4, 2, "independent", d), generator)) for d in (None, 0.0, 2.0)} == {(0, 0)}
+
+
+@pytest.mark.parametrize("windows", ["same", "independent"])
+def test_each_view_shows_its_window(windows):
+    """Of clips whose pixels tell the time and the video, embedded as their mean: which frames each view has seen."""
+
+    class Clock(torch.nn.Module):
+        head = torch.nn.Identity()
+
+        def forward(self, clips):
+            seen = clips[:, :, 0, 0, 0].float()
+            return seen.mean(1, keepdim=True), seen.unflatten(1, (2, -1)).mean(2)[:, :, None]
+
+    films = [(100 * i + torch.arange(60, dtype=torch.float))[:, None, None, None].expand(60, 3, 2, 2) for i in range(5)]
+    plan = ClipPlan(4, 2, windows)
+    drawn = random_windows(films, [4, 1, 3], plan, torch.Generator().manual_seed(3))
+    assert len(drawn) == (3 if windows == "same" else 6) and drawn.shape[1:] == (8, 3, 2, 2)
+    g, s, x = train.embed(Clock(), drawn, plan, lambda clips, views: torch.cat([clips] * views))
+    assert g.shape == (2, 3, 1) and s.shape == x.shape == (2, 3, 2, 1)
+    first = drawn[:, 0, 0, 0, 0].unflatten(0, (-1, 3)).expand(2, 3)
+    assert torch.equal(first // 100, torch.tensor([4.0, 1, 3]).expand(2, 3))
+    assert torch.equal(g[..., 0], first + 3) and torch.equal(x[..., 0], first[..., None] + torch.tensor([1.5, 5.5]))
+    assert torch.equal(first[0], first[1]) == (windows == "same")
+
+
+@pytest.mark.parametrize("form, weights, found", [
+    ("paper", None, "ll 1.0, gl 1.0"),
+    ("release", None, "ll 1.0, gl 1.0"),
+    ("paper", dict(ll=0.0), "ll 0.0, gl 1.0"),
+    ("paper", dict(ic_global=1.0, ll=0.5, gl=0.0), "ll 0.5, gl 0.0"),
+])  # fmt: skip
+def test_ll_and_gl_need_the_same_windows(videos, form, weights, found):
+    recipe = train.Recipe(**RECIPE | dict(form=form, weights=weights))
+    with pytest.raises(
+        ValueError, match=rf"^recipe.weights: found {found} beside clips.windows 'independent', wanted 0"
+    ):
+        train.Run(embedder(), videos, ClipPlan(4, 2, "independent"), recipe, "cpu")
+
+
+@pytest.mark.parametrize("given, message", [
+    (dict(windows="both"), "clips.windows: found 'both', wanted 'same' or 'independent'"),
+    (dict(decay=1.0), "clips.decay: found 1.0 beside windows 'same', wanted windows 'independent'"),
+    (dict(windows="independent", decay=-1.0), "clips.decay: found -1.0, wanted a finite number of at least 0"),
+    (dict(windows="independent", decay=math.nan), "clips.decay: found nan, wanted a finite number of at least 0"),
+])  # fmt: skip
+def test_a_plan_that_cannot_be_is_refused_by_name(given, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        ClipPlan(4, 2, **given)
+
+
+@pytest.mark.parametrize("weights", [train.IC_ONLY, dict(ic_global=1.0, ic_local=1.0, ll=0.0, gl=0.0)])
+def test_independent_windows_are_trained_on_and_recorded(videos, tmp_path, weights):
+    result, rows, plan = embedder(), [], ClipPlan(4, 2, "independent", 2.0)
+    recipe = train.Recipe(**RECIPE | dict(steps=2, form="paper", weights=weights, readers=2))
+    train.pretrain(result, videos, plan, recipe, lambda **terms: rows.append(terms), file=tmp_path / "last.pt")
+    assert len(rows) == 2 and all(math.isfinite(row["total"]) and row["ic_global"] > 0 for row in rows)
+    kept = checkpoint.load(tmp_path / "last.pt")["settings"]["clips"]
+    assert kept == dict(frames=4, stride=2, windows="independent", decay=2.0)

@@ -1,11 +1,13 @@
 """Every command of `tclr` from end to end on a small data set in UCF101's layout."""
 
+import dataclasses
 import json
 import os
 import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,7 +15,19 @@ for needed in "av", "jsonargparse", "safetensors", "tensorboard":
     pytest.importorskip(needed, reason=f"the trainer needs {needed}: pip install .[train]")
 sys.path.insert(0, str(Path(__file__).parents[1] / "python"))
 
-from tclr import cli, config, features, finetune, linear, motions  # noqa: E402
+from tclr import (  # noqa: E402
+    ablation,
+    claims,
+    cli,
+    config,
+    evaluate,
+    features,
+    finetune,
+    labels,
+    linear,
+    motions,
+    sets,
+)  # fmt: skip
 
 CONFIGS = Path(cli.__file__).parent / "configs"
 EVALUATION = [f"--evaluation.{what}" for what in ("clips=2", "frames=8", "stride=3", "side=32")]
@@ -184,19 +198,168 @@ def test_linear_layer_is_the_convex_minimum():
     assert linear.accuracy(layer, points[:, None], labels, 1) == 1.0
 
 
-def test_ablation_row_by_row(tmp_path):
-    """A row is measured once; the table holds the rows there are."""
-    small = ["groups=2", "test_groups=1", "takes=1", "steps=2", "batch=4", "width=2", "eval_clips=2", "video_frames=34"]
-    given = ["ablation", "--out", str(tmp_path), "--seeds=1", *(f"--scale.{each}" for each in small)]
-    cli.main([*given, "--row=0"])
-    cli.main([*given, "--row=7"])
-    rows = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
-    assert len(rows) == 2 and len((tmp_path / "ablation.md").read_text().splitlines()) == 4
-    cli.main([*given, "--row=7"])
-    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")} == rows
-    row = json.loads(next(tmp_path.glob("IC+LL+GL*.json")).read_text())
-    assert row["last_step"]["step"] == 1 and list(row["by_clips"]) == ["1", "2"]
-    assert (tmp_path / "ablation.png").read_bytes().startswith(b"\x89PNG")
+SMALL = ["groups=2", "test_groups=1", "takes=1", "steps=2", "batch=4", "width=2", "eval_clips=2"]
+
+
+def test_ablation_job_by_job(tmp_path, capsys, monkeypatch):
+    """A job is measured once; the tables hold the jobs there are, and say only what they can."""
+    monkeypatch.setitem(labels.SETTINGS, "epochs", 1)
+    given = ["ablation", "--out", str(tmp_path), "--seeds=1", "--other_seeds=0", "--label_seeds=1"]
+    given += [f"--scale.{each}" for each in SMALL]
+    cli.main([*given, "--plan=true"])
+    listed = capsys.readouterr().out.splitlines()
+    assert listed[1] == "1: IC (independent), seed 0, 2 steps" and len(listed) == 6 and not list(tmp_path.iterdir())
+    with pytest.raises(SystemExit, match="job: found 6, wanted 0..5"):
+        cli.main([*given, "--job=6"])
+    cli.main([*given, "--job=0"])
+    assert "No seed has both rows." in (tmp_path / "ablation.md").read_text()
+    cli.main(given)
+    files = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")}
+    assert len(files) == 6 + 4 + 3 and not list(tmp_path.glob("*.part")) and not list(tmp_path.glob(".*.lock"))
+    cli.main(given)
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.json")} == files
+    scale = ablation.Ablation(**{key: int(value) for key, value in (each.split("=") for each in SMALL)})
+    row = json.loads(ablation.figures_file(tmp_path, ablation.Job(claims.TCLR, 0, scale)).read_text())
+    assert row["last_step"]["step"] == 1 and list(row["by_clips"]) == ["1", "2"] and row["torch"] == torch.__version__
+    assert sum(map(sum, row["confusion"])) == 8 and list(row["by_share"]) == ["0.01", "0.1", "0.2", "0.5", "1.0"]
+    cli.main([*given, "--plan=true"])
+    assert sum(line.endswith("(done)") for line in capsys.readouterr().out.splitlines()) == 6
+    lines = {name: len((tmp_path / f"{name}.csv").read_text().splitlines()) - 1 for name in claims.LINES}
+    assert list(lines.values()) == [6 * 2, 6 * 5, 3 * 4, 4 * 2, 6 * 8]
+    for name in "ablation", "ablation-labels", "ablation-confusion":
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_more_steps_and_other_rows_come_after_what_the_claims_need():
+    listed = ablation.jobs(ablation.Ablation(), seeds=8, other_seeds=3)
+    assert len(listed) == len(set(listed)) == 8 * 6 + 3 * 5 + 2 * 3 * 2
+    assert {job.row for job in listed[:24]} == {claims.SCRATCH, claims.INVARIANT, claims.TCLR}
+    assert {job.row for job in listed} == set(ablation.ROWS) and {job.scale.steps for job in listed[-12:]} == {75, 300}
+
+
+def test_the_tables_come_from_the_rows_alone(tmp_path):
+    """Written, read back and tabled again: the same text."""
+    rows = []
+    for seed in range(3):
+        for row in claims.INVARIANT, claims.TCLR, claims.SCRATCH:
+            facts = dict.fromkeys([*claims.FACTS, "sets_commit", "finetuned_commit"], "x") | dict(
+                sets={"1": 0.25, "2": 0.5}, constancy=0.125
+            )
+            labelled = {str(share): share / 2 for share in claims.SHARES}
+            confusion = torch.randint(9, (8, 8), generator=torch.Generator().manual_seed(seed)).tolist()
+            rows.append(
+                figures(row, seed, (10, 20 + seed), (10, 30)) | facts | dict(by_share=labelled, confusion=confusion)
+            )
+            rows[-1]["finetuned"] = labelled if seed < 2 else {}
+    claims.write(rows, ablation.Ablation(steps=2), tmp_path)
+    text = (tmp_path / "ablation.md").read_text()
+    assert (
+        "| IC + LL + GL | 2 | 0.5 ± 0.0 |" in text
+        and "| IC + LL + GL | 3 | 25.0 ± 0.0 | 50.0 ± 0.0 | 25.0 ± 0.0 |" in text
+    )
+    (tmp_path / "ablation.md").unlink()
+    claims.tabulate(tmp_path, steps=2)
+    assert (tmp_path / "ablation.md").read_text() == text
+    assert [each["confusion"] for each in claims.read(tmp_path)] == [each["confusion"] for each in rows]
+
+
+def test_videos_are_compared_clip_by_clip():
+    """Two videos of each of two classes: each has a background of its own, and one clip of any time tells the class."""
+    background, event = torch.eye(8)[:4] * 3, torch.eye(8)[4:6] * 2
+    videos = background[:, None].repeat(1, 4, 1)
+    videos[torch.arange(4), torch.tensor([0, 1, 2, 3])] = event[[0, 1, 0, 1]]
+    gallery, queries = videos[:2], videos[2:]
+    assert evaluate.set_ranking(gallery, queries, 4)[:, 0].tolist() == [0, 1]
+    random = torch.randn(2, 5, 4, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(evaluate.set_ranking(*random, 1), evaluate.ranking(*random, 1))
+    shuffled = random[0][:, torch.randperm(4)]
+    assert torch.equal(evaluate.set_ranking(shuffled, random[1], 4), evaluate.set_ranking(*random, 4))
+
+
+def test_constancy_is_1_of_what_stays_and_small_of_what_changes():
+    generator = torch.Generator().manual_seed(0)
+    still = torch.randn(50, 1, 6, generator=generator).expand(50, 8, 6)
+    moving = torch.randn(50, 8, 6, generator=generator)
+    assert sets.constancy(still) == pytest.approx(1) and sets.constancy(moving) == pytest.approx(1 / 8, abs=0.03)
+    assert sets.constancy(still + moving) == pytest.approx((1 + 1 / 8) / 2, abs=0.06)
+
+
+def figures(row, seed, r1, linear):
+    """Of a job with these percentages by clips a video."""
+    curve = {
+        str(n): dict(r1=a / 100, r5=1.0, linear=b / 100) for n, (a, b) in enumerate(zip(r1, linear, strict=True), 1)
+    }
+    return dict(row=row, seed=seed, steps=2, by_clips=curve)
+
+
+@pytest.mark.parametrize("better, verdict", [(6, "above"), (1, "not told apart"), (-6, "below")])
+def test_the_statement_follows_the_figures(better, verdict):
+    """Paired differences of better - 1, better, better + 1: half of their 95 % interval is 4.303 / sqrt(3)."""
+    rows = []
+    for seed, noise in enumerate((-1, 0, 1)):
+        rows.append(figures(claims.INVARIANT, seed, (20 + 9 * seed, 30), (20, 20)))
+        rows.append(figures(claims.TCLR, seed, (20 + 9 * seed, 30 + better + noise), (20, 20)))
+    found = claims.Found(rows, steps=2)
+    value, half, count = found.difference(claims.TCLR, claims.INVARIANT, found.at("r1"))
+    assert (value, count) == (pytest.approx(better), 3) and half == pytest.approx(4.303 / 3**0.5)
+    first, second = claims.statement(found).splitlines()
+    wanted = f"R@1: {30 + better:.1f} against 30.0, {verdict} (difference {better:+.1f} [{better - 2.484:+.1f}, "
+    assert wanted in first and f", {verdict} (difference {better:+.1f} [" in second
+    assert "linear accuracy: 20.0 against 20.0, not told apart" in first
+
+
+def test_rows_of_other_steps_and_unpaired_seeds_are_left_out():
+    rows = [figures(claims.TCLR, seed, (10, 40), (10, 40)) for seed in range(3)]
+    rows += [figures(claims.INVARIANT, seed, (10, 20), (10, 20)) for seed in range(1, 5)]
+    rows.append(figures(claims.INVARIANT, 0, (99, 99), (99, 99)) | dict(steps=4))
+    found = claims.Found(rows, steps=2)
+    assert found.seeds(claims.TCLR, claims.INVARIANT) == [1, 2]
+    assert found.difference(claims.TCLR, claims.INVARIANT, found.gain("linear"))[0] == pytest.approx(20)
+
+
+def test_one_clip_cannot_tell_a_routine():
+    """Of three movements a clip shows two at most, so that a half is the best that is to be had; two clips show all."""
+    scale = ablation.Ablation(test_groups=3)
+    bounds = ablation.oracle(scale, seed=0)
+    assert bounds["best"] == 0.5 and bounds[1] <= 0.5 and all(bounds[clips] == 1 for clips in range(2, 9))
+    for phases in ablation._phases(scale, 0):
+        cuts = [first for _, first, _ in phases] + [95]
+        assert cuts[0] == 0 and [last for *_, last in phases] == cuts[1:]
+    short = ablation.oracle(dataclasses.replace(scale, eval_stride=1), seed=0)
+    assert 0.25 <= short[1] < 0.5 < short[2] <= short[4] <= short[8] == 1
+
+
+def test_the_movements_of_a_video_are_those_of_its_routine():
+    """What the oracle is told of a video is what its pose does."""
+    for label, name in enumerate(motions.ROUTINES):
+        track = motions.draw_routine(name, 96, motions.randomness(0, 1, 1, label))
+        phases = motions.draw_phases(name, 96, motions.randomness(0, 1, 1, label))
+        assert sorted(phase[0] for phase in phases) == sorted(name.split("And"))
+        for movement, first, last in phases:
+            moving = {axis for axis in ("x", "y", "angle", "scale") if np.ptp(track[axis][first : last + 1]) > 1e-9}
+            what = dict(SlideLeft="x", SlideRight="x", SwingAcross="x", SwingUpright="y", Pulse="scale", Wobble="angle")
+            assert moving == {what[movement]}
+            if movement.startswith("Slide"):
+                steps = motions.wrap(np.diff(track["x"][first : last + 1]), 1)
+                assert (np.sign(steps) == (1 if movement == "SlideRight" else -1)).all()
+
+
+def test_mirrored_routines_share_their_frames_but_for_the_order():
+    """Every frame is as likely in either: no statistic of a pose tells them apart, a video's steps do."""
+    assert sorted(sum(motions.MIRRORED, ())) == sorted(motions.ROUTINES)
+    for pair in motions.MIRRORED:
+        poses = [[], []]
+        for take in range(150):
+            for side, name in zip(poses, pair, strict=True):
+                side.append(
+                    motions.draw_routine(name, 96, motions.randomness(0, take, 0, motions.ROUTINES.index(name)))
+                )
+        for axis in "x", "y", "angle", "scale":
+            for time in 0, 48, 95:
+                one, two = (np.sort(np.sin([track[axis][time] for track in side])) for side in poses)
+                assert np.abs(one - two).mean() < 0.2
+        steps = [np.mean([np.mean(motions.wrap(np.diff(track["x"]), 1)) for track in side]) for side in poses]
+        assert steps[0] < -0.02 and steps[1] > 0.02
 
 
 def test_each_change_has_its_order():

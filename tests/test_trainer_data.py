@@ -173,13 +173,13 @@ def test_windows_are_read_once_and_threads_change_nothing(tmp_path):
     for i in range(4):
         write(tmp_path / f"{i}.avi", 40)
     found = videos.Files(annotations.read("folder", tmp_path, "all"), shortest=32)
-    one = clips.random_windows(found, [0, 3, 1], 32, torch.Generator().manual_seed(5))
+    one = clips.random_windows(found, [0, 3, 1], clips.ClipPlan(8, 4), torch.Generator().manual_seed(5))
     assert found.counts["decoded"] == 3
     for window in one:
         start = numbers(window)[0]
         assert numbers(window) == list(range(start, start + 32))
     with ThreadPoolExecutor(2) as pool:
-        two = clips.random_windows(found, [0, 3, 1], 32, torch.Generator().manual_seed(5), pool)
+        two = clips.random_windows(found, [0, 3, 1], clips.ClipPlan(8, 4), torch.Generator().manual_seed(5), pool)
     assert torch.equal(one, two)
     even = clips.read_even_clips(found, 2, 3, 8, 2)
     assert even.shape == (3, 8, 3, 32, 32) and numbers(even[1]) == list(range(13, 29, 2))

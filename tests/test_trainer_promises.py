@@ -384,16 +384,15 @@ def test_features_of_videos_that_change_as_they_are_read_are_not_kept(cache, mon
 
 def test_an_ablation_s_rows_and_videos_of_other_code_are_not_taken(tmp_path, monkeypatch):
     scale = ablation.Ablation(groups=1, test_groups=1, takes=1, video_frames=8, video_side=8)
-
-    row = ablation.row_file(tmp_path, scale, "IC", 0)
-    ablation.data(tmp_path, scale)
+    job = ablation.Job("IC + LL", 0, scale)
+    figures = ablation.figures_file(tmp_path, job)
+    ablation.data(tmp_path, scale, seed=0)
     (rendered,) = tmp_path.iterdir()
-    assert ablation.row_file(tmp_path, scale, "IC", 0) == row
+    assert ablation.figures_file(tmp_path, job) == figures
     monkeypatch.setattr(ablation, "code_hash", lambda *_: "another version")
-    ablation.data(tmp_path, scale)
-    assert (
-        ablation.row_file(tmp_path, scale, "IC", 0) != row and len(list(tmp_path.iterdir())) == 2 and rendered.exists()
-    )
+    ablation.data(tmp_path, scale, seed=0)
+    assert ablation.figures_file(tmp_path, job) != figures
+    assert len(list(tmp_path.iterdir())) == 2 and rendered.exists()
 
 
 def test_two_writers_of_a_file_do_not_meet(tmp_path):
@@ -419,6 +418,8 @@ REFUSED = {  # key -> another value
     "net.dim": 16,
     "clips.frames": 2,
     "clips.stride": 4,
+    "clips.windows": "independent",
+    "clips.decay": 2.0,
     "data.dataset": "ucf101",
     "data.split": 2,
     "data.train": "test",
@@ -429,6 +430,7 @@ REFUSED = {  # key -> another value
     "recipe.queue": 4,
     "recipe.seed": 1,
 }
+IC_ALONE = "--recipe.weights={ic_global: 1.0, ll: 0.0, gl: 0.0}"
 APPLIED = {
     "data.root": None,
     "data.test": "all",
@@ -480,6 +482,12 @@ def test_a_key_that_cannot_change_is_refused_by_name_and_nothing_is_written(vide
         pretrain(root, run, "--data.dataset=ucf101")
     elif key == "data.dataset":
         root = write_splits(tmp_path / "ucf101")
+    elif key == "clips.windows":
+        given += [IC_ALONE]
+    elif key == "clips.decay":
+        run, independent = tmp_path / "other", ["--clips.windows=independent", IC_ALONE]
+        pretrain(root, run, *independent)
+        given += independent
     before = contents(run)
     with pytest.raises(ValueError, match=rf"{key}: found .*, wanted .* to go on from the checkpoint"):
         pretrain(root, run, *given, steps=2)
@@ -623,6 +631,16 @@ def test_a_checkpoint_of_before_takes_its_settings_from_config_yaml(videos_root,
     checkpoint.save(run / "last.pt", **state)
     with pytest.raises(ValueError, match="recipe.optimizer: found 'adam', wanted 'adamw'"):
         pretrain(videos_root, run, "--resume=true", "--recipe.optimizer=adam", steps=2)
+    pretrain(videos_root, run, "--resume=true", steps=2)
+
+
+def test_a_checkpoint_of_before_independent_windows_goes_on_with_the_same_alone(videos_root, run):
+    state = checkpoint.load(run / "last.pt")
+    for name in "windows", "decay":
+        del state["settings"]["clips"][name]
+    checkpoint.save(run / "last.pt", **state)
+    with pytest.raises(ValueError, match="clips.windows: found 'independent', wanted 'same'"):
+        pretrain(videos_root, run, "--clips.windows=independent", IC_ALONE, "--resume=true", steps=2)
     pretrain(videos_root, run, "--resume=true", steps=2)
 
 

@@ -1,62 +1,93 @@
-"""The ablation: every subset of {IC, LL, GL} and random init, several seeds, on a procedural set where order matters.
+"""The ablation: the paper's two claims, tested on procedural videos of which a class needs several times.
 
-A row = one subset and seed: pretrain, extract the features of both splits once, then retrieval and linear accuracy with
-1 .. all clips a video. "IC" is the paper's: ic_global of form="paper". A row is a file of its own, written when it is
-finished, so that the table can be made in any number of sittings; one of other code is left aside, and measured again:
+A job = one row of the table, one seed, one number of steps. The seed gives the videos, both parts, as well as weights,
+batches and augmentations, so that intervals over seeds hold for other videos too. A job pretrains, extracts the
+features of both parts once, and measures all that the tables and pictures show. Its figures are a file of their own,
+written when it is finished: any number of processes, started at any times, share the jobs that are left; figures that
+other code measured are left aside, and measured again.
 
-    python -m tclr.ablation --out runs/ablation            # the rows that are missing, then the table and the pictures
-    python -m tclr.ablation --out runs/ablation --row 5    # one of them
+    tclr ablation --out runs/ablation               # the jobs that are missing, then tables and pictures
+    tclr ablation --out runs/ablation --job 5       # one of them
+    tclr ablation --out runs/ablation --plan true   # lists them
 """
 
-import csv
 import dataclasses
+import fcntl
 import hashlib
 import json
+import platform
+import subprocess
 import time
-from collections import defaultdict
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
 from pathlib import Path
-from statistics import mean, stdev
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from jsonargparse import auto_cli
 
-from . import evaluate, linear, motions, train
+from . import checkpoint, evaluate, linear, motions, train
 from .checkpoint import whole
-from .clips import ClipPlan
+from .clips import ClipPlan, even_positions, spread
 from .features import code_hash
+from .finetune import subset
 from .models import TinyResNet3d
 from .videos import Loaded
 
-TERMS = dict(IC="ic_global", LL="ll", GL="gl")
-CODE = "ablation", "augment", "clips", "evaluate", "linear", "models", "motions", "train"  # what a row depends on
-SUBSETS = ("random init", "LL", "GL", "LL + GL", "IC", "IC + LL", "IC + GL", "IC + LL + GL")
+CODE = "ablation", "augment", "clips", "evaluate", "finetune", "linear", "models", "motions", "train"
+
+
+class Row(NamedTuple):
+    """How a row is pretrained; weights None: not at all."""
+
+    weights: dict | None
+    windows: str = "same"
+    form: str = "paper"
+
+
+def terms(*names):
+    return {name: float(name in names) for name in ("ic_global", "ic_local", "ll", "gl")}
+
+
+SCRATCH, INVARIANT, TCLR = "random init", "IC (independent)", "IC + LL + GL"
+ROWS = {
+    SCRATCH: Row(None),
+    INVARIANT: Row(terms("ic_global"), windows="independent"),  # the paper's IC: two times of a video
+    "IC (same)": Row(terms("ic_global")),  # two augmentations of one window
+    "IC + ic_local (release)": Row(terms("ic_global", "ic_local"), form="release"),
+    "LL": Row(terms("ll")),
+    "GL": Row(terms("gl")),
+    "IC + LL": Row(terms("ic_global", "ll")),
+    "IC + GL": Row(terms("ic_global", "gl")),
+    "LL + GL": Row(terms("ll", "gl")),
+    TCLR: Row(terms("ic_global", "ll", "gl")),
+    "IC + LL + GL (release)": Row(terms("ic_global", "ic_local", "ll", "gl"), form="release"),
+}
+DECISIVE = (SCRATCH, INVARIANT, TCLR), ("IC (same)", "IC + LL", "IC + GL")  # the claims' rows: all seeds, these first
+SHARES = 0.01, 0.1, 0.2, 0.5, 1.0  # of the labels
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """What a row depends on beside its subset and seed; its hash names the row's file."""
+    """What a job depends on beside its row and seed; its hash is in the names of the figures' files."""
 
-    groups: int = 42  # 12 classes x 4 takes x 42 groups = 2,016 videos to train on
-    test_groups: int = 21
-    takes: int = 4
-    video_frames: int = 64
-    video_side: int = 40
-    data_seed: int = 0
+    groups: int = 40  # 8 classes x 2 takes x 40 groups = 640 videos to train on
+    test_groups: int = 20
+    takes: int = 2
+    video_frames: int = 96
+    video_side: int = 32
     frames: int = 8
     stride: int = 4
-    side: int = 32
+    side: int = 24
     width: int = 8
-    steps: int = 120
+    steps: int = 150
     batch: int = 32
     lr: float = 2e-3
     temperature: float = 0.1
-    form: str = "paper"
     eval_clips: int = 8
-    eval_stride: int = 3
+    eval_stride: int = 4
 
     @property
     def hash(self):
@@ -64,162 +95,238 @@ class Ablation:
 
     @property
     def data_hash(self):
-        a = self
-        return digest([a.groups, a.test_groups, a.takes, a.video_frames, a.video_side, a.data_seed])
+        return digest([self.groups, self.test_groups, self.takes, self.video_frames, self.video_side])
+
+
+class Job(NamedTuple):
+    row: str
+    seed: int
+    scale: Ablation
 
 
 def digest(values):
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def rows(seeds):
-    """Every (subset, seed), seed by seed: the first seed's table is whole before the next begins."""
-    return [(subset, seed) for seed, subset in product(range(seeds), SUBSETS)]
+def jobs(scale, seeds=8, other_seeds=3):
+    """Every job, those that the claims need first: the rows of DECISIVE with `seeds` seeds, all others with fewer.
+
+    Then IC (independent) and IC + LL + GL with half and with twice the steps: whether more turn the order round.
+    """
+    wanted = [Job(row, seed, scale) for rows in DECISIVE for seed in range(seeds) for row in rows]
+    decisive = sum(DECISIVE, ())
+    wanted += [Job(row, seed, scale) for seed in range(other_seeds) for row in ROWS if row not in decisive]
+    for factor in 0.5, 2:
+        other = dataclasses.replace(scale, steps=round(factor * scale.steps))
+        wanted += [Job(row, seed, other) for seed in range(other_seeds) for row in (INVARIANT, TCLR)]
+    return wanted
 
 
-def row_file(out, ablation, subset, seed):
-    return out / f"{subset.replace(' ', '')}-seed{seed}-{ablation.hash}-{code_hash(*CODE)[:8]}.json"
+def figures_file(out, job):
+    row = job.row.translate(str.maketrans("", "", " ()"))
+    return out / f"{row}-seed{job.seed}-{job.scale.hash}-{code_hash(*CODE)[:8]}.json"
 
 
-def weights(subset):
-    """Of the objective's terms, or None for no training: "IC + LL" -> ic_global 1, ll 1, gl 0"""
-    chosen = subset.split(" + ")
-    return None if subset == "random init" else {term: float(name in chosen) for name, term in TERMS.items()}
-
-
-def data(out, ablation):
-    """(train, test), of different groups: no test video's looks are trained on. Rendered once, for all rows."""
-    a, path = ablation, out / f"videos-{ablation.data_hash}-{code_hash('motions')[:8]}.npz"
-    if not path.exists():
-        size = dict(classes=motions.CHANGES, takes=a.takes, frames=a.video_frames, side=a.video_side, seed=a.data_seed)
-        groups = dict(test=(1, a.test_groups), train=(1 + a.test_groups, a.groups))
-        arrays = {}
-        for part, (first, count) in groups.items():
-            videos = motions.generate(first_group=first, groups=count, **size)
-            arrays[part] = torch.stack(videos.frames).numpy()
-            arrays |= {f"{part}_labels": videos.labels.numpy(), f"{part}_names": np.array(videos.names)}
-        with whole(path) as file:
-            np.savez(file, **arrays)
+def data(out, scale, seed):
+    """(train, test) of different groups: no test video's looks are trained on. Rendered once for all rows of a seed."""
+    a, path = scale, out / f"videos-seed{seed}-{scale.data_hash}-{code_hash('motions')[:8]}.npz"
+    with claimed(path, wait=True):
+        if not path.exists():
+            arrays = {}
+            for part, (first, groups) in dict(test=(1, a.test_groups), train=(1 + a.test_groups, a.groups)).items():
+                videos = motions.generate(
+                    classes=motions.ROUTINES, first_group=first, groups=groups, takes=a.takes, frames=a.video_frames,
+                    side=a.video_side, seed=seed,
+                )  # fmt: skip
+                arrays[part] = torch.stack(videos.frames).numpy()
+                arrays |= {f"{part}_labels": videos.labels.numpy(), f"{part}_names": np.array(videos.names)}
+            with whole(path) as file:
+                np.savez(file, **arrays)
     with np.load(path) as saved:
         return [Loaded(saved[f"{part}_names"].tolist(), *(torch.from_numpy(saved[name]) for name in
                 (part, f"{part}_labels"))) for part in ("train", "test")]  # fmt: skip
 
 
-def measure(ablation, subset, seed, splits, progress=iter):
-    """One row's figures: a dict of the last step's terms, and of R@1, R@5 and linear accuracy by clips a video."""
-    a, (train_set, test_set) = ablation, splits
-    torch.manual_seed(seed)
+@contextmanager
+def claimed(path, *, wait=False):
+    """Whether this process alone works on the file now; the system gives it free when the process ends in any way."""
+    lock = path.with_name(f".{path.name}.lock")
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+        lock.unlink(missing_ok=True)
+
+
+def pretrained(job, train_set, progress=iter):
+    """The embedder of a job, and the terms of its last step."""
+    a, row = job.scale, ROWS[job.row]
+    torch.manual_seed(job.seed)
     embedder = train.Embedder(TinyResNet3d(a.width)).to(memory_format=torch.channels_last_3d).eval()
-    steps = []
-    if weights(subset):
+    steps = [None]
+    if row.weights:
         recipe = train.Recipe(
-            steps=a.steps, batch=a.batch, lr=a.lr, temperature=a.temperature, form=a.form, side=a.side, seed=seed,
-            weights=weights(subset),
+            steps=a.steps, batch=a.batch, lr=a.lr, temperature=a.temperature, form=row.form, side=a.side, seed=job.seed,
+            weights=row.weights,
         )  # fmt: skip
-        record = lambda **terms: steps.append(terms)  # noqa: E731
-        train.pretrain(embedder, train_set, ClipPlan(a.frames, a.stride), recipe, record, progress)
+        plan = ClipPlan(a.frames, a.stride, row.windows)
+        train.pretrain(embedder, train_set, plan, recipe, lambda **terms: steps.append(terms), progress)
+    return embedder, steps[-1]
+
+
+def measure(job, embedder, splits):
+    """By clips a video: R@1, R@5 and linear accuracy; with all clips: accuracy by the share of labels, confusion."""
+    a, (train_set, test_set) = job.scale, splits
     describe = evaluate.backbone_features(embedder.backbone)
     plan = dict(clips=a.eval_clips, frames=a.frames, stride=a.eval_stride, side=a.side)
     gallery, queries = (evaluate.clip_features(describe, videos, **plan) for videos in splits)
-    layer = linear.fit(gallery, train_set.labels, len(motions.CHANGES))
-    curve = {}
+    classes = len(motions.ROUTINES)
+    curve, by_share = {}, {}
+    for share in SHARES:
+        chosen = subset(train_set.labels, share, job.seed)
+        layer = linear.fit(gallery[chosen], train_set.labels[chosen], classes)
+        by_share[share] = linear.accuracy(layer, queries, test_set.labels, a.eval_clips)
     for clips in range(1, a.eval_clips + 1):
         ranks = evaluate.ranking(gallery, queries, clips)
         recall = partial(evaluate.recall, ranks, train_set.labels, test_set.labels)
         curve[clips] = dict(r1=recall(1), r5=recall(5), linear=linear.accuracy(layer, queries, test_set.labels, clips))
-    return dict(last_step=steps[-1] if steps else None, by_clips=curve)
+    found = test_set.labels * classes + linear.predictions(layer, queries, a.eval_clips)
+    confusion = found.bincount(minlength=classes * classes).unflatten(0, (classes, classes)).tolist()
+    return dict(by_clips=curve, by_share=by_share, confusion=confusion)
 
 
-def run_row(out, ablation, subset, seed, splits):
-    """Measures a row and writes its file, whole or not at all."""
-    started = time.perf_counter()
-    figures = measure(ablation, subset, seed, splits)
-    seconds = round(time.perf_counter() - started, 1)
-    facts = dict(subset=subset, seed=seed, ablation=dataclasses.asdict(ablation), hash=ablation.hash)
-    path = row_file(out, ablation, subset, seed)
-    facts |= figures | dict(torch=torch.__version__, seconds=seconds)
+def oracle(scale, seed):
+    """Bounds of the accuracy, by clips a video, of one who knows of every clip which movements it shows.
+
+    What it does not see it must guess, of two movements each. "best" is the bound of the one clip that shows most,
+    wherever it starts. A movement counts as seen if two frames of the clip differ by it.
+    """
+    a, videos = scale, list(_phases(scale, seed))
+    length = (a.frames - 1) * a.eval_stride + 1
+    even = even_positions(a.video_frames, a.eval_clips, a.frames, a.eval_stride)[:, 0]
+    chance = lambda *starts: sum(_chance(phases, starts, length) for phases in videos) / len(videos)  # noqa: E731
+    bounds = {clips: chance(*even[spread(clips, a.eval_clips)].tolist()) for clips in range(1, a.eval_clips + 1)}
+    starts = range(a.video_frames - length + 1)
+    best = [max(_chance(phases, [start], length) for start in starts) for phases in videos]
+    return bounds | dict(best=sum(best) / len(best))
+
+
+def _phases(scale, seed):
+    """The movements of each test video with their first and last frames."""
+    for group in range(1, scale.test_groups + 1):
+        for take in range(1, scale.takes + 1):
+            for label, name in enumerate(motions.ROUTINES):
+                random = motions.randomness(seed, group, take, label)
+                yield motions.draw_phases(name, scale.video_frames, random)
+
+
+def _chance(phases, starts, length):
+    """Of naming the class of a video from clips that start there, whose movements are known."""
+    ends = [(start, start + length - 1) for start in starts]
+    seen = [any(min(last, end) > max(first, start) for start, end in ends) for _, first, last in phases]
+    return 0.5 ** seen.count(False)
+
+
+def run_job(out, job):
+    """Measures a job and writes its figures, whole or not at all; its weights stay beside them."""
+    path, started = figures_file(out, job), time.perf_counter()
+    splits = data(out, job.scale, job.seed)
+    embedder, last_step = pretrained(job, splits[0])
+    checkpoint.save(path.with_suffix(".pt"), embedder=embedder.state_dict())
+    figures = dict(row=job.row, seed=job.seed, steps=job.scale.steps, last_step=last_step)
+    figures |= measure(job, embedder, splits) | here() | dict(scale=dataclasses.asdict(job.scale), hash=job.scale.hash)
+    figures["seconds"] = round(time.perf_counter() - started, 1)
     with whole(path) as file:
-        file.write(json.dumps(facts, indent=1).encode() + b"\n")
-    print(f"{subset}, seed {seed}: {seconds} s, {figures['by_clips'][ablation.eval_clips]}", flush=True)
+        file.write(json.dumps(figures, indent=1).encode() + b"\n")
+    shown = figures["by_clips"][job.scale.eval_clips]
+    print(f"{job.row}, seed {job.seed}, {job.scale.steps} steps: {figures['seconds']} s, {shown}", flush=True)
 
 
-def finished(out, ablation, seeds):
-    """The rows there are: a dict (subset, seed) -> figures."""
-    files = {row: row_file(out, ablation, *row) for row in rows(seeds)}
-    return {row: json.loads(file.read_text()) for row, file in files.items() if file.exists()}
+def here():
+    """With what figures are measured."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run([*git, "status", "--porcelain", "-uno", "."], capture_output=True, text=True).stdout
+    commit = head + "+" * bool(changed) if head else "unknown"
+    facts = dict(commit=commit, code=code_hash(*CODE)[:8], torch=torch.__version__, python=platform.python_version())
+    return facts | dict(numpy=np.__version__, machine=platform.machine(), threads=torch.get_num_threads())
 
 
-def summary(found):
-    """{(subset, clips, figure): (mean, spread, seeds)} in %, the spread the standard deviation over seeds."""
-    values = defaultdict(list)
-    for (subset, _), row in found.items():
-        for clips, figures in row["by_clips"].items():
-            for name, value in figures.items():
-                values[subset, int(clips), name].append(100 * value)
-    spread = {key: stdev(each) if len(each) > 1 else 0.0 for key, each in values.items()}
-    return {key: (mean(each), spread[key], len(each)) for key, each in values.items()}
+def finished(out, wanted):
+    """The figures there are, in the order of the jobs."""
+    files = [figures_file(out, job) for job in wanted]
+    return [json.loads(file.read_text()) for file in files if file.exists()]
 
 
-def write_table(found, ablation, folder):
-    """ablation.csv, every figure of every row, and ablation.md: R@1, R@5 and linear accuracy, mean +- spread."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "ablation.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["subset", "seed", "clips", "r1", "r5", "linear", "seconds", "hash", "torch"])
-        for (subset, seed), row in found.items():
-            for clips, figures in row["by_clips"].items():
-                facts = row["seconds"], row["hash"], row["torch"]
-                writer.writerow([subset, seed, clips, *(f"{value:.4f}" for value in figures.values()), *facts])
-    figures, counts = summary(found), (1, ablation.eval_clips)
-    columns = [(clips, name) for clips in counts for name in ("r1", "r5", "linear")]
-    label = dict(r1="R@1", r5="R@5", linear="linear")
-    head = ["", "seeds", *(f"{label[name]}, {clips} clip{'s' * (clips > 1)}" for clips, name in columns)]
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
-    for subset in SUBSETS:
-        cells = [figures.get((subset, *column)) for column in columns]
-        if cells[0]:
-            lines.append(
-                [
-                    subset,
-                    str(cells[0][2]),
-                    *(f"{value:.1f}" + f" ± {spread:.1f}" * (n > 1) for value, spread, n in cells),
-                ]
-            )
-    (folder / "ablation.md").write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
+def weights_of(out, job):
+    """The weights that a job left, the newest ones of its scale; None where there are none."""
+    stem = figures_file(out, job).stem.rpartition("-")[0]
+    return max(out.glob(f"{stem}-????????.pt"), key=lambda path: path.stat().st_mtime, default=None)
 
 
-def plot(found, folder):
-    """ablation.png: R@1 and linear accuracy against the number of clips a video, a line a subset."""
-    import matplotlib.pyplot as plt
+def follow(out, wanted, named, measure):
+    """Measures more on the networks that these jobs left: measure(out, job, weights) -> figures, once each.
 
-    figures = summary(found)
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for axis, (name, label) in zip(axes, dict(r1="R@1 (%)", linear="linear accuracy (%)").items(), strict=True):
-        for colour, subset in enumerate(SUBSETS):
-            points = sorted((key[1], *value) for key, value in figures.items() if key[::2] == (subset, name))
-            if points:
-                clips, means, spreads, _ = zip(*points, strict=True)
-                axis.errorbar(
-                    clips, means, spreads, color=f"C{colour}", marker="o", markersize=3, capsize=2, label=subset
-                )
-        axis.axhline(100 / len(motions.CHANGES), color="gray", linestyle=":", label="chance")
-        axis.set(xlabel="clips a video", ylabel=label, ylim=(0, None))
-    axes[1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.savefig(folder / "ablation.png", dpi=130)
-    plt.close(figure)
+    named(weights): the file of the figures. Jobs without weights are left out.
+    """
+    for job in wanted:
+        if weights := weights_of(out, job):
+            path, started = named(weights), time.perf_counter()
+            with claimed(path) as mine:
+                if mine and not path.exists():
+                    figures = measure(out, job, weights)
+                    made = here() | dict(weights=weights.name, seconds=round(time.perf_counter() - started, 1))
+                    figures = dict(row=job.row, seed=job.seed, figures=figures, made=made)
+                    with whole(path) as file:
+                        file.write(json.dumps(figures, indent=1).encode() + b"\n")
+                    print(path.stem, made["seconds"], "s", flush=True)
 
 
-def run(out: Path = Path("runs/ablation"), seeds: int = 3, row: int | None = None, scale: Ablation = Ablation()):  # noqa: B008
-    """Measures the rows that are missing, or one of 0 .. 8 seeds - 1; then the table and the curve of what there is."""
-    wanted, splits = rows(seeds), None
+def followed(out, wanted, named):
+    """{(row, seed): figures} of those that `follow` has measured; <first figure>_commit: by which commit."""
+    files = {job: named(weights) for job in wanted if (weights := weights_of(out, job))}
+    read = {job: json.loads(path.read_text()) for job, path in files.items() if path.exists()}
+    commits = {job: {f"{next(iter(each['figures']))}_commit": each["made"]["commit"]} for job, each in read.items()}
+    return {(job.row, job.seed): each["figures"] | commits[job] for job, each in read.items()}
+
+
+def run(out: Path = Path("runs/ablation"), seeds: int = 8, other_seeds: int = 3, label_seeds: int = 5,
+        job: int | None = None, scale: Ablation = Ablation(), plan: bool = False):  # fmt: skip  # noqa: B008
+    """Measures the jobs that are missing, or the one of that number; then tables and pictures of what there is.
+
+    Several processes with the same arguments share the jobs. Where all are asked for, the networks of `label_seeds`
+    seeds are finetuned on shares of the labels (labels.py), and those of all seeds are compared clip by clip (sets.py).
+    plan: lists the jobs, and measures none.
+    """
+    from . import claims, labels, sets  # which are made of this module's figures
+
+    wanted = jobs(scale, seeds, other_seeds)
+    if job is not None and not 0 <= job < len(wanted):
+        raise SystemExit(f"job: found {job}, wanted 0..{len(wanted) - 1}")
+    if plan:
+        for number, (row, seed, of) in enumerate(wanted):
+            done = " (done)" if figures_file(out, wanted[number]).exists() else ""
+            print(f"{number}: {row}, seed {seed}, {of.steps} steps{done}")
+        return
     out.mkdir(parents=True, exist_ok=True)
-    for subset, seed in wanted if row is None else [wanted[row]]:
-        if not row_file(out, scale, subset, seed).exists():
-            splits = splits or data(out, scale)
-            run_row(out, scale, subset, seed, splits)
-    found = finished(out, scale, seeds)
-    write_table(found, scale, out)
-    plot(found, out)
+    for one in wanted if job is None else [wanted[job]]:
+        path = figures_file(out, one)
+        with claimed(path) as mine:
+            if mine and not path.exists():
+                run_job(out, one)
+    figures = finished(out, wanted)
+    for module, count in ((sets, seeds), (labels, label_seeds)):
+        networks = [Job(row, seed, scale) for seed in range(count) for row in module.ROWS]
+        if job is None:
+            follow(out, networks, module.named, module.measure)
+        found = followed(out, networks, module.named)
+        for each in figures:
+            if each["steps"] == scale.steps:
+                each |= found.get((each["row"], each["seed"]), {})
+    claims.write(figures, scale, out)
 
 
 if __name__ == "__main__":

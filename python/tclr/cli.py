@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from jsonargparse import auto_cli
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from . import ablation, checkpoint, config, evaluate, models, report, train
+from . import ablation, checkpoint, config, dryrun, evaluate, models, report, train
 from . import finetune as tuning
 from . import linear as probe
 from .clips import ClipPlan
@@ -285,11 +286,15 @@ def result(run, name, digest, figures):
 
 
 def main(arguments=None):
+    """The program `tclr`. --dry-run anywhere behind it: see dryrun.py."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     commands = dict(pretrain=pretrain, retrieval=retrieval, linear=linear, finetune=finetune, classify=classify)
-    commands |= dict(
-        multiclip=multiclip, confusion=confusion, ablation=ablation.run, export=export, load=load, report=page
-    )
-    commands |= dict(data=dict(check=check))
+    commands |= dict(multiclip=multiclip, confusion=confusion, ablation=ablation.run, report=page)
+    if dryrun.FLAG in arguments:
+        arguments = [each for each in arguments if each != dryrun.FLAG]
+        commands = {name: dryrun.small(command) for name, command in commands.items()}
+    else:
+        commands |= dict(export=export, load=load, data=dict(check=check))
     auto_cli(commands, args=arguments, prog="tclr", as_positional=False)
 
 

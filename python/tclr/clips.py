@@ -1,6 +1,8 @@
 """Which frames a clip takes: the paper's window with its global and local clips, and the clips of an evaluation."""
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -13,10 +15,27 @@ class ClipPlan:
 
     Of the global clip's frames, j * frames / T .. (j + 1) * frames / T - 1 lie in local clip j; with the paper's 16
     frames and stride 4 these are 4j..4j+3. The alignment is what the global-local loss relies on.
+
+    windows: "same", both views of a video show the same window, which LL and GL need, as in the official release, whose
+    IC contrasts the local clips too (`ic_local`); "independent", each view shows a window of its own, as in CVRL and in
+    the paper's baseline "IC", so that instance contrast enforces invariance to time.
+    decay: of independent windows. None draws the two starts independently of each other. A number p >= 0 draws the
+    distance t of the two starts, of 0..R, with a probability proportional to (1 - t / (R + 1))^p: every distance alike
+    for 0, CVRL's linear decrease for 1, nearer windows for more.
     """
 
     frames: int = 16
     stride: int = 4
+    windows: Literal["same", "independent"] = "same"
+    decay: float | None = None
+
+    def __post_init__(self):
+        if self.windows not in ("same", "independent"):
+            raise ValueError(f"clips.windows: found {self.windows!r}, wanted 'same' or 'independent'")
+        if self.decay is not None and self.windows == "same":
+            raise ValueError(f"clips.decay: found {self.decay} beside windows 'same', wanted windows 'independent'")
+        if self.decay is not None and not 0 <= self.decay < math.inf:
+            raise ValueError(f"clips.decay: found {self.decay}, wanted a finite number of at least 0")
 
     @property
     def window(self):
@@ -25,6 +44,11 @@ class ClipPlan:
     @property
     def local_clips(self):
         return self.stride
+
+    @property
+    def windows_drawn(self):
+        """Windows that are drawn from a video for its two views."""
+        return 1 if self.windows == "same" else 2
 
     def global_frames(self):
         """Positions in the window: [frames]"""
@@ -39,19 +63,32 @@ class ClipPlan:
         return windows[:, :: self.stride], windows.unflatten(1, (self.local_clips, self.frames)).flatten(0, 1)
 
 
-def random_windows(videos, chosen, length, generator, threads=None):
-    """A window of each chosen video, its start uniform: [B, length, 3, H, W]
+def random_windows(videos, chosen, plan, generator, threads=None):
+    """The windows of each chosen video that `plan` asks for: [B, window, 3, H, W], or [2 B, ...] for independent ones.
 
     videos: a set of videos, or the frames themselves, a list of [F, 3, H, W]. Every start is drawn before anything is
-    read, so that `threads`, a concurrent.futures.Executor that reads several videos at once, changes no bit. A window
-    is read once, and all the clips of a video are cut from it.
+    read, so that `threads`, a concurrent.futures.Executor that reads several videos at once, changes no bit. All the
+    clips of a video are cut from what is read of it at once. Of two windows, the first of all videos come first.
     """
     if not hasattr(videos, "read"):
         videos = Loaded(None, videos, None)
-    starts = [int(torch.randint(videos.length(i) - length + 1, (), generator=generator)) for i in chosen]
-    positions = [torch.arange(start, start + length) for start in starts]
+    starts = [random_starts(videos.length(i) - plan.window, plan, generator) for i in chosen]
+    positions = [(torch.tensor(some)[:, None] + torch.arange(plan.window)).flatten() for some in starts]
     windows = list((threads.map if threads else map)(videos.read, chosen, positions))
-    return torch.cat(windows).unflatten(0, (len(windows), length))  # unlike stack, cat leaves pixels' channels adjacent
+    if plan.windows_drawn == 2:
+        windows = [window[half] for half in (slice(plan.window), slice(plan.window, None)) for window in windows]
+    return torch.cat(windows).unflatten(0, (-1, plan.window))  # unlike stack, cat leaves pixels' channels adjacent
+
+
+def random_starts(latest, plan, generator):
+    """Where the windows of one video start, each in 0..latest: a list of one start, or of two."""
+    draw = lambda last: int(torch.randint(last + 1, (), generator=generator))  # noqa: E731
+    if plan.decay is None:
+        return [draw(latest) for _ in range(plan.windows_drawn)]
+    likely = (1 - torch.arange(latest + 1) / (latest + 1)) ** plan.decay
+    distance = int(torch.multinomial(likely, 1, generator=generator))
+    pair = draw(latest - distance)
+    return [pair, pair + distance][:: 1 - 2 * draw(1)]
 
 
 def even_positions(total, count, frames, stride):

@@ -1,6 +1,10 @@
-"""python -m tclr.demo: pretrain on video files without labels, by IC alone and by IC + LL + GL; compare retrieval."""
+"""python -m tclr.demo: pretrain on video files without labels, by IC alone and by IC + LL + GL; compare retrieval.
+
+IC is the paper's: its two views show two times of a video. Those of IC + LL + GL show the same frames.
+"""
 
 import argparse
+import dataclasses
 import json
 import platform
 import time
@@ -20,11 +24,14 @@ from .models import TinyResNet3d
 MARK = "run.json"
 RANDOM, IC, TCLR, PIXELS = "random init", "IC", "IC + LL + GL", "single-frame pixels"
 WEIGHTS = {IC: train.IC_ONLY, TCLR: None}
+WINDOWS = {IC: "independent", TCLR: "same"}
 
 
 def arguments(argv=None):
     parser = argparse.ArgumentParser(
-        prog="python -m tclr.demo", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog="python -m tclr.demo",
+        description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/demo"), help="where everything is written, the videos too")
@@ -111,7 +118,8 @@ class Demo:
                 steps=o.steps, batch=o.batch, lr=o.lr, side=o.side, seed=o.seed, backend=o.backend, weights=WEIGHTS[run]
             )
             record = partial(self.metrics.add, "step", run=run)
-            train.pretrain(embedder, self.gallery, self.plan, recipe, record, self.progress(f"pretraining {run}"))
+            plan = dataclasses.replace(self.plan, windows=WINDOWS[run])
+            train.pretrain(embedder, self.gallery, plan, recipe, record, self.progress(f"pretraining {run}"))
         return evaluate.backbone_features(embedder.backbone)
 
     def pictures(self, ranks):
@@ -134,7 +142,8 @@ class Demo:
         took = ", ".join(f"{name} {value:.0f} s" for name, value in self.seconds.items())
         self.console.print(f"{took}; {sum(self.seconds.values()):.0f} s in all. Written to {self.out}/")
         facts = dict(options={k: str(v) if isinstance(v, Path) else v for k, v in vars(o).items()})
-        facts.update(seconds=self.seconds, torch=torch.__version__, machine=platform.processor() or platform.machine())
+        facts.update(windows=WINDOWS, seconds=self.seconds, torch=torch.__version__)
+        facts.update(machine=platform.processor() or platform.machine())
         (self.out / MARK).write_text(json.dumps(facts, indent=1) + "\n")
 
     def progress(self, description):

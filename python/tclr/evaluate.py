@@ -38,6 +38,21 @@ def ranking(gallery, queries, clips):
     return (queries @ gallery.T).argsort(dim=1, descending=True, stable=True)
 
 
+def set_ranking(gallery, queries, clips):
+    """As `ranking`, of videos as sets of clips: each clip is compared with the most similar one of the other video.
+
+    The similarity of two videos is the mean of these cosines over the clips of both. A mean of features dilutes what
+    one clip alone shows; here it counts in full.
+    """
+    chosen = spread(clips, gallery.shape[1])
+    gallery, queries = (F.normalize(features[:, chosen], dim=2) for features in (gallery, queries))
+    similarity = []
+    for some in queries.split(32):
+        cosines = torch.einsum("qac,gbc->qgab", some, gallery)
+        similarity.append(cosines.amax(3).mean(2) + cosines.amax(2).mean(2))
+    return torch.cat(similarity).argsort(dim=1, descending=True, stable=True)
+
+
 def recall(ranks, gallery_labels, query_labels, k):
     """The share of queries with a video of their class among their k nearest."""
     return (gallery_labels[ranks[:, :k]] == query_labels[:, None]).any(1).float().mean().item()

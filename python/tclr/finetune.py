@@ -34,8 +34,13 @@ class Classifier(nn.Module):
         return self.fc(self.backbone(clips).mean(2))
 
 
-def finetune(model, videos, chosen, evaluation, *, epochs=16, batch=16, lr=1e-4, seed=0, device="cpu", record=print):
-    """Trains in place on the `chosen` videos, a random clip of each an epoch. record(epoch=, loss=) follows each."""
+def finetune(model, videos, chosen, evaluation, *, epochs=16, batch=16, lr=1e-4, seed=0, device="cpu", record=print,
+             augment=ReleaseAugment):  # fmt: skip
+    """Trains in place on the `chosen` videos, a random clip of each an epoch. record(epoch=, loss=) follows each.
+
+    augment: augment(side, generator) augments a batch of clips; the release's flips them, so that left and right are
+    one.
+    """
     e, model = evaluation, model.to(device).train()
     optimizer = torch.optim.Adam(model.parameters(), lr)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [epochs * drop // 16 for drop in DROPS], FACTOR)
@@ -48,7 +53,7 @@ def finetune(model, videos, chosen, evaluation, *, epochs=16, batch=16, lr=1e-4,
                 continue
             some = [chosen[i] for i in some]
             clips = torch.stack([random_clip(videos, i, e, generator) for i in some]).to(device)
-            loss = F.cross_entropy(model(ReleaseAugment(e.side, generator)(clips)), videos.labels[some].to(device))
+            loss = F.cross_entropy(model(augment(e.side, generator)(clips)), videos.labels[some].to(device))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

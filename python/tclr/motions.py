@@ -5,9 +5,12 @@ performs every class, from places and sizes drawn alike: no single frame tells a
 
 CLASSES are single movements, lasting the whole video. CHANGES are two of them in a row: each order is a class of its
 own, so that a clip before or after the change cannot tell a class, and an average over time cannot tell the order.
+ROUTINES are three movements, a third of the video each, in an order drawn for each video. A clip that is shorter than
+a third sees one or two of them, and cannot tell the class; its several times together can. Waves that drift behind the
+actor in one direction, at one pace, stay the same for the whole video, and say nothing about the class.
 """
 
-from itertools import permutations
+from itertools import permutations, product
 from pathlib import Path
 
 import av
@@ -31,6 +34,11 @@ MOVEMENTS = {  # name -> the coordinate that changes, and which way
 }
 CLASSES = tuple(MOVEMENTS)
 CHANGES = tuple(f"{a}Then{b}" for a, b in permutations(("SlideRight", "SlideUp", "SpinLeft", "ZoomIn"), 2))
+CHOICES = ("SlideLeft", "SlideRight"), ("SwingAcross", "SwingUpright"), ("Pulse", "Wobble")  # a routine's movements
+ROUTINES = tuple("And".join(movements) for movements in product(*CHOICES))
+MIRRORED = tuple(zip(ROUTINES[:4], ROUTINES[4:], strict=True))  # backwards in time, a video of one is one of the other
+SLIDES = dict(SlideLeft=-0.09, SlideRight=0.09)  # of a routine: along x, a frame
+SWINGS = dict(SwingAcross="x", SwingUpright="y", Pulse="zoom", Wobble="angle")
 FRAME_RATE = 25
 
 
@@ -48,7 +56,7 @@ def write_dataset(root, *, groups, test_groups, takes, frames, side, seed, progr
         actor = draw_actor(np.random.default_rng([seed, group]))
         for label, name in enumerate(CLASSES):
             video = f"{name}/v_{name}_g{group:02}_c{take:02}.avi"
-            track = draw_track(name, frames, np.random.default_rng([seed, group, take, label]))
+            track = draw_track(name, frames, randomness(seed, group, take, label))
             write_video(root / "UCF-101" / video, render(actor, track, side))
             if group <= test_groups:
                 test.append(video)
@@ -65,11 +73,17 @@ def generate(*, classes, groups, first_group, takes, frames, side, seed):
         actor = draw_actor(np.random.default_rng([seed, group]))
         for take in range(1, takes + 1):
             for label, name in enumerate(classes):
-                track = draw_track(name, frames, np.random.default_rng([seed, group, take, label]))
+                draw = draw_routine if name in ROUTINES else draw_track
+                track = draw(name, frames, randomness(seed, group, take, label))
                 videos.append(torch.from_numpy(render(actor, track, side)).permute(0, 3, 1, 2).contiguous())
                 names.append(f"{name}/v_{name}_g{group:02}_c{take:02}")
                 labels.append(label)
     return Loaded(names, videos, torch.tensor(labels))
+
+
+def randomness(seed, group, take, label):
+    """Draws what a video of this class does, the same each time it is asked for."""
+    return np.random.default_rng([seed, group, take, label])
 
 
 def write_lists(folder, train, test):
@@ -132,6 +146,39 @@ def draw_track(movement, frames, rng):
     return pose
 
 
+def draw_routine(routine, frames, rng):
+    """The actor's pose over time, as `draw_track` gives it, and that of the waves behind it.
+
+    What a movement changes goes round a circle, on which it starts anywhere: any frame is as likely at any time and in
+    any routine, and a video backwards is as likely as a video of the mirrored routine.
+    """
+    phases = draw_phases(routine, frames, rng)
+    start = dict(x=rng.uniform(-1, 1), y=rng.uniform(-0.4, 0.4), angle=rng.uniform(0, 2 * np.pi))
+    pose, speed = {axis: np.full(frames, value) for axis, value in start.items()}, rng.uniform(0.8, 1.25)
+    beats = {axis: rng.uniform(0, 2 * np.pi) + np.zeros(frames) for axis in ("x", "y", "angle", "zoom")}
+    for movement, first, last in phases:
+        elapsed = np.clip(np.arange(frames), first, last) - first
+        if movement in SLIDES:
+            pose["x"] += SLIDES[movement] * speed * elapsed
+        else:
+            beats[SWINGS[movement]] += 0.5 * speed * elapsed
+    pose["x"] = wrap(pose["x"] + 0.5 * np.sin(beats["x"]), 1)
+    pose["y"] += 0.5 * np.sin(beats["y"])
+    pose["angle"] += 1.4 * np.sin(beats["angle"])
+    pose["scale"] = 1.25 * 1.8 ** np.sin(beats["zoom"])
+    direction, waves = rng.uniform(0, 2 * np.pi), rng.uniform(4, 9)
+    pose["wave_x"], pose["wave_y"] = (np.full(frames, waves * part) for part in (np.cos(direction), np.sin(direction)))
+    pose["drift"] = rng.uniform(0, 2 * np.pi) + rng.uniform(0.3, 0.9) * np.arange(frames)
+    return pose
+
+
+def draw_phases(routine, frames, rng):
+    """[(movement, its first frame, its last), ...] in the order of a video: each a third of it, but for 2 % at most."""
+    movements = rng.permutation(routine.split("And")).tolist()
+    cuts = np.rint((np.arange(1, 3) / 3 + rng.uniform(-0.01, 0.01, 2)) * frames).astype(int).tolist()
+    return list(zip(movements, [0, *cuts], [*cuts, frames - 1], strict=True))
+
+
 def wrap(position, edge):
     return (position + edge) % (2 * edge) - edge
 
@@ -146,7 +193,11 @@ def render(actor, track, side):
     edge = actor["radius"] * (1 + actor["depth"] * np.cos(actor["corners"] * np.arctan2(v, u)))
     inside = np.clip((edge - np.hypot(u, v)) * side / 2 + 0.5, 0, 1)[..., None]
     stripe = (0.5 + 0.5 * np.sin(actor["stripes"] * u))[..., None]
-    shade = 0.5 + 0.5 * np.clip(axis[None, :] * actor["slope"][0] + axis[:, None] * actor["slope"][1], -1, 1)[..., None]
+    if "drift" in pose:
+        shade = np.sin(pose["wave_x"] * axis[None, None, :] + pose["wave_y"] * axis[None, :, None] - pose["drift"])
+    else:
+        shade = np.clip(axis[None, :] * actor["slope"][0] + axis[:, None] * actor["slope"][1], -1, 1)
+    shade = 0.5 + 0.5 * shade[..., None]
     looks = actor["colours"][0] * stripe + actor["colours"][1] * (1 - stripe)
     behind = actor["background"][0] * shade + actor["background"][1] * (1 - shade)
     return (255 * (inside * looks + (1 - inside) * behind)).astype(np.uint8)

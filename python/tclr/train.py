@@ -19,6 +19,7 @@ from torch import distributed, nn
 
 import tclr_kernels as tk
 from tclr_kernels import backends
+from tclr_kernels.losses import FORMS
 
 from . import checkpoint
 from .augment import Augment, ReleaseAugment
@@ -31,6 +32,8 @@ AMP = {"fp16": torch.float16, "bf16": torch.bfloat16}
 # What a checkpoint's state, or the meaning of its number of steps, hangs on: the rest may change as a run goes on.
 FIXED = "net.", "clips.", "data.dataset", "data.split", "data.train", "recipe.optimizer", "recipe.batch"
 FIXED += "recipe.accumulate", "recipe.learn_temperature", "recipe.queue", "recipe.seed"
+# of checkpoints that were written before these settings
+EARLIER = {"clips.windows": "same", "clips.decay": None, "recipe.queue": 0}
 OBJECTIVE = "recipe.weights", "recipe.form", "recipe.temperature"
 LEAST = dict(steps=0, epochs=0, batch=1, accumulate=1, lr=0, warmup=0, weight_decay=0, side=1, readers=0)
 LEAST |= dict(checkpoint_every=1, queue=0)
@@ -117,7 +120,7 @@ class Run:
     """A pretraining at some step: everything that a checkpoint holds; `more` are settings to keep, such as net=Net()"""
 
     def __init__(self, embedder, videos, plan, recipe, device, **more):
-        check(recipe, device)
+        check(recipe, plan, device)
         self.embedder, self.videos, self.device = embedder.to(device), videos, device
         self.plan, self.recipe = plan, recipe
         self.settings = {name: dataclasses.asdict(each) for name, each in dict(more, clips=plan, recipe=recipe).items()}
@@ -138,6 +141,7 @@ class Run:
         self.optimizer = kind(self.parameters, recipe.lr, weight_decay=recipe.weight_decay)
         self.plateau = Plateau()
         self.scaler = torch.amp.GradScaler(device, enabled=recipe.amp == "fp16")
+        self.local = any(weight for name, weight in weights(recipe).items() if name != "ic_global")
         self.embed = torch.compile(embed) if recipe.compile else embed
 
     def step(self):
@@ -174,7 +178,7 @@ class Run:
         windows = windows.to(self.device)
         augment = AUGMENTS[recipe.augment](recipe.side, generator)
         with torch.autocast(torch.device(self.device).type, AMP.get(recipe.amp), enabled=recipe.amp != "off"):
-            g, s, x = self.embed(self.embedder, windows, self.plan, augment, local=recipe.weights != IC_ONLY)
+            g, s, x = self.embed(self.embedder, windows, self.plan, augment, local=self.local)
         terms = self.objective(g.float(), s.float(), x.float())
         if not math.isfinite(terms.total.item()):
             names = ", ".join(self.videos.names[i] for i in chosen)
@@ -196,7 +200,7 @@ class Run:
         """A batch's videos, its windows, and the generator that draws its augmentations."""
         generator = drawn(self.recipe.seed, "step", step, part, rank())
         chosen = self.batch(step, part)
-        return chosen, random_windows(self.videos, chosen, self.plan.window, generator, threads), generator
+        return chosen, random_windows(self.videos, chosen, self.plan, generator, threads), generator
 
     def batch(self, step, part):
         """The videos of a batch: an epoch's random order, cut; its remainder is left out, and each rank has a share."""
@@ -247,7 +251,7 @@ class Run:
 
     def refuse(self, settings, state):
         """Raises ValueError that names every setting that differs from the checkpoint's and cannot change."""
-        before, now = {"recipe.queue": 0, **flat(settings)}, flat(self.settings)
+        before, now = EARLIER | flat(settings), flat(self.settings)
         fixed = FIXED + ("recipe.temperature",) * self.recipe.learn_temperature
         names = [name for name in before.keys() & now.keys() if before[name] != now[name] and name.startswith(fixed)]
         found = [f"{name}: found {now[name]!r}, wanted {before[name]!r}" for name in sorted(names)]
@@ -299,7 +303,7 @@ class Ahead:
         return found.result()
 
 
-def check(recipe, device):
+def check(recipe, plan, device):
     """Raises ValueError, or RuntimeError for a backend that does not serve the device, that names a key of the recipe.
 
     Found out here, before a run's folder is touched, and not at the first step.
@@ -307,7 +311,19 @@ def check(recipe, device):
     for name, least in LEAST.items():
         if not getattr(recipe, name) >= least:  # so that NaN is refused too
             raise ValueError(f"recipe.{name}: found {getattr(recipe, name)}, wanted at least {least}")
+    aligned = {name: value for name, value in weights(recipe).items() if name in ("ll", "gl")}
+    if plan.windows == "independent" and any(aligned.values()):
+        found = ", ".join(f"{name} {weight}" for name, weight in aligned.items())
+        raise ValueError(
+            f"recipe.weights: found {found} beside clips.windows 'independent', wanted 0 for both: "
+            "they compare clips of the same frames"
+        )
     backends.choose(recipe.backend, torch.device(device))
+
+
+def weights(recipe):
+    """The weight of each term, those that the recipe leaves to its form's defaults too."""
+    return FORMS.get(recipe.form, {}) | (recipe.weights or {})
 
 
 def flat(settings):
@@ -337,19 +353,22 @@ def drawn(seed, *what):
 
 
 def embed(embedder, windows, plan, augment, *, local=True):
-    """Two views of each window: g: [2, B, D] global clips; s: [2, B, T, D] their slices; x: [2, B, T, D] local clips.
+    """Two views of each video: g: [2, B, D] global clips; s: [2, B, T, D] their slices; x: [2, B, T, D] local clips.
 
-    windows: uint8 [B, window, 3, H, W]. Without `local`, s and x are stand-ins for losses that do not read them.
+    windows: uint8, as `random_windows` gives them: [B, window, 3, H, W], of which two augmentations are the two views,
+    or, where plan.windows is "independent", [2 B, ...], each view's own. Without `local`, s and x are stand-ins for
+    losses that do not read them.
     """
-    B, T = len(windows), plan.local_clips
+    B, T = len(windows) // plan.windows_drawn, plan.local_clips
+    views = 2 // plan.windows_drawn
     whole, chunks = plan.cut(windows)
-    g, slices = embedder(augment(whole, views=2))
+    g, slices = embedder(augment(whole, views=views))
     g = g.unflatten(0, (2, B))
     if not local:
         unread = g.detach()[:, :, None].expand(-1, -1, T, -1)
         return g, unread, unread
     s = embedder.head(slices).unflatten(0, (2, B))
-    x, _ = embedder(augment(chunks, views=2))
+    x, _ = embedder(augment(chunks, views=views))
     return g, s, x.unflatten(0, (2, B, T))
 
 

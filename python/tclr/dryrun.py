@@ -1,0 +1,63 @@
+"""`tclr COMMAND ... --dry-run`: the same command within a minute, on a few small generated videos in UCF101's layout.
+
+What is read, trained, evaluated and written is as without it, but small: two steps of two videos, a narrow network of
+the same kind, pictures of 32 x 32, two clips a video. The folder of the run gets "-dry-run" behind its name, so that
+dry runs of evaluations find that of their pretraining, and no other run is touched.
+"""
+
+import dataclasses
+import functools
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from . import config, motions
+
+FLAG = "--dry-run"
+SMALL = dict(  # what is replaced, by the argument that holds it
+    net=dict(width=4, dim=8),
+    recipe=dict(steps=2, epochs=0, batch=2, accumulate=1, side=32, readers=2, compile=False, checkpoint_every=1),
+    evaluation=dict(clips=2, side=32),
+    scale=dict(groups=2, test_groups=1, takes=1, steps=2, batch=4, width=2, eval_clips=2),
+)
+VALUES = dict(epochs=1, batch=2, resume=False, overwrite=True, classes=None, seeds=2, other_seeds=1)
+
+
+def small(command):
+    """The command with the same arguments, of which those that decide how long it takes are replaced."""
+
+    @functools.wraps(command)
+    def dry(**given):
+        name = next((name for name in ("out", "run") if name in given), None)
+        folder = given[name].with_name(f"{given[name].name}-dry-run")
+        given |= {name: folder} | {key: value for key, value in VALUES.items() if key in given}
+        untrained = "recipe" in given and not given["recipe"].steps and not given["recipe"].epochs
+        for key, values in SMALL.items():
+            if key in given:
+                given[key] = dataclasses.replace(given[key], **values)
+        if untrained:
+            given["recipe"] = dataclasses.replace(given["recipe"], steps=0)
+        if "recipe" in given and config.device(given["device"]) == "cpu":
+            given["recipe"] = dataclasses.replace(given["recipe"], amp="off")
+        if given.get("data") is not None:
+            here = dict(dataset="ucf101", root=str(videos(folder.parent)), split=1, train="train", test="test")
+            given["data"] = dataclasses.replace(given["data"], **here)
+        print(f"dry run: {command.__name__}, written to {folder}", flush=True)
+        return command(**given)
+
+    return dry
+
+
+def videos(parent):
+    """20 videos of 64 frames of 48 x 48 in UCF101's layout, written once."""
+    root = parent / "dry-run-videos"
+    if not root.exists():
+        parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(dir=parent))
+        try:
+            motions.write_dataset(unfinished, groups=2, test_groups=1, takes=1, frames=64, side=48, seed=0)
+            os.rename(unfinished, root)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    return root
