@@ -353,7 +353,7 @@ class _Rectangle:
         negatives = reference.rectangle(*self.exact, *self.settings)[0].detach()
         negatives += torch.randn(negatives.shape, generator=self.generator, dtype=torch.float64)
         negatives.requires_grad_()
-        (wanted,) = reference.rectangle(*self.exact, *self.settings, negatives)
+        wanted = reference.pairs(*self.exact, *self.settings, negatives)
         sums, slope = kernels.pairs(self.rows, self.columns, *self.settings, negatives.detach())
         yield "pairs", _difference(sums, wanted.detach())
         (g,) = torch.autograd.grad(wanted.sum() + 0 * negatives.nan_to_num(0, 0, 0).sum(), negatives, retain_graph=True)

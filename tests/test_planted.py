@@ -56,8 +56,11 @@ CANDIDATE_BUGS = {
     "sides exchanged": ("zip(sets, negatives, strict=True)", "zip(sets, reversed(negatives), strict=True)"),
     "a row its own positive": (".masked_fill(itself, -torch.inf).logsumexp(2)", ".logsumexp(2)"),
     "the first block alone": ("blocks = [*self.neg.unbind(2),", "blocks = [*self.neg.unbind(2)[:1],"),
-    "positives among the keys of others": ("tau, normalize, True, backend)[1]", "tau, normalize, False, backend)[0]"),
-    "gradients added in half precision": ("torch.promote_types(x.dtype, torch.float32)", "x.dtype"),
+    "positives among the keys of others": (
+        "_, pos, *_ = everything(in_pairs, tau, normalize, True",
+        "pos, *_ = everything(in_pairs, tau, normalize, False",
+    ),
+    "gradients added in half precision": ("    tau, a, b = map(distributed.widened, (tau, a, b))\n", ""),
 }
 
 

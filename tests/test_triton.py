@@ -615,7 +615,7 @@ def check_pairs(planted):
     settings = 0.2, True, False, -1, *problem.keys()
     negatives = 3 * torch.randn(2, 1, 1, 35, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     exact = [x.double().requires_grad_() for x in (*rows, *columns, negatives)]
-    (wanted,) = reference.rectangle(exact[:1], exact[1:2], *settings, exact[2])
+    wanted = reference.pairs(exact[:1], exact[1:2], *settings, exact[2])
     upstream = oracle.some_gradient(wanted.shape)
     gradients = torch.autograd.grad(wanted, exact, upstream)
     found, slope = planted.rectangle.pairs(rows, columns, *settings, negatives)
