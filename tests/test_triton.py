@@ -698,8 +698,8 @@ BUGS = {  # what is wrong -> (file, old, new, the check that finds it)
     "rectangle: share of the spread": ("rectangle", "* (e - tl.expand_dims(fields[5], axis))", "* e", "rectangle"),
     "rectangle: spread's share of pos_lse": (
         "rectangle",
-        "(of_lse + of_spread) * scale",
-        "of_lse * scale",
+        "(of_spread * scale).to(ACC)",
+        "(of_lse * scale).to(ACC)",
         "rectangle",
     ),
     "rectangle: one side of two": (
