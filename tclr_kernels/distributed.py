@@ -34,10 +34,14 @@ T = TypeVar("T")
 
 
 class Further(NamedTuple):
-    """Negatives beyond the sets: [K, D] or [..., K, D]; everywhere: each process has the same, as of a queue."""
+    """Negatives beyond the sets: [K, D] or [..., K, D].
+
+    everywhere: each process has the same, as of a queue; sent_as: the dtype of what is sent, if not that of the rows.
+    """
 
     rows: Tensor
     everywhere: bool = False
+    sent_as: torch.dtype | None = None
 
 
 class Facts(NamedTuple):
@@ -367,7 +371,8 @@ def beyond(
             parts.append(absent)
             continue
         mine = further.rows.reshape(1 if further.rows.dim() == 2 else G, -1, D)
-        everybody = mine if further.everywhere else process.gather(mine.detach(), -2, process.negatives[k])
+        sent = mine.detach().to(further.sent_as or mine.dtype)
+        everybody = mine if further.everywhere else process.gather(sent, -2, process.negatives[k])
         mine, everybody = widened(mine), widened(everybody)
         values = Negatives.apply(process, settings, tau, len(own), mine, everybody, *own, *everyone)
         parts.append(values[:, :, 0])

@@ -145,7 +145,7 @@ def log_add(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _keep(ctx: Any, settings: Settings, tau: float | Tensor, n_rows: int, *tensors: Tensor | None) -> None:
-    ctx.settings, ctx.n_rows = settings, n_rows
+    ctx.name, ctx.settings, ctx.n_rows = settings.name, settings, n_rows
     ctx.tau = None if isinstance(tau, torch.Tensor) else tau
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(tau if ctx.tau is None else None, *tensors)

@@ -144,6 +144,9 @@ def clip_loss(
     further = None
     if of_a is not None or of_b is not None:
         further = [candidates.given(f"negatives[{k}]", x, a, group) for k, x in enumerate((of_a, of_b))]
+        if of_a is of_b:  # the two parts of its gradient are added: in float16, that may be inf - inf
+            rows = further[0].rows
+            further = [further[0]._replace(rows=distributed.widened(rows), sent_as=rows.dtype)] * 2
     term = _terms([a, b], tau, normalize, True, backend, labels, further, decoupled, group)
     if reduction == "none":
         return _off_diagonal(_own(term, group)).reshape(*a.shape[:-2], -1)
