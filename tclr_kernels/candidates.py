@@ -16,6 +16,7 @@ from torch import Tensor
 from . import backends, checks, distributed, general
 from .distributed import Further, Process
 from .queue import NegativeQueue
+from .symmetric import traced
 
 Negatives = Tensor | NegativeQueue
 
@@ -163,4 +164,4 @@ def partners(
     name = backends.choose(backend, a.device, process.rows, a.shape[-1], a.dtype)
     settings = general.Settings(name, normalize)
     neg = distributed.beyond(process, settings, tau, [rows], distributed.gathered(process, [rows]), [negatives])
-    return neg.reshape(*a.shape[:-2], -1), distributed.Everybody.apply(process, pos)
+    return neg.reshape(*a.shape[:-2], -1), traced(distributed.Everybody, process, pos)

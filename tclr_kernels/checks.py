@@ -88,9 +88,9 @@ def queued(keys: Tensor, queue: Tensor, empty: bool = False) -> Tensor:
 
 def stacked(name: str, value: Tensor | Sequence[Tensor]) -> Tensor:
     """Views as one tensor [V, ...], given so, or as a list or tuple of V tensors of one shape."""
-    if not isinstance(value, (list, tuple)) or not value or not isinstance(value[0], torch.Tensor):
+    if not isinstance(value, (list, tuple)) or not value:
         return value  # a tensor, or what the next check names
-    dims = " ".join(f"d{k}" for k in range(value[0].dim()))
+    dims = " ".join(f"d{k}" for k in range(value[0].dim())) if isinstance(value[0], torch.Tensor) else "..."
     return torch.stack(_alike(dims, {f"{name}[{k}]": x for k, x in enumerate(value)}))
 
 
@@ -108,6 +108,8 @@ def keys(name: str, value: object, beside: Tensor) -> Tensor:
         raise TypeError(f"{name}: found {value!r}, wanted a tensor of {_wanted_keys(shape)}")
     if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{name}: found dtype {value.dtype}, wanted {_wanted_keys(shape)}")
+    if value.dtype == torch.uint64:  # of which large values would turn negative, and read as no label
+        raise TypeError(f"{name}: found dtype {value.dtype}, wanted int64 or a narrower type of integers")
     if value.shape != shape and value.shape != shape[-1:]:  # torch.compile cannot trace `in` here
         raise ValueError(f"{name}: found shape {list(value.shape)}, wanted {_wanted_keys(shape)}")
     _one_device("the embeddings", beside, name, value)
@@ -127,7 +129,11 @@ def keys_of_both(rows: object, columns: object) -> None:
 def span(name: str, value: object, size: int) -> tuple[int, int]:
     """(o, n) with 0 <= o, 0 <= n, o + n <= size."""
     wanted = f"two integers (o, n) with 0 <= o, 0 <= n and o + n <= N = {size}"
-    if not isinstance(value, Sequence) or len(value) != 2 or not all(isinstance(x, int) for x in value):
+    if (
+        not isinstance(value, Sequence)
+        or len(value) != 2
+        or not all(isinstance(x, int) and not isinstance(x, bool) for x in value)
+    ):
         raise TypeError(f"{name}: found {value!r}, wanted {wanted}")
     o, n = value
     if not (o >= 0 and n >= 0 and o + n <= size):

@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from . import backends, checks
 from .general import Settings
-from .symmetric import ordered_sum
+from .symmetric import ordered_sum, traced
 
 Group = Any  # None, "world", a torch.distributed.ProcessGroup or a DeviceMesh of one dimension
 Shares = Sequence[int] | None
@@ -34,10 +34,14 @@ T = TypeVar("T")
 
 
 class Further(NamedTuple):
-    """Negatives beyond the sets: [K, D] or [..., K, D]; everywhere: each process has the same, as of a queue."""
+    """Negatives beyond the sets: [K, D] or [..., K, D].
+
+    everywhere: each process has the same, as of a queue; sent_as: the dtype of what is sent, if not that of the rows.
+    """
 
     rows: Tensor
     everywhere: bool = False
+    sent_as: torch.dtype | None = None
 
 
 class Facts(NamedTuple):
@@ -338,7 +342,7 @@ def contrast(
     if negatives is not None:
         tau, *sets = map(widened, (tau, *sets))
     columns = gathered(process, sets)
-    outputs = Blocks.apply(process, settings, tau, keys, all_keys, len(sets), *sets, *columns)
+    outputs = traced(Blocks, process, settings, tau, keys, all_keys, len(sets), *sets, *columns)
     return outputs, None if negatives is None else beyond(process, settings, tau, sets, columns, negatives)
 
 
@@ -367,9 +371,10 @@ def beyond(
             parts.append(absent)
             continue
         mine = further.rows.reshape(1 if further.rows.dim() == 2 else G, -1, D)
-        everybody = mine if further.everywhere else process.gather(mine.detach(), -2, process.negatives[k])
+        sent = mine.detach().to(further.sent_as or mine.dtype)
+        everybody = mine if further.everywhere else process.gather(sent, -2, process.negatives[k])
         mine, everybody = widened(mine), widened(everybody)
-        values = Negatives.apply(process, settings, tau, len(own), mine, everybody, *own, *everyone)
+        values = traced(Negatives, process, settings, tau, len(own), mine, everybody, *own, *everyone)
         parts.append(values[:, :, 0])
     return torch.cat(parts, 1)
 
@@ -544,7 +549,7 @@ class Everybody(torch.autograd.Function):
 
 def shared(process: Process, tau: float | Tensor, device: torch.device) -> float | Tensor:
     """The temperature on the rows' device, which the group serves; its gradient is the whole one on every rank."""
-    return MeanGradient.apply(process, tau.to(device)) if isinstance(tau, torch.Tensor) else tau
+    return traced(MeanGradient, process, tau.to(device)) if isinstance(tau, torch.Tensor) else tau
 
 
 class MeanGradient(torch.autograd.Function):

@@ -44,7 +44,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends, checks
-from .symmetric import Eager, Once, ordered_sum, wants_gradient
+from .symmetric import Eager, Once, ordered_sum, traced, wants_gradient
 
 
 class Settings(NamedTuple):
@@ -68,7 +68,7 @@ def rectangle(
         return _reference(backends.reference.rectangle, settings, tau, keys, rows, columns)
     mean = keys[0] is None and settings.first < 0 and wants_gradient(tau, *rows) and not wants_gradient(*columns)
     call = Rectangle if torch.compiler.is_compiling() else EagerRectangle
-    outputs = call.apply(settings.name, settings, tau, *keys, mean, len(rows), *rows, *columns)
+    outputs = traced(call, settings.name, settings, tau, *keys, mean, len(rows), *rows, *columns)
     return outputs[:2] if keys[0] is None else outputs[:5]
 
 
@@ -84,7 +84,7 @@ def pairs(
     if settings.name == "reference":
         return _reference(backends.reference.pairs, settings, tau, keys, rows, columns, negatives)
     call = Pairs if torch.compiler.is_compiling() else EagerPairs
-    return call.apply(settings.name, settings, tau, *keys, negatives, len(rows), *rows, *columns)[0]
+    return traced(call, settings.name, settings, tau, *keys, negatives, len(rows), *rows, *columns)[0]
 
 
 def _reference(call, settings, tau, keys, rows, columns, *more):
@@ -145,7 +145,7 @@ def log_add(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _keep(ctx: Any, settings: Settings, tau: float | Tensor, n_rows: int, *tensors: Tensor | None) -> None:
-    ctx.settings, ctx.n_rows = settings, n_rows
+    ctx.name, ctx.settings, ctx.n_rows = settings.name, settings, n_rows
     ctx.tau = None if isinstance(tau, torch.Tensor) else tau
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(tau if ctx.tau is None else None, *tensors)

@@ -15,7 +15,7 @@ from typing import NamedTuple, overload
 import torch
 from torch import Tensor
 
-from . import backends, checks, general
+from . import backends, checks, distributed, general
 from .symmetric import blocks
 
 Temperature = float | Tensor
@@ -108,6 +108,8 @@ def gram(
     first, n = (0, N) if rows is None else checks.span("rows", rows, N)
     of_columns = None if keys is None else checks.keys("keys", keys, sets[0])
     of_rows = None if of_columns is None else of_columns.narrow(1, first, n)
+    if rows is not None:  # the gradients of anchors and candidates are added: in float16, that may be inf - inf
+        sets = [distributed.widened(z) for z in sets]
     anchors = [] if rows is None else [z.narrow(1, first, n) for z in sets]
     name = backends.choose(backend, sets[0].device, G * len(sets) * N, D, sets[0].dtype)
     settings = general.Settings(name, normalize, cross, first)
@@ -161,6 +163,8 @@ def rectangle(
     the rows is made along with the result, by two products in the place of three.
     Returns neg [..., n], or LabelledRows with keys.
     """
+    if columns is None:  # which means the rows themselves to `pair_sum`
+        raise TypeError("columns: found None, wanted a torch.Tensor [K, D] or [..., K, D]")
     call = _call(rows, columns, temperature, normalize, row_keys, column_keys, backend)
     neg, _, *labelled = general.rectangle(call.settings, call.tau, call.keys, call.rows, call.columns)
     outputs = [x.reshape(rows.shape[:-1]) for x in _narrowed(rows, neg, *labelled)]

@@ -45,7 +45,7 @@ from .candidates import Negatives
 from .checks import TEMPERATURE
 from .distributed import Further, Group, Process, Shares
 from .objective import objective
-from .symmetric import blocks, ordered_sum
+from .symmetric import blocks, ordered_sum, traced
 
 Temperature = float | Tensor
 Reduction = Literal["mean", "sum", "none"]
@@ -144,6 +144,9 @@ def clip_loss(
     further = None
     if of_a is not None or of_b is not None:
         further = [candidates.given(f"negatives[{k}]", x, a, group) for k, x in enumerate((of_a, of_b))]
+        if of_a is of_b:  # the two parts of its gradient are added: in float16, that may be inf - inf
+            rows = further[0].rows
+            further = [further[0]._replace(rows=distributed.widened(rows), sent_as=rows.dtype)] * 2
     term = _terms([a, b], tau, normalize, True, backend, labels, further, decoupled, group)
     if reduction == "none":
         return _off_diagonal(_own(term, group)).reshape(*a.shape[:-2], -1)
@@ -450,7 +453,7 @@ def _compose(
         sums[3] = ordered_sum(contrast([*s.unbind(0), *x.unbind(0)], cross=True)[0])
     if process is not None:
         own = False, False, not with_ic_local, True  # which are sums over this process's videos alone
-        sums = list(distributed.Total.apply(process, torch.stack(sums), own))
+        sums = list(traced(distributed.Total, process, torch.stack(sums), own))
     terms = [scale * x for scale, x in zip(scales, sums, strict=True)]
     return sum(weight * term for weight, term in zip(weights, terms, strict=True)), *terms
 
@@ -510,7 +513,7 @@ def _reduce(
     """
     total = ordered_sum(term)
     total = total / count if reduction == "mean" else total
-    return total if process is None else distributed.Total.apply(process, total[None], (parts,))[0]
+    return total if process is None else traced(distributed.Total, process, total[None], (parts,))[0]
 
 
 def _agree(process: Process | None, videos: Tensor, backend: str | None) -> None:
@@ -534,7 +537,7 @@ def _rows(x: Tensor, process: Process | None) -> int:
 
 def _own(term: Tensor, process: Process | None) -> Tensor:
     """Of the terms of all anchors, [..., N], those of this process."""
-    return term if process is None else distributed.Own.apply(process, term)
+    return term if process is None else traced(distributed.Own, process, term)
 
 
 def _local_local_from(pos: Tensor) -> Tensor:

@@ -47,15 +47,20 @@ def blocks(
     if name != "reference":
         if not torch.compiler.is_compiling():
             return EagerGram.apply(name, tau, normalize, cross, *sets)
-        if wants_gradient(tau, *sets):
-            return Gram.apply(name, tau, normalize, cross, *sets)
-        return backends.BACKENDS[name].forward(sets, tau, normalize, cross)  # its tracer takes no Function here
+        return traced(Gram, name, tau, normalize, cross, *sets)
     with torch.autocast(checks.autocast_type(device), enabled=False):
         return backends.reference.gram(sets, tau, normalize, cross)
 
 
-def wants_gradient(*inputs: float | Tensor) -> bool:
+def wants_gradient(*inputs: object) -> bool:
     return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
+
+
+def traced(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """function.apply for torch.compile, whose tracer takes no Function where nothing requires a gradient."""
+    if torch.compiler.is_compiling() and not wants_gradient(*arguments):
+        return function.forward(*arguments)
+    return function.apply(*arguments)
 
 
 def ordered_sum(x: Tensor) -> Tensor:

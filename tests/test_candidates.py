@@ -281,6 +281,7 @@ def test_views_in_a_list_are_a_stack(backend):
         ([torch.ones(3, 2), torch.ones(2, 2)], r"views\[0\] has shape \[3, 2\] and views\[1\] \[2, 2\]"),
         ([torch.ones(3, 2), torch.ones(3, 2).double()], r"views\[0\] has dtype torch.float32 and views\[1\]"),
         ([torch.ones(3, 2), None], r"views\[1\]: found builtins.NoneType"),
+        ([None, torch.ones(3, 2)], r"views\[0\]: found builtins.NoneType"),
         ([torch.ones(3, 2)], "views: found V = 1"),
         ([], "views: found builtins.list"),
         ([torch.ones(3, 1, 2)] * 2, "views: found 4 dimensions"),
@@ -289,6 +290,21 @@ def test_views_in_a_list_are_a_stack(backend):
 def test_wrong_lists_of_views_are_named(views, message):
     with pytest.raises((TypeError, ValueError), match=message):
         tk.instance_contrastive(views)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_negatives_of_both_sides_round_their_gradient_once(dtype, backend):
+    """Of a short row, each side's part is beyond float16 and they may have opposite signs."""
+    a, b, n = torch.randn(3, 100, 4, 8)
+    n[:, 0] *= torch.logspace(0, -5, 100)[:, None]
+    grads = []
+    for to in (dtype, torch.float64):
+        given = n.to(dtype).to(to).requires_grad_()
+        x, y = (z.to(dtype).to(to) for z in (a, b))
+        tk.clip_loss(x, y, 0.05, negatives=(given, given), reduction="sum", backend=backend).backward()
+        grads.append(given.grad.to(dtype))
+    assert not grads[0].isnan().any()
+    torch.testing.assert_close(*grads, rtol=1.1 * torch.finfo(dtype).eps, atol=1e-3)
 
 
 # ---- reductions, and what is no candidate at all

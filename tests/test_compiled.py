@@ -154,3 +154,26 @@ def test_the_general_operation(dynamic, backend):
 def test_a_rectangle_of_columns_without_gradient(backend):
     columns = torch.randn(20, 5)
     agree(lambda rows: tk.rectangle(rows, columns, backend=backend), [torch.randn(8, 5)])
+
+
+WITHOUT_GRADIENT = {
+    "nt_xent": lambda a, b, keys, **settings: tk.nt_xent(a, b, **settings),
+    "labels": lambda a, b, keys, **settings: tk.nt_xent(a, b, labels=keys, **settings),
+    "decoupled": lambda a, b, keys, **settings: tk.clip_loss(a, b, decoupled=True, **settings),
+    "negatives": lambda a, b, keys, **settings: tk.info_nce(a, b, negatives=a, in_batch=False, **settings),
+    "sup_con": lambda a, b, keys, **settings: tk.sup_con(a, keys, **settings),
+    "range": lambda a, b, keys, **settings: tk.gram([a[None]], rows=(1, 3), **settings).neg,
+    "rectangle": lambda a, b, keys, **settings: tk.rectangle(a, b, **settings),
+    "pair_sum": lambda a, b, keys, **settings: tk.pair_sum(a[:, 0], b, row_keys=keys, **settings),
+}
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("name", WITHOUT_GRADIENT)
+def test_without_a_gradient(name, grad, backend):
+    """Evaluation: nothing requires a gradient, or gradients are off."""
+    a, b = torch.randn(2, 6, 4, requires_grad=not grad).unbind()
+    call = functools.partial(WITHOUT_GRADIENT[name], keys=torch.arange(6) // 2, backend=backend)
+    with torch.set_grad_enabled(grad):
+        found = torch.compile(call, backend="aot_eager", fullgraph=True)(a, b)
+        torch.testing.assert_close(found, call(a, b))

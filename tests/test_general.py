@@ -456,6 +456,35 @@ def test_second_derivatives_are_the_reference_s_alone(name, kernels):
         grad.sum().backward()
 
 
+@pytest.mark.parametrize("of", ["rectangle", "pair_sum"])
+def test_what_only_the_reference_provides_names_the_backend(of, kernels):
+    z, keys = torch.randn(4, 3), torch.arange(4) // 2
+
+    def call(z):
+        if of == "rectangle":
+            return tk.rectangle(z, z, backend=kernels)
+        return tk.pair_sum(z[:, 0], z, row_keys=keys, backend=kernels)
+
+    with pytest.raises(NotImplementedError, match=f"forward mode .* not provided by backend '{kernels}'"):
+        torch.func.jvp(call, (z,), (z,))
+    with pytest.raises(NotImplementedError, match=f"vmap is not provided by backend '{kernels}'"):
+        torch.vmap(call)(z[None])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_range_rounds_the_gradient_of_a_row_once(dtype, backend):
+    """Of a short row, that of an anchor and that of a candidate are beyond float16 and may have opposite signs."""
+    z = torch.randn(200, 2, 4, 8)
+    z[:, :, 0] *= torch.logspace(0, -5, 200)[:, None, None]
+    grads = []
+    for rows in (None, (0, 4)):
+        sets = [x.to(dtype).requires_grad_() for x in z.unbind(1)]
+        tk.gram(sets, 0.05, rows=rows, backend=backend).term.sum().backward()
+        grads.append(torch.stack([x.grad for x in sets]))
+    assert not grads[1].isnan().any()
+    torch.testing.assert_close(grads[1], grads[0], rtol=1.1 * torch.finfo(dtype).eps, atol=1e-3)
+
+
 LABELS = torch.arange(5)
 WRONG = {
     "sets: found a tensor": lambda z: tk.gram(z),
@@ -463,13 +492,16 @@ WRONG = {
     r"sets\[0\]: found 2 dimensions": lambda z: tk.gram([z[0]]),
     r"rows: found \(4, 2\), wanted two integers": lambda z: tk.gram([z], rows=(4, 2)),
     "rows: found 3, wanted two integers": lambda z: tk.gram([z], rows=3),
+    r"rows: found \(False, True\), wanted two integers": lambda z: tk.gram([z], rows=(False, True)),
     r"keys: found shape \[4\], wanted integers of shape \[5\] or \[2, 5\]": lambda z: tk.gram([z], keys=LABELS[1:]),
     "keys: found dtype torch.float32": lambda z: tk.gram([z], keys=torch.ones(5)),
+    "keys: found dtype torch.uint64, wanted int64": lambda z: tk.gram([z], keys=LABELS.to(torch.uint64)),
     "keys: found 3": lambda z: tk.gram([z], keys=3),
     "cross: found 1": lambda z: tk.gram([z], cross=1),
     "temperature: found 0": lambda z: tk.gram([z], 0),
     "rows: found an empty tensor": lambda z: tk.rectangle(z[:, :0], z),
     r"columns: found shape \[3, 5, 3\], wanted \[K, 3\] or \[2, K, 3\]": lambda z: tk.rectangle(z, z[[0, 0, 0]]),
+    "columns: found None, wanted a torch.Tensor": lambda z: tk.rectangle(z, None),
     r"columns: found shape \[5, 2\]": lambda z: tk.rectangle(z, z[0, :, :2]),
     "rows has dtype torch.float32 and columns torch.float64": lambda z: tk.rectangle(z, z.double()),
     "column_keys: found None": lambda z: tk.rectangle(z, z, row_keys=LABELS),
