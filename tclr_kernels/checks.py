@@ -88,9 +88,10 @@ def queued(keys: Tensor, queue: Tensor, empty: bool = False) -> Tensor:
 
 def stacked(name: str, value: Tensor | Sequence[Tensor]) -> Tensor:
     """Views as one tensor [V, ...], given so, or as a list or tuple of V tensors of one shape."""
-    if not isinstance(value, (list, tuple)) or not value:
+    views = [x for x in value if isinstance(x, torch.Tensor)] if isinstance(value, (list, tuple)) else []
+    if not views:
         return value  # a tensor, or what the next check names
-    dims = " ".join(f"d{k}" for k in range(value[0].dim())) if isinstance(value[0], torch.Tensor) else "..."
+    dims = " ".join(f"d{k}" for k in range(views[0].dim()))
     return torch.stack(_alike(dims, {f"{name}[{k}]": x for k, x in enumerate(value)}))
 
 
