@@ -1,0 +1,44 @@
+"""What labels cost: python -m benchmarks.labels
+
+NT-Xent of 4,096 rows, D = 128, forward and backward, without labels and with labels of so many classes; "own": each
+row's own index, the same loss as without. All take turns in one run.
+"""
+
+import statistics
+
+import torch
+
+import tclr_kernels as tk
+
+from . import measure, rows
+
+N, D = 2048, 128
+CLASSES = 1000, 100, 10, 2
+COLUMNS = "labels", "p50_ms", "ratio", "runs", "cpu", "threads", "torch", "commit", "date"
+
+
+def steps():
+    """A function of nothing for each kind of labels."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(N, D, generator=generator).requires_grad_() for _ in range(2))
+    labels = {"none": None, "own": torch.arange(N)}
+    labels |= {str(n): torch.randint(n, (N,), generator=generator) for n in CLASSES}
+    return {name: lambda x=x: tk.nt_xent(a, b, labels=x).backward() for name, x in labels.items()}
+
+
+def main():
+    made = steps()
+    times = measure.interleaved(made, {name: measure.once(step)[0] for name, step in made.items()}, 3.0)
+    middle = {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()}
+    lines = [
+        dict(labels=name, p50_ms=f"{middle[name]:.4g}", ratio=f"{middle[name] / middle['none']:.3f}", runs=len(seconds))
+        for name, seconds in times.items()
+    ]
+    path = rows.default_path()
+    rows.write(path.with_name(path.name.replace("cpu-", "labels-", 1)), COLUMNS, [x | rows.here() for x in lines])
+    for line in lines:
+        print(*line.values(), sep="\t")
+
+
+if __name__ == "__main__":
+    main()
