@@ -31,9 +31,8 @@ class Crowd:
 
     def _play(self, rank, size, function):
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
-        dist.init_process_group(
-            "gloo", init_method=f"file://{self.folder}/meet", rank=rank, world_size=size, timeout=timedelta(seconds=LIMIT)
-        )
+        meet = dict(init_method=f"file://{self.folder}/meet", rank=rank, world_size=size)
+        dist.init_process_group("gloo", timeout=timedelta(seconds=LIMIT), **meet)
         try:
             result = function()
         except BaseException:

@@ -1,10 +1,13 @@
 """The trainer on several processes: the run of a single one, and one decision for all whatever happens to one."""
 
+import csv
 import itertools
+import json
 import math
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from functools import partial
@@ -19,7 +22,7 @@ for needed in "av", "jsonargparse", "safetensors", "tensorboard":
     pytest.importorskip(needed, reason=f"the trainer needs {needed}: pip install .[train]")
 sys.path.insert(0, str(Path(__file__).parents[1] / "python"))
 
-from tclr import checkpoint, evaluate, models, processes, train  # noqa: E402
+from tclr import checkpoint, cli, config, evaluate, models, motions, processes, train  # noqa: E402
 from tclr.clips import ClipPlan  # noqa: E402
 from tclr.videos import Loaded  # noqa: E402
 
@@ -101,7 +104,7 @@ NORMS = {"batch": lambda norm: norm, "group": group_norm, "whole batch": WholeBa
 
 
 def embedder(norm="group"):
-    """A small network. Its biases start away from 0: else their norms, which errors are shares of, were Adam's alone."""
+    """A small network whose biases start away from 0: else Adam alone made their norms, which errors are shares of."""
     torch.manual_seed(0)
     net = replaced(train.Embedder(models.TinyResNet3d(2), 8), NORMS[norm])
     with torch.no_grad():
@@ -157,7 +160,9 @@ def one_run(videos, monkeypatch, norm, accumulate, schedule, recipe):
 
 @pytest.mark.rotating(8)
 @pytest.mark.parametrize("norm, P, schedule, accumulate, recipe", CASES)
-def test_twenty_steps_give_the_weights_of_one_process(videos, tmp_path, monkeypatch, norm, P, schedule, accumulate, recipe):
+def test_twenty_steps_give_the_weights_of_one_process(
+    videos, tmp_path, monkeypatch, norm, P, schedule, accumulate, recipe
+):
     run = one_run(videos, monkeypatch, norm, accumulate, schedule, recipe)
     wanted, rows = run()
     assert schedule == "cosine" or rows[-1]["lr"] < rows[5]["lr"]
@@ -285,13 +290,13 @@ def wait_for(condition, limit=30):
         time.sleep(0.01)
 
 
-def once(owner, name, when, fault):
-    """Has owner.name() call fault(what it returns) in the call for which when(its arguments)."""
+def once(owner, name, fault):
+    """Has owner.name() return fault(what it would return) after three steps."""
     function = getattr(owner, name)
 
     def faulty(*arguments, **more):
         result = function(*arguments, **more)
-        return fault(result) if when(*arguments) else result
+        return fault(result) if steps[0] == 3 else result
 
     setattr(owner, name, faulty)
 
@@ -307,14 +312,14 @@ def no_number(terms):
     return terms._replace(total=terms.total * math.nan)
 
 
-FAULTS = {  # what goes wrong: where, in which process, the error there, and what the others say
-    "reading": (1, lambda: once(Loaded, "read", lambda *_: steps[0] == 3, fail(OSError("no disk"))), "OSError: no disk"),
-    "forward": (2, lambda: once(train, "embed", lambda *_: steps[0] == 3, fail(MemoryError("full"))), "MemoryError: full"),
-    "saving": (0, lambda: once(checkpoint, "save", lambda *_: steps[0] == 3, fail(OSError("full"))), "OSError: full"),
+steps = [0]  # that are done
+FAULTS = {  # what goes wrong in the fourth step: in which process, how, and the error there
+    "reading": (1, lambda: once(Loaded, "read", fail(OSError("no disk"))), "OSError: no disk"),
+    "forward": (2, lambda: once(train, "embed", fail(MemoryError("full"))), "MemoryError: full"),
+    "saving": (0, lambda: once(checkpoint, "save", fail(OSError("full"))), "OSError: full"),
     "recording": (0, lambda: steps.append("record"), "OSError: no record"),
-    "loss": (1, lambda: once(train.Run, "objective", lambda *_: steps[0] == 3, no_number), "step 3: the loss is nan"),
-}  # fmt: skip
-steps = [0]
+    "loss": (1, lambda: once(train.Run, "objective", no_number), "step 3: the loss is nan"),
+}
 
 
 def faulty(videos, file, fault):
@@ -390,12 +395,13 @@ def test_features_have_the_bits_of_one_process(videos, tmp_path, P):
     net = embedder("batch").eval()
     many = Loaded([f"v{i}" for i in range(49)], [videos.frames[i % 14].roll(i, 0) for i in range(49)], None)
 
-    def features(describe=evaluate.backbone_features(net.backbone), count=49):
+    def features(count):
         some = Loaded(many.names[:count], many.frames[:count], None)
+        describe = evaluate.backbone_features(net.backbone)
         return evaluate.clip_features(describe, some, clips=2, frames=4, stride=2, side=8)
 
-    one = features(), features(count=5)
-    for found in Crowd(P, lambda: (features(), features(count=5)), tmp_path).results():
+    one = features(49), features(5)
+    for found in Crowd(P, lambda: (features(49), features(5)), tmp_path).results():
         assert torch.equal(found[0], one[0]) and torch.equal(found[1], one[1])
 
 
@@ -436,3 +442,159 @@ def test_runs_with_random_kills_end_with_the_weights_of_one_without(videos, tmp_
         for file in (tmp_path / "last.pt", None)
     ]
     assert all(same(net, ends[0][0]) for net in itertools.chain(*ends))
+
+
+# The program
+
+
+BAD = "ZoomIn/v_ZoomIn_g02_c01.avi", "SpinLeft/v_SpinLeft_g03_c01.avi", "SlideUp/v_SlideUp_g02_c01.avi"
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """20 videos to train on, of which 3 cannot be read, and 10 to test on."""
+    root = tmp_path_factory.mktemp("data") / "ucf101"
+    motions.write_dataset(root, groups=3, test_groups=1, takes=1, frames=34, side=40, seed=0)
+    for name in BAD:
+        (root / "UCF-101" / name).write_bytes(b"<html>Not found</html>")
+    return root
+
+
+def options(dataset, out, steps, *more):
+    given = f"--config={Path(cli.__file__).parent}/configs/demo.yaml --out={out} --data.root={dataset} --net.width=2"
+    recipe = dict(steps=steps, batch=7, side=16, checkpoint_every=2, schedule="plateau", readers=2, queue=9)
+    return ["pretrain", *given.split(), *(f"--recipe.{name}={value}" for name, value in recipe.items()), *more]
+
+
+def pretrained(P, folder, *more):
+    """The messages of `tclr` in each of P processes, which all must end well."""
+
+    def start():
+        sys.stdout = open(folder / f"said-{processes.rank()}.txt", "w")  # noqa: SIM115
+        cli.main(list(more))
+        sys.stdout.close()
+
+    Crowd(P, start, folder).results()
+    return [(folder / f"said-{rank}.txt").read_text() for rank in range(P)]
+
+
+def test_bad_videos_are_replaced_and_counted_as_by_one_process(dataset, tmp_path):
+    """Each process reads its own videos; what they meet is listed once, and counted together."""
+    found = {}
+    for P in 1, 2, 3:
+        first, *others = pretrained(P, tmp_path, *options(dataset, tmp_path / f"run{P}", 6))
+        assert not any(others)
+        with open(tmp_path / f"run{P}/bad_videos.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert len({row["video"] for row in rows}) == len(rows)
+        found[P] = {row["video"]: row["reason"] for row in rows}, first.splitlines()[-1]
+    assert len(found[1][0]) == 3 and found[1] == found[2] == found[3]
+    assert found[1][1] == "reading: 3 unreadable, 8 replaced, 42 decoded"
+    settings = (tmp_path / "run3/config.yaml").read_text()
+    assert "\nprocesses: 3\nbatch_statistics: of each process's share of a batch\n" in settings
+    assert "processes" not in (tmp_path / "run1/config.yaml").read_text()
+
+
+EVALUATION = [f"--evaluation.{what}" for what in ("clips=2", "frames=8", "stride=3", "side=32")]
+
+
+@pytest.mark.parametrize("commands", [
+    ["retrieval"], pytest.param(["retrieval", "linear", "multiclip", "confusion"], marks=pytest.mark.full),
+])  # fmt: skip
+def test_evaluations_are_those_of_one_process(dataset, tmp_path, commands):
+    run = tmp_path / "run"
+    pretrained(2, tmp_path, *options(dataset, run, 2))
+    figures, caches = {}, {}
+    for P in 1, 3:
+        for command in commands:
+            pretrained(P, tmp_path, command, f"--run={run}", *EVALUATION)
+            figures[P, command] = json.loads((run / f"{command}.json").read_text())
+            assert figures[P, command] == figures[1, command]
+        caches[P] = {path.name: path.read_bytes() for path in (run / "features").iterdir()}
+        for path in (run / "features").iterdir():
+            path.unlink()
+    assert caches[1] == caches[3]
+    lines = (run / "results.csv").read_text().splitlines()[1:]
+    assert lines[: len(lines) // 2] == lines[len(lines) // 2 :]
+
+
+def torchrun(P, restarts, *arguments):
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={P}"]
+    program += [f"--max-restarts={restarts}", "--monitor-interval=0.1", "-m", "tclr.cli", *arguments]
+    return subprocess.Popen(program, env=os.environ | dict(PYTHONPATH=sys.path[0]), stderr=subprocess.PIPE, text=True)
+
+
+def workers(agent):
+    """{rank: process id} of the processes that an agent of torchrun has started."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if (folder / "stat").read_text().rpartition(")")[2].split()[1] == str(agent.pid):
+                variables = dict(each.split("=", 1) for each in (folder / "environ").read_text().split("\0") if each)
+                found[int(variables["RANK"])] = int(folder.name)
+        except (OSError, KeyError, ValueError):
+            continue  # it has just ended, or does not belong to the run
+    return found
+
+
+@pytest.mark.parametrize("P, kills", [(2, 1), pytest.param(3, 20, marks=pytest.mark.full)])
+def test_torchrun_restarts_a_run_from_its_last_checkpoint(dataset, tmp_path, P, kills):
+    """Even one that was to overwrite what was there: only the first start does."""
+    out, moments, file = tmp_path / "run", random.Random(P), tmp_path / "run/last.pt"
+    out.mkdir()
+    (out / "config.yaml").write_text("of an earlier run")
+    steps, seen = 20 + 20 * kills, []
+    agent = torchrun(P, kills, *options(dataset, out, steps, "--overwrite=true"))
+    try:
+        for _ in range(kills):
+            before = file.stat().st_mtime_ns if file.exists() else None
+            wait_for(lambda before=before: file.exists() and file.stat().st_mtime_ns != before, 120)
+            time.sleep(moments.uniform(0, 0.3))
+            seen.append((moments.choice([signal.SIGKILL, signal.SIGTERM]), moments.randrange(P)))
+            os.kill(workers(agent)[seen[-1][1]], seen[-1][0])
+        assert agent.wait(300) == 0
+    finally:
+        agent.kill()
+    print(seen, agent.stderr.read()[-500:])
+    assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").open()] == list(range(steps))
+    pretrained(P, tmp_path, *options(dataset, tmp_path / "whole", steps))
+    whole, interrupted = (checkpoint.load(path) for path in (tmp_path / "whole/last.pt", file))
+    assert same(whole["embedder"], interrupted["embedder"]) and whole["plateau"] == interrupted["plateau"]
+
+
+def test_one_process_is_asked_for_where_more_would_do_the_same_work(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for command in ("finetune", "classify", "report"):
+        with pytest.raises(SystemExit, match=f"{command}: found 2 processes, wanted one: start it without torchrun"):
+            cli.main([command, f"--run={tmp_path}"])
+
+
+class Card:
+    def __init__(self, uuid):
+        self.uuid = uuid
+
+
+@pytest.mark.parametrize("name, cards, wanted", [
+    ("auto", [["a", "b"], ["a", "b"]], ["cuda:0", "cuda:1"]),
+    ("cuda", [["a", "b"], ["a", "b"]], ["cuda:0", "cuda:1"]),
+    ("cuda", [["a"], ["b"]], ["cuda:0", "cuda:0"]),  # each is shown its own alone, as by SLURM
+    ("cuda", [["a"], ["a"]], "device: found processes 0 and 1 on one GPU"),
+    ("cuda:0", [["a", "b"], ["a", "b"]], "device: found processes 0 and 1 on one GPU"),
+    ("auto", [["a"], []], "device: found 'cuda' in process 0 and 'cpu' in process 1, wanted the same in all 2"),
+    ("cpu", [["a"], ["a"]], ["cpu", "cpu"]),
+])  # fmt: skip
+def test_each_process_has_a_gpu_of_its_own(tmp_path, name, cards, wanted):
+    def start():
+        mine, chosen = cards[processes.rank()], []
+        torch.cuda.is_available, torch.cuda.device_count = lambda: bool(mine), lambda: len(mine)
+        torch.cuda.get_device_properties = lambda device: Card(mine[torch.device(device).index])
+        torch.cuda.set_device = chosen.append
+        device = config.device(name)
+        assert chosen == ([device] if device != "cpu" else [])
+        return device
+
+    crowd = Crowd(2, start, tmp_path)
+    if isinstance(wanted, list):
+        assert crowd.results() == wanted
+    else:
+        assert crowd.ended() == [1, 1] and all(f"ValueError: {wanted}" in text for text in crowd.messages())

@@ -167,9 +167,9 @@ def average_statistics(module, weight):
     if ranks() == 1 or not buffers:
         return
     flat = torch.cat([each.flatten().double() for each in buffers]) * weight
-    every = flat.new_empty(ranks() * len(flat))
-    distributed.all_gather_into_tensor(every, flat)
-    total = functools.reduce(torch.add, every.split(len(flat)))  # in their order, so that all get the same bits
+    every = [torch.empty_like(flat) for _ in range(ranks())]
+    distributed.all_gather(every, flat)
+    total = functools.reduce(torch.add, every)  # in their order, so that all get the same bits
     for each, mean in zip(buffers, total.split([each.numel() for each in buffers]), strict=True):
         each.copy_(mean.view_as(each))
 

@@ -427,7 +427,7 @@ def embed(embedder, windows, plan, augment, *, local=True):
 
 
 def shares(batch):
-    """The places in a batch of each process's videos, as ranges. Joined in the order of processes they are the batch."""
+    """The places in a batch of each process's videos, as ranges: joined in the order of processes, the batch."""
     ends = [number * batch // ranks() for number in range(ranks() + 1)]
     return [range(first, last) for first, last in zip(ends, ends[1:], strict=False)]
 
