@@ -28,6 +28,7 @@ from tclr.videos import Loaded  # noqa: E402
 
 from .crowd import Crowd  # noqa: E402
 
+FULL = pytest.mark.full
 PLAN = ClipPlan(4, 2)
 RECIPE = dict(batch=7, side=8, steps=20, learn_temperature=True, form="release")
 
@@ -158,21 +159,21 @@ def one_run(videos, monkeypatch, norm, accumulate, schedule, recipe):
     return lambda: trained(videos, norm, **recipe)
 
 
-@pytest.mark.rotating(8)
+@pytest.mark.rotating(16)
 @pytest.mark.parametrize("norm, P, schedule, accumulate, recipe", CASES)
 def test_twenty_steps_give_the_weights_of_one_process(
     videos, tmp_path, monkeypatch, norm, P, schedule, accumulate, recipe
 ):
     run = one_run(videos, monkeypatch, norm, accumulate, schedule, recipe)
     wanted, rows = run()
-    assert schedule == "cosine" or rows[-1]["lr"] < rows[5]["lr"]
+    assert schedule == "cosine" or rows[-1]["lr"] < max(row["lr"] for row in rows)
     for net, found in Crowd(P, run, tmp_path).results():
         assert farthest(net, wanted) <= 1e-5
         for row, one in zip(found, rows, strict=True):
             assert row["lr"] == one["lr"] and row["total"] == pytest.approx(one["total"], rel=1e-4)
 
 
-@pytest.mark.parametrize("before, after", [(2, 3), (2, 1), pytest.param(1, 2, marks=pytest.mark.full)])
+@pytest.mark.parametrize("before, after", [(2, 3), *(pytest.param(*case, marks=FULL) for case in ((2, 1), (1, 2)))])
 def test_a_run_goes_on_with_another_number_of_processes(videos, tmp_path, before, after):
     file, recipe = tmp_path / "last.pt", dict(batch=5, queue=9, accumulate=2, schedule="plateau")
     wanted, rows = trained(videos, **recipe)
@@ -209,8 +210,8 @@ def precise(videos, amp, norm):
     return seen
 
 
-@pytest.mark.parametrize("P", [2, pytest.param(3, marks=pytest.mark.full)])
-@pytest.mark.parametrize("amp", ["fp16", "bf16", "off"])
+@pytest.mark.parametrize("P", [2, pytest.param(3, marks=FULL)])
+@pytest.mark.parametrize("amp", ["fp16", pytest.param("bf16", marks=FULL), "off"])
 def test_processes_keep_the_same_bits_in_every_precision(videos, tmp_path, amp, P):
     first, *others = Crowd(P, partial(precise, videos, amp, "batch"), tmp_path).results()
     assert len(first) == 50
@@ -254,7 +255,7 @@ def augmented(run, augment):
     return windows, *(augment(clips, views=2 // run.plan.windows_drawn) for clips in run.plan.cut(windows))
 
 
-@pytest.mark.parametrize("victim", [0, 2])
+@pytest.mark.parametrize("victim", [2, pytest.param(0, marks=FULL)])
 def test_a_signal_to_any_saves_once_and_ends_all(videos, tmp_path, victim):
     file, saves = tmp_path / "last.pt", tmp_path / "saves"
 
@@ -390,7 +391,7 @@ def test_the_newest_checkpoint_on_any_disk_is_taken(tmp_path):
         assert state["done"] == 9 and state["weights"].tolist() == [2, 2, 2] and other is None
 
 
-@pytest.mark.parametrize("P", [2, 3])
+@pytest.mark.parametrize("P", [3, pytest.param(2, marks=FULL)])
 def test_features_have_the_bits_of_one_process(videos, tmp_path, P):
     net = embedder("batch").eval()
     many = Loaded([f"v{i}" for i in range(49)], [videos.frames[i % 14].roll(i, 0) for i in range(49)], None)
@@ -429,8 +430,8 @@ def kill_and_go_on(videos, folder, P, kills, seed, longest):
     return recipe, seen
 
 
-@pytest.mark.parametrize("P, kills", [(3, 3), pytest.param(2, 20, marks=pytest.mark.full),
-                                      pytest.param(3, 20, marks=pytest.mark.full)])  # fmt: skip
+@pytest.mark.parametrize("P, kills", [(3, 3), pytest.param(2, 20, marks=FULL),
+                                      pytest.param(3, 20, marks=FULL)])  # fmt: skip
 def test_runs_with_random_kills_end_with_the_weights_of_one_without(videos, tmp_path, P, kills):
     recipe, seen = kill_and_go_on(videos, tmp_path, P, kills, seed=P, longest=0.2)
     print(seen)
@@ -481,14 +482,14 @@ def pretrained(P, folder, *more):
 def test_bad_videos_are_replaced_and_counted_as_by_one_process(dataset, tmp_path):
     """Each process reads its own videos; what they meet is listed once, and counted together."""
     found = {}
-    for P in 1, 2, 3:
+    for P in 1, 3:
         first, *others = pretrained(P, tmp_path, *options(dataset, tmp_path / f"run{P}", 6))
         assert not any(others)
         with open(tmp_path / f"run{P}/bad_videos.csv", newline="") as file:
             rows = list(csv.DictReader(file))
         assert len({row["video"] for row in rows}) == len(rows)
         found[P] = {row["video"]: row["reason"] for row in rows}, first.splitlines()[-1]
-    assert len(found[1][0]) == 3 and found[1] == found[2] == found[3]
+    assert len(found[1][0]) == 3 and found[1] == found[3]
     assert found[1][1] == "reading: 3 unreadable, 8 replaced, 42 decoded"
     settings = (tmp_path / "run3/config.yaml").read_text()
     assert "\nprocesses: 3\nbatch_statistics: of each process's share of a batch\n" in settings
@@ -499,7 +500,7 @@ EVALUATION = [f"--evaluation.{what}" for what in ("clips=2", "frames=8", "stride
 
 
 @pytest.mark.parametrize("commands", [
-    ["retrieval"], pytest.param(["retrieval", "linear", "multiclip", "confusion"], marks=pytest.mark.full),
+    ["retrieval"], pytest.param(["retrieval", "linear", "multiclip", "confusion"], marks=FULL),
 ])  # fmt: skip
 def test_evaluations_are_those_of_one_process(dataset, tmp_path, commands):
     run = tmp_path / "run"
@@ -537,17 +538,18 @@ def workers(agent):
     return found
 
 
-@pytest.mark.parametrize("P, kills", [(2, 1), pytest.param(3, 20, marks=pytest.mark.full)])
+@pytest.mark.parametrize("P, kills", [(2, 1), pytest.param(3, 20, marks=FULL)])
 def test_torchrun_restarts_a_run_from_its_last_checkpoint(dataset, tmp_path, P, kills):
-    """Even one that was to overwrite what was there: only the first start does."""
+    """It overwrites what was there once: not again when it is restarted, but then if it was killed before it had."""
     out, moments, file = tmp_path / "run", random.Random(P), tmp_path / "run/last.pt"
-    out.mkdir()
-    (out / "config.yaml").write_text("of an earlier run")
+    pretrained(1, tmp_path, *options(dataset, out, 2, "--recipe.lr=0.01"))
     steps, seen = 20 + 20 * kills, []
-    agent = torchrun(P, kills, *options(dataset, out, steps, "--overwrite=true"))
+    agent = torchrun(P, kills + 1, *options(dataset, out, steps, "--overwrite=true"))
     try:
+        wait_for(lambda: workers(agent), 120)
+        os.kill(workers(agent).popitem()[1], signal.SIGKILL)
         for _ in range(kills):
-            before = file.stat().st_mtime_ns if file.exists() else None
+            before = file.stat().st_mtime_ns
             wait_for(lambda before=before: file.exists() and file.stat().st_mtime_ns != before, 120)
             time.sleep(moments.uniform(0, 0.3))
             seen.append((moments.choice([signal.SIGKILL, signal.SIGTERM]), moments.randrange(P)))

@@ -118,6 +118,31 @@ def from_first(function):
     return value[0]
 
 
+class Job:
+    """What `torchrun` remembers of its processes while it restarts them: whether their run's folder is theirs.
+
+    TORCHELASTIC_RESTART_COUNT does not say so: it is another number on another machine, 0 where the number of machines
+    has changed, and above 0 also for processes that ended before they did anything. The store of torchrun's agents
+    outlives the processes.
+    """
+
+    def __init__(self):
+        self.store = None
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            self.store = distributed.TCPStore(address, port, is_master=False)
+
+    def reached(self):
+        """The last stage that this job came to before it was restarted: "", "claiming" or "claimed"."""
+        if self.store is None:
+            return "claimed" if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) else ""
+        return next((stage for stage in ("claimed", "claiming") if self.store.check([f"tclr/{stage}"])), "")
+
+    def note(self, stage):
+        if self.store:
+            self.store.set(f"tclr/{stage}", "")
+
+
 def say(text):
     """Prints, once for all processes."""
     if rank() == 0:
@@ -148,13 +173,11 @@ def newest(file, age, load):
     if not found:
         return None
     source = max(found, key=lambda number: (ages[number], -number))
-    with telling():
-        content = bytearray(file.read_bytes() if rank() == source else b"")
-    size = exchange(len(content))[source]
-    content = content or bytearray(size)
-    distributed.broadcast(torch.frombuffer(content, dtype=torch.uint8), src=source)
     with together():
-        return load(io.BytesIO(content))
+        content = [file.read_bytes() if rank() == source else None]
+    distributed.broadcast_object_list(content, src=source)
+    with together():
+        return load(io.BytesIO(content[0]))
 
 
 @torch.no_grad()

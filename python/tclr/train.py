@@ -453,7 +453,9 @@ def averaging(module, device):
     """
     if ranks() == 1:
         return module
-    ids = [torch.device(device).index or 0] if torch.device(device).type == "cuda" else None
+    ids = None
+    if (device := torch.device(device)).type == "cuda":
+        ids = [torch.cuda.current_device() if device.index is None else device.index]
     module = DistributedDataParallel(module, device_ids=ids, find_unused_parameters=True)
     module.broadcast_buffers = False  # every step averages them; as an argument, its name depends on PyTorch's version
     return module
