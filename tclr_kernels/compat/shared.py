@@ -1,0 +1,111 @@
+"""What several of the drop-ins need."""
+
+import numbers
+from typing import NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from .. import backends, checks, distributed, general
+from ..distributed import Group, Shares
+
+LARGEST = torch.iinfo(torch.int64).max
+
+
+def temperature(value: float | Tensor, smallest: float = 0.0) -> None:
+    """Raises ValueError for a number that is negative or too small; of a tensor, the value is not read."""
+    if isinstance(value, numbers.Real) and not (value > 0 and value >= smallest):
+        wanted = f">= {smallest}" if smallest else "> 0"
+        raise ValueError(f"temperature: found {value!r}, wanted a number {wanted}")
+
+
+def no_place(argument: str, found: object, wanted: str) -> NoReturn:
+    """Raises the error for what the other library computes and this operation cannot."""
+    raise NotImplementedError(f"{argument}: found {found!r}, wanted {wanted}; see docs/drop-ins.md")
+
+
+@distributed.collective
+def rows(tensors: dict[str, Tensor], *, group: Group = None, shares: Shares = None) -> list[Tensor]:
+    """Embeddings [N, D] of one shape, dtype and device, checked under the names that the other library gives them.
+
+    group: the processes that learn of an error, since they may already wait for this one in the loss.
+    """
+    return checks.embeddings("N D", group is not None, **tensors)
+
+
+@distributed.collective
+def keys(name: str, labels: Tensor, beside: Tensor, *, group: Group = None, shares: Shares = None) -> Tensor:
+    """Labels [N] of any dtype, of rows [N, D], as integers that are equal where the labels are, and never negative.
+
+    In the other libraries a negative label is a label like all others; here it would be equal to nothing.
+    """
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{name}: found {labels!r}, wanted a tensor of shape [{len(beside)}]")
+    if labels.shape != beside.shape[:1]:
+        raise ValueError(f"{name}: found shape {list(labels.shape)}, wanted [{len(beside)}], one for each row")
+    labels = labels.to(beside.device)
+    if labels.is_floating_point():
+        labels = (labels.double() + 0.0).view(torch.int64) >> 1  # -0.0 becomes 0.0; the sign moves out of the sign bit
+    return labels.to(torch.int64) & LARGEST
+
+
+class Rectangle(NamedTuple):
+    """Rows [n, D] against columns [K, D], as `general.py` takes them; no rows mean that they are the columns."""
+
+    settings: general.Settings
+    tau: float | Tensor
+    keys: general.Keys
+    rows: list[Tensor]
+    columns: list[Tensor]
+
+    def sums(self) -> tuple[Tensor, ...]:
+        """neg and, with keys, pos_lse, spread, count: [n] each"""
+        neg, _, *labelled = general.rectangle(*self)
+        return tuple(x.flatten() for x in (neg, *labelled))
+
+    def pairs(self, negatives: Tensor) -> Tensor:
+        """The sum of softplus(negatives - S) over the positives of each row: [n]"""
+        negatives = negatives.reshape(1, 1, 1, -1)
+        return general.pairs(*self[:3], negatives, *self[3:]).flatten()
+
+
+def rectangle(
+    rows: Tensor | None,
+    columns: Tensor,
+    temperature: float | Tensor,
+    normalize: bool,
+    keys: general.Keys = general.NO_KEYS,
+    first: int = -1,
+) -> Rectangle:
+    """Checked rows [n, D] against columns [K, D], with the keys of both, [n] and [K].
+
+    rows: None where they are the columns. first: the column that row 0 is no candidate of, row 1 of the next one; or -1.
+    """
+    tau = checks.temperature(temperature, columns.device)
+    sides = [distributed.widened(x)[None] for x in (rows, columns) if x is not None]  # where their gradients are added
+    name = backends.choose(None, columns.device, sum(x.shape[1] for x in sides), columns.shape[1], columns.dtype)
+    settings = general.Settings(name, normalize, False, first)
+    in_groups = tuple(k if k is None else k[None] for k in keys)
+    return Rectangle(settings, tau, in_groups, sides[:-1], sides[-1:])
+
+
+def supervised(neg: Tensor, pos_lse: Tensor, spread: Tensor, count: Tensor) -> Tensor:
+    """The supervised contrastive loss (L_out) of each row, from what `general.rectangle` gives; 0 without positives."""
+    alone = count == 0
+    return (general.cost(neg, pos_lse.masked_fill(alone, 0)) + spread).masked_fill(alone, 0)
+
+
+def as_given(loss: Tensor, like: Tensor) -> Tensor:
+    """The loss in the dtype that the other libraries return: that of the rows, but float32 under autocast."""
+    if torch.is_autocast_enabled(checks.autocast_type(like.device)):
+        return loss.to(torch.promote_types(like.dtype, torch.float32))
+    return loss.to(like.dtype)
+
+
+@distributed.collective
+def everybody(x: Tensor, *, group: Group = None, shares: Shares = None) -> Tensor:
+    """The rows [n, D] of all processes, in the order of ranks, without a gradient."""
+    if group is None:
+        return x.detach()
+    group.agree(x, 1)
+    return group.gather(x.detach(), -2, group.shares)
