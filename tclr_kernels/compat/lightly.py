@@ -65,6 +65,7 @@ class NTXentLoss(_Loss):
         out0, out1 = shared.rows(dict(out0=out0, out1=out1), group=self._group)
         if not self.memory_bank.size[0]:
             return shared.as_given(losses.nt_xent(out0, out1, self.temperature, group=self._group), out0)
+        shared.width("memory_bank", self.memory_bank.bank, out0)
         bank = self.memory_bank.bank.to(out0.dtype, copy=True)
         loss = losses.info_nce(out0, out1, self.temperature, negatives=bank, in_batch=False)
         if out0.requires_grad:

@@ -63,7 +63,7 @@ class _Loss(nn.Module):
         call = self._call(embeddings, labels, ref_emb, ref_labels)
         neg, *positives = call.sums()
         loss = self._reduced(call, neg, *positives)
-        n, K = len(neg), call.columns[0].shape[1]
+        n, K = neg.numel(), call.columns[0].shape[1]
         positive = positives[-1].sum()
         negative = n * K - (n if call.settings.first == 0 else 0) - positive
         some = (positive > 0) & (negative > 0) & ((positive > 1) | (negative > 1))
@@ -119,7 +119,7 @@ class SupConLoss(_Loss):
 
     def _reduced(self, call: shared.Rectangle, *sums: Tensor) -> Tensor:
         terms = shared.supervised(*sums)
-        return ordered_sum(terms) / ((terms > 0).sum().clamp(min=1) if self.nonzero else len(terms))
+        return ordered_sum(terms) / ((terms > 0).sum().clamp(min=1) if self.nonzero else terms.numel())
 
 
 def _normalizes(distance: Any) -> bool:

@@ -50,6 +50,7 @@ class MoCoLoss(nn.Module):
 
     def _negatives(self, q: Tensor) -> Tensor:
         """A copy, since new keys take the place of some rows before the backward: [K, dim]"""
+        shared.width("queue", self.queue.T, q)
         return self.queue.T.to(q.dtype, copy=True)
 
     @torch.no_grad()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import candidates, checks, distributed, general, losses
 from ..distributed import Group, Shares
+from ..symmetric import ordered_sum
 from . import shared
 
 DIRECTIONS = "query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"
@@ -23,7 +24,12 @@ SIMILARITIES = {"cos_sim": True, "pytorch_cos_sim": True, "dot_score": False}  #
 
 def cos_sim(a: Tensor, b: Tensor) -> Tensor:
     """The cosine of every row of a [N, D] with every row of b [K, D]: [N, K]. The loss asks for its name alone."""
-    return nn.functional.normalize(a, dim=1) @ nn.functional.normalize(b, dim=1).T
+    return dot_score(nn.functional.normalize(a, dim=1), nn.functional.normalize(b, dim=1))
+
+
+def dot_score(a: Tensor, b: Tensor) -> Tensor:
+    """The inner product of every row of a [N, D] with every row of b [K, D]: [N, K]"""
+    return a @ b.T
 
 
 class MultipleNegativesRankingLoss(nn.Module):
@@ -84,7 +90,9 @@ class MultipleNegativesRankingLoss(nn.Module):
         queries, documents, *hard = embeddings
         negatives = torch.cat(hard) if hard else None
         settings = {"normalize": SIMILARITIES[self.similarity_fct.__name__], "group": group}
-        if self.directions == ("query_to_doc",):
+        if self.directions == ("query_to_doc",) and hard and group is None:
+            loss = _with_hard(queries, torch.cat([documents, *hard]), self.scale, settings["normalize"])
+        elif self.directions == ("query_to_doc",):
             loss = losses.info_nce(queries, documents, logit_scale=self.scale, negatives=negatives, **settings)
         elif self.partition_mode == "per_direction":
             both = negatives, None
@@ -105,6 +113,17 @@ class MultipleNegativesRankingLoss(nn.Module):
     @property
     def temperature(self) -> float:
         return 1 / self.scale
+
+
+def _with_hard(queries: Tensor, columns: Tensor, scale: float, normalize: bool) -> Tensor:
+    """`info_nce` with the hard negatives as columns beside the documents: one call, which counts in a small batch.
+
+    The label of a query is its index, and so is that of its document, its only positive.
+    """
+    N = len(queries)
+    keys = torch.arange(len(columns), device=queries.device)
+    neg, pos_lse, *_ = shared.rectangle(queries, columns, 1 / scale, normalize, (keys[:N], keys)).sums()
+    return ordered_sum(shared.cost(neg, pos_lse)) / N
 
 
 @distributed.collective

@@ -4,6 +4,7 @@ import numbers
 from typing import NamedTuple, NoReturn
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends, checks, distributed, general
@@ -33,6 +34,12 @@ def rows(tensors: dict[str, Tensor], *, group: Group = None, shares: Shares = No
     return checks.embeddings("N D", group is not None, **tensors)
 
 
+def width(name: str, kept: Tensor, beside: Tensor) -> None:
+    """Raises ValueError for rows kept from earlier batches, [K, D], that are not as wide as those beside them."""
+    if kept.shape[1] != beside.shape[1]:
+        raise ValueError(f"{name}: found rows of D = {kept.shape[1]}, wanted D = {beside.shape[1]}, as in this batch")
+
+
 @distributed.collective
 def keys(name: str, labels: Tensor, beside: Tensor, *, group: Group = None, shares: Shares = None) -> Tensor:
     """Labels [N] of any dtype, of rows [N, D], as integers that are equal where the labels are, and never negative.
@@ -59,14 +66,13 @@ class Rectangle(NamedTuple):
     columns: list[Tensor]
 
     def sums(self) -> tuple[Tensor, ...]:
-        """neg and, with keys, pos_lse, spread, count: [n] each"""
+        """neg and, with keys, pos_lse, spread, count: [1, 1, 1, n] each"""
         neg, _, *labelled = general.rectangle(*self)
-        return tuple(x.flatten() for x in (neg, *labelled))
+        return neg, *labelled
 
     def pairs(self, negatives: Tensor) -> Tensor:
-        """The sum of softplus(negatives - S) over the positives of each row: [n]"""
-        negatives = negatives.reshape(1, 1, 1, -1)
-        return general.pairs(*self[:3], negatives, *self[3:]).flatten()
+        """The sum of softplus(negatives - S) over the positives of each row: [1, 1, 1, n]"""
+        return general.pairs(*self[:3], negatives, *self[3:])
 
 
 def rectangle(
@@ -89,10 +95,15 @@ def rectangle(
     return Rectangle(settings, tau, in_groups, sides[:-1], sides[-1:])
 
 
+def cost(neg: Tensor, positive: Tensor) -> Tensor:
+    """log(1 + exp(neg - positive)), and 0 without a gradient where there are no negatives; the positive is finite."""
+    return -F.logsigmoid(positive - neg)
+
+
 def supervised(neg: Tensor, pos_lse: Tensor, spread: Tensor, count: Tensor) -> Tensor:
     """The supervised contrastive loss (L_out) of each row, from what `general.rectangle` gives; 0 without positives."""
     alone = count == 0
-    return (general.cost(neg, pos_lse.masked_fill(alone, 0)) + spread).masked_fill(alone, 0)
+    return (cost(neg, pos_lse.masked_fill(alone, 0)) + spread).masked_fill(alone, 0)
 
 
 def as_given(loss: Tensor, like: Tensor) -> Tensor:

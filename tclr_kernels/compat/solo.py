@@ -5,7 +5,7 @@ Source: https://github.com/vturrisi/solo-learn
 
 from torch import Tensor
 
-from .. import candidates, distributed, general, losses
+from .. import candidates, distributed, losses
 from ..distributed import Group, Shares
 from . import shared
 
@@ -30,4 +30,4 @@ def _simclr(
 ) -> Tensor:
     tau = losses._tau(temperature, None, True, "mean", z, group)
     neg, _, pos_lse, *_ = candidates.everything([z[None]], tau, True, False, None, keys[None], group)
-    return losses._reduce(general.cost(neg, pos_lse), "mean", losses._rows(z, group), group)
+    return losses._reduce(shared.cost(neg, pos_lse), "mean", losses._rows(z, group), group)

@@ -6,7 +6,8 @@ Source: https://github.com/HobbitLong/SupContrast
 import torch
 from torch import Tensor, nn
 
-from .. import checks, general
+from .. import checks, distributed, general
+from ..symmetric import ordered_sum
 from . import shared
 
 MODES = "all", "one"
@@ -47,14 +48,20 @@ class SupConLoss(nn.Module):
         (rows,) = shared.rows(dict(features=rows))
         anchors = B if self.contrast_mode == "one" else V * B
         if mask is None:
-            keys = _labels(labels, rows[:B]).repeat(V)
-            terms = shared.supervised(*self._sums(rows, anchors, keys))
+            keys = torch.cat([_labels(labels, rows[:B])] * V)
+            neg, pos_lse, spread, count = self._sums(rows, anchors, keys)
+            if V > 1:  # no row is without a positive
+                terms = shared.cost(neg, pos_lse) + spread
+            else:
+                terms = shared.supervised(neg, pos_lse, spread, count)
         else:
-            terms = self._of_mask(rows, anchors, _mask(mask, B, rows))
-        return shared.as_given(terms.mean() * (self.temperature / self.base_temperature), features)
+            with torch.autocast(checks.autocast_type(rows.device), enabled=False):
+                terms = self._of_mask(distributed.widened(rows), anchors, _mask(mask, B, rows))
+        factor = self.temperature / self.base_temperature / anchors
+        return shared.as_given(ordered_sum(terms) * factor, features)
 
     def _sums(self, rows: Tensor, anchors: int, keys: Tensor | None = None) -> tuple[Tensor, ...]:
-        """What the first rows have to do with all others: log-sum-exps, [anchors] each."""
+        """What the first rows have to do with all others: log-sum-exps, [1, 1, 1, anchors] each."""
         some = None if anchors == len(rows) else rows[:anchors]
         both = general.NO_KEYS if keys is None else (keys[:anchors], keys)
         return shared.rectangle(some, rows, self.temperature, False, both, first=0).sums()
@@ -70,7 +77,7 @@ class SupConLoss(nn.Module):
         positive = (anchor * (of_all_views - itself * anchor)).sum(2) / self.temperature
         some = (count >= 1e-6).T
         mean = positive / count.T.where(some, 1)
-        return (neg - mean.flatten()).where(some.expand_as(mean).flatten(), 0)
+        return (neg.view_as(mean) - mean).where(some, 0)
 
 
 def _labels(labels: Tensor | None, samples: Tensor) -> Tensor:
