@@ -64,7 +64,8 @@ def ranking():
     utilities = _stand_in("sentence_transformers.util")
     utilities.cos_sim = lambda a, b: F.normalize(a, p=2, dim=1).mm(F.normalize(b, p=2, dim=1).transpose(0, 1))
     utilities.get_rank, utilities.all_gather_with_grad, utilities.similarity_fct_name = int, None, None
-    _stand_in("sentence_transformers.base.losses.merged_forward").embed_columns = None
+    forward = _stand_in("sentence_transformers.base.losses.merged_forward")
+    forward.embed_columns = lambda model, columns: [model(x)["sentence_embedding"] for x in columns]
     _stand_in("sentence_transformers.sentence_transformer.model").SentenceTransformer = None
     name = "sentence_transformers.sentence_transformer.losses.multiple_negatives_ranking"
     return importlib.import_module(name).MultipleNegativesRankingLoss

@@ -2,9 +2,13 @@
 
 import copy
 import functools
+import importlib
 import itertools
 import pickle
 import re
+import subprocess
+import sys
+import types
 import warnings
 from pathlib import Path
 
@@ -14,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks import dropins, rows
+from benchmarks import dropins, peers
 from tclr_kernels import compat
 
 from .ranks import Error
@@ -286,9 +290,10 @@ def sup_contrast(features, mask, tau, anchors, base=0.07):
     B, V = features.shape[:2]
     z = features.flatten(2).transpose(0, 1).reshape(B * V, -1)
     S = off_diagonal(similarities(z[:anchors], z, tau, False))
-    mask = mask.double().repeat(anchors // B, V).where(S != -torch.inf, 0)
+    candidates = S.isfinite()
+    mask = mask.double().repeat(anchors // B, V).where(candidates, 0)
     count = mask.sum(1)
-    terms = -(mask * S.log_softmax(1).masked_fill(S == -torch.inf, 0)).sum(1) / count.where(count > 0, 1)
+    terms = -(mask * S.log_softmax(1).where(candidates, 0)).sum(1) / count.where(count > 0, 1)
     return tau / base * terms.mean()
 
 
@@ -492,14 +497,14 @@ FAULTS = {  # a call, its error, and what the message names: the argument, what 
         ValueError,
         "labels, mask: found both",
     ),
-    "SupContrast, dimensions": (lambda: C.sup_contrast.SupConLoss()(x(4, 3)), ValueError, r"features: found .*\[4, 3\]"),
+    "SupContrast, dimensions": (lambda: C.sup_contrast.SupConLoss()(x(4, 3)), ValueError, r"features: .*\[4, 3\]"),
     "SupContrast, labels": (lambda: C.sup_contrast.SupConLoss()(x(4, 2, 3), x(3)), ValueError, "labels: found shape"),
     "SupContrast, mask": (
         lambda: C.sup_contrast.SupConLoss()(x(4, 2, 3), mask=x(4, 3)),
         ValueError,
         r"mask: found shape \[4, 3\], wanted \[4, 4\]",
     ),
-    "SupContrast, mode": (lambda: C.sup_contrast.SupConLoss(contrast_mode="two"), ValueError, "contrast_mode: found 't"),
+    "SupContrast, mode": (lambda: C.sup_contrast.SupConLoss(contrast_mode="two"), ValueError, "contrast_mode: found"),
     "MoCo, keys": (lambda: C.moco.MoCoLoss(3, 8)(x(3, 3), x(3, 3)), ValueError, "K: found 8, wanted a multiple of .*3"),
     "MoCo, width": (lambda: C.moco.MoCoLoss(4, 8)(x(2, 3), x(2, 3)), ValueError, "queue: found .* D = 4, wanted D = 3"),
     "MoCo, size": (lambda: C.moco.MoCoLoss(4, 0), ValueError, "K: found 0"),
@@ -594,9 +599,291 @@ def test_modules_are_copied_and_pickled():
 
 
 def test_nothing_of_the_other_libraries_is_imported():
-    import subprocess
-    import sys
-
     names = "lightly", "open_clip", "pytorch_metric_learning", "solo", "sentence_transformers", "moco"
     code = f"import sys, tclr_kernels.compat; print([x for x in sys.modules if x.split('.')[0] in {names}])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+# ---- several processes
+
+MANY = {  # of this rank's rows; gather: whether there are others
+    "lightly.NTXentLoss": lambda a, b, n, gather: C.lightly.NTXentLoss(0.2, gather_distributed=gather)(a, b),
+    "lightly.DCLLoss": lambda a, b, n, gather: C.lightly.DCLLoss(
+        0.2, lambda a, b: ((a - b) ** 2).sum(1), gather, two_logarithms=True
+    )(a, b),
+    "lightly.SupConLoss": lambda a, b, n, gather: C.lightly.SupConLoss(0.2, gather)(a, b, n),
+    "lightly.SupConLoss, no labels": lambda a, b, n, gather: C.lightly.SupConLoss(0.2, gather)(a, b),
+    "open_clip.ClipLoss": lambda a, b, n, gather: C.open_clip.ClipLoss(True, world_size=4 if gather else 1)(a, b, 3.0),
+    "solo.simclr_loss_func": lambda a, b, n, gather: C.solo.simclr_loss_func(torch.cat([a, b]), n.repeat(2), 0.2),
+    "ranking": lambda a, b, n, gather: of_columns(RANKING(encode, gather_across_devices=gather))(a, b),
+    "ranking, hard": lambda a, b, n, gather: of_columns(RANKING(encode, gather_across_devices=gather))(a, b, b.flip(1)),
+    "ranking, all": lambda a, b, n, gather: of_columns(
+        RANKING(encode, gather_across_devices=gather, directions=DIRECTIONS[-1])
+    )(a, b, b.flip(1)),
+}
+SHARES = [2, 3, 1, 3]
+
+
+def everything():
+    return leaves((9, 6), (9, 6)), torch.tensor([-1.0, 0.5, 0.5, -1.0, 2, 0.5, 3, 2, 3])
+
+
+def of_rank(group, name):
+    """The value, and the gradients of this rank's rows."""
+    views, labels = everything()
+    first = sum(SHARES[: dist.get_rank()])
+    own = slice(first, first + SHARES[dist.get_rank()])
+    views = [x[own].detach().requires_grad_() for x in views]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        value = MANY[name](*views, labels[own], True)
+    return value.item(), [g.numpy() for g in torch.autograd.grad(value, views)]
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_many_processes_have_the_value_and_the_gradient_of_one(name, pool):
+    views, labels = everything()
+    value = MANY[name](*views, labels, False)
+    found = pool.run(4, of_rank, name)
+    assert not any(isinstance(x, Error) for x in found), found
+    for rank_value, _ in found:
+        assert rank_value == pytest.approx(value.item(), rel=1e-12)
+    for k, wanted in enumerate(torch.autograd.grad(value, views)):
+        together = torch.cat([torch.from_numpy(gradients[k]) for _, gradients in found])
+        torch.testing.assert_close(together / 4, wanted, **CLOSE)
+
+
+def a_fault_of_one_rank(group, name):
+    z = torch.randn(4, 3 if dist.get_rank() == 2 and name == "rows" else 6)
+    labels = torch.zeros(3 if dist.get_rank() == 2 and name == "labels" else 4)
+    C.lightly.SupConLoss(gather_distributed=True)(z, torch.randn(4, 6), labels)
+
+
+@pytest.mark.parametrize("name", ["rows", "labels"])
+def test_a_fault_of_one_process_is_an_error_on_all(name, pool):
+    found = pool.run(4, a_fault_of_one_rank, name)
+    assert all(isinstance(x, Error) for x in found)
+    assert found[2].startswith(f"ValueError: {'out0 has shape' if name == 'rows' else 'labels: found shape'}")
+    assert all("rank 2 of 4 raised an error" in found[r] for r in (0, 1, 3))
+
+
+def queues_of_rank(group):
+    r, (q, k) = dist.get_rank(), leaves((8, 6), (8, 6), dtype=torch.float32)
+    own = slice(2 * r, 2 * r + 2)
+    torch.manual_seed(0)
+    bank = C.lightly.NTXentLoss(memory_bank_size=(12, 6), gather_distributed=True)
+    queue = C.moco.MoCoLoss(6, 16)
+    values = bank(q[own], k[own]).item(), queue(q[own], k[own]).item()
+    torch.manual_seed(0)
+    model = C.moco.MoCo(Encoder, 6, 16).eval()  # BatchNorm by constants: then no shuffling shows
+    logits, _ = model(q[own][:, 1:], k[own][:, 1:])
+    return values, bank.memory_bank.bank.numpy(), queue.queue.numpy(), logits.detach().numpy(), model.queue.numpy()
+
+
+def test_queues_take_the_keys_of_all_processes(pool):
+    (q, k), found = leaves((8, 6), (8, 6), dtype=torch.float32), pool.run(4, queues_of_rank)
+    assert not any(isinstance(x, Error) for x in found), found
+    torch.manual_seed(0)
+    bank, queue = C.lightly.NTXentLoss(memory_bank_size=(12, 6)), C.moco.MoCoLoss(6, 16)
+    wanted = bank(q, k).item(), queue(q, k).item()
+    torch.manual_seed(0)
+    model = C.moco.MoCo(Encoder, 6, 16).eval()
+    logits, _ = model(q[:, 1:], k[:, 1:])
+    for name, mean in enumerate(wanted):
+        assert sum(x[0][name] for x in found) / 4 == pytest.approx(mean, rel=1e-5)
+    for found_bank, found_queue, _, of_model in (x[1:] for x in found):
+        torch.testing.assert_close(torch.from_numpy(found_bank), bank.memory_bank.bank)
+        torch.testing.assert_close(torch.from_numpy(found_queue), queue.queue)
+        torch.testing.assert_close(torch.from_numpy(of_model), model.queue)
+    torch.testing.assert_close(torch.cat([torch.from_numpy(x[3]) for x in found]), logits.detach())
+
+
+# ---- the libraries themselves
+
+
+def library(name):
+    """A module of an installed library, with stand-ins for what its losses do not need."""
+    try:
+        return LIBRARIES[name]()
+    except ModuleNotFoundError as error:
+        pytest.skip(f"make test-all installs it: {error}")
+
+
+def installed_lightly():
+    peers.lightly(0.1)
+    dcl, ntx = (importlib.import_module(f"lightly.loss.{name}") for name in ("dcl_loss", "ntx_ent_loss"))
+    loss = sys.modules["lightly.loss"]
+    loss.NTXentLoss, loss.DCLLoss, loss.DCLWLoss = ntx.NTXentLoss, dcl.DCLLoss, dcl.DCLWLoss
+    loss.weights = dcl.negative_mises_fisher_weights
+    return loss
+
+
+def installed_open_clip():
+    peers.open_clip(0.1)
+    return sys.modules["open_clip.loss"]
+
+
+def installed_sentence_transformers():
+    module = types.ModuleType("sentence_transformers.losses")
+    module.MultipleNegativesRankingLoss = peers.ranking()
+    return sys.modules.setdefault(module.__name__, module)
+
+
+LIBRARIES = {
+    "lightly": installed_lightly,
+    "open_clip": installed_open_clip,
+    "pytorch_metric_learning": lambda: importlib.import_module("pytorch_metric_learning.losses"),
+    "sentence_transformers": installed_sentence_transformers,
+}
+
+
+@pytest.mark.full
+@pytest.mark.filterwarnings("ignore:To copy construct")
+@pytest.mark.parametrize("N, D", [(2, 1), (3, 5), (16, 8), (65, 16)])
+@pytest.mark.parametrize("tau", [0.05, 0.1, 0.5, 1, 10])
+def test_lightly_itself(tau, N, D):
+    theirs, views = library("lightly"), leaves((N, D), (N, D))
+    for gather in (False, True):
+        same(C.lightly.NTXentLoss(tau, 0, gather), theirs.NTXentLoss(tau, 0, gather), views)
+        for weights in (None, theirs.weights, C.lightly.negative_mises_fisher_weights, lambda a, b: (a * b).sum(1)):
+            same(C.lightly.DCLLoss(tau, weights, gather), theirs.DCLLoss(tau, weights, gather), views)
+        for sigma in (0.1, 0.5, 5.0):
+            same(C.lightly.DCLWLoss(tau, sigma, gather), theirs.DCLWLoss(tau, sigma, gather), views)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("N", [1, 2, 5, 16, 40])
+@pytest.mark.parametrize("size", [1, 7, 16, 33])
+def test_the_memory_bank_of_lightly_itself(size, N):
+    torch.manual_seed(0)
+    ours = C.lightly.NTXentLoss(0.2, (size, 6))
+    torch.manual_seed(0)
+    theirs = library("lightly").NTXentLoss(0.2, (size, 6))
+    assert torch.equal(ours.memory_bank.bank, theirs.memory_bank.bank)
+    for loss in (ours, theirs):
+        loss.double().memory_bank.bank.copy_(F.normalize(loss.memory_bank.bank, dim=1))
+    for step in range(8):
+        same(ours, theirs, leaves((N, 6), (N, 6), seed=step))
+        torch.testing.assert_close(ours.memory_bank.bank, theirs.memory_bank.bank, **CLOSE)
+        assert torch.equal(ours.memory_bank.bank_ptr, theirs.memory_bank.bank_ptr)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("bias", [None, 0.0, -10.0])
+@pytest.mark.parametrize("scale", [0.5, 1.0, 14.3, 100.0])
+@pytest.mark.parametrize("flags", list(itertools.product([False, True], repeat=3)))
+def test_open_clip_itself(flags, scale, bias):
+    theirs, ours = (module.ClipLoss(*flags) for module in (library("open_clip"), C.open_clip))
+    for N in (1, 2, 40):
+        image, text = (F.normalize(x.detach(), dim=1).requires_grad_() for x in leaves((N, 8), (N, 8)))
+        learnt = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
+        same(lambda a, b: ours(a, b, scale, bias), lambda a, b: theirs(a, b, scale, bias), [image, text])
+        if bias is None:
+            same(ours, theirs, [image, text, learnt])
+        else:
+            same(ours, theirs, [image, text, learnt, torch.tensor(bias, dtype=torch.float64, requires_grad=True)])
+        as_dict = (loss(image, text, learnt, output_dict=True) for loss in (ours, theirs))
+        torch.testing.assert_close(*as_dict, **CLOSE)
+
+
+def labels_of(kind, N):
+    generator = torch.Generator().manual_seed(N)
+    return {
+        "pairs": torch.arange(N) // 2,
+        "few": torch.randint(-1, 3, (N,), generator=generator),
+        "many": torch.randint(0, N, (N,), generator=generator),
+        "one": torch.zeros(N, dtype=torch.long),
+        "apart": torch.arange(N),
+        "floats": torch.randint(-1, 3, (N,), generator=generator) / 2,
+    }[kind]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["pairs", "few", "many", "one", "apart", "floats"])
+@pytest.mark.parametrize("references", ["none", "others", "the same labels", "a copy", "no labels", "one"])
+@pytest.mark.parametrize("name", ["NTXentLoss", "SupConLoss"])
+def test_pytorch_metric_learning_itself(name, references, kind):
+    losses = library("pytorch_metric_learning")
+    distances, reducers = (importlib.import_module(f"pytorch_metric_learning.{x}") for x in ("distances", "reducers"))
+    settings = [
+        dict(),
+        dict(temperature=0.5, distance=distances.CosineSimilarity()),
+        dict(temperature=2.0, distance=distances.DotProductSimilarity(normalize_embeddings=False)),
+        dict(distance=distances.DotProductSimilarity(), reducer=reducers.MeanReducer()),
+    ]
+    if name == "SupConLoss":
+        settings.append(dict(reducer=reducers.AvgNonZeroReducer()))
+    for N, given in itertools.product((1, 2, 3, 12), settings):
+        K = {"others": N + 3, "one": 1}.get(references, N)
+        labels = labels_of(kind, N)
+        of_others = {"the same labels": labels, "a copy": labels.clone()}.get(references)
+        if references in ("others", "one"):
+            of_others = labels_of(kind, K)
+        calls = [
+            functools.partial(labelled, getattr(module, name)(**given), labels, of_others)
+            for module in (C.metric_learning, losses)
+        ]
+        same(*calls, leaves((N, 6), (K, 6)) if references != "none" else leaves((N, 6)))
+
+
+def labelled(loss, labels, of_others, z, r=None):
+    return loss(z, labels) if r is None else loss(z, labels, ref_emb=r, ref_labels=of_others)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("count", [2, 3, 5])
+@pytest.mark.parametrize("directions", DIRECTIONS, ids="+".join)
+@pytest.mark.parametrize("scale", [1.0, 20.0, 100.0])
+def test_sentence_transformers_itself(scale, directions, count):
+    Theirs = library("sentence_transformers").MultipleNegativesRankingLoss
+    similarities = C.sentence_transformers.cos_sim, C.sentence_transformers.dot_score
+    modes = ["joint"] if {"query_to_query", "doc_to_doc"} & set(directions) else ["joint", "per_direction"]
+    for N, similarity, mode, gather in itertools.product((1, 2, 9), similarities, modes, (False, True)):
+        settings = dict(scale=scale, similarity_fct=similarity, directions=directions, partition_mode=mode)
+        columns = leaves(*[(N, 5)] * count)
+        ours, theirs = RANKING(None, **settings, gather_across_devices=gather), Theirs(None, **settings)
+        same(
+            lambda *columns, f=ours: f.compute_loss_from_embeddings(list(columns), None),
+            lambda *columns, f=theirs: f.compute_loss_from_embeddings(list(columns), None),
+            columns,
+        )
+
+
+# ---- the page
+
+EXAMPLE = re.compile(r"```diff\n-([^\n]*)\n\+([^\n]*)\n```\n\n```python\n(.*?)```", re.DOTALL)
+SETUP, *_ = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+EXAMPLES = EXAMPLE.findall(PAGE.read_text())
+
+
+def run_example(line, code):
+    names = {}
+    exec("\n".join([SETUP, line, code]), names)
+    return names["loss"]
+
+
+@pytest.mark.parametrize("before, after, code", EXAMPLES, ids=[x[1].split()[1] for x in EXAMPLES])
+def test_the_examples_of_the_page_run(before, after, code):
+    assert run_example(after, code).isfinite()
+    assert before.partition("import")[2] == after.partition("import")[2]
+
+
+@pytest.mark.full
+@pytest.mark.filterwarnings("ignore:To copy construct")
+@pytest.mark.parametrize("before, after, code", EXAMPLES, ids=[x[1].split()[1] for x in EXAMPLES])
+def test_the_examples_of_the_page_give_the_same_with_the_library(before, after, code):
+    name = before.split()[1].split(".")[0]
+    if name not in LIBRARIES:
+        pytest.skip(f"{name} is in no package index, or only an older one")
+    library(name)
+    torch.testing.assert_close(run_example(after, code), run_example(before, code))
+
+
+def test_the_page_has_an_example_of_each_library():
+    assert [x[1].split()[1].split(".")[2] for x in EXAMPLES] == [
+        *("lightly", "open_clip", "metric_learning", "solo", "sup_contrast", "moco", "sentence_transformers")
+    ]
+
+
+def test_the_table_of_the_page_is_that_of_the_committed_rows():
+    assert dropins.page(PAGE.read_text(), dropins.committed()) == PAGE.read_text()

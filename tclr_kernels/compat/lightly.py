@@ -109,8 +109,8 @@ class DCLLoss(_Loss):
     log sum exp S(a_i, a_j) + log sum exp S(a_i, b_j): `two_logarithms=True`. The negatives of each view then pull with
     the same total weight however near they are, and the value is about twice as large.
 
-    weight_fn: the weights w [N] of (out0, out1), normalised, and then of (out1, out0). They are those of a process's own
-    rows, also with gather_distributed.
+    weight_fn: the weights w [N] of (out0, out1), normalised, and then of (out1, out0). With gather_distributed too, it
+    is given a process's own rows.
     forward(out0, out1): [N, D] each. Returns the mean over the rows; -inf without negatives, as lightly does.
     Source: https://arxiv.org/abs/2110.06848, equation 6.
     """

@@ -8,7 +8,6 @@ Source: https://github.com/KevinMusgrave/pytorch-metric-learning
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .. import checks

@@ -58,7 +58,9 @@ class MoCoLoss(nn.Module):
         keys = shared.everybody(keys, group="world")
         n = len(keys)
         if self.K % n:
-            raise ValueError(f"K: found {self.K}, wanted a multiple of the number of keys, {n} on all processes together")
+            raise ValueError(
+                f"K: found {self.K}, wanted a multiple of the number of keys, {n} on all processes together"
+            )
         places = (self.queue_ptr + torch.arange(n, device=keys.device)) % self.K
         self.queue.T.index_copy_(0, places, keys.to(self.queue.dtype))
         self.queue_ptr.copy_((self.queue_ptr + n) % self.K)

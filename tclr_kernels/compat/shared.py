@@ -85,7 +85,8 @@ def rectangle(
 ) -> Rectangle:
     """Checked rows [n, D] against columns [K, D], with the keys of both, [n] and [K].
 
-    rows: None where they are the columns. first: the column that row 0 is no candidate of, row 1 of the next one; or -1.
+    rows: None where they are the columns. first: the column that is no candidate of row 0 (as the next one of row 1),
+    or -1.
     """
     tau = checks.temperature(temperature, columns.device)
     sides = [distributed.widened(x)[None] for x in (rows, columns) if x is not None]  # where their gradients are added
