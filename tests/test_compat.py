@@ -591,6 +591,29 @@ def test_the_dtype_is_that_of_the_rows_but_for_autocast(call, dtype):
     torch.testing.assert_close(loss.double(), exact.double(), rtol=2e-2, atol=2e-2)
 
 
+KEPT = {  # made outside of what is compiled, as a model's loss is
+    "lightly.NTXentLoss, bank": C.lightly.NTXentLoss(memory_bank_size=(8, 6)),
+    "moco.MoCoLoss": C.moco.MoCoLoss(6, 8),
+}
+
+
+@pytest.mark.rotating(5)
+@pytest.mark.parametrize("name", EVERY)
+def test_compiled_whole(name):
+    views = leaves((8, 6), (8, 6), dtype=torch.float32)
+    call = KEPT.get(name, EVERY[name])
+    values = [f(*views) for f in (copy.deepcopy(call), torch.compile(call, backend="aot_eager", fullgraph=True))]
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*[torch.autograd.grad(y, views, allow_unused=True) for y in values])
+
+
+def test_a_second_derivative_is_an_error():
+    (z,) = leaves((8, 6))
+    (g,) = torch.autograd.grad(C.sup_contrast.SupConLoss()(z.view(4, 2, 6)), z, create_graph=True)
+    with pytest.raises(NotImplementedError, match="a second derivative"):
+        g.sum().backward()
+
+
 def test_modules_are_copied_and_pickled():
     for loss in (C.lightly.DCLWLoss(), C.lightly.NTXentLoss(memory_bank_size=(8, 6)), C.moco.MoCoLoss(6, 8)):
         views = leaves((8, 6), (8, 6), dtype=torch.float32)

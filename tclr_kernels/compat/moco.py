@@ -93,7 +93,8 @@ class MoCo(MoCoLoss):
                 encoder.fc = nn.Sequential(nn.Linear(width, width), nn.ReLU(), encoder.fc)
         super().__init__(dim, K, T)
         self.m: float = m
-        self.encoder_q, self.encoder_k = encoders
+        self.encoder_q: nn.Module = encoders[0]
+        self.encoder_k: nn.Module = encoders[1]
         self.encoder_k.load_state_dict(self.encoder_q.state_dict())
         self.encoder_k.requires_grad_(False)
 

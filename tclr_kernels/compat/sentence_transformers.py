@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from .. import candidates, checks, distributed, general, losses
 from ..distributed import Group, Shares
-from ..symmetric import ordered_sum
 from . import shared
 
 DIRECTIONS = "query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"
@@ -122,8 +121,7 @@ def _with_hard(queries: Tensor, columns: Tensor, scale: float, normalize: bool) 
     """
     N = len(queries)
     keys = torch.arange(len(columns), device=queries.device)
-    neg, pos_lse, *_ = shared.rectangle(queries, columns, 1 / scale, normalize, (keys[:N], keys)).sums()
-    return ordered_sum(shared.cost(neg, pos_lse)) / N
+    return shared.rectangle(queries, columns, 1 / scale, normalize, (keys[:N], keys)).total(False, 1 / N)
 
 
 @distributed.collective
@@ -146,7 +144,7 @@ def _joint(
     if "doc_to_query" in directions:
         negatives.append(neg[1, 0])
     if "doc_to_doc" in directions:
-        negatives += neg[1, 1:]
+        negatives += [*neg[1, 1:]]  # torch.compile adds no tensor to a list
     # the pair is a candidate of the query, and again of the document: log(m e^p + e^n) - p
     times = math.log(2) if "doc_to_query" in directions else 0.0
     terms = general.cost(functools.reduce(general.log_add, negatives), pos[0, 1] + times) + times

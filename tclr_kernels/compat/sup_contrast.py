@@ -47,29 +47,26 @@ class SupConLoss(nn.Module):
         rows = views.transpose(0, 1).reshape(V * B, -1)
         (rows,) = shared.rows(dict(features=rows))
         anchors = B if self.contrast_mode == "one" else V * B
+        factor = self.temperature / self.base_temperature / anchors
         if mask is None:
-            keys = torch.cat([_labels(labels, rows[:B])] * V)
-            neg, pos_lse, spread, count = self._sums(rows, anchors, keys)
-            if V > 1:  # no row is without a positive
-                terms = shared.cost(neg, pos_lse) + spread
-            else:
-                terms = shared.supervised(neg, pos_lse, spread, count)
+            call = self._against_all(rows, anchors, torch.cat([_labels(labels, rows[:B])] * V))
+            every = V > 1  # every row has a positive, in another view
+            loss = call.total(True, factor) if every else ordered_sum(shared.supervised(*call.sums())) * factor
         else:
             with torch.autocast(checks.autocast_type(rows.device), enabled=False):
-                terms = self._of_mask(distributed.widened(rows), anchors, _mask(mask, B, rows))
-        factor = self.temperature / self.base_temperature / anchors
-        return shared.as_given(ordered_sum(terms) * factor, features)
+                loss = ordered_sum(self._of_mask(distributed.widened(rows), anchors, _mask(mask, B, rows))) * factor
+        return shared.as_given(loss, features)
 
-    def _sums(self, rows: Tensor, anchors: int, keys: Tensor | None = None) -> tuple[Tensor, ...]:
-        """What the first rows have to do with all others: log-sum-exps, [1, 1, 1, anchors] each."""
+    def _against_all(self, rows: Tensor, anchors: int, keys: Tensor | None = None) -> shared.Rectangle:
+        """The first rows against all."""
         some = None if anchors == len(rows) else rows[:anchors]
         both = general.NO_KEYS if keys is None else (keys[:anchors], keys)
-        return shared.rectangle(some, rows, self.temperature, False, both, first=0).sums()
+        return shared.rectangle(some, rows, self.temperature, False, both, first=0)
 
     def _of_mask(self, rows: Tensor, anchors: int, mask: Tensor) -> Tensor:
         """The mean of the positives' similarities is the similarity to their mean, which needs no matrix of rows."""
         B = len(mask)
-        (neg,) = self._sums(rows, anchors)
+        (neg,) = self._against_all(rows, anchors).sums()
         of_all_views = mask @ rows.unflatten(0, (-1, B)).sum(0)
         itself = mask.diagonal()[:, None]
         count = mask.sum(1, keepdim=True) * (len(rows) // B) - itself
