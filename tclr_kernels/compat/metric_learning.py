@@ -1,7 +1,17 @@
 """Two losses of pytorch-metric-learning (`from pytorch_metric_learning.losses import NTXentLoss, SupConLoss`).
 
-Without labels of one's own, or with other distances, reducers or regularizers, and with the indices of a miner, they
-raise NotImplementedError: the operation compares all rows by their inner products, and tells positives by labels.
+Both take the arguments of the original:
+
+- `distance`: None, a CosineSimilarity, or a DotProductSimilarity, with p = 2 and power 1;
+- `reducer`: None, or one that does what the loss does anyway; `collect_stats`: None or False;
+- `forward(embeddings, labels, indices_tuple=None, ref_emb=None, ref_labels=None)`: embeddings [N, D], labels [N] of any
+  dtype. With ref_emb [K, D] and ref_labels [K], these are the candidates. Row i is no candidate of itself; as in the
+  original, row i of ref_emb is none of row i where ref_labels is the same object as labels, or None. The loss is 0
+  without a positive or without a negative pair, and where there is one of each at most.
+
+ValueError as in the original. NotImplementedError, naming the argument, for other distances and reducers, for an
+embedding_regularizer, and for indices_tuple, a miner's pairs or triplets: the operation compares rows by their inner
+products, and tells positives by labels.
 
 Source: https://github.com/KevinMusgrave/pytorch-metric-learning
 """
@@ -16,14 +26,7 @@ from . import shared
 
 
 class _Loss(nn.Module):
-    """distance: None, or a CosineSimilarity or DotProductSimilarity of pytorch-metric-learning, with p = 2 and power 1.
-
-    reducer: None, or one that does what the loss does anyway. collect_stats: None or False.
-    forward(embeddings, labels, indices_tuple=None, ref_emb=None, ref_labels=None): embeddings [N, D], labels [N] of any
-    dtype; with ref_emb [K, D] and ref_labels [K], the candidates are these. Row i is no candidate of itself, and as in
-    pytorch-metric-learning row i of ref_emb is none of row i where ref_labels is the same object as labels, or None.
-    Without a positive or without a negative pair, and with one of each at most, the loss is 0.
-    """
+    """What both have in common."""
 
     REDUCERS: tuple[str, ...] = ("MeanReducer",)
 
@@ -90,7 +93,7 @@ class NTXentLoss(_Loss):
 
         l_ip = -log h(z_i, z_p) / ( h(z_i, z_p) + sum_(n not in P(i)) h(z_i, z_n) )
 
-    Returns the mean over the pairs. The arguments are those of the base class.
+    Arguments: in the head of this module. Returns the mean over the pairs.
     """
 
     def __init__(self, temperature: float | Tensor = 0.07, **kwargs: Any) -> None:
@@ -106,8 +109,8 @@ class SupConLoss(_Loss):
 
         l_i = -1/|P(i)| sum_(p in P(i)) log h(z_i, z_p) / sum_j h(z_i, z_j)
 
-    Returns the mean over the rows whose term is above 0, as the AvgNonZeroReducer of pytorch-metric-learning does, or
-    over all rows with a MeanReducer. The arguments are those of the base class.
+    Arguments: in the head of this module. Returns the mean over the rows whose term is above 0, as the original's
+    AvgNonZeroReducer does, or over all rows with a MeanReducer.
     """
 
     REDUCERS: tuple[str, ...] = ("AvgNonZeroReducer", "MeanReducer")

@@ -87,7 +87,7 @@ class Rectangle(NamedTuple):
 
 
 class Total(Eager, torch.autograd.Function):
-    """`Rectangle.total` as one node of autograd's graph: in a small batch, ten nodes take longer than the kernels."""
+    """`Rectangle.total` as one node of autograd's graph: around a small batch, ten take longer than the kernels."""
 
     @staticmethod
     def forward(
@@ -108,14 +108,8 @@ class Total(Eager, torch.autograd.Function):
         difference = pos_lse - neg
         terms = F.logsigmoid(difference)
         total = ordered_sum(of_each - terms if spread else -terms)
-        ctx.name, ctx.settings, ctx.tau, ctx.spread, ctx.factor, ctx.n_rows = (
-            name,
-            settings,
-            tau,
-            spread,
-            factor,
-            n_rows,
-        )
+        ctx.name, ctx.settings, ctx.tau, ctx.n_rows = name, settings, tau, n_rows
+        ctx.spread, ctx.factor = spread, factor
         ctx.save_for_backward(row_keys, column_keys, neg, pos_lse, count, difference, *sets)
         return (total * factor).to(sets[0].dtype)
 
