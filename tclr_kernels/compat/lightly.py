@@ -66,7 +66,7 @@ class NTXentLoss(_Loss):
         if not self.memory_bank.size[0]:
             return shared.as_given(losses.nt_xent(out0, out1, self.temperature, group=self._group), out0)
         shared.width("memory_bank", self.memory_bank.bank, out0)
-        bank = self.memory_bank.bank.to(out0.dtype, copy=True)
+        bank = self.memory_bank.bank.to(out0.device, out0.dtype, copy=True)  # the module may have stayed on the CPU
         loss = losses.info_nce(out0, out1, self.temperature, negatives=bank, in_batch=False)
         if out0.requires_grad:
             self.memory_bank.enqueue(shared.everybody(F.normalize(out1.detach(), dim=1), group=self._group))
@@ -93,10 +93,10 @@ class MemoryBank(nn.Module):
     @torch.no_grad()
     def enqueue(self, rows: Tensor) -> None:
         """Writes rows [n, D] in the place of the oldest ones, up to the end of the bank."""
-        size, n = len(self.bank), len(rows)
+        size, n, rows = len(self.bank), len(rows), rows.to(self.bank)
         room = size - self.bank_ptr
         kept = torch.minimum(torch.arange(n, device=rows.device), room - 1)  # what has no room repeats the last row
-        self.bank.index_copy_(0, self.bank_ptr + kept, rows[kept].to(self.bank.dtype))
+        self.bank.index_copy_(0, self.bank_ptr + kept, rows[kept])
         self.bank_ptr.copy_((self.bank_ptr + n).where(n < room, 0))
 
 
