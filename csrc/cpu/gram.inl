@@ -426,6 +426,24 @@ void local_local(int64_t V, int64_t N, const T* pos, double scale, T* loss, T* g
 }
 
 template <typename T>
+T largest(const T* values, int64_t n) {
+  Vec<T> top = {}, spoilt = {};
+  int64_t i = 0;
+  for (; i + lanes<T> <= n; i += lanes<T>) {
+    Vec<T> x = load(values + i);
+    top = larger<T>(x < 0 ? -x : x, top);
+    spoilt += x * 0;
+  }
+  T most = maximum<T>(top), rest = T(sum<T>(spoilt));
+  for (; i < n; ++i) {
+    T size = values[i] < 0 ? -values[i] : values[i];
+    most = size > most ? size : most;
+    rest += size * 0;
+  }
+  return rest == 0 ? most : T(INFINITY);
+}
+
+template <typename T>
 void read(const Work<T>& w, int64_t b) {
   read_block(w.in, w.p, w.g, b, w.ldz, w.block(w.group.z, b), w.group.norms + w.row(b));
 }
