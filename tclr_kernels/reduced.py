@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import backends
+from . import backends, checks
 from .symmetric import SUMMED_AT_ONCE, Eager, Once, _transforms_active, blocks, ordered_sum, wants_gradient
 
 LARGEST = 1 << 21  # rows times the columns and features of each: a gradient of about a millisecond
-PLAIN = torch.Tensor, torch.nn.Parameter
 
 Settings = tuple[bool, bool, bool, float, int]
 
@@ -44,18 +43,17 @@ def reduced(
     """
     settings = normalize, cross, one_sided, factor, count
     z = inputs[0]
-    *leading, N, D = z.shape
-    views = len(inputs) == 1
-    V, G = (leading[0], 1) if views else (len(inputs), leading[0] if leading else 1)
-    name = backends.choose(backend, z.device, G * V * N, D, z.dtype)
-    if len(leading) < 2 and G * V * V * N <= SUMMED_AT_ONCE and hasattr(backends.BACKENDS[name], "reduced"):
-        if not _seen_through(inputs):
-            gradient = wants_gradient(tau, *inputs)
-            if not gradient:
-                return backends.BACKENDS[name].reduced(inputs, tau, *settings, False)[0]
-            if G * V * N * (V * N + D) <= LARGEST:
-                return Reduced.apply(name, settings, tau, *inputs)
-    return composed(name, settings, tau, *inputs)
+    leading, (N, D) = z.shape[:-2], z.shape[-2:]
+    V, rows = len(inputs), leading.numel() * N
+    if V == 1:  # views
+        V, rows = leading[0], N
+    name = backends.choose(backend, z.device, V * rows, D, z.dtype)
+    small = len(leading) < 2 and V * V * rows <= SUMMED_AT_ONCE and V * rows * (V * N + D) <= LARGEST
+    if not small or not hasattr(backends.BACKENDS[name], "reduced") or _seen_through(inputs):
+        return composed(name, settings, tau, *inputs)
+    if wants_gradient(tau, *inputs):
+        return _apply(name, settings, tau, *inputs)
+    return backends.BACKENDS[name].reduced(inputs, tau, *settings, False)[0]
 
 
 def composed(name: str, settings: Settings, tau: float | Tensor, *inputs: Tensor) -> Tensor:
@@ -72,12 +70,9 @@ def composed(name: str, settings: Settings, tau: float | Tensor, *inputs: Tensor
 
 def _seen_through(inputs: Sequence[Tensor]) -> bool:
     """Whether something looks at the single operations of the composition, or at a tensor's own ones."""
-    return (
-        torch.compiler.is_compiling()
-        or _transforms_active()
-        or forward_ad._current_level >= 0
-        or any(type(z) not in PLAIN for z in inputs)
-    )
+    if torch.compiler.is_compiling() or _transforms_active() or forward_ad._current_level >= 0:
+        return True
+    return any([type(z) not in checks.PLAIN for z in inputs])
 
 
 class Reduced(Eager, torch.autograd.Function):
@@ -97,6 +92,9 @@ class Reduced(Eager, torch.autograd.Function):
         return None, None, *call(ctx.name, ctx.settings, ctx.needs_input_grad[2:], tau, upstream, *saved)
 
 
+_apply = super(torch.autograd.Function, Reduced).apply  # as Eager.apply does, which looks for transforms once more
+
+
 class ReducedBackward(Once, torch.autograd.Function):
     @staticmethod
     def forward(
@@ -106,9 +104,12 @@ class ReducedBackward(Once, torch.autograd.Function):
         inputs, gradients = saved[:n], saved[n:]
         if not gradients:
             return _by_composition(name, settings, needed, tau, upstream, inputs)
-        *d_inputs, along = (d * upstream for d in gradients)
-        d_inputs = [d.to(z.dtype) if need else None for d, z, need in zip(d_inputs, inputs, needed[1:], strict=True)]
-        return (along / (-2 * tau)).to(tau) if needed[0] else None, *d_inputs
+        *d_inputs, along = gradients
+        d_tau = (along * upstream / (-2 * tau)).to(tau) if needed[0] else None
+        d_inputs = [d * upstream if need else None for d, need in zip(d_inputs, needed[1:], strict=True)]
+        if inputs[0].dtype != along.dtype:
+            d_inputs = [d if d is None else d.to(inputs[0].dtype) for d in d_inputs]
+        return d_tau, *d_inputs
 
 
 def _by_composition(

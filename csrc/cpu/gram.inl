@@ -140,7 +140,7 @@ void scores(const Work<T>& w, Pair pair, Columns columns, const Tile<T>& tile, i
       if (pos) pos[r + q] = mirrored[r + q] = w.bounded ? s[own] * w.inverse_tau : s[own];
       s[own] = -INFINITY;
     }
-    for (int64_t j = columns.count; j < padded<T>(columns.count); ++j) s[j] = -INFINITY;
+    for (int64_t j = columns.count; j < covered<T>(columns.count); ++j) s[j] = -INFINITY;
   }
 }
 
@@ -199,7 +199,7 @@ void column_exponentials(const T* S, int64_t lds, int64_t rows, int64_t n, T* co
 template <typename T>
 void forward_tile(const Work<T>& w, Pair pair, Columns columns, const Tile<T>& tile) {
   const Problem& p = w.p;
-  int64_t I = pair.left, J = pair.right, a = p.set(I), c = p.set(J), rows = p.rows(I), width = padded<T>(columns.count);
+  int64_t I = pair.left, J = pair.right, a = p.set(I), c = p.set(J), rows = p.rows(I), width = covered<T>(columns.count);
   int64_t to_rows = p.at(a, c, p.begin(I)), to_columns = p.at(c, a, p.begin(J)) + columns.first;
   const Group<T>& group = w.group;
   bool pairs = a != c && p.begin(I) == p.begin(J);
@@ -260,7 +260,7 @@ void weights(T* s, int64_t n, bool bounded, T to_exponent, Weight<T> row, const 
 template <typename T>
 void backward_tile(const Work<T>& w, Pair pair, Columns columns, const Tile<T>& tile) {
   const Problem& p = w.p;
-  int64_t I = pair.left, J = pair.right, a = p.set(I), c = p.set(J), rows = p.rows(I), width = padded<T>(columns.count);
+  int64_t I = pair.left, J = pair.right, a = p.set(I), c = p.set(J), rows = p.rows(I), width = covered<T>(columns.count);
   int64_t of_rows = p.at(a, c, p.begin(I)), of_columns = p.at(c, a, p.begin(J)) + columns.first;
   const Group<T>& group = w.group;
   bool pairs = a != c && p.begin(I) == p.begin(J);

@@ -146,7 +146,8 @@ def reduced(
     gradient: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     settings = normalize, cross, one_sided, factor, count, gradient
-    return torch.ops.tclr_kernels.reduced(inputs, *_split(tau), *settings, tf32_allowed())
+    tf32 = inputs[0].is_cuda and tf32_allowed()
+    return torch.ops.tclr_kernels.reduced.default(inputs, *_split(tau), *settings, tf32)
 
 
 def rectangle(
