@@ -173,17 +173,6 @@ std::tuple<Tensors, Tensors> compute(std::array<Input, 3> inputs, double tau, bo
   return {values, gradients};
 }
 
-template <typename T>
-Tensor times(const Tensor& x, double factor) {
-  Tensor made = empty(sizes_of(x), code_of(x), x);
-  const T* from = const_data<T>(x);
-  T *to = data<T>(made), by = T(factor);
-  torch::stable::parallel_for(0, x.numel(), 1 << 15, [=](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) to[i] = from[i] * by;
-  });
-  return made;
-}
-
 }  // namespace
 
 std::tuple<Tensors, Tensors> objective(Tensor g, Tensor s, Tensor x, Optional tau, double tau_value, bool normalize,
@@ -201,11 +190,8 @@ std::tuple<Tensors, Tensors> objective(Tensor g, Tensor s, Tensor x, Optional ta
 Tensors objective_backward(Tensor g, Tensor, Tensor, Optional, double, bool, std::vector<double>, std::vector<double>,
                            Tensors kept, Tensor upstream) {
   STD_TORCH_CHECK(kept.size() == 4, "kept: wanted what the forward returned");
-  STD_TORCH_CHECK(upstream.dim() == 0 && upstream.is_cpu(), "upstream: wanted a 0-d CPU tensor");
-  auto scaled = dtype_of(kept[0]) == Dtype::f64 ? times<double> : times<float>;
-  Tensors gradients;
-  for (const Tensor& d : kept) gradients.push_back(scaled(d, host_value(upstream)));
-  for (size_t k = 0; k < 3; ++k) gradients[k] = converted(gradients[k], g);
+  Tensors gradients = scaled({kept.begin(), kept.begin() + 3}, upstream, g);
+  gradients.push_back(scaled({kept[3]}, upstream, kept[3])[0]);
   return gradients;
 }
 

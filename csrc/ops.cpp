@@ -186,6 +186,18 @@ std::tuple<Tensor, Tensors> reduced(Tensors inputs, Optional tau, double tau_val
   return run(inputs, in, {one_sided, factor, count}, gradient);
 }
 
+template <typename T>
+Tensor times(const Tensor& x, double factor) {
+  Tensor made = empty(sizes_of(x), code_of(x), x);
+  const T* from = const_data<T>(x);
+  T *to = data<T>(made), by = T(factor);
+  int64_t at_once = 1 << 20;  // the time it takes to wake another thread
+  torch::stable::parallel_for(0, x.numel(), at_once, [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) to[i] = from[i] * by;
+  });
+  return made;
+}
+
 // A rectangle as pointers, alive as long as the tensors and this are.
 struct Rectangle {
   std::vector<Rows> rows, columns;
@@ -373,6 +385,17 @@ std::tuple<Tensors, Tensors, Tensor> rectangle_backward(Tensors rows, Tensors co
 }
 
 }  // namespace
+
+Tensors scaled(Tensors gradients, Tensor upstream, Tensor like) {
+  STD_TORCH_CHECK(upstream.dim() == 0 && upstream.is_cpu(), "upstream: wanted a 0-d CPU tensor");
+  Tensors made;
+  for (const Tensor& d : gradients) {
+    auto run = dtype_of(d) == Dtype::f64 ? times<double> : times<float>;
+    made.push_back(converted(run(d, host_value(upstream)), like));
+  }
+  return made;
+}
+
 }  // namespace tclr
 
 STABLE_TORCH_LIBRARY(tclr_kernels, m) {
@@ -383,6 +406,7 @@ STABLE_TORCH_LIBRARY_IMPL(tclr_kernels, CPU, m) {
   m.impl("gram_forward", TORCH_BOX(&tclr::gram_forward));
   m.impl("gram_backward", TORCH_BOX(&tclr::gram_backward));
   m.impl("reduced", TORCH_BOX(&tclr::reduced));
+  m.impl("scaled", TORCH_BOX(&tclr::scaled));
   m.impl("rectangle", TORCH_BOX(&tclr::rectangle));
   m.impl("pairs", TORCH_BOX(&tclr::pairs));
   m.impl("rectangle_backward", TORCH_BOX(&tclr::rectangle_backward));

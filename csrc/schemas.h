@@ -11,6 +11,7 @@ constexpr const char* schemas[] = {
     "Tensor? g_term, Tensor? g_neg, Tensor? g_pos, bool tf32=False) -> (Tensor[] dz, Tensor zdz)",
     "reduced(Tensor[] inputs, Tensor? tau, float tau_value, bool normalize, bool cross, bool one_sided, float factor, "
     "float count, bool gradient, bool tf32=False) -> (Tensor loss, Tensor[] gradients)",
+    "scaled(Tensor[] gradients, Tensor upstream, Tensor like) -> Tensor[]",
     "rectangle(Tensor[] rows, Tensor[] columns, Tensor? tau, float tau_value, bool normalize, bool cross, SymInt "
     "first, "
     "Tensor? row_keys, Tensor? column_keys, bool mean, bool tf32=False) "

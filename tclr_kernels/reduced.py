@@ -1,9 +1,10 @@
 """A loss of plain blocks, reduced: by one call of a backend where it is small, else by the operation and PyTorch's sum.
 
-A small loss costs less than Python and autograd take around it. A backend may therefore have one more function, which
-gives the same bits as the composition here and makes the gradient along with the value:
+A small loss costs less than Python and autograd take around it. A backend may therefore have two more functions, which
+give the same bits as the composition here and make the gradient along with the value:
 
     reduced(inputs, tau, normalize, cross, one_sided, factor, count, gradient) -> (loss, gradients)
+    scaled(gradients, upstream, like) -> gradients times upstream, in the dtype of `like`
 
 gradients: where one is asked for, that of the loss for every input, float32 at least, and the sum of <z, dz> over all
 rows, of which tau's is made; none where they cannot be multiplied by what comes from above without losing digits.
@@ -106,10 +107,11 @@ class ReducedBackward(Once, torch.autograd.Function):
             return _by_composition(name, settings, needed, tau, upstream, inputs)
         *d_inputs, along = gradients
         d_tau = (along * upstream / (-2 * tau)).to(tau) if needed[0] else None
-        d_inputs = [d * upstream if need else None for d, need in zip(d_inputs, needed[1:], strict=True)]
-        if inputs[0].dtype != along.dtype:
-            d_inputs = [d if d is None else d.to(inputs[0].dtype) for d in d_inputs]
-        return d_tau, *d_inputs
+        if all(needed[1:]):
+            return d_tau, *backends.BACKENDS[name].scaled(d_inputs, upstream, inputs[0])
+        wanted = [d for d, need in zip(d_inputs, needed[1:], strict=True) if need]
+        made = iter(backends.BACKENDS[name].scaled(wanted, upstream, inputs[0]))
+        return d_tau, *(next(made) if need else None for need in needed[1:])
 
 
 def _by_composition(

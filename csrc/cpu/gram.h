@@ -10,6 +10,7 @@ using Task = void (*)(void* argument, int64_t i, int64_t thread);
 struct Executor {
   void (*run)(int64_t n, Task task, void* argument);
   int64_t threads;
+  double least = 5e6;  // the work, in the unit of `group_work`, that several threads are for
 };
 
 struct GramInput {

@@ -593,7 +593,7 @@ void run_group(const Call<T>& call, int64_t g, int64_t thread, const Executor& e
 template <typename T>
 void run(Call<T> call) {
   Executor one_thread{serially, 1};
-  if (double(call.in.G) * group_work(call.in) < 2e6) call.executor = one_thread;  // waking another takes longer
+  if (double(call.in.G) * group_work(call.in) < call.executor.least) call.executor = one_thread;
   if (group_by_group(call.in, call.threads)) {
     for (int64_t g = 0; g < call.in.G; ++g) run_group(call, g, 0, call.executor);
     return;

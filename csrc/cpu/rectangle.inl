@@ -796,7 +796,7 @@ void rectangle_group(const SheetCall<T>& s, int64_t g, int64_t thread, const Exe
 template <typename T>
 void rectangle(const RectangleInput& in, const RectangleCall<T>& call, T* memory, const Executor& executor) {
   SheetCall<T> s = sizes(in, call, memory, executor.threads);
-  Executor used = double(in.G) * rectangle_work(in) < 2e6 ? Executor{serially, 1} : executor;
+  Executor used = double(in.G) * rectangle_work(in) < executor.least ? Executor{serially, 1} : executor;
   if (sheet_by_sheet(in, executor.threads)) {
     for (int64_t g = 0; g < in.G; ++g) rectangle_group(s, g, 0, used);
     return;

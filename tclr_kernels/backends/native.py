@@ -150,6 +150,10 @@ def reduced(
     return torch.ops.tclr_kernels.reduced.default(inputs, *_split(tau), *settings, tf32)
 
 
+def scaled(gradients: Sequence[Tensor], upstream: Tensor, like: Tensor) -> list[Tensor]:
+    return torch.ops.tclr_kernels.scaled.default(gradients, upstream, like)
+
+
 def rectangle(
     rows: Sequence[Tensor],
     columns: Sequence[Tensor],
@@ -254,6 +258,10 @@ def register_fakes(namespace: str) -> None:
         dtype = torch.promote_types(inputs[0].dtype, torch.float32)
         loss, along = (inputs[0].new_empty((), dtype=dtype) for _ in range(2))
         return loss, [*(z.new_empty(z.shape, dtype=dtype) for z in inputs), along] if gradient else []
+
+    @torch.library.register_fake(f"{namespace}::scaled")
+    def _(gradients, upstream, like):
+        return [like.new_empty(d.shape) for d in gradients]
 
     @torch.library.register_fake(f"{namespace}::rectangle")
     def _(rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys, mean, tf32=False):
