@@ -190,8 +190,11 @@ std::tuple<Tensors, Tensors> objective(Tensor g, Tensor s, Tensor x, Optional ta
 Tensors objective_backward(Tensor g, Tensor, Tensor, Optional, double, bool, std::vector<double>, std::vector<double>,
                            Tensors kept, Tensor upstream) {
   STD_TORCH_CHECK(kept.size() == 4, "kept: wanted what the forward returned");
-  Tensors gradients = scaled({kept.begin(), kept.begin() + 3}, upstream, g);
-  gradients.push_back(scaled({kept[3]}, upstream, kept[3])[0]);
+  STD_TORCH_CHECK(upstream.dim() == 0 && upstream.is_cpu(), "upstream: wanted a 0-d CPU tensor");
+  auto scaled = dtype_of(kept[0]) == Dtype::f64 ? times<double> : times<float>;
+  Tensors gradients;
+  for (const Tensor& d : kept) gradients.push_back(scaled(d, host_value(upstream)));
+  for (size_t k = 0; k < 3; ++k) gradients[k] = converted(gradients[k], g);
   return gradients;
 }
 

@@ -10,9 +10,6 @@ namespace tclr {
 std::tuple<Tensors, Tensors> objective(Tensor g, Tensor s, Tensor x, Optional tau, double tau_value, bool normalize,
                                        std::vector<double> scales, std::vector<double> weights, bool gradient);
 
-// Gradients, contiguous, times upstream, a 0-d CPU tensor; in the dtype of `like`.
-Tensors scaled(Tensors gradients, Tensor upstream, Tensor like);
-
 // That gradient times upstream, in the inputs' dtype.
 Tensors objective_backward(Tensor g, Tensor s, Tensor x, Optional tau, double tau_value, bool normalize,
                            std::vector<double> scales, std::vector<double> weights, Tensors kept, Tensor upstream);

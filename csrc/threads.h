@@ -103,6 +103,19 @@ bool scalable(const Tensors& gradients) {
          (largest == 0 || largest > std::sqrt(std::numeric_limits<T>::min()));
 }
 
+// x, contiguous, times a number.
+template <typename T>
+Tensor times(const Tensor& x, double factor) {
+  Tensor made = empty(sizes_of(x), code_of(x), x);
+  const T* from = const_data<T>(x);
+  T *to = data<T>(made), by = T(factor);
+  int64_t at_once = 1 << 20;  // the time it takes to wake another thread
+  torch::stable::parallel_for(0, x.numel(), at_once, [=](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) to[i] = from[i] * by;
+  });
+  return made;
+}
+
 inline double tau_of(const Optional& tau, double value) {
   if (!tau) return value;
   STD_TORCH_CHECK(tau->dim() == 0 && tau->is_cpu(), "tau: wanted a 0-d CPU tensor");

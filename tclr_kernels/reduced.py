@@ -1,13 +1,14 @@
 """A loss of plain blocks, reduced: by one call of a backend where it is small, else by the operation and PyTorch's sum.
 
-A small loss costs less than Python and autograd take around it. A backend may therefore have two more functions, which
-give the same bits as the composition here and make the gradient along with the value:
+A small loss costs less than Python and autograd take around it. A backend may therefore have two more functions, with
+the same bits as the composition here:
 
-    reduced(inputs, tau, normalize, cross, one_sided, factor, count, gradient) -> (loss, gradients)
-    scaled(gradients, upstream, like) -> gradients times upstream, in the dtype of `like`
+    reduced(inputs, tau, normalize, cross, one_sided, factor, count, gradient) -> (loss, kept)
+    reduced_backward(inputs, tau, normalize, cross, one_sided, factor, count, kept, upstream) -> gradients
 
-gradients: where one is asked for, that of the loss for every input, float32 at least, and the sum of <z, dz> over all
-rows, of which tau's is made; none where they cannot be multiplied by what comes from above without losing digits.
+kept: if a gradient is asked for, the tensors from which the second makes that of upstream times the loss, for every
+input and, where tau is a tensor, the sum of <z, dz> over all rows. They may be the gradient for an upstream of 1, which
+is then multiplied: by a power of two exactly, else with one more rounding than the composition's.
 torch.compile, the transforms of torch.func, forward mode and tensor subclasses see the composition.
 """
 
@@ -79,10 +80,10 @@ def _seen_through(inputs: Sequence[Tensor]) -> bool:
 class Reduced(Eager, torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, name: str, settings: Settings, tau: float | Tensor, *inputs: Tensor) -> Tensor:
-        loss, gradients = backends.BACKENDS[name].reduced(inputs, tau, *settings, True)
+        loss, kept = backends.BACKENDS[name].reduced(inputs, tau, *settings, True)
         ctx.name, ctx.settings = name, settings
         ctx.tau = None if isinstance(tau, torch.Tensor) else tau
-        ctx.save_for_backward(tau if ctx.tau is None else None, *inputs, *gradients)
+        ctx.save_for_backward(tau if ctx.tau is None else None, *inputs, *kept)
         return loss
 
     @staticmethod
@@ -90,7 +91,8 @@ class Reduced(Eager, torch.autograd.Function):
         tau, *saved = ctx.saved_tensors
         tau = tau if ctx.tau is None else ctx.tau
         call = ReducedBackward.apply if torch.is_grad_enabled() else ReducedBackward.forward
-        return None, None, *call(ctx.name, ctx.settings, ctx.needs_input_grad[2:], tau, upstream, *saved)
+        results = call(ctx.name, ctx.settings, ctx.needs_input_grad[2:], tau, upstream, *saved)
+        return None, None, *results
 
 
 _apply = super(torch.autograd.Function, Reduced).apply  # as Eager.apply does, which looks for transforms once more
@@ -102,28 +104,7 @@ class ReducedBackward(Once, torch.autograd.Function):
         name: str, settings: Settings, needed: Sequence[bool], tau: float | Tensor, upstream: Tensor, *saved: Tensor
     ) -> tuple[Tensor | None, ...]:
         n = len(needed) - 1
-        inputs, gradients = saved[:n], saved[n:]
-        if not gradients:
-            return _by_composition(name, settings, needed, tau, upstream, inputs)
-        *d_inputs, along = gradients
-        d_tau = (along * upstream / (-2 * tau)).to(tau) if needed[0] else None
-        if all(needed[1:]):
-            return d_tau, *backends.BACKENDS[name].scaled(d_inputs, upstream, inputs[0])
-        wanted = [d for d, need in zip(d_inputs, needed[1:], strict=True) if need]
-        made = iter(backends.BACKENDS[name].scaled(wanted, upstream, inputs[0]))
-        return d_tau, *(next(made) if need else None for need in needed[1:])
-
-
-def _by_composition(
-    name: str,
-    settings: Settings,
-    needed: Sequence[bool],
-    tau: float | Tensor,
-    upstream: Tensor,
-    inputs: Sequence[Tensor],
-) -> tuple[Tensor | None, ...]:
-    with torch.enable_grad():
-        variables = [z.detach().requires_grad_() if need else z for z, need in zip((tau, *inputs), needed, strict=True)]
-        loss = composed(name, settings, *variables)
-    made = iter(torch.autograd.grad(loss, [z for z, need in zip(variables, needed, strict=True) if need], upstream))
-    return tuple(next(made) if need else None for need in needed)
+        inputs, kept = saved[:n], saved[n:]
+        gradients = backends.BACKENDS[name].reduced_backward(inputs, tau, *settings, kept, upstream)
+        d_tau = (gradients[n] / (-2 * tau)).to(tau) if needed[0] else None
+        return d_tau, *[d if need else None for d, need in zip(gradients, needed[1:], strict=False)]

@@ -150,8 +150,20 @@ def reduced(
     return torch.ops.tclr_kernels.reduced.default(inputs, *_split(tau), *settings, tf32)
 
 
-def scaled(gradients: Sequence[Tensor], upstream: Tensor, like: Tensor) -> list[Tensor]:
-    return torch.ops.tclr_kernels.scaled.default(gradients, upstream, like)
+def reduced_backward(
+    inputs: Sequence[Tensor],
+    tau: float | Tensor,
+    normalize: bool,
+    cross: bool,
+    one_sided: bool,
+    factor: float,
+    count: int,
+    kept: Sequence[Tensor],
+    upstream: Tensor,
+) -> list[Tensor]:
+    settings = normalize, cross, one_sided, factor, count, kept, upstream
+    tf32 = inputs[0].is_cuda and tf32_allowed()
+    return torch.ops.tclr_kernels.reduced_backward.default(inputs, *_split(tau), *settings, tf32)
 
 
 def rectangle(
@@ -256,12 +268,13 @@ def register_fakes(namespace: str) -> None:
     @torch.library.register_fake(f"{namespace}::reduced")
     def _(inputs, tau, tau_value, normalize, cross, one_sided, factor, count, gradient, tf32=False):
         dtype = torch.promote_types(inputs[0].dtype, torch.float32)
-        loss, along = (inputs[0].new_empty((), dtype=dtype) for _ in range(2))
-        return loss, [*(z.new_empty(z.shape, dtype=dtype) for z in inputs), along] if gradient else []
+        loss, *along = (inputs[0].new_empty((), dtype=dtype) for _ in range(1 if tau is None else 2))
+        return loss, [*(z.new_empty(z.shape, dtype=dtype) for z in inputs), *along] if gradient else []
 
-    @torch.library.register_fake(f"{namespace}::scaled")
-    def _(gradients, upstream, like):
-        return [like.new_empty(d.shape) for d in gradients]
+    @torch.library.register_fake(f"{namespace}::reduced_backward")
+    def _(inputs, tau, tau_value, normalize, cross, one_sided, factor, count, kept, upstream, tf32=False):
+        along = [] if tau is None else [torch.empty_like(upstream)]
+        return [*(z.new_empty(z.shape) for z in inputs), *along]
 
     @torch.library.register_fake(f"{namespace}::rectangle")
     def _(rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys, mean, tf32=False):
