@@ -269,7 +269,12 @@ def register_fakes(namespace: str) -> None:
     def _(inputs, tau, tau_value, normalize, cross, one_sided, factor, count, gradient, tf32=False):
         dtype = torch.promote_types(inputs[0].dtype, torch.float32)
         loss, *along = (inputs[0].new_empty((), dtype=dtype) for _ in range(1 if tau is None else 2))
-        return loss, [*(z.new_empty(z.shape, dtype=dtype) for z in inputs), *along] if gradient else []
+        kept = [*(z.new_empty(z.shape, dtype=dtype) for z in inputs), *along]
+        if inputs[0].is_cuda:  # neg and pos of the operation
+            (G, N) = (1, inputs[0].shape[-2]) if len(inputs) == 1 or inputs[0].dim() == 2 else inputs[0].shape[:2]
+            V = len(inputs) if len(inputs) > 1 else len(inputs[0])
+            kept = [inputs[0].new_empty(G, V, V, N, dtype=dtype) for _ in range(2)]
+        return loss, kept if gradient else []
 
     @torch.library.register_fake(f"{namespace}::reduced_backward")
     def _(inputs, tau, tau_value, normalize, cross, one_sided, factor, count, kept, upstream, tf32=False):
