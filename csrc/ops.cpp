@@ -1,4 +1,5 @@
 // Schemas, checks, and the CPU implementation: tensors in, pointers and sizes on.
+#include <algorithm>
 #include <tuple>
 
 #include "keys.h"
@@ -96,6 +97,125 @@ std::tuple<Tensors, Tensor> gram_backward(Tensors sets, Optional tau, double tau
   Sets s = describe(sets, tau, tau_value, normalize, cross);
   auto run = s.input.dtype == Dtype::f64 ? backward<double> : backward<float>;
   return run(sets, s.input, neg, pos, g_term, g_neg, g_pos);
+}
+
+// ---- a whole loss: operation, reduction and, where it is wanted, gradient
+
+// Which terms a loss adds, and by what it divides: see tclr_kernels/reduced.py.
+struct Reduction {
+  bool one_sided;
+  double factor, count;
+};
+
+// Sets [N, D] or [G, N, D], or the views of one tensor [V, N, D]; as pointers.
+Sets describe_inputs(const Tensors& inputs, const Optional& tau, double tau_value, bool normalize, bool cross) {
+  bool views = inputs.size() == 1;
+  STD_TORCH_CHECK(!inputs.empty() && (inputs[0].dim() == 3 || (inputs[0].dim() == 2 && !views)),
+                  "inputs: wanted tensors [N, D] or [G, N, D], or one tensor [V, N, D]");
+  Sets s;
+  std::vector<int64_t> sizes = sizes_of(inputs[0]);
+  Code dtype = code_of(inputs[0]);
+  int64_t groups = sizes.size() == 3 ? sizes[0] : 1, last = inputs[0].dim() - 1;
+  for (const Tensor& z : inputs) {
+    STD_TORCH_CHECK(sizes_of(z) == sizes && code_of(z) == dtype && z.is_cpu(),
+                    "inputs: wanted CPU tensors of one shape and dtype");
+    const char* data = static_cast<const char*>(z.const_data_ptr());
+    int64_t first = last == 2 ? z.stride(0) : 0, count = views ? groups : 1;
+    for (int64_t v = 0; v < count; ++v)
+      s.rows.push_back({data + v * first * bytes_of(z), views ? 0 : first, z.stride(last - 1), z.stride(last)});
+  }
+  s.input = {views ? 1 : groups,  int64_t(s.rows.size()), sizes[last - 1],         sizes[last], s.rows.data(),
+             dtype_of(inputs[0]), tau_of(tau, tau_value), normalize, cross};
+  return s;
+}
+
+// As PyTorch's own operator adds, for the same bits as where that is called.
+Tensor total(const Tensor& x) { return torch::stable::sum(x); }
+
+// term[:, 0, 1], contiguous
+template <typename T>
+Tensor first_pair(const Tensor& term) {
+  int64_t G = term.size(0), V = term.size(1), N = term.size(3);
+  Tensor chosen = empty({G, N}, code_of(term), term);
+  for (int64_t g = 0; g < G; ++g)
+    std::copy_n(const_data<T>(term) + (g * V * V + 1) * N, N, data<T>(chosen) + g * N);
+  return chosen;
+}
+
+// The gradients of the inputs, float32 at least, for `upstream` times the loss; and where tau is a tensor, the sum of
+// <z, dz>. memory: of the forward, where that left something.
+template <typename T>
+Tensors gradients_of(const Tensors& inputs, const GramInput& in, const Reduction& how, const Tensor& neg,
+                     const Tensor& pos, T upstream, bool with_tau, const Optional& memory) {
+  const Tensor& like = inputs[0];
+  Tensors made;
+  std::vector<Gradient<T>> outputs;
+  for (const Tensor& z : inputs) {
+    T* to = data<T>(made.emplace_back(empty(sizes_of(z), wide(like), like)));
+    for (int64_t v = 0; v < in.V / int64_t(inputs.size()); ++v)
+      outputs.push_back({to + v * in.N * in.D, in.N * in.D, in.D, false});
+  }
+  Tensor g_term = empty(sizes_of(neg), wide(like), like), zdz = empty({in.G, in.V, in.N}, wide(like), like);
+  T value = upstream / T(how.count) * T(how.factor), *to = data<T>(g_term);
+  std::fill_n(to, g_term.numel(), how.one_sided ? T(0) : value);
+  for (int64_t g = 0; how.one_sided && g < in.G; ++g) std::fill_n(to + (g * in.V * in.V + 1) * in.N, in.N, value);
+
+  Executor executor = threads();
+  const Kernels<T>& k = kernels<T>();
+  Tensor own = memory ? *memory : empty({k.workspace(in, executor.threads, true)}, wide(like), like);
+  k.backward(in, {const_data<T>(neg), const_data<T>(pos), to, nullptr, nullptr, outputs.data(), data<T>(zdz)},
+             data<T>(own), executor);
+  if (with_tau) made.push_back(total(zdz));
+  return made;
+}
+
+template <typename T>
+std::tuple<Tensor, Tensors> reduced_of(const Tensors& inputs, GramInput in, const Reduction& how, bool with_tau,
+                                       bool gradient) {
+  const Tensor& like = inputs[0];
+  auto block = [&] { return empty({in.G, in.V, in.V, in.N}, wide(like), like); };
+  Tensor term = block(), neg = block(), pos = block();
+  Executor executor = threads();
+  const Kernels<T>& k = kernels<T>();
+  in.keep = gradient && keeps(in);
+  Tensor memory = empty({k.workspace(in, executor.threads, gradient)}, wide(like), like);
+  k.forward(in, {data<T>(term), data<T>(neg), data<T>(pos)}, data<T>(memory), executor);
+  Tensor loss = total(how.one_sided ? first_pair<T>(term) : term);
+  T* value = data<T>(loss);
+  *value = *value * T(how.factor) / T(how.count);
+  if (!gradient) return {loss, {}};
+  Tensors made = gradients_of<T>(inputs, in, how, neg, pos, T(1), with_tau, memory);
+  if (!scalable<T>({made.begin(), made.begin() + int64_t(inputs.size())})) return {loss, {neg, pos}};
+  return {loss, made};
+}
+
+std::tuple<Tensor, Tensors> reduced(Tensors inputs, Optional tau, double tau_value, bool normalize, bool cross,
+                                    bool one_sided, double factor, double count, bool gradient, bool) {
+  Sets s = describe_inputs(inputs, tau, tau_value, normalize, cross);
+  auto run = s.input.dtype == Dtype::f64 ? reduced_of<double> : reduced_of<float>;
+  return run(inputs, s.input, {one_sided, factor, count}, tau.has_value(), gradient);
+}
+
+// kept: the gradients, or neg and pos of the forward.
+template <typename T>
+Tensors reduced_gradients(const Tensors& inputs, const GramInput& in, const Reduction& how, const Tensors& kept,
+                          double upstream, bool with_tau) {
+  Tensors made;
+  if (kept[0].dim() == 4)
+    made = gradients_of<T>(inputs, in, how, kept[0], kept[1], T(upstream), with_tau, std::nullopt);
+  else
+    for (const Tensor& d : kept) made.push_back(times<T>(d, upstream));
+  for (size_t k = 0; k < inputs.size(); ++k) made[k] = converted(made[k], inputs[k]);
+  return made;
+}
+
+Tensors reduced_backward(Tensors inputs, Optional tau, double tau_value, bool normalize, bool cross, bool one_sided,
+                         double factor, double count, Tensors kept, Tensor upstream, bool) {
+  Sets s = describe_inputs(inputs, tau, tau_value, normalize, cross);
+  STD_TORCH_CHECK(kept.size() >= 2 || kept.size() >= inputs.size(), "kept: wanted what the forward returned");
+  STD_TORCH_CHECK(upstream.dim() == 0 && upstream.is_cpu(), "upstream: wanted a 0-d CPU tensor");
+  auto run = s.input.dtype == Dtype::f64 ? reduced_gradients<double> : reduced_gradients<float>;
+  return run(inputs, s.input, {one_sided, factor, count}, kept, host_value(upstream), tau.has_value());
 }
 
 // A rectangle as pointers, alive as long as the tensors and this are.
@@ -294,6 +414,8 @@ STABLE_TORCH_LIBRARY(tclr_kernels, m) {
 STABLE_TORCH_LIBRARY_IMPL(tclr_kernels, CPU, m) {
   m.impl("gram_forward", TORCH_BOX(&tclr::gram_forward));
   m.impl("gram_backward", TORCH_BOX(&tclr::gram_backward));
+  m.impl("reduced", TORCH_BOX(&tclr::reduced));
+  m.impl("reduced_backward", TORCH_BOX(&tclr::reduced_backward));
   m.impl("rectangle", TORCH_BOX(&tclr::rectangle));
   m.impl("pairs", TORCH_BOX(&tclr::pairs));
   m.impl("rectangle_backward", TORCH_BOX(&tclr::rectangle_backward));

@@ -158,6 +158,12 @@ class Host:
     def backward(self, sets, tau, *rest):
         return self.ops.gram_backward(sets, *native._split(tau), *rest, native.tf32_allowed())
 
+    def reduced(self, inputs, tau, *rest):
+        return self.ops.reduced(inputs, *native._split(tau), *rest, native.tf32_allowed())
+
+    def reduced_backward(self, inputs, tau, *rest):
+        return self.ops.reduced_backward(inputs, *native._split(tau), *rest, native.tf32_allowed())
+
     def rectangle(self, rows, columns, tau, *rest):
         return self.ops.rectangle(rows, columns, *native._split(tau), *rest, native.tf32_allowed())
 

@@ -18,7 +18,7 @@ WIDTHS = {  # as csrc/cpu/*.cpp set them; every width runs on any machine, by th
 
 BUGS = {
     "dropped mask": ("s[own] = -INFINITY;", ""),
-    "ragged columns counted": ("j < padded<T>(columns.count); ++j) s[j] =", "j < columns.count; ++j) s[j] ="),
+    "ragged columns counted": ("j < covered<T>(columns.count); ++j) s[j] =", "j < columns.count; ++j) s[j] ="),
     "tile off by one": ("return b % blocks * block;", "return b % blocks * (block - 1);"),
     "last row missed": (
         "for (int64_t r = 0; r < rows; r += strip) {",
@@ -29,8 +29,8 @@ BUGS = {
     "wrong power of tau": ("unit / in.tau", "unit / (in.tau * in.tau)"),
     "kept tile of another pair": ("(pair.right + 1) / 2 + pair.left", "(pair.right + 1) / 2"),
     "rows not kept": (
-        "if (!w.in.keep) read(w, b);",
-        "if (w.in.keep) clear(w.block(w.group.z, b), w.p.rows(b) * w.ldz, T(1));",
+        "if (!w.in.keep) read(w, task);",
+        "if (w.in.keep) clear(w.block(w.group.z, task), w.p.rows(task) * w.ldz, T(1));",
     ),
     "missing factor 2": ("load(scale + j) + row.scale", "load(scale + j)"),
     "missing factor 2, unbounded": ("both += exp2<T>", "both = exp2<T>"),
@@ -40,7 +40,7 @@ BUGS = {
         "if (p.set(pair.left) == p.set(pair.right)) s[own] = -INFINITY;",
     ),
     "no projection": ("projected = along", "projected = 0"),
-    "a block not met by itself": ("if (!p.cross) run_pair", "if (!p.cross && task > 0) run_pair"),
+    "a block not met by itself": ("if (!p.cross) run_pair", "if (!p.cross && opened > 0) run_pair"),
     "a pair left out": ("run_pair<T, backward>(w, pair,", "if (p.cross || round) run_pair<T, backward>(w, pair,"),
     "a cross pair left out": (
         "run_pair<T, backward>(w, pair,",

@@ -10,12 +10,11 @@
 // Each tile of S is computed once: its exponentials serve its rows and its columns, forward and backward. The order of
 // the tiles is `Problem`'s tournament, so the result does not depend on the number of threads.
 #pragma once
-#include <sched.h>
-
 #include "../problem.h"
 #include "gram.h"
 #include "product.inl"
 #include "rows.inl"
+#include "wait.inl"
 
 namespace tclr {
 namespace {
@@ -56,12 +55,13 @@ struct Group {
   T* largest;             // [V, V, N] 0 where the sum needs no offset
   double *g_neg, *g_pos;  // [V, V, N] backward; in `unit`s, and where S is bounded g_neg times exp(-neg)
   int64_t* stage;         // [V, blocks] how much of its work each row block has behind it
+  double* top;            // [V, blocks] backward, the largest of its gradients
   T* S;                   // the tiles, where they are kept
 
   // dz and S last, where a forward that keeps its rows leaves room for them. Whole lines: vectors stay within them.
   static int64_t before_dz(const GramInput& in, int64_t ldz) {
     int64_t rows = in.V * in.N, blocks = in.V * rows, doubles = sizeof(double) / sizeof(T);
-    return whole_lines<T>(rows * ldz + 2 * doubles * blocks + 3 * doubles * rows);
+    return whole_lines<T>(rows * ldz + 2 * doubles * blocks + 4 * doubles * rows);
   }
   static int64_t size(const GramInput& in, const Problem& p, int64_t ldz, bool backward) {
     int64_t blocks = p.V * p.blocks, kept = in.keep ? kept_tile<T>(p, {0, blocks}) : 0;
@@ -72,7 +72,8 @@ struct Group {
     z = memory;
     norms = (Norm*)(z + rows * ldz);
     stage = (int64_t*)(norms + rows);
-    sum = g_neg = (double*)(stage + rows);
+    top = (double*)(stage + rows);
+    sum = g_neg = top + rows;
     g_pos = g_neg + blocks;
     largest = (T*)(sum + blocks);
     dz = z + before_dz(in, ldz);
@@ -111,7 +112,6 @@ struct Work {
   T inverse_tau;
   GramForward<T> out;
   const GramBackward<T>* gradient;
-  double unit;  // of the gradients, a power of two: those of very confident pairs are below float's range
 
   T* block(T* rows, int64_t b) const { return rows + (p.set(b) * p.N + p.begin(b)) * ldz; }
   int64_t row(int64_t b) const { return p.set(b) * p.N + p.begin(b); }
@@ -140,7 +140,7 @@ void scores(const Work<T>& w, Pair pair, Columns columns, const Tile<T>& tile, i
       if (pos) pos[r + q] = mirrored[r + q] = w.bounded ? s[own] * w.inverse_tau : s[own];
       s[own] = -INFINITY;
     }
-    for (int64_t j = columns.count; j < padded<T>(columns.count); ++j) s[j] = -INFINITY;
+    for (int64_t j = columns.count; j < covered<T>(columns.count); ++j) s[j] = -INFINITY;
   }
 }
 
@@ -199,7 +199,7 @@ void column_exponentials(const T* S, int64_t lds, int64_t rows, int64_t n, T* co
 template <typename T>
 void forward_tile(const Work<T>& w, Pair pair, Columns columns, const Tile<T>& tile) {
   const Problem& p = w.p;
-  int64_t I = pair.left, J = pair.right, a = p.set(I), c = p.set(J), rows = p.rows(I), width = padded<T>(columns.count);
+  int64_t I = pair.left, J = pair.right, a = p.set(I), c = p.set(J), rows = p.rows(I), width = covered<T>(columns.count);
   int64_t to_rows = p.at(a, c, p.begin(I)), to_columns = p.at(c, a, p.begin(J)) + columns.first;
   const Group<T>& group = w.group;
   bool pairs = a != c && p.begin(I) == p.begin(J);
@@ -260,7 +260,7 @@ void weights(T* s, int64_t n, bool bounded, T to_exponent, Weight<T> row, const 
 template <typename T>
 void backward_tile(const Work<T>& w, Pair pair, Columns columns, const Tile<T>& tile) {
   const Problem& p = w.p;
-  int64_t I = pair.left, J = pair.right, a = p.set(I), c = p.set(J), rows = p.rows(I), width = padded<T>(columns.count);
+  int64_t I = pair.left, J = pair.right, a = p.set(I), c = p.set(J), rows = p.rows(I), width = covered<T>(columns.count);
   int64_t of_rows = p.at(a, c, p.begin(I)), of_columns = p.at(c, a, p.begin(J)) + columns.first;
   const Group<T>& group = w.group;
   bool pairs = a != c && p.begin(I) == p.begin(J);
@@ -325,12 +325,15 @@ void finish(const Work<T>& w, int64_t b) {
   }
 }
 
-// The gradients of neg and pos of the rows of block b.
+INLINE Vec<double> size(Vec<double> g) { return g < 0 ? -g : g; }
+
+// The gradients of neg and pos of the rows of block b, and the largest of them.
 template <typename T>
 void prepare(const Work<T>& w, int64_t b) {
   const Problem& p = w.p;
   const GramBackward<T>& in = *w.gradient;
   int64_t a = p.set(b), end = p.begin(b) + p.rows(b), first = w.g * p.V * p.V * p.N;
+  Vec<double> top = {};
   for (int64_t i = p.begin(b); i < end; i += lanes<double>) {
     int64_t n = end - i, to_own = p.at(a, a, i);
     auto given = [&](const T* x, int64_t at) { return x ? widen(x + first + at, n) : Vec<double>{}; };
@@ -349,22 +352,20 @@ void prepare(const Work<T>& w, int64_t b) {
       }
       narrow(w.group.g_neg + at, g_neg, n);
       narrow(w.group.g_pos + at, g_pos, n);
+      top = larger<double>(size(g_pos), larger<double>(size(g_neg), top));
     }
     narrow(w.group.g_neg + to_own, g_own, n);
     narrow(w.group.g_pos + to_own, Vec<double>{}, n);
+    top = larger<double>(size(g_own), top);
   }
+  w.group.top[b] = maximum<double>(top);
 }
 
-// The power of two of the group's largest gradient.
+// Of the group's gradients, a power of two near the largest: those of very confident pairs are below float's range.
 template <typename T>
 double unit(const Work<T>& w) {
-  int64_t n = 2 * w.p.V * w.p.V * w.p.N;  // g_neg and, behind it, g_pos
-  Vec<double> largest = {};
-  for (int64_t at = 0; at < n; at += lanes<double>) {
-    Vec<double> g = widen(w.group.g_neg + at, n - at), size = g < 0 ? -g : g;
-    largest = larger<double>(size, largest);
-  }
-  double top = maximum<double>(largest);
+  double top = 0;
+  for (int64_t b = 0; b < w.p.V * w.p.blocks; ++b) top = w.group.top[b] > top ? w.group.top[b] : top;
   return top > 1e-300 && top < 1e300 ? ldexp(1, ilogb(top)) : 1;
 }
 
@@ -372,7 +373,7 @@ double unit(const Work<T>& w) {
 template <typename T>
 void absorb(const Work<T>& w, int64_t b) {
   const Problem& p = w.p;
-  double inverse = 1 / w.unit;
+  double inverse = 1 / unit(w);
   for (int64_t c = 0; c < p.V; ++c) {
     int64_t from = p.at(p.set(b), c, p.begin(b)), end = from + p.rows(b);
     for (int64_t at = from; at < end; at += lanes<double>) {
@@ -426,6 +427,24 @@ void local_local(int64_t V, int64_t N, const T* pos, double scale, T* loss, T* g
 }
 
 template <typename T>
+T largest(const T* values, int64_t n) {
+  Vec<T> top = {}, spoilt = {};
+  int64_t i = 0;
+  for (; i + lanes<T> <= n; i += lanes<T>) {
+    Vec<T> x = load(values + i);
+    top = larger<T>(x < 0 ? -x : x, top);
+    spoilt += x * 0;
+  }
+  T most = maximum<T>(top), rest = T(sum<T>(spoilt));
+  for (; i < n; ++i) {
+    T size = values[i] < 0 ? -values[i] : values[i];
+    most = size > most ? size : most;
+    rest += size * 0;
+  }
+  return rest == 0 ? most : T(INFINITY);
+}
+
+template <typename T>
 void read(const Work<T>& w, int64_t b) {
   read_block(w.in, w.p, w.g, b, w.ldz, w.block(w.group.z, b), w.group.norms + w.row(b));
 }
@@ -466,30 +485,34 @@ void open(const Work<T>& w, int64_t b) {
 template <typename T, bool backward>
 void close(const Work<T>& w, int64_t b) {
   if (backward)
-    write_block(w.in, *w.gradient, w.p, w.g, b, w.ldz, w.unit, w.block(w.group.z, b), w.block(w.group.dz, b),
+    write_block(w.in, *w.gradient, w.p, w.g, b, w.ldz, unit(w), w.block(w.group.z, b), w.block(w.group.dz, b),
                 w.group.norms + w.row(b));
   else
     finish(w, b);
 }
 
-INLINE void wait_for(const int64_t* block, int64_t stage) {
-  while (__atomic_load_n(block, __ATOMIC_ACQUIRE) != stage) sched_yield();
-}
+// Every block opens, the blocks meet round by round, every block closes; and before a backward opens them, all of them
+// are prepared. A task waits until its blocks have done all that is theirs before it, not for the whole round: a thread
+// that was held up holds up few.
+constexpr int64_t unprepared = -2, prepared = -1;
 
-INLINE void reach(int64_t* block, int64_t stage) { __atomic_store_n(block, stage, __ATOMIC_RELEASE); }
-
-// Every block opens, the blocks meet round by round, every block closes. A task waits until its blocks have done all
-// that is theirs before it, not for the whole round: a thread that was held up holds up few.
 template <typename T, bool backward>
 void run_task(void* work, int64_t task, int64_t thread) {
   const Work<T>& w = *(const Work<T>*)work;
   const Problem& p = w.p;
-  int64_t blocks = p.V * p.blocks, met = task - blocks, closing = met - p.rounds() * p.places();
+  int64_t blocks = p.V * p.blocks, opened = backward ? task - blocks : task, met = opened - blocks,
+          closing = met - p.rounds() * p.places();
   int64_t* stage = w.group.stage;
+  if (opened < 0) {
+    if (!w.in.keep) read(w, task);
+    prepare(w, task);
+    return reach(stage + task, prepared);
+  }
   if (met < 0) {
-    open<T, backward>(w, task);
-    if (!p.cross) run_pair<T, backward>(w, {task, task}, thread);
-    return reach(stage + task, 0);
+    for (int64_t b = 0; backward && b < blocks; ++b) wait_for(stage + b, prepared);
+    open<T, backward>(w, opened);
+    if (!p.cross) run_pair<T, backward>(w, {opened, opened}, thread);
+    return reach(stage + opened, 0);
   }
   if (closing >= 0) {
     wait_for(stage + closing, p.rounds());
@@ -509,20 +532,8 @@ void run_task(void* work, int64_t task, int64_t thread) {
 template <typename T, bool backward>
 void run_tasks(Work<T>& w, const Executor& executor) {
   int64_t blocks = w.p.V * w.p.blocks;
-  clear(w.group.stage, blocks, int64_t(-1));
-  executor.run(2 * blocks + w.p.rounds() * w.p.places(), run_task<T, backward>, &w);
-}
-
-template <typename T>
-void run_backward(Work<T>& w, const Executor& executor) {
-  auto before = [](void* argument, int64_t b, int64_t) {
-    auto& w = *(Work<T>*)argument;
-    if (!w.in.keep) read(w, b);
-    prepare(w, b);
-  };
-  executor.run(w.p.V * w.p.blocks, before, &w);
-  w.unit = unit(w);
-  run_tasks<T, true>(w, executor);
+  clear(w.group.stage, blocks, unprepared);
+  executor.run((backward ? 3 : 2) * blocks + w.p.rounds() * w.p.places(), run_task<T, backward>, &w);
 }
 
 INLINE double group_work(const GramInput& in) {
@@ -572,10 +583,9 @@ void run_group(const Call<T>& call, int64_t g, int64_t thread, const Executor& e
             bounded,
             T(1 / in.tau),
             backward ? GramForward<T>{} : *call.forward,
-            call.backward,
-            1};
+            call.backward};
   if (backward)
-    run_backward(w, executor);
+    run_tasks<T, true>(w, executor);
   else
     run_tasks<T, false>(w, executor);
 }
@@ -583,7 +593,7 @@ void run_group(const Call<T>& call, int64_t g, int64_t thread, const Executor& e
 template <typename T>
 void run(Call<T> call) {
   Executor one_thread{serially, 1};
-  if (double(call.in.G) * group_work(call.in) < 2e6) call.executor = one_thread;  // waking another takes longer
+  if (double(call.in.G) * group_work(call.in) < call.executor.least) call.executor = one_thread;
   if (group_by_group(call.in, call.threads)) {
     for (int64_t g = 0; g < call.in.G; ++g) run_group(call, g, 0, call.executor);
     return;

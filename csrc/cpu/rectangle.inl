@@ -510,7 +510,7 @@ void meet(const Sheet<T>& w, int64_t row, int64_t column, int64_t row_copy, int6
   for (int64_t first = 0; first < n; first += chunk) {
     int64_t j = columns.begin(column) + first, count = smaller(chunk, n - first);
     Place p{row,   column,           row_copy,           column_copy,          a, c, i, j, rows.rows(row),
-            count, padded<T>(count), w.rows.at(a, c, i), w.columns.at(c, a, j)};
+            count, covered<T>(count), w.rows.at(a, c, i), w.columns.at(c, a, j)};
     if (w.call.of_pairs() && !any_positives(w.match, p)) continue;
     pack_transposed(w.columns.z + (c * columns.N + j) * w.rows.ldz, w.rows.ldz, count, w.in.D, patch.columns);
     if (w.call.wanted == Wanted::gradients)
@@ -796,7 +796,7 @@ void rectangle_group(const SheetCall<T>& s, int64_t g, int64_t thread, const Exe
 template <typename T>
 void rectangle(const RectangleInput& in, const RectangleCall<T>& call, T* memory, const Executor& executor) {
   SheetCall<T> s = sizes(in, call, memory, executor.threads);
-  Executor used = double(in.G) * rectangle_work(in) < 2e6 ? Executor{serially, 1} : executor;
+  Executor used = double(in.G) * rectangle_work(in) < executor.least ? Executor{serially, 1} : executor;
   if (sheet_by_sheet(in, executor.threads)) {
     for (int64_t g = 0; g < in.G; ++g) rectangle_group(s, g, 0, used);
     return;

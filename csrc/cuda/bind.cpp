@@ -98,29 +98,113 @@ std::tuple<Tensor, Tensor, Tensor> gram_forward(Tensors sets, Optional tau, doub
   return {term, neg, pos};
 }
 
-std::tuple<Tensors, Tensor> gram_backward(Tensors sets, Optional tau, double tau_value, bool normalize, bool cross,
-                                          Tensor neg, Tensor pos, Optional g_term, Optional g_neg, Optional g_pos,
-                                          bool tf32) {
-  Described d = describe(sets, tau, tau_value, normalize, cross, tf32);
-  Device device(sets[0]);
-  Tensors held, dz;
+// Writes the gradient of each set where d.sets says; returns <z, dz> of each row.
+Tensor run_backward(Described& d, const Tensor& like, const Tensor& neg, const Tensor& pos, const Optional& g_term,
+                    const Optional& g_neg, const Optional& g_pos) {
+  Device device(like);
+  Tensors held;
   auto pointer = [&](const Optional& x) -> const void* {
     if (!x) return nullptr;
     STD_TORCH_CHECK(sizes_of(*x) == std::vector<int64_t>({d.call.G, d.call.V, d.call.V, d.call.N}) &&
-                        code_of(*x) == wide(sets[0]) && on_device(*x),
+                        code_of(*x) == wide(like) && on_device(*x),
                     "neg, pos and their gradients: wanted CUDA tensors [G, V, V, N] of the forward's dtype");
     return held.emplace_back(torch::stable::contiguous(*x)).const_data_ptr();
   };
   d.call.neg = const_cast<void*>(pointer(neg)), d.call.pos = const_cast<void*>(pointer(pos));
   d.call.g_term = pointer(g_term), d.call.g_neg = pointer(g_neg), d.call.g_pos = pointer(g_pos);
+  d.call.sets = d.sets.data();
+  Tensor zdz = empty({d.call.G, d.call.V, d.call.N}, wide(like), like);
+  d.call.zdz = zdz.mutable_data_ptr();
+  Tensor memory = bytes(cuda::gram_memory(d.call, true), like);
+  check(cuda::gram_backward(d.call, memory.mutable_data_ptr(), device.stream));
+  return zdz;
+}
+
+std::tuple<Tensors, Tensor> gram_backward(Tensors sets, Optional tau, double tau_value, bool normalize, bool cross,
+                                          Tensor neg, Tensor pos, Optional g_term, Optional g_neg, Optional g_pos,
+                                          bool tf32) {
+  Described d = describe(sets, tau, tau_value, normalize, cross, tf32);
+  Tensors dz;
   for (size_t a = 0; a < sets.size(); ++a)
     d.sets[a].gradient = dz.emplace_back(empty(sizes_of(sets[a]), code_of(sets[a]), sets[a])).mutable_data_ptr();
-  d.call.sets = d.sets.data();
-  Tensor zdz = empty({d.call.G, d.call.V, d.call.N}, wide(sets[0]), sets[0]);
-  d.call.zdz = zdz.mutable_data_ptr();
-  Tensor memory = bytes(cuda::gram_memory(d.call, true), sets[0]);
-  check(cuda::gram_backward(d.call, memory.mutable_data_ptr(), device.stream));
+  Tensor zdz = run_backward(d, sets[0], neg, pos, g_term, g_neg, g_pos);
   return {dz, zdz};
+}
+
+// ---- a whole loss: operation and reduction; and its gradient, for which the forward leaves neg and pos
+
+// Which terms a loss adds, and by what it divides: see tclr_kernels/reduced.py.
+struct Reduction {
+  bool one_sided;
+  double factor, count;
+};
+
+// Inputs [N, D] or [G, N, D], or the views of one tensor [V, N, D]; as sets [G, N, D].
+Tensors sets_of(const Tensors& inputs) {
+  bool views = inputs.size() == 1;
+  STD_TORCH_CHECK(!inputs.empty() && (inputs[0].dim() == 3 || (inputs[0].dim() == 2 && !views)),
+                  "inputs: wanted tensors [N, D] or [G, N, D], or one tensor [V, N, D]");
+  Tensors sets;
+  for (Tensor z : inputs)
+    if (!views)
+      sets.push_back(z.dim() == 3 ? z : torch::stable::unsqueeze(z, 0));
+    else
+      for (int64_t v = 0; v < z.size(0); ++v) sets.push_back(torch::stable::narrow(z, 0, v, 1));
+  return sets;
+}
+
+// PyTorch's own operator with a number, "aten::mul" or "aten::div", as where Python calls it: the same bits.
+Tensor with_number(const char* name, const Tensor& x, double number) {
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(0, nullptr, nullptr, aoti_torch_dtype_float64(),
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  Tensor y(handle);
+  *static_cast<double*>(y.mutable_data_ptr()) = number;
+  Tensor on_host = torch::stable::to(y, x.scalar_type());
+  std::array<StableIValue, 2> stack{torch::stable::detail::from(x), torch::stable::detail::from(on_host)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "Tensor", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// term[:, 0, 1]
+Tensor first_pair(const Tensor& term) {
+  return torch::stable::select(torch::stable::select(term, 1, 0), 1, 1);
+}
+
+std::tuple<Tensor, Tensors> reduced(Tensors inputs, Optional tau, double tau_value, bool normalize, bool cross,
+                                    bool one_sided, double factor, double count, bool gradient, bool tf32) {
+  auto [term, neg, pos] = gram_forward(sets_of(inputs), tau, tau_value, normalize, cross, tf32);
+  Device device(inputs[0]);
+  Tensor chosen = one_sided ? torch::stable::contiguous(first_pair(term)) : term;
+  Tensor loss = torch::stable::sum(chosen);
+  if (factor != 1) loss = with_number("aten::mul", loss, factor);
+  loss = with_number("aten::div", loss, count);
+  return {loss, gradient ? Tensors{neg, pos} : Tensors{}};
+}
+
+Tensors reduced_backward(Tensors inputs, Optional tau, double tau_value, bool normalize, bool cross, bool one_sided,
+                         double factor, double count, Tensors kept, Tensor upstream, bool tf32) {
+  STD_TORCH_CHECK(kept.size() == 2, "kept: wanted what the forward returned");
+  Described d = describe(sets_of(inputs), tau, tau_value, normalize, cross, tf32);
+  Device device(inputs[0]);
+  Tensor value = with_number("aten::div", upstream, count);
+  if (factor != 1) value = with_number("aten::mul", value, factor);
+  Tensor g_term = empty(sizes_of(kept[0]), wide(inputs[0]), inputs[0]);
+  if (one_sided) torch::stable::zero_(g_term);
+  Tensor reached = one_sided ? first_pair(g_term) : g_term;
+  torch::stable::copy_(reached, value);
+
+  Tensors made;
+  size_t views = d.sets.size() / inputs.size();
+  for (size_t k = 0; k < inputs.size(); ++k) {
+    Tensor& to = made.emplace_back(empty(sizes_of(inputs[k]), code_of(inputs[k]), inputs[k]));
+    int64_t bytes_a_view = d.call.N * d.call.D * bytes_of(to);
+    for (size_t v = 0; v < views; ++v)
+      d.sets[k * views + v].gradient = static_cast<char*>(to.mutable_data_ptr()) + int64_t(v) * bytes_a_view;
+  }
+  Tensor zdz = run_backward(d, inputs[0], kept[0], kept[1], g_term, {}, {});
+  if (tau) made.push_back(torch::stable::sum(zdz));
+  return made;
 }
 
 // ---- rectangles
@@ -321,6 +405,8 @@ Tensors objective_backward(Tensor g, Tensor s, Tensor x, Optional tau, double ta
 static void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("gram_forward", TORCH_BOX(&tclr::gram_forward));
   m.impl("gram_backward", TORCH_BOX(&tclr::gram_backward));
+  m.impl("reduced", TORCH_BOX(&tclr::reduced));
+  m.impl("reduced_backward", TORCH_BOX(&tclr::reduced_backward));
   m.impl("rectangle", TORCH_BOX(&tclr::rectangle));
   m.impl("pairs", TORCH_BOX(&tclr::pairs));
   m.impl("rectangle_backward", TORCH_BOX(&tclr::rectangle_backward));

@@ -135,6 +135,37 @@ def backward(
     return call(sets, *_split(tau), normalize, cross, neg, pos, *gradients, tf32_allowed())
 
 
+def reduced(
+    inputs: Sequence[Tensor],
+    tau: float | Tensor,
+    normalize: bool,
+    cross: bool,
+    one_sided: bool,
+    factor: float,
+    count: int,
+    gradient: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    settings = normalize, cross, one_sided, factor, count, gradient
+    tf32 = inputs[0].is_cuda and tf32_allowed()
+    return torch.ops.tclr_kernels.reduced.default(inputs, *_split(tau), *settings, tf32)
+
+
+def reduced_backward(
+    inputs: Sequence[Tensor],
+    tau: float | Tensor,
+    normalize: bool,
+    cross: bool,
+    one_sided: bool,
+    factor: float,
+    count: int,
+    kept: Sequence[Tensor],
+    upstream: Tensor,
+) -> list[Tensor]:
+    settings = normalize, cross, one_sided, factor, count, kept, upstream
+    tf32 = inputs[0].is_cuda and tf32_allowed()
+    return torch.ops.tclr_kernels.reduced_backward.default(inputs, *_split(tau), *settings, tf32)
+
+
 def rectangle(
     rows: Sequence[Tensor],
     columns: Sequence[Tensor],
@@ -233,6 +264,22 @@ def register_fakes(namespace: str) -> None:
         G, N, _ = sets[0].shape
         dz = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in sets]
         return dz, neg.new_empty(G, len(sets), N)
+
+    @torch.library.register_fake(f"{namespace}::reduced")
+    def _(inputs, tau, tau_value, normalize, cross, one_sided, factor, count, gradient, tf32=False):
+        dtype = torch.promote_types(inputs[0].dtype, torch.float32)
+        loss, *along = (inputs[0].new_empty((), dtype=dtype) for _ in range(1 if tau is None else 2))
+        kept = [*(z.new_empty(z.shape, dtype=dtype) for z in inputs), *along]
+        if inputs[0].is_cuda:  # neg and pos of the operation
+            (G, N) = (1, inputs[0].shape[-2]) if len(inputs) == 1 or inputs[0].dim() == 2 else inputs[0].shape[:2]
+            V = len(inputs) if len(inputs) > 1 else len(inputs[0])
+            kept = [inputs[0].new_empty(G, V, V, N, dtype=dtype) for _ in range(2)]
+        return loss, kept if gradient else []
+
+    @torch.library.register_fake(f"{namespace}::reduced_backward")
+    def _(inputs, tau, tau_value, normalize, cross, one_sided, factor, count, kept, upstream, tf32=False):
+        along = [] if tau is None else [torch.empty_like(upstream)]
+        return [*(z.new_empty(z.shape) for z in inputs), *along]
 
     @torch.library.register_fake(f"{namespace}::rectangle")
     def _(rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys, mean, tf32=False):
