@@ -10,8 +10,6 @@
 namespace tclr {
 namespace {
 
-constexpr double small = 1 << 20;  // elements of a problem whose rows and similarities stay for the backward
-
 // An input and its gradient, to which several terms add; both as if [V, B, T, D]: T is 1 where the tensor has no such
 // dimension.
 struct Input {
@@ -29,17 +27,6 @@ struct Input {
     return std::array<int64_t, 4>{z.size(1) * T * D, T * D, D, 1}[dimension];
   }
 };
-
-int64_t bytes_of(const Tensor& z) {
-  switch (dtype_of(z)) {
-    case Dtype::f64:
-      return 8;
-    case Dtype::f32:
-      return 4;
-    default:
-      return 2;
-  }
-}
 
 // The sets of one Gram problem, all of them views of the inputs.
 template <typename T>
@@ -79,8 +66,9 @@ struct Objective {
   }
 
   GramInput problem(int64_t G, int64_t V, int64_t N, int64_t D, bool cross) const {
-    bool keep = gradient && V * N <= 512 && double(G * V * N) * double(D + V * N) < small;
-    return {G, V, N, D, nullptr, dtype, tau, normalize, cross, keep};
+    GramInput in{G, V, N, D, nullptr, dtype, tau, normalize, cross};
+    in.keep = gradient && keeps(in);
+    return in;
   }
 
   int64_t workspace(const GramInput& in) const { return kernels<T>().workspace(in, executor.threads, gradient); }
@@ -110,19 +98,6 @@ struct Objective {
     return {total(term), with_ll ? total(*ll) : 0};
   }
 };
-
-// Each value times zero, several sums side by side: a NaN or an infinity makes its sum NaN.
-template <typename T>
-bool finite(const Tensor& x) {
-  constexpr int64_t lanes = 64 / sizeof(T);
-  const T* values = const_data<T>(x);
-  T sums[lanes] = {};
-  int64_t n = x.numel(), i = 0;
-  for (; i + lanes <= n; i += lanes)
-    for (int64_t k = 0; k < lanes; ++k) sums[k] += values[i + k] * 0;
-  for (; i < n; ++i) sums[0] += values[i] * 0;
-  return std::all_of(sums, sums + lanes, [](T sum) { return sum == 0; });
-}
 
 enum Term { ic_global, ic_local, ll, gl, terms };
 
@@ -188,12 +163,11 @@ std::tuple<Tensors, Tensors> compute(std::array<Input, 3> inputs, double tau, bo
   values.push_back(scalar<T>(total, x.z));
   for (int k = 0; k < terms; ++k) values.push_back(scalar<T>(scales[k] * sums[k], x.z));
   if (gradient) {
-    for (Input& in : inputs)
-      if (in.written && !finite<T>(*in.gradient)) return {values, {}};
     for (Input& in : inputs) {
       if (!in.written) std::memset(data<T>(*in.gradient), 0, in.gradient->numel() * sizeof(T));
       gradients.push_back(*in.gradient);
     }
+    if (!scalable<T>(gradients)) return {values, {}};
     gradients.push_back(scalar<T>(run.zdz / (-2 * tau), x.z));
   }
   return {values, gradients};

@@ -1,4 +1,5 @@
 // Schemas, checks, and the CPU implementation: tensors in, pointers and sizes on.
+#include <algorithm>
 #include <tuple>
 
 #include "keys.h"
@@ -96,6 +97,93 @@ std::tuple<Tensors, Tensor> gram_backward(Tensors sets, Optional tau, double tau
   Sets s = describe(sets, tau, tau_value, normalize, cross);
   auto run = s.input.dtype == Dtype::f64 ? backward<double> : backward<float>;
   return run(sets, s.input, neg, pos, g_term, g_neg, g_pos);
+}
+
+// ---- a whole loss: operation, reduction and, where it is wanted, gradient
+
+// Which terms a loss adds, and by what it divides: see `reduced` in tclr_kernels/reduced.py.
+struct Reduction {
+  bool one_sided;
+  double factor, count;
+};
+
+// As PyTorch's own operator adds: the losses that call it have the same bits.
+Tensor total(const Tensor& x) { return torch::stable::sum(x); }
+
+// term[:, 0, 1], contiguous
+template <typename T>
+Tensor first_of_pairs(const Tensor& term) {
+  int64_t G = term.size(0), V = term.size(1), N = term.size(3);
+  Tensor chosen = empty({G, N}, code_of(term), term);
+  for (int64_t g = 0; g < G; ++g)
+    std::copy_n(const_data<T>(term) + (g * V * V + 1) * N, N, data<T>(chosen) + g * N);
+  return chosen;
+}
+
+// The gradient of the loss for each term.
+template <typename T>
+void fill_gradient(const Tensor& g_term, const Reduction& how) {
+  int64_t G = g_term.size(0), V = g_term.size(1), N = g_term.size(3);
+  T value = T(1) / T(how.count) * T(how.factor), *to = data<T>(g_term);
+  std::fill_n(to, g_term.numel(), how.one_sided ? T(0) : value);
+  for (int64_t g = 0; how.one_sided && g < G; ++g) std::fill_n(to + (g * V * V + 1) * N, N, value);
+}
+
+template <typename T>
+std::tuple<Tensor, Tensors> reduced_of(const Tensors& inputs, GramInput in, const Reduction& how, bool gradient) {
+  const Tensor& like = inputs[0];
+  auto block = [&](std::vector<int64_t> sizes) { return empty(sizes, wide(like), like); };
+  Tensor term = block({in.G, in.V, in.V, in.N}), neg = block({in.G, in.V, in.V, in.N}), pos = block(sizes_of(neg));
+  Executor executor = threads();
+  const Kernels<T>& k = kernels<T>();
+  in.keep = gradient && keeps(in);
+  Tensor memory = block({k.workspace(in, executor.threads, gradient)});
+  k.forward(in, {data<T>(term), data<T>(neg), data<T>(pos)}, data<T>(memory), executor);
+  Tensor loss = total(how.one_sided ? first_of_pairs<T>(term) : term);
+  T* value = data<T>(loss);
+  *value = *value * T(how.factor) / T(how.count);
+  if (!gradient) return {loss, {}};
+
+  Tensors made;
+  std::vector<Gradient<T>> outputs;
+  for (const Tensor& z : inputs) {
+    T* to = data<T>(made.emplace_back(block(sizes_of(z))));
+    int64_t views = in.V / int64_t(inputs.size());
+    for (int64_t v = 0; v < views; ++v) outputs.push_back({to + v * in.N * in.D, in.N * in.D, in.D, false});
+  }
+  Tensor zdz = block({in.G, in.V, in.N});
+  fill_gradient<T>(term, how);
+  k.backward(in,
+             {const_data<T>(neg), const_data<T>(pos), const_data<T>(term), nullptr, nullptr, outputs.data(),
+              data<T>(zdz)},
+             data<T>(memory), executor);
+  if (!scalable<T>(made)) return {loss, {}};
+  made.push_back(total(zdz));
+  return {loss, made};
+}
+
+// Of sets [N, D] or [G, N, D], or of the views of one tensor [V, N, D].
+std::tuple<Tensor, Tensors> reduced(Tensors inputs, Optional tau, double tau_value, bool normalize, bool cross,
+                                    bool one_sided, double factor, double count, bool gradient, bool) {
+  STD_TORCH_CHECK(!inputs.empty() && (inputs[0].dim() == 3 || (inputs[0].dim() == 2 && inputs.size() > 1)),
+                  "inputs: wanted tensors [N, D] or [G, N, D], or one tensor [V, N, D]");
+  std::vector<int64_t> sizes = sizes_of(inputs[0]);
+  Code dtype = code_of(inputs[0]);
+  bool views = inputs.size() == 1;
+  int64_t V = views ? sizes[0] : int64_t(inputs.size()), G = views || sizes.size() == 2 ? 1 : sizes[0];
+  std::vector<Rows> rows;
+  for (const Tensor& z : inputs) {
+    STD_TORCH_CHECK(sizes_of(z) == sizes && code_of(z) == dtype && z.is_cpu(),
+                    "inputs: wanted CPU tensors of one shape and dtype");
+    int64_t last = z.dim() - 1, first = last == 2 ? z.stride(0) : 0;
+    const char* data = static_cast<const char*>(z.const_data_ptr());
+    for (int64_t v = 0; v < (views ? V : 1); ++v)
+      rows.push_back({data + v * first * bytes_of(z), views ? 0 : first, z.stride(last - 1), z.stride(last)});
+  }
+  GramInput in{G,         V,    sizes[sizes.size() - 2], sizes.back(), rows.data(), dtype_of(inputs[0]), tau_of(tau, tau_value),
+               normalize, cross};
+  auto run = in.dtype == Dtype::f64 ? reduced_of<double> : reduced_of<float>;
+  return run(inputs, in, {one_sided, factor, count}, gradient);
 }
 
 // A rectangle as pointers, alive as long as the tensors and this are.
@@ -294,6 +382,7 @@ STABLE_TORCH_LIBRARY(tclr_kernels, m) {
 STABLE_TORCH_LIBRARY_IMPL(tclr_kernels, CPU, m) {
   m.impl("gram_forward", TORCH_BOX(&tclr::gram_forward));
   m.impl("gram_backward", TORCH_BOX(&tclr::gram_backward));
+  m.impl("reduced", TORCH_BOX(&tclr::reduced));
   m.impl("rectangle", TORCH_BOX(&tclr::rectangle));
   m.impl("pairs", TORCH_BOX(&tclr::pairs));
   m.impl("rectangle_backward", TORCH_BOX(&tclr::rectangle_backward));

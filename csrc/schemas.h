@@ -9,6 +9,8 @@ constexpr const char* schemas[] = {
     "bool tf32=False) -> (Tensor term, Tensor neg, Tensor pos)",
     "gram_backward(Tensor[] sets, Tensor? tau, float tau_value, bool normalize, bool cross, Tensor neg, Tensor pos, "
     "Tensor? g_term, Tensor? g_neg, Tensor? g_pos, bool tf32=False) -> (Tensor[] dz, Tensor zdz)",
+    "reduced(Tensor[] inputs, Tensor? tau, float tau_value, bool normalize, bool cross, bool one_sided, float factor, "
+    "float count, bool gradient, bool tf32=False) -> (Tensor loss, Tensor[] gradients)",
     "rectangle(Tensor[] rows, Tensor[] columns, Tensor? tau, float tau_value, bool normalize, bool cross, SymInt "
     "first, "
     "Tensor? row_keys, Tensor? column_keys, bool mean, bool tf32=False) "

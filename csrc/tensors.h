@@ -40,6 +40,18 @@ inline Code wide(const Tensor& x) {
   return code_of(x) == aoti_torch_dtype_float64() ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
 }
 
+// Of one value.
+inline int64_t bytes_of(const Tensor& x) {
+  switch (dtype_of(x)) {
+    case Dtype::f64:
+      return 8;
+    case Dtype::f32:
+      return 4;
+    default:
+      return 2;
+  }
+}
+
 inline std::vector<int64_t> sizes_of(const Tensor& x) { return {x.sizes().begin(), x.sizes().end()}; }
 
 // A contiguous tensor of any values, on the same device as another.

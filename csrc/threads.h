@@ -2,6 +2,8 @@
 #pragma once
 #include <algorithm>
 #include <atomic>
+#include <cmath>
+#include <limits>
 #include <type_traits>
 
 #include "cpu/gram.h"
@@ -38,6 +40,21 @@ T* data(const Tensor& x) {
 template <typename T>
 const T* const_data(const Tensor& x) {
   return static_cast<const T*>(x.const_data_ptr());
+}
+
+// Whether a problem is small enough that its rows and similarities stay in memory from the forward to the backward.
+inline bool keeps(const GramInput& in) {
+  int64_t rows = in.V * in.N;
+  return rows <= 512 && double(in.G * rows) * double(in.D + rows) < 1 << 20;
+}
+
+// Whether gradients may be multiplied by what comes from above: where all are finite, and not all near underflow.
+template <typename T>
+bool scalable(const Tensors& gradients) {
+  T largest = 0;
+  for (const Tensor& d : gradients) largest = std::max(largest, kernels<T>().largest(const_data<T>(d), d.numel()));
+  return largest < std::numeric_limits<T>::infinity() &&
+         (largest == 0 || largest > std::sqrt(std::numeric_limits<T>::min()));
 }
 
 inline double tau_of(const Optional& tau, double value) {

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+PLAIN = torch.Tensor, torch.nn.Parameter  # no subclass, which may do anything
 DTYPES = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
 
@@ -23,6 +24,8 @@ def embeddings(dims: str, empty: bool = False, /, **tensors: Tensor) -> list[Ten
 
 def _alike(dims: str, tensors: Mapping[str, Tensor], empty: bool = False) -> list[Tensor]:
     names, check_values = dims.split(), _check_values()
+    if not check_values and _at_a_glance(names, list(tensors.values())):
+        return list(tensors.values())
     for name, x in tensors.items():
         _embedding(name, x, names, check_values, empty)
     (first, a), *others = tensors.items()
@@ -31,6 +34,22 @@ def _alike(dims: str, tensors: Mapping[str, Tensor], empty: bool = False) -> lis
         if x.shape != a.shape:
             raise ValueError(f"{first} has shape {list(a.shape)} and {name} {list(x.shape)}: wanted the same shape")
     return saveable(*same_dtype(**tensors))
+
+
+def _at_a_glance(dims: Sequence[str], tensors: Sequence[object]) -> bool:
+    """Whether no check can find anything: a small loss takes not much longer than all of them, one by one."""
+    if torch.compiler.is_compiling():
+        return False
+    shape = dtype = device = None
+    for x in tensors:
+        if type(x) not in PLAIN or x.layout is not torch.strided or x.is_inference():
+            return False
+        if shape is None:
+            shape, dtype, device = x.shape, x.dtype, x.device
+        elif x.shape != shape or x.dtype is not dtype or x.device != device:
+            return False
+    fits = len(shape) > len(dims) - 2 if dims[0] == "..." else len(shape) == len(dims)
+    return fits and 0 not in shape and dtype in DTYPES
 
 
 def _one_device(first: str, a: Tensor, name: str, x: Tensor) -> None:

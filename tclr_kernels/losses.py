@@ -45,6 +45,7 @@ from .candidates import Negatives
 from .checks import TEMPERATURE
 from .distributed import Further, Group, Process, Shares
 from .objective import objective
+from .reduced import reduced
 from .symmetric import blocks, ordered_sum, traced
 
 Temperature = float | Tensor
@@ -100,6 +101,10 @@ def nt_xent(
     a, b = checks.embeddings("... N D", group is not None, a=a, b=b)
     checks.flag("symmetric", symmetric)
     tau = _tau(temperature, logit_scale, normalize, reduction, a, group)
+    anchors = a.shape[:-2].numel() * _rows(a, group) * (2 if symmetric else 1)
+    if _is_plain(reduction, labels, negatives, decoupled, group):
+        count = anchors if reduction == "mean" else 1
+        return reduced([a, b], tau, backend, normalize, False, one_sided=not symmetric, count=count)
     further = None
     if negatives is not None:
         further = [candidates.given("negatives", negatives, a, group), *([] if symmetric else [None])]
@@ -107,10 +112,7 @@ def nt_xent(
     if reduction == "none":
         term = _own(term, group)
         return (_off_diagonal(term) if symmetric else term[:, 0, 1]).reshape(*a.shape[:-2], -1)
-    anchors = a.shape[:-2].numel() * _rows(a, group)
-    if symmetric:
-        return _reduce(term, reduction, 2 * anchors, group)
-    return _reduce(term[:, 0, 1], reduction, anchors, group)
+    return _reduce(term if symmetric else term[:, 0, 1], reduction, anchors, group)
 
 
 @distributed.collective
@@ -141,6 +143,9 @@ def clip_loss(
     a, b = checks.embeddings("... N D", group is not None, a=a, b=b)
     tau = _tau(temperature, logit_scale, normalize, reduction, a, group)
     of_a, of_b = checks.pair("negatives", negatives)
+    anchors = 2 * a.shape[:-2].numel() * _rows(a, group)
+    if _is_plain(reduction, labels, of_a if of_b is None else of_b, decoupled, group):
+        return reduced([a, b], tau, backend, normalize, True, count=anchors if reduction == "mean" else 1)
     further = None
     if of_a is not None or of_b is not None:
         further = [candidates.given(f"negatives[{k}]", x, a, group) for k, x in enumerate((of_a, of_b))]
@@ -150,7 +155,7 @@ def clip_loss(
     term = _terms([a, b], tau, normalize, True, backend, labels, further, decoupled, group)
     if reduction == "none":
         return _off_diagonal(_own(term, group)).reshape(*a.shape[:-2], -1)
-    return _reduce(term, reduction, 2 * a.shape[:-2].numel() * _rows(a, group), group)
+    return _reduce(term, reduction, anchors, group)
 
 
 @distributed.collective
@@ -274,6 +279,9 @@ def instance_contrastive(
         raise ValueError(f"views: found V = {V}, shape {list(views.shape)}, wanted V >= 2")
     checks.one_of("softmax", softmax, SOFTMAXES)
     tau = _tau(temperature, logit_scale, normalize, reduction, views, group)
+    anchors = V * _rows(views, group) * (V - 1 if softmax == "pairs" else 1)
+    if softmax == "pairs" and _is_plain(reduction, labels, negatives, decoupled, group):
+        return reduced([views], tau, backend, normalize, False, count=anchors if reduction == "mean" else 1)
     sets = views.unsqueeze(1).unbind(0)
     further = None if negatives is None else [candidates.given("negatives", negatives, views[0], group)]
     if softmax == "pairs":
@@ -284,7 +292,7 @@ def instance_contrastive(
         term = _rounded(parts.joint_terms(decoupled), views)
     if reduction == "none":
         return _own(term, group)[0]
-    return _reduce(term, reduction, V * _rows(views, group) * (V - 1 if softmax == "pairs" else 1), group)
+    return _reduce(term, reduction, anchors, group)
 
 
 @distributed.collective
@@ -313,6 +321,9 @@ def local_local(
     x1, x2 = checks.embeddings("B T D", group is not None, x1=x1, x2=x2)
     checks.flag("symmetric", symmetric)
     tau = _tau(temperature, logit_scale, normalize, reduction, x1, group)
+    if _is_plain(reduction, group=group):
+        settings = dict(factor=0.5) if symmetric else dict(one_sided=True)
+        return reduced([x1, x2], tau, backend, normalize, False, count=len(x1) if reduction == "mean" else 1, **settings)
     _agree(group, x1, backend)
     term = _terms([x1, x2], tau, normalize, False, backend)
     return _reduce_videos(term / 2 if symmetric else term[:, 0, 1], reduction, group)
@@ -341,6 +352,8 @@ def global_local(
     """
     s, x = checks.embeddings("B T D", group is not None, s=s, x=x)
     tau = _tau(temperature, logit_scale, normalize, reduction, s, group)
+    if _is_plain(reduction, group=group):
+        return reduced([s, x], tau, backend, normalize, True, count=len(s) if reduction == "mean" else 1)
     _agree(group, s, backend)
     term = _terms([s, x], tau, normalize, True, backend)
     return _reduce_videos(term, reduction, group)
@@ -471,6 +484,17 @@ def _tau(
     checks.flag("normalize", normalize)
     tau = checks.scaled(temperature, logit_scale, like.device)
     return tau if process is None else distributed.shared(process, tau, like.device)
+
+
+def _is_plain(
+    reduction: Reduction,
+    labels: Tensor | None = None,
+    negatives: object = None,
+    decoupled: bool = False,
+    group: Process | None = None,
+) -> bool:
+    """Whether a loss is a number, from the two-sided operation alone."""
+    return reduction != "none" and labels is None and negatives is None and decoupled is False and group is None
 
 
 def _terms(

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from . import backends, checks
 
+SUMMED_AT_ONCE = 32768  # up to so many ATen adds in one thread, and beyond in one thread a row
 _transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 
@@ -66,7 +67,7 @@ def traced(function: type[torch.autograd.Function], *arguments: Any) -> Any:
 def ordered_sum(x: Tensor) -> Tensor:
     """The sum of all elements, in an order that does not depend on the number of threads."""
     x = x.flatten()
-    while x.numel() > 32768:  # up to here ATen adds in one thread, and beyond it one thread a row
+    while x.numel() > SUMMED_AT_ONCE:
         x = F.pad(x, (0, -x.numel() % 4096)).view(-1, 4096).sum(1)
     return x.sum()
 

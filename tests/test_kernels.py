@@ -18,7 +18,7 @@ WIDTHS = {  # as csrc/cpu/*.cpp set them; every width runs on any machine, by th
 
 BUGS = {
     "dropped mask": ("s[own] = -INFINITY;", ""),
-    "ragged columns counted": ("j < padded<T>(columns.count); ++j) s[j] =", "j < columns.count; ++j) s[j] ="),
+    "ragged columns counted": ("j < covered<T>(columns.count); ++j) s[j] =", "j < columns.count; ++j) s[j] ="),
     "tile off by one": ("return b % blocks * block;", "return b % blocks * (block - 1);"),
     "last row missed": (
         "for (int64_t r = 0; r < rows; r += strip) {",

@@ -98,6 +98,8 @@ struct Kernels {
   // LL from the similarities of the same video in different sets, pos: [V, V, N], the sets (v, t), v outermost.
   // loss: [V, N]; g_pos: [V, V, N], `scale` times the derivative of their sum.
   void (*local_local)(int64_t V, int64_t N, const T* pos, double scale, T* loss, T* g_pos, const Executor&);
+  // The largest magnitude of n values; infinity where one of them is NaN.
+  T (*largest)(const T* values, int64_t n);
   int64_t (*rectangle_workspace)(const RectangleInput&, const RectangleCall<T>&, int64_t threads);
   void (*rectangle)(const RectangleInput&, const RectangleCall<T>&, T* workspace, const Executor&);
 };

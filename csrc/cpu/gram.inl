@@ -140,7 +140,7 @@ void scores(const Work<T>& w, Pair pair, Columns columns, const Tile<T>& tile, i
       if (pos) pos[r + q] = mirrored[r + q] = w.bounded ? s[own] * w.inverse_tau : s[own];
       s[own] = -INFINITY;
     }
-    for (int64_t j = columns.count; j < padded<T>(columns.count); ++j) s[j] = -INFINITY;
+    for (int64_t j = columns.count; j < covered<T>(columns.count); ++j) s[j] = -INFINITY;
   }
 }
 
@@ -199,7 +199,7 @@ void column_exponentials(const T* S, int64_t lds, int64_t rows, int64_t n, T* co
 template <typename T>
 void forward_tile(const Work<T>& w, Pair pair, Columns columns, const Tile<T>& tile) {
   const Problem& p = w.p;
-  int64_t I = pair.left, J = pair.right, a = p.set(I), c = p.set(J), rows = p.rows(I), width = padded<T>(columns.count);
+  int64_t I = pair.left, J = pair.right, a = p.set(I), c = p.set(J), rows = p.rows(I), width = covered<T>(columns.count);
   int64_t to_rows = p.at(a, c, p.begin(I)), to_columns = p.at(c, a, p.begin(J)) + columns.first;
   const Group<T>& group = w.group;
   bool pairs = a != c && p.begin(I) == p.begin(J);
@@ -260,7 +260,7 @@ void weights(T* s, int64_t n, bool bounded, T to_exponent, Weight<T> row, const 
 template <typename T>
 void backward_tile(const Work<T>& w, Pair pair, Columns columns, const Tile<T>& tile) {
   const Problem& p = w.p;
-  int64_t I = pair.left, J = pair.right, a = p.set(I), c = p.set(J), rows = p.rows(I), width = padded<T>(columns.count);
+  int64_t I = pair.left, J = pair.right, a = p.set(I), c = p.set(J), rows = p.rows(I), width = covered<T>(columns.count);
   int64_t of_rows = p.at(a, c, p.begin(I)), of_columns = p.at(c, a, p.begin(J)) + columns.first;
   const Group<T>& group = w.group;
   bool pairs = a != c && p.begin(I) == p.begin(J);
@@ -423,6 +423,24 @@ void local_local(int64_t V, int64_t N, const T* pos, double scale, T* loss, T* g
   LocalLocal<T> w{V, N, pos, scale, loss, g_pos};
   auto one = [](void* argument, int64_t a, int64_t) { local_local_set(*(LocalLocal<T>*)argument, a); };
   (double(V * V * N) < 1e4 ? Executor{serially, 1} : executor).run(V, one, &w);
+}
+
+template <typename T>
+T largest(const T* values, int64_t n) {
+  Vec<T> top = {}, spoilt = {};
+  int64_t i = 0;
+  for (; i + lanes<T> <= n; i += lanes<T>) {
+    Vec<T> x = load(values + i);
+    top = larger<T>(x < 0 ? -x : x, top);
+    spoilt += x * 0;
+  }
+  T most = maximum<T>(top), rest = T(sum<T>(spoilt));
+  for (; i < n; ++i) {
+    T size = values[i] < 0 ? -values[i] : values[i];
+    most = size > most ? size : most;
+    rest += size * 0;
+  }
+  return rest == 0 ? most : T(INFINITY);
 }
 
 template <typename T>

@@ -11,9 +11,9 @@ namespace tclr {
 
 const Level TCLR_JOIN(TCLR_LEVEL, _level) = {
     TCLR_NAME(TCLR_LEVEL),
-    {workspace<float>, forward<float>, backward<float>, local_local<float>, rectangle_workspace<float>,
+    {workspace<float>, forward<float>, backward<float>, local_local<float>, largest<float>, rectangle_workspace<float>,
      rectangle<float>},
-    {workspace<double>, forward<double>, backward<double>, local_local<double>, rectangle_workspace<double>,
+    {workspace<double>, forward<double>, backward<double>, local_local<double>, largest<double>, rectangle_workspace<double>,
      rectangle<double>},
 };
 

@@ -12,49 +12,48 @@ static_assert(strip % MR == 0);
 template <typename T>
 constexpr int NR = 2 * lanes<T>;  // columns of C held in registers
 
-// C[r, n] (+)= sum_k A[r, k] B[k, n] for r < R, n < NR; A's strides are rs, cs.
-template <typename T, int R, bool add>
+// C[r, n] (+)= sum_k A[r, k] B[k, n] for r < R, n < W vectors; A's strides are rs, cs.
+template <typename T, int R, bool add, int W = 2>
 void product(int64_t K, const T* A, int64_t rs, int64_t cs, const T* B, int64_t ldb, T* C, int64_t ldc) {
   constexpr int L = lanes<T>;
   if (add)
     for (int r = 0; r < R; ++r) __builtin_prefetch(C + r * ldc, 1);  // at D = 512 they come from afar: 5 %
-  Vec<T> c[R][2] = {};
+  Vec<T> c[R][W] = {};
   for (int64_t k = 0; k < K; ++k, A += cs, B += ldb) {
-    Vec<T> b0 = load(B), b1 = load(B + L);
+    Vec<T> b[W];
+    for (int w = 0; w < W; ++w) b[w] = load(B + w * L);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       Vec<T> a = splat(A[r * rs]);
-      c[r][0] += a * b0;
-      c[r][1] += a * b1;
+      for (int w = 0; w < W; ++w) c[r][w] += a * b[w];
     }
   }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
     T* out = C + r * ldc;
-    store(out, add ? load(out) + c[r][0] : c[r][0]);
-    store(out + L, add ? load(out + L) + c[r][1] : c[r][1]);
+    for (int w = 0; w < W; ++w) store(out + w * L, add ? load(out + w * L) + c[r][w] : c[r][w]);
   }
 }
 
 template <typename T, bool add>
 using Product = void (*)(int64_t, const T*, int64_t, int64_t, const T*, int64_t, T*, int64_t);
 
-template <typename T, bool add>
+template <typename T, bool add, int W = 2>
 constexpr Product<T, add> products[] = {
     nullptr,
-    product<T, 1, add>,
-    product<T, 2, add>,
-    product<T, 3, add>,
-    product<T, 4, add>,
-    product<T, 5, add>,
-    product<T, 6, add>,
+    product<T, 1, add, W>,
+    product<T, 2, add, W>,
+    product<T, 3, add, W>,
+    product<T, 4, add, W>,
+    product<T, 5, add, W>,
+    product<T, 6, add, W>,
 #if TCLR_TILE_ROWS == 12
-    product<T, 7, add>,
-    product<T, 8, add>,
-    product<T, 9, add>,
-    product<T, 10, add>,
-    product<T, 11, add>,
-    product<T, 12, add>,
+    product<T, 7, add, W>,
+    product<T, 8, add, W>,
+    product<T, 9, add, W>,
+    product<T, 10, add, W>,
+    product<T, 11, add, W>,
+    product<T, 12, add, W>,
 #endif
 };
 
@@ -63,6 +62,12 @@ INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 template <typename T>
 INLINE int64_t padded(int64_t n) {
   return (n + NR<T> - 1) / NR<T> * NR<T>;
+}
+
+// Columns of a tile that are computed: whole vectors.
+template <typename T>
+INLINE int64_t covered(int64_t n) {
+  return (n + lanes<T> - 1) / lanes<T> * lanes<T>;
 }
 
 template <typename T>
@@ -99,17 +104,20 @@ void pack_transposed(const T* z, int64_t ldz, int64_t n, int64_t D, T* panels) {
     for (int64_t d = 0; d < D; ++d) store(panels + n / (2 * L) * D * 2 * L + d * 2 * L + L, Vec<T>{});
 }
 
-// S[q, j] = <z_q, column j> for q < rows and every j of the panels that hold `count` columns.
+// S[q, j] = <z_q, column j> for q < rows and j < covered(count).
 template <typename T>
 INLINE void similarities(int64_t rows, const T* z, int64_t ldz, int64_t D, const T* panels, int64_t count, T* S,
                          int64_t lds) {
   for (int64_t d = 0; d < D; d += depth) {
-    auto multiply = d == 0 ? products<T, false> : products<T, true>;
+    auto whole = d == 0 ? products<T, false> : products<T, true>;
+    auto half = d == 0 ? products<T, false, 1> : products<T, true, 1>;
     int64_t K = smaller(depth, D - d);
-    for (int64_t j = 0; j < count; j += NR<T>)
+    for (int64_t j = 0; j < count; j += NR<T>) {
+      auto multiply = count - j > lanes<T> ? whole : half;
       for (int64_t q = 0; q < rows; q += MR)
         multiply[smaller(MR, rows - q)](K, z + q * ldz + d, ldz, 1, panels + j * D + d * NR<T>, NR<T>, S + q * lds + j,
                                         lds);
+    }
   }
 }
 

@@ -510,7 +510,7 @@ void meet(const Sheet<T>& w, int64_t row, int64_t column, int64_t row_copy, int6
   for (int64_t first = 0; first < n; first += chunk) {
     int64_t j = columns.begin(column) + first, count = smaller(chunk, n - first);
     Place p{row,   column,           row_copy,           column_copy,          a, c, i, j, rows.rows(row),
-            count, padded<T>(count), w.rows.at(a, c, i), w.columns.at(c, a, j)};
+            count, covered<T>(count), w.rows.at(a, c, i), w.columns.at(c, a, j)};
     if (w.call.of_pairs() && !any_positives(w.match, p)) continue;
     pack_transposed(w.columns.z + (c * columns.N + j) * w.rows.ldz, w.rows.ldz, count, w.in.D, patch.columns);
     if (w.call.wanted == Wanted::gradients)

@@ -81,8 +81,9 @@ def choose(
     source = "backend" if backend is not None else "TCLR_KERNELS_BACKEND"
     backend = backend if backend is not None else os.environ.get("TCLR_KERNELS_BACKEND") or None
     if backend is None:
-        names = _order(device, rows, features, dtype)
-        chosen = next(name for name in names if name in BACKENDS and _why_not(name, device) is None)
+        for chosen in _order(device, rows, features, dtype):
+            if chosen in BACKENDS and _why_not(chosen, device) is None:
+                break
         if chosen == "reference":
             _warn_of_missing(device.type)
         return chosen
@@ -95,7 +96,7 @@ def choose(
 
 def _order(device: torch.device, rows: int, features: int, dtype: torch.dtype | None) -> Iterable[str]:
     kind = device.type
-    for regime in REGIMES:
+    for regime in REGIMES if kind != "cpu" else ():
         fits = regime.device == kind and rows <= regime.rows and features <= regime.features
         if fits and (not regime.dtypes or dtype in regime.dtypes):
             return regime.order

@@ -135,6 +135,21 @@ def backward(
     return call(sets, *_split(tau), normalize, cross, neg, pos, *gradients, tf32_allowed())
 
 
+def reduced(
+    inputs: Sequence[Tensor],
+    tau: float | Tensor,
+    normalize: bool,
+    cross: bool,
+    one_sided: bool,
+    factor: float,
+    count: int,
+    gradient: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    settings = normalize, cross, one_sided, factor, count, gradient
+    tf32 = inputs[0].is_cuda and tf32_allowed()
+    return torch.ops.tclr_kernels.reduced.default(inputs, *_split(tau), *settings, tf32)
+
+
 def rectangle(
     rows: Sequence[Tensor],
     columns: Sequence[Tensor],
@@ -233,6 +248,12 @@ def register_fakes(namespace: str) -> None:
         G, N, _ = sets[0].shape
         dz = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in sets]
         return dz, neg.new_empty(G, len(sets), N)
+
+    @torch.library.register_fake(f"{namespace}::reduced")
+    def _(inputs, tau, tau_value, normalize, cross, one_sided, factor, count, gradient, tf32=False):
+        dtype = torch.promote_types(inputs[0].dtype, torch.float32)
+        loss, along = (inputs[0].new_empty((), dtype=dtype) for _ in range(2))
+        return loss, [*(z.new_empty(z.shape, dtype=dtype) for z in inputs), along] if gradient else []
 
     @torch.library.register_fake(f"{namespace}::rectangle")
     def _(rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys, mean, tf32=False):

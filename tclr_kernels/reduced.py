@@ -1,0 +1,127 @@
+"""A loss of plain blocks, reduced: by one call of a backend where it is small, else by the operation and PyTorch's sum.
+
+A small loss costs less than Python and autograd take around it. A backend may therefore have one more function, which
+gives the same bits as the composition here and makes the gradient along with the value:
+
+    reduced(inputs, tau, normalize, cross, one_sided, factor, count, gradient) -> (loss, gradients)
+
+gradients: where one is asked for, that of the loss for every input, float32 at least, and the sum of <z, dz> over all
+rows, of which tau's is made; none where they cannot be multiplied by what comes from above without losing digits.
+torch.compile, the transforms of torch.func, forward mode and tensor subclasses see the composition.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import backends, checks
+from .symmetric import SUMMED_AT_ONCE, Eager, Once, _transforms_active, blocks, ordered_sum, wants_gradient
+
+LARGEST = 1 << 21  # rows times the columns and features of each: a gradient of about a millisecond
+
+Settings = tuple[bool, bool, bool, float, int]
+
+
+def reduced(
+    inputs: Sequence[Tensor],
+    tau: float | Tensor,
+    backend: str | None,
+    normalize: bool,
+    cross: bool,
+    *,
+    one_sided: bool = False,
+    factor: float = 1.0,
+    count: int = 1,
+) -> Tensor:
+    """The sum of the operation's terms, times factor / count.
+
+    inputs: the sets, [..., N, D] each, or all of them as one tensor [V, N, D].
+    one_sided: only the terms of the first set's rows against the second set.
+    """
+    settings = normalize, cross, one_sided, factor, count
+    z = inputs[0]
+    leading, (N, D) = z.shape[:-2], z.shape[-2:]
+    V, rows = len(inputs), leading.numel() * N
+    if V == 1:  # views
+        V, rows = leading[0], N
+    name = backends.choose(backend, z.device, V * rows, D, z.dtype)
+    small = len(leading) < 2 and V * V * rows <= SUMMED_AT_ONCE and V * rows * (V * N + D) <= LARGEST
+    if not small or not hasattr(backends.BACKENDS[name], "reduced") or _seen_through(inputs):
+        return composed(name, settings, tau, *inputs)
+    if wants_gradient(tau, *inputs):
+        return _apply(name, settings, tau, *inputs)
+    return backends.BACKENDS[name].reduced(inputs, tau, *settings, False)[0]
+
+
+def composed(name: str, settings: Settings, tau: float | Tensor, *inputs: Tensor) -> Tensor:
+    """The definition."""
+    normalize, cross, one_sided, factor, count = settings
+    if len(inputs) == 1:
+        sets = inputs[0].unsqueeze(1).unbind(0)
+    else:
+        sets = [z if z.dim() == 3 else z.reshape(-1, *z.shape[-2:]) for z in inputs]
+    term = blocks(sets, tau, normalize=normalize, cross=cross, backend=name)[0]
+    total = ordered_sum(term[:, 0, 1] if one_sided else term)
+    return (total if factor == 1 else total * factor) / count
+
+
+def _seen_through(inputs: Sequence[Tensor]) -> bool:
+    """Whether something looks at the single operations of the composition, or at a tensor's own ones."""
+    if torch.compiler.is_compiling() or _transforms_active() or forward_ad._current_level >= 0:
+        return True
+    return any([type(z) not in checks.PLAIN for z in inputs])
+
+
+class Reduced(Eager, torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, name: str, settings: Settings, tau: float | Tensor, *inputs: Tensor) -> Tensor:
+        loss, gradients = backends.BACKENDS[name].reduced(inputs, tau, *settings, True)
+        ctx.name, ctx.settings = name, settings
+        ctx.tau = None if isinstance(tau, torch.Tensor) else tau
+        ctx.save_for_backward(tau if ctx.tau is None else None, *inputs, *gradients)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        tau, *saved = ctx.saved_tensors
+        tau = tau if ctx.tau is None else ctx.tau
+        call = ReducedBackward.apply if torch.is_grad_enabled() else ReducedBackward.forward
+        return None, None, *call(ctx.name, ctx.settings, ctx.needs_input_grad[2:], tau, upstream, *saved)
+
+
+_apply = super(torch.autograd.Function, Reduced).apply  # as Eager.apply does, which looks for transforms once more
+
+
+class ReducedBackward(Once, torch.autograd.Function):
+    @staticmethod
+    def forward(
+        name: str, settings: Settings, needed: Sequence[bool], tau: float | Tensor, upstream: Tensor, *saved: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        n = len(needed) - 1
+        inputs, gradients = saved[:n], saved[n:]
+        if not gradients:
+            return _by_composition(name, settings, needed, tau, upstream, inputs)
+        *d_inputs, along = gradients
+        d_tau = (along * upstream / (-2 * tau)).to(tau) if needed[0] else None
+        d_inputs = [d * upstream if need else None for d, need in zip(d_inputs, needed[1:], strict=True)]
+        if inputs[0].dtype != along.dtype:
+            d_inputs = [d if d is None else d.to(inputs[0].dtype) for d in d_inputs]
+        return d_tau, *d_inputs
+
+
+def _by_composition(
+    name: str,
+    settings: Settings,
+    needed: Sequence[bool],
+    tau: float | Tensor,
+    upstream: Tensor,
+    inputs: Sequence[Tensor],
+) -> tuple[Tensor | None, ...]:
+    with torch.enable_grad():
+        variables = [z.detach().requires_grad_() if need else z for z, need in zip((tau, *inputs), needed, strict=True)]
+        loss = composed(name, settings, *variables)
+    made = iter(torch.autograd.grad(loss, [z for z, need in zip(variables, needed, strict=True) if need], upstream))
+    return tuple(next(made) if need else None for need in needed)
