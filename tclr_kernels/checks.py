@@ -250,6 +250,8 @@ def temperature(value: object, device: torch.device | None = None, name: str = "
         if _check_values() and not (value > 0).logical_and(value.isfinite()):
             raise ValueError(f"{name}: found {value.item()}, wanted {wanted} (TCLR_KERNELS_CHECK=1)")
         return saveable(value)[0].reshape(())  # autograd gives the gradient the shape that the tensor had
+    if isinstance(value, Default):  # already a valid number; PyTorch 2.11's compiler cannot trace float() of it
+        return DEFAULT
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: found {value!r}, wanted {wanted}")
     try:
@@ -266,7 +268,8 @@ class Default(float):
     """The value of an argument that was not given."""
 
 
-TEMPERATURE: float = Default(0.1)
+DEFAULT = 0.1
+TEMPERATURE: float = Default(DEFAULT)
 
 
 def scaled(given: object, logit_scale: object, device: torch.device) -> float | Tensor:

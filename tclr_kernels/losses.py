@@ -46,7 +46,7 @@ from .checks import TEMPERATURE
 from .distributed import Further, Group, Process, Shares
 from .objective import objective
 from .reduced import reduced
-from .symmetric import blocks, ordered_sum, traced
+from .symmetric import blocks, divides, ordered_sum, total, traced
 
 Temperature = float | Tensor
 Reduction = Literal["mean", "sum", "none"]
@@ -323,7 +323,9 @@ def local_local(
     tau = _tau(temperature, logit_scale, normalize, reduction, x1, group)
     if _is_plain(reduction, group=group):
         settings = dict(factor=0.5) if symmetric else dict(one_sided=True)
-        return reduced([x1, x2], tau, backend, normalize, False, count=len(x1) if reduction == "mean" else 1, **settings)
+        return reduced(
+            [x1, x2], tau, backend, normalize, False, count=len(x1) if reduction == "mean" else 1, **settings
+        )
     _agree(group, x1, backend)
     term = _terms([x1, x2], tau, normalize, False, backend)
     return _reduce_videos(term / 2 if symmetric else term[:, 0, 1], reduction, group)
@@ -452,6 +454,16 @@ def _compose(
     # gradients of several terms meet in float32 at least: in float16, that of a short row may be inf - inf
     g, s, x = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (g, s, x))
     with_ic_global, with_ic_local, with_ll, with_gl = (w != 0 for w in weights)
+    if labels is None and process is None and divides(backend, x, V * B * T):
+        inputs = [g.unsqueeze(1)], [x.transpose(1, 2).unsqueeze(2)], [x], [s, x]
+        settings = dict(normalize=normalize, backend=backend)
+        terms = [
+            total(z, tau, round(1 / scale), cross=len(z) == 2, **settings)
+            if weight
+            else functools.reduce(torch.add, map(_zero, z))
+            for z, scale, weight in zip(inputs, scales, weights, strict=True)
+        ]
+        return _weighted(weights, terms), *terms
     sums = [_zero(g), _zero(x), _zero(x), _zero(s) + _zero(x)]
     if with_ic_global:
         sums[0] = ordered_sum(instances(g.unsqueeze(1).unbind(0))[0])
@@ -468,7 +480,14 @@ def _compose(
         own = False, False, not with_ic_local, True  # which are sums over this process's videos alone
         sums = list(traced(distributed.Total, process, torch.stack(sums), own))
     terms = [scale * x for scale, x in zip(scales, sums, strict=True)]
-    return sum(weight * term for weight, term in zip(weights, terms, strict=True)), *terms
+    return _weighted(weights, terms), *terms
+
+
+def _weighted(weights: Sequence[float], terms: Sequence[Tensor]) -> Tensor:
+    """The weighted sum of IC of global clips, of local clips, LL and GL: the first and the last reach every input."""
+    all_reached = weights[0] != 0 and weights[3] != 0
+    added = [(w, x) for w, x in zip(weights, terms, strict=True) if w != 0 or not all_reached]
+    return functools.reduce(torch.add, [x if w == 1 else w * x for w, x in added])
 
 
 def _tau(

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import backends, checks
-from .symmetric import SUMMED_AT_ONCE, Eager, Once, _transforms_active, blocks, ordered_sum, wants_gradient
+from .symmetric import SUMMED_AT_ONCE, Eager, Once, _transforms_active, blocks, ordered_sum, total, wants_gradient
 
 LARGEST = 1 << 21  # rows times the columns and features of each: a gradient of about a millisecond
 
@@ -61,13 +61,14 @@ def reduced(
 def composed(name: str, settings: Settings, tau: float | Tensor, *inputs: Tensor) -> Tensor:
     """The definition."""
     normalize, cross, one_sided, factor, count = settings
+    how = dict(normalize=normalize, cross=cross, backend=name)
     if len(inputs) == 1:
-        sets = inputs[0].unsqueeze(1).unbind(0)
+        sets = [inputs[0].unsqueeze(1)]
     else:
         sets = [z if z.dim() == 3 else z.reshape(-1, *z.shape[-2:]) for z in inputs]
-    term = blocks(sets, tau, normalize=normalize, cross=cross, backend=name)[0]
-    total = ordered_sum(term[:, 0, 1] if one_sided else term)
-    return (total if factor == 1 else total * factor) / count
+    if not one_sided:
+        return total(sets, tau, round(count / factor), **how)
+    return ordered_sum(blocks(sets, tau, **how)[0][:, 0, 1]) * factor / count
 
 
 def _seen_through(inputs: Sequence[Tensor]) -> bool:

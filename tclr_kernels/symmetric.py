@@ -13,7 +13,8 @@ For V sets of rows in each of G groups, S[(a,i),(c,j)] = sim(z_(a,i), z_(c,j)), 
 
 A kernel backend is two functions, `forward(sets, tau, normalize, cross) -> (term, neg, pos)` and `backward(sets, tau,
 normalize, cross, neg, pos, g_term, g_neg, g_pos) -> (dz of each set, <z, dz> of each row: [G, V, N])`; what a loss
-does not use arrives there as None.
+does not use arrives there as None. Where it says `DIVIDES = True`, either takes one more argument, `count`: then the
+first output is term / count, its gradient g_term may be one number for all of it, and dz is one tensor [V, G, N, D].
 """
 
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from torch import Tensor
 from . import backends, checks
 
 SUMMED_AT_ONCE = 32768  # up to so many ATen adds in one thread, and beyond in one thread a row
+ORDERED = ["cuda"]  # types of devices whose sum always has the same order
 _transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 
@@ -47,10 +49,35 @@ def blocks(
     name = backends.choose(backend, device, G * len(sets) * N, D, sets[0].dtype)
     if name != "reference":
         if not torch.compiler.is_compiling():
-            return EagerGram.apply(name, tau, normalize, cross, *sets)
-        return traced(Gram, name, tau, normalize, cross, *sets)
+            return EagerGram.apply(name, tau, normalize, cross, None, *sets)
+        return traced(Gram, name, tau, normalize, cross, None, *sets)
     with torch.autocast(checks.autocast_type(device), enabled=False):
         return backends.reference.gram(sets, tau, normalize, cross)
+
+
+def total(
+    inputs: Sequence[Tensor], tau: float | Tensor, count: int, *, normalize: bool, cross: bool, backend: str | None
+) -> Tensor:
+    """The sum of all terms of `blocks`, divided by count. inputs: sets [G, N, D], or several of them [..., G, N, D]"""
+    sets = _sets(inputs)
+    G, N, D = sets[0].shape
+    rows = G * len(sets) * N
+    name = backends.choose(backend, sets[0].device, rows, D, sets[0].dtype)
+    if not divides(name, sets[0], rows):
+        return ordered_sum(blocks(sets, tau, normalize=normalize, cross=cross, backend=name)[0]) / count
+    if not torch.compiler.is_compiling():
+        return EagerGram.apply(name, tau, normalize, cross, count, *inputs)[0]
+    return traced(Gram, name, tau, normalize, cross, count, *inputs)[0]
+
+
+def divides(backend: str | None, like: Tensor, rows: int) -> bool:
+    """Whether `total` is one call of the backend and a sum."""
+    name = backends.choose(backend, like.device, rows, like.shape[-1], like.dtype)
+    return getattr(backends.BACKENDS[name], "DIVIDES", False)
+
+
+def _sets(inputs: Sequence[Tensor]) -> list[Tensor]:
+    return [z for x in inputs for z in (_sets(x.unbind(0)) if x.dim() > 3 else (x,))]
 
 
 def wants_gradient(*inputs: object) -> bool:
@@ -67,7 +94,7 @@ def traced(function: type[torch.autograd.Function], *arguments: Any) -> Any:
 def ordered_sum(x: Tensor) -> Tensor:
     """The sum of all elements, in an order that does not depend on the number of threads."""
     x = x.flatten()
-    while x.numel() > SUMMED_AT_ONCE:
+    while x.numel() > SUMMED_AT_ONCE and x.device.type not in ORDERED:
         x = F.pad(x, (0, -x.numel() % 4096)).view(-1, 4096).sum(1)
     return x.sum()
 
@@ -75,14 +102,21 @@ def ordered_sum(x: Tensor) -> Tensor:
 class Gram(torch.autograd.Function):
     @staticmethod
     def forward(
-        name: str, tau: float | Tensor, normalize: bool, cross: bool, *sets: Tensor
+        name: str, tau: float | Tensor, normalize: bool, cross: bool, count: int | None, *inputs: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return backends.BACKENDS[name].forward(sets, tau, normalize, cross)
+        """term, neg, pos of sets; or, with a count, the sum of all terms / count in the place of term."""
+        call = backends.BACKENDS[name].forward
+        if count is None:
+            return call(inputs, tau, normalize, cross)
+        term, neg, pos = call(_sets(inputs), tau, normalize, cross, count)
+        return ordered_sum(term), neg, pos
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        ctx.name, tau, ctx.normalize, ctx.cross, *sets = inputs
+        ctx.name, tau, ctx.normalize, ctx.cross, ctx.count, *sets = inputs
         _, neg, pos = output
+        if ctx.count is not None:
+            ctx.mark_non_differentiable(neg, pos)
         ctx.tau = None if isinstance(tau, torch.Tensor) else tau
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(tau if ctx.tau is None else None, neg, pos, *sets)
@@ -93,11 +127,11 @@ class Gram(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         tau, neg, pos, *sets = ctx.saved_tensors
         tau = tau if ctx.tau is None else ctx.tau
-        settings = ctx.name, ctx.normalize, ctx.cross, ctx.needs_input_grad[1]
+        settings = ctx.name, ctx.normalize, ctx.cross, ctx.count, ctx.needs_input_grad[1]
         call = GramBackward.apply if torch.is_grad_enabled() else GramBackward.forward
         d_tau, *d_sets = call(*settings, tau, neg, pos, g_term, g_neg, g_pos, *sets)
-        d_sets = [d if needed else None for d, needed in zip(d_sets, ctx.needs_input_grad[4:], strict=True)]
-        return None, d_tau, None, None, *d_sets
+        d_sets = [d if needed else None for d, needed in zip(d_sets, ctx.needs_input_grad[5:], strict=True)]
+        return None, d_tau, None, None, None, *d_sets
 
 
 class Eager:
@@ -145,6 +179,7 @@ class GramBackward(Once, torch.autograd.Function):
         name: str,
         normalize: bool,
         cross: bool,
+        count: int | None,
         tau_needs_grad: bool,
         tau: float | Tensor,
         neg: Tensor,
@@ -152,9 +187,15 @@ class GramBackward(Once, torch.autograd.Function):
         g_term: Tensor | None,
         g_neg: Tensor | None,
         g_pos: Tensor | None,
-        *sets: Tensor,
+        *inputs: Tensor,
     ) -> tuple[Tensor | None, ...]:
-        d_sets, zdz = backends.BACKENDS[name].backward(sets, tau, normalize, cross, neg, pos, g_term, g_neg, g_pos)
+        call, arguments = backends.BACKENDS[name].backward, (tau, normalize, cross, neg, pos, g_term, g_neg, g_pos)
+        if count is None:
+            d_sets, zdz = call(inputs, *arguments)
+        else:
+            dz, zdz = call(_sets(inputs), *arguments, count)
+            parts = dz.split([x.shape[:-3].numel() for x in inputs])
+            d_sets = [d.view(x.shape) for d, x in zip(parts, inputs, strict=True)]
         d_tau = (ordered_sum(zdz) / (-2 * tau)).to(tau) if tau_needs_grad else None
         return d_tau, *d_sets
 

@@ -18,8 +18,8 @@ from triton.compiler.compiler import ASTSource
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from tclr_kernels import backends
-from tclr_kernels.triton import large
+from tclr_kernels import backends, symmetric
+from tclr_kernels.triton import large, sets
 
 SHARED_KIB = {80: 163, 89: 99, 90: 227, 100: 227}  # of shared memory that one thread block may use
 TABLES = {80: "ampere", 89: "compact", 90: "hopper", 100: "blackwell"}  # of tiles.py
@@ -70,6 +70,9 @@ class _Launcher:
         self.launched, self.name = launched, source.fn.__name__
 
     def __call__(self, *arguments):
+        metadata, enter, _ = arguments[6:9]
+        if enter is not None:
+            enter(metadata)
         self.launched.append(self.name)
 
 
@@ -139,7 +142,7 @@ class Device:
 
 NO_KERNEL = """
     view _unsafe_view _reshape_alias as_strided expand select slice diagonal unfold squeeze unsqueeze permute transpose
-    t unbind split detach alias lift_fresh promote_types empty empty_like empty_strided new_empty
+    t unbind split split_with_sizes detach alias lift_fresh promote_types empty empty_like empty_strided new_empty
     new_empty_strided
 """
 
@@ -171,5 +174,7 @@ def install(monkeypatch, capability=90, whole=False):
     monkeypatch.setattr(driver, "_active", standin)
     monkeypatch.setattr(large, "table_of", lambda x: (TABLES[capability], PROCESSORS))
     monkeypatch.setattr(backends.triton, "why_not", lambda device: None)
+    monkeypatch.setattr(symmetric, "ORDERED", ["cpu"])
+    monkeypatch.setattr(sets, "_held", {})
     compiler.install(monkeypatch)
     return Device(standin, compiler)

@@ -99,9 +99,9 @@ def calls(backend, monkeypatch):
     name = "gram" if backend == "reference" else "forward"
     original = getattr(module, name)
 
-    def counted(sets, tau, normalize, cross):
+    def counted(sets, tau, normalize, cross, *count):
         made.append((len(sets), cross))
-        return original(sets, tau, normalize, cross)
+        return original(sets, tau, normalize, cross, *count)
 
     monkeypatch.setattr(module, name, counted)
     return made
@@ -118,8 +118,9 @@ def test_weight_zero_costs_nothing_and_reads_zero(left_out, form, calls, backend
     calls.clear()
     terms = tk.tclr(*inputs, form=form, weights={"ic_local": 2.0, left_out: 0}, backend=backend)
     names = [name for name in WORK if name != left_out]
-    wanted = [call for name in names if name != "ll" or left_out == "ic_local" for call in WORK[name]]
-    assert calls == wanted  # the Gram matrix of the local clips serves LL too
+    # the Gram matrix of the local clips serves LL too, unless what gathers it there takes more launches than LL itself
+    apart = left_out == "ic_local" or backend == "triton"
+    assert calls == [call for name in names if name != "ll" or apart for call in WORK[name]]
     assert getattr(terms, left_out) == 0
     for name in names:
         torch.testing.assert_close(getattr(terms, name), getattr(full, name))

@@ -23,6 +23,7 @@ from torch import Tensor
 from . import cuda
 
 OLDEST = 3, 6
+DIVIDES = True
 NAMESPACE = "tclr_kernels_triton"
 
 
@@ -65,8 +66,10 @@ def belongs(device: torch.device) -> bool:
     return not _interpreted and device.type == "cuda" and cuda.why_not(device) is None
 
 
-def forward(sets: Sequence[Tensor], tau: float | Tensor, normalize: bool, cross: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.tclr_kernels_triton.gram_forward(sets, *_split(tau), normalize, cross)
+def forward(
+    sets: Sequence[Tensor], tau: float | Tensor, normalize: bool, cross: bool, count: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.tclr_kernels_triton.gram_forward(sets, *_split(tau), normalize, cross, count)
 
 
 def backward(
@@ -79,10 +82,10 @@ def backward(
     g_term: Tensor | None,
     g_neg: Tensor | None,
     g_pos: Tensor | None,
-) -> tuple[list[Tensor], Tensor]:
-    gradients = g_term, g_neg, g_pos
-    dx, zdz = torch.ops.tclr_kernels_triton.gram_backward(sets, *_split(tau), normalize, cross, neg, pos, *gradients)
-    return list(dx.unbind(0)), zdz
+    count: int = 1,
+) -> tuple[Tensor, Tensor]:
+    call = torch.ops.tclr_kernels_triton.gram_backward
+    return call(sets, *_split(tau), normalize, cross, neg, pos, g_term, g_neg, g_pos, count)
 
 
 def rectangle(
@@ -147,10 +150,10 @@ def _path(sets):
     return small if small.serves(len(sets), sets[0].shape[1]) else large
 
 
-def _forward(sets, tau, tau_value, normalize, cross):
+def _forward(sets, tau, tau_value, normalize, cross, count=1):
     if sets[0].numel() == 0:
         return _empty_forward(sets, tau, tau_value, normalize, cross)
-    return _path(sets).forward(sets, tau_value if tau is None else tau, normalize, cross)
+    return _path(sets).forward(sets, tau_value if tau is None else tau, normalize, cross, count)
 
 
 def _backward(sets, tau, tau_value, normalize, cross, neg, pos, *gradients):
@@ -160,7 +163,7 @@ def _backward(sets, tau, tau_value, normalize, cross, neg, pos, *gradients):
     return _path(sets).backward(sets, tau, normalize, cross, neg.contiguous(), pos.contiguous(), *gradients)
 
 
-def _empty_forward(sets, tau, tau_value, normalize, cross):
+def _empty_forward(sets, tau, tau_value, normalize, cross, count=1):
     G, N, _ = sets[0].shape
     V = len(sets)
     dtype = torch.promote_types(sets[0].dtype, torch.float32)
@@ -239,8 +242,8 @@ def _empty_rectangle_backward(
 
 _settings = "Tensor[] sets, Tensor? tau, float tau_value, bool normalize, bool cross"
 _gradients = "Tensor neg, Tensor pos, Tensor? g_term, Tensor? g_neg, Tensor? g_pos"
-torch.library.define(f"{NAMESPACE}::gram_forward", f"({_settings}) -> (Tensor, Tensor, Tensor)")
-torch.library.define(f"{NAMESPACE}::gram_backward", f"({_settings}, {_gradients}) -> (Tensor, Tensor)")
+torch.library.define(f"{NAMESPACE}::gram_forward", f"({_settings}, int count=1) -> (Tensor, Tensor, Tensor)")
+torch.library.define(f"{NAMESPACE}::gram_backward", f"({_settings}, {_gradients}, int count=1) -> (Tensor, Tensor)")
 torch.library.impl(f"{NAMESPACE}::gram_forward", ("CPU", "CUDA"), _forward)
 torch.library.impl(f"{NAMESPACE}::gram_backward", ("CPU", "CUDA"), _backward)
 torch.library.register_fake(f"{NAMESPACE}::gram_forward", _empty_forward)

@@ -79,6 +79,12 @@ def term_of(own, neg, pos, CROSS: tl.constexpr):
 
 
 @triton.jit
+def start_of(a, inner, stride_w, stride_v):
+    """Where a set begins: sets lie in rows of `inner` sets, as `one_array` finds them."""
+    return (a // inner) * stride_w + (a % inner) * stride_v
+
+
+@triton.jit
 def exists(a, c, V, CROSS: tl.constexpr):
     """Whether the block of sets a and c does. a or c may be vectors."""
     half = (V + 1) // 2
@@ -93,22 +99,23 @@ def given(pointer, at, mask, GIVEN: tl.constexpr):
 
 @triton.jit
 def pair_gradients(
-    neg, pos, g_term, g_neg, g_pos, own, at, mask, TERM: tl.constexpr, NEG: tl.constexpr, POS: tl.constexpr,
+    neg, pos, g_term, g_neg, g_pos, count, own, at, mask, TERM: tl.constexpr, NEG: tl.constexpr, POS: tl.constexpr,
     CROSS: tl.constexpr,
 ):  # fmt: skip
     """The gradients of neg and pos of a set's rows with another one, and what they add to that of own.
 
     own: of the rows; at: the offsets of (row, other set); mask: rows that exist, in a block that exists, N > 1.
+    TERM: "each" where g_term has a number for every term / count, "one" where it has the same for all, or None.
     """
     for_neg = given(g_neg, at, mask, NEG)
     for_pos = given(g_pos, at, mask, POS)
     for_own = tl.zeros(at.shape, tl.float64)
-    if TERM:
+    if TERM is not None:
         value = tl.load(neg + at, mask=mask, other=0.0).to(tl.float64)
         negatives = value
         if not CROSS:
             negatives = log_add(own, value)
-        upstream = given(g_term, at, mask, True)
+        upstream = given(g_term, at if TERM == "each" else at * 0, mask, True) / count
         positive = tl.load(pos + at, mask=mask, other=0.0).to(tl.float64)
         g = tl.where(upstream == 0, 0.0, upstream * sigmoid(negatives - positive))
         for_neg += tl.where(g == 0, 0.0, g * tl.exp(value - negatives))

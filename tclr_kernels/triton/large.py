@@ -39,14 +39,16 @@ from .epilogue import (
     inverse_length,
     inverse_of,
     largest_entry,
+    log1p,
     narrowed,
     pair_gradients,
     power_of_two,
     scaled,
+    start_of,
     term_of,
     widened,
 )
-from .sets import INTERPRETED, accumulator, launch, one_array, pointer, temperature
+from .sets import INTERPRETED, accumulator, launch, one_array, temperature, upstream
 from .tiles import Tile
 
 LIMITS = {torch.float32: 60.0, torch.float64: 300.0}  # of 1 / tau, for exp S and its sums to stay within the range
@@ -64,21 +66,20 @@ def to_tf32(x):
     return tl.where(tl.abs(x) < 3.4e38, rounded, x)  # neither a NaN nor what would become infinite
 
 
-@triton.jit(do_not_specialize=["V", "N"])
+@triton.jit(do_not_specialize=["V", "N", "inner"])
 def rows_kernel(
-    x, z, norms, V, N, NP, D, stride_g, stride_v: tl.int64, stride_n, stride_d,
+    x, z, norms, V, N, NP, D, inner, stride_w: tl.int64, stride_v: tl.int64, stride_g, stride_n, stride_d,
     NORMALIZE: tl.constexpr, PRECISION: tl.constexpr, BR: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """z: [G, V, NP, DP], padded with zeros, and norms: [G, V, NP], of x: V sets [G, N, D], stride_v apart."""
+    """z: [G, V, NP, DP], padded with zeros, and norms: [G, V, NP], of x: V sets [G, N, D], as `one_array` gives them."""
     block = tl.program_id(0).to(tl.int64) * BR
     i = (block % NP).to(tl.int32) + tl.arange(0, BR)
     a = (block // NP) % V
     g = block // NP // V
     d = tl.arange(0, BD)
     offsets = i.to(tl.int64)[:, None] * stride_n + d.to(tl.int64)[None, :] * stride_d
-    values = tl.load(
-        x + g * stride_g + a * stride_v + offsets, mask=(i < N)[:, None] & (d < D)[None, :], other=0.0
-    )  # fmt: skip
+    first = x + g * stride_g + start_of(a, inner, stride_w, stride_v)
+    values = tl.load(first + offsets, mask=(i < N)[:, None] & (d < D)[None, :], other=0.0)
     to = z + (block + tl.arange(0, BR))[:, None] * DP + d[None, :]
     if NORMALIZE:
         scale = tl.full([BR], 1.0, tl.float64)
@@ -233,7 +234,7 @@ def sums_kernel(
 
 
 @triton.jit
-def log_of_slots(sums, largest, first, M, supers, bounded, BI: tl.constexpr, SLOTS: tl.constexpr):
+def log_of_slots(sums, largest, first, M, supers, BI: tl.constexpr, SLOTS: tl.constexpr):
     """neg in float64 of BI rows from slots first, first + M, ..."""
     total = tl.zeros([BI], tl.float64)
     top = tl.full([BI], float("-inf"), tl.float64)
@@ -242,43 +243,64 @@ def log_of_slots(sums, largest, first, M, supers, bounded, BI: tl.constexpr, SLO
         at = first[None, :] + x.to(tl.int64)[:, None] * M
         there = (x < supers)[:, None] & (first >= 0)[None, :]
         s = tl.load(sums + at, mask=there, other=0.0).to(tl.float64)
-        with_largest = (x < tl.where(bounded, 0, supers))[:, None] & (first >= 0)[None, :]
-        m = tl.load(largest + at, mask=with_largest, other=0.0)
-        m = tl.where(there, m, float("-inf")).to(tl.float64)
+        m = tl.load(largest + at, mask=there, other=float("-inf")).to(tl.float64)
         highest = tl.max(m, 0)
         top, total = merged(top, total, highest, tl.sum(s * exponential(m - finite(highest)[None, :]), 0))
     return tl.log(total) + finite(top)
 
 
-@triton.jit(do_not_specialize=["V", "N", "supers", "supers_a_set"])
+@triton.jit
+def sum_of_slots(sums, first, M, supers, BI: tl.constexpr, SLOTS: tl.constexpr):
+    """The sum in float64 of the slots first, first + M, ... of BI rows; 0 where first is negative."""
+    total = tl.zeros([BI], tl.float64)
+    for x0 in range(0, supers, SLOTS):
+        x = x0 + tl.arange(0, SLOTS)
+        there = (x < supers)[:, None] & (first >= 0)[None, :]
+        total += tl.sum(tl.load(sums + first[None, :] + x.to(tl.int64)[:, None] * M, mask=there, other=0.0), 0)
+    return total
+
+
+@triton.jit(do_not_specialize=["count", "V", "N", "supers", "supers_a_set"])
 def finish_kernel(
-    sums, largest, tau, limit, term, neg, pos, V, N, NP, supers, supers_a_set,
+    sums, largest, tau, limit, term, neg, pos, count, V, N, NP, supers, supers_a_set,
     TENSOR: tl.constexpr, CROSS: tl.constexpr, ACC: tl.constexpr, BI: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """neg and term: [G, V, V, N] from the slots and pos, which is 0 where there is no pair."""
-    bounded = inverse_of(tau, TENSOR, ACC) <= limit
+    """neg and term / count: [G, V, V, N] from the slots and pos, which is 0 where there is no pair.
+
+    Where the slots hold sums of exponentials themselves, one logarithm gives neg and one the term; elsewhere every slot
+    takes an exponential in float64, and so do sums of sums.
+    """
     blocks = tl.cdiv(N, BI)
     block = tl.program_id(0)
     i = (block % blocks) * BI + tl.arange(0, BI)
-    a = (block // blocks) % V
-    g = (block // blocks // V).to(tl.int64)
+    c = (block // blocks) % V
+    a = (block // blocks // V) % V
+    g = (block // blocks // V // V).to(tl.int64)
     M = V * NP
-    first = tl.where(i < N, g * supers * M + a * NP + i, -1)
+    there = exists(a, c, V, CROSS)
+    paired = there & (a != c)
+    first = g * supers * M + a * NP + i
     step = supers_a_set.to(tl.int64) * M
-    own = tl.zeros([BI], tl.float64)
-    if not CROSS:
-        own = log_of_slots(sums, largest, tl.where(i < N, first + a * step, -1), M, supers_a_set, bounded, BI, SLOTS)
-    for c in range(V):
-        at = ((g * V + a) * V + c) * N + i
-        there = exists(a, c, V, CROSS)
-        paired = there & (a != c)
-        from_slots = tl.where(i < tl.where(there, N, 0), first + c * step, -1)
-        value = log_of_slots(sums, largest, from_slots, M, supers_a_set, bounded, BI, SLOTS)
-        positive = tl.load(pos + at, mask=i < tl.where(paired, N, 0), other=0.0).to(tl.float64)
-        loss = tl.where(N > 1, term_of(own, value, positive, CROSS), positive - positive)
-        tl.store(neg + at, value, mask=i < N)
-        tl.store(pos + at, positive, mask=i < N)
-        tl.store(term + at, tl.where(paired, loss, 0.0), mask=i < N)
+    from_slots = tl.where(i < tl.where(there, N, 0), first + c * step, -1)
+    from_own = tl.where(i < tl.where(paired, N, 0), first + a * step, -1)
+    at = ((g * V + a) * V + c) * N + i
+    positive = tl.load(pos + at, mask=i < tl.where(paired, N, 0), other=0.0).to(tl.float64)
+    if inverse_of(tau, TENSOR, ACC) <= limit:
+        total = sum_of_slots(sums, from_slots, M, supers_a_set, BI, SLOTS)
+        value = tl.log(total)
+        if not CROSS:
+            total += sum_of_slots(sums, from_own, M, supers_a_set, BI, SLOTS)
+        loss = log1p(total * tl.exp(-positive))
+    else:
+        value = log_of_slots(sums, largest, from_slots, M, supers_a_set, BI, SLOTS)
+        own = value
+        if not CROSS:
+            own = log_of_slots(sums, largest, from_own, M, supers_a_set, BI, SLOTS)
+        loss = term_of(own, value, positive, CROSS)
+    loss = tl.where(N > 1, loss, positive - positive) / count
+    tl.store(neg + at, value, mask=i < N)
+    tl.store(pos + at, positive, mask=i < N)
+    tl.store(term + at, tl.where(paired, loss, 0.0), mask=i < N)
 
 
 @triton.jit
@@ -291,9 +313,9 @@ def store_scaled(for_neg, for_pos, alpha, beta, to_exponent, at, damping, mask):
     tl.store(to_exponent, exponent)
 
 
-@triton.jit(do_not_specialize=["V", "N", "blocks"])
+@triton.jit(do_not_specialize=["count", "V", "N", "blocks"])
 def coefficients_kernel(
-    neg, tau, limit, pos, g_term, g_neg, g_pos, alpha, beta, exponents, V, N, blocks,
+    neg, tau, limit, pos, g_term, g_neg, g_pos, alpha, beta, exponents, count, V, N, blocks,
     TENSOR: tl.constexpr, CROSS: tl.constexpr, ACC: tl.constexpr, TERM: tl.constexpr, NEG: tl.constexpr,
     POS: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
@@ -315,7 +337,7 @@ def coefficients_kernel(
             at = (first + c) * N + i
             there = i < tl.where(exists(a, c, V, CROSS), N, 0)
             for_neg, for_pos, more = pair_gradients(
-                neg, pos, g_term, g_neg, g_pos, own, at, there, TERM, NEG, POS, CROSS
+                neg, pos, g_term, g_neg, g_pos, count, own, at, there, TERM, NEG, POS, CROSS
             )  # fmt: skip
             for_own += more
             value = tl.load(neg + at, mask=there, other=0.0).to(tl.float64)
@@ -662,9 +684,14 @@ def tile_of(kernel: str, x: Tensor, normalize: bool, bounded: bool) -> Tile:
 
 
 def forward(
-    sets: Sequence[Tensor], tau: float | Tensor, normalize: bool, cross: bool, tile: Tile | None = None
+    sets: Sequence[Tensor],
+    tau: float | Tensor,
+    normalize: bool,
+    cross: bool,
+    count: int = 1,
+    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """term, neg, pos by three launches, four if tau is a tensor. tile: one for all, in place of the table's"""
+    """term / count, neg, pos by three launches, four if tau is a tensor. tile: one for all, instead of the table's"""
     first = sets[0]
     G, N, D = first.shape
     V = len(sets)
@@ -672,7 +699,7 @@ def forward(
     if tile is None and tuning.ENABLED:
         kind = "sums", *kind_of(sets, tau, normalize, cross)
         start = tile_of("sums", first, normalize, launches[0][0])
-        tile = tuning.by_trial(kind, start, lambda tile: forward(sets, tau, normalize, cross, tile))
+        tile = tuning.by_trial(kind, start, lambda tile: forward(sets, tau, normalize, cross, count, tile))
     chosen = {bounded: tile or tile_of("sums", first, normalize, bounded) for bounded, _ in launches}
     whole = max(size for tile in chosen.values() for size in (tile.BM, tile.BN))
     z, _ = packed(sets, normalize, tiles.padded(D), whole)
@@ -693,8 +720,8 @@ def forward(
         )  # fmt: skip
     BI = 64
     launch(
-        finish_kernel, G * V * triton.cdiv(N, BI), sums, largest, number, limit, term, neg, pos, V, N, NP, supers,
-        supers_a_set, **how, ACC=accumulator(z), BI=BI, SLOTS=8, num_warps=4,
+        finish_kernel, G * V * V * triton.cdiv(N, BI), sums, largest, number, limit, term, neg, pos, count, V, N, NP,
+        supers, supers_a_set, **how, ACC=accumulator(z), BI=BI, SLOTS=8, num_warps=4,
     )  # fmt: skip
     return term, neg, pos
 
@@ -709,16 +736,20 @@ def backward(
     g_term: Tensor | None,
     g_neg: Tensor | None,
     g_pos: Tensor | None,
+    count: int = 1,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """dx [V, G, N, D] and <z, dz> [G, V, N] by three launches; one more if tau is a tensor, one if rows are few."""
+    """dx [V, G, N, D] and <z, dz> [G, V, N] by three launches; one more if tau is a tensor, one if rows are few.
+
+    g_term: the gradient of term / count, or one number for all of them
+    """
     first = sets[0]
     G, N, D = first.shape
     V = len(sets)
     launches = ranges(tau, first.dtype, normalize)
     if tile is None and tuning.ENABLED:
         kind = "gradient", *kind_of(sets, tau, normalize, cross)
-        arguments = sets, tau, normalize, cross, neg, pos, g_term, g_neg, g_pos
+        arguments = sets, tau, normalize, cross, neg, pos, g_term, g_neg, g_pos, count
         start = tile_of("gradient", first, normalize, launches[0][0])
         tile = tuning.by_trial(kind, start, lambda tile: backward(*arguments, tile))
     chosen = {bounded: tile or tile_of("gradient", first, normalize, bounded) for bounded, _ in launches}
@@ -731,11 +762,10 @@ def backward(
     exponents = neg.new_empty((G, V, V, blocks), dtype=torch.int32)
     number, limit = temperature(tau, first), launches[0][1]
     how = dict(TENSOR=isinstance(number, torch.Tensor), CROSS=cross)
-    gradients = (g_term if N > 1 else None, g_neg, g_pos)
-    given = {name: g is not None for name, g in zip(("TERM", "NEG", "POS"), gradients, strict=True)}
+    gradients, given = upstream(g_term if N > 1 else None, g_neg, g_pos, neg)
     launch(
-        coefficients_kernel, G * V * blocks, neg, number, limit, pos, *(pointer(g, neg) for g in gradients), alpha,
-        beta, exponents, V, N, blocks, **given, **how, ACC=accumulator(z), BI=tile.BN, num_warps=2,
+        coefficients_kernel, G * V * blocks, neg, number, limit, pos, *gradients, alpha, beta, exponents, count, V, N,
+        blocks, **given, **how, ACC=accumulator(z), BI=tile.BN, num_warps=2,
     )  # fmt: skip
     boost = 8192.0 if z.dtype == torch.float16 else 1.0
     wide = tile.DC * z.element_size() >= 512 and tile.DC % (2 * RUN.value) == 0

@@ -214,14 +214,14 @@ def rectangle_finish_kernel(
     a = at // n // C % A
     there = exists(a, c, A, CROSS) & inside
     from_slots = tl.where(there, at, -1)
-    value = log_of_slots(sums, largest, from_slots, cells, splits, False, BI, SLOTS)
+    value = log_of_slots(sums, largest, from_slots, cells, splits, BI, SLOTS)
     tl.store(neg + at, value, mask=inside)
     paired = tl.zeros([BI], tl.float64)
     if INDEX:
         paired = tl.load(pos + at, mask=there & (a != c), other=0.0)
     tl.store(pos + at, paired, mask=inside)
     if KEYS:
-        value = log_of_slots(positive_sums, positive_largest, from_slots, cells, splits, False, BI, SLOTS)
+        value = log_of_slots(positive_sums, positive_largest, from_slots, cells, splits, BI, SLOTS)
         number = tl.zeros([BI], tl.int32)
         similarity = tl.zeros([BI], tl.float64)
         for split in range(splits):

@@ -2,31 +2,45 @@
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton itself decides, once
+# whether compiled kernels are kept: AMD's are compiled for more properties of a tensor than `specialised` knows
+HOLDS = not INTERPRETED and torch.version.hip is None
 
 
 def one_array(sets: Sequence[Tensor]) -> tuple[Tensor, tuple[int, ...]]:
-    """A tensor and the strides (g, v, n, d) by which it reaches all sets: [G, N, D] each, of one dtype.
+    """A tensor, and by what it reaches all sets, [G, N, D] each: how many sets a row of sets has, and the strides of
+    these rows, of the sets in a row, and of g, n, d.
 
-    Sets of equal strides whose addresses are in arithmetic progression, as two always are, are taken as they lie;
-    others are stacked by one more launch.
+    Sets of equal strides are taken as they lie where their addresses are those of such rows, as of two always, or of
+    the sets of two tensors; others are stacked by one more launch.
     """
-    first, *others = sets
-    steps = [y.data_ptr() - x.data_ptr() for x, y in zip(sets[:-1], others, strict=True)]
-    step = steps[0] if steps else 0
-    alike = all(x.stride() == first.stride() for x in others)
-    if not alike or any(s != step for s in steps) or step % first.element_size():
-        first = torch.stack(sets)
-        return first, (first.stride(1), first.stride(0), *first.stride()[2:])
+    first, size = sets[0], sets[0].element_size()
     g, n, d = first.stride()
-    return first, (g, step // first.element_size(), n, d)
+    places = [x.data_ptr() - first.data_ptr() for x in sets]
+    inner, outer_step, step = grid_of(tuple(places))
+    if outer_step % size or step % size or inner == 0 or any(x.stride() != (g, n, d) for x in sets):
+        first = torch.stack(sets)
+        return first, (len(sets), 0, *first.stride())
+    return first, (inner, outer_step // size, step // size, g, n, d)
+
+
+def grid_of(places: tuple[int, ...]) -> tuple[int, int, int]:
+    """(inner, outer_step, step) such that place a is a // inner * outer_step + a % inner * step; inner 0: there are none"""
+    count = len(places)
+    step = places[1] if count > 1 else 0
+    inner = next((k for k, place in enumerate(places) if place != k * step), count)
+    outer_step = places[inner] if inner < count else 0
+    found = [k // inner * outer_step + k % inner * step for k in range(count)]
+    return (inner if found == list(places) else 0), outer_step, step
 
 
 def accumulator(x: Tensor) -> tl.dtype:
@@ -45,11 +59,70 @@ def pointer(x: Tensor | None, stand_in: Tensor) -> Tensor:
     return stand_in if x is None else x.contiguous()
 
 
+def upstream(
+    g_term: Tensor | None, g_neg: Tensor | None, g_pos: Tensor | None, stand_in: Tensor
+) -> tuple[list[Tensor], dict[str, Any]]:
+    """What arrives at term, neg and pos, as pointers, and which of it is given; of term perhaps one number for all."""
+    one = g_term is not None and not any(g_term.stride())
+    pointers = [g_term if one else pointer(g_term, stand_in), pointer(g_neg, stand_in), pointer(g_pos, stand_in)]
+    kind = None if g_term is None else "one" if one else "each"
+    return pointers, dict(TERM=kind, NEG=g_neg is not None, POS=g_pos is not None)
+
+
 # said in every launch, since Triton 3.10 will change its default: the tables of tiles were chosen with it
 COMPILER_OPTIONS = dict(enable_fp_fusion=True)
+_held: dict[Hashable, tuple[Any, list[Any]]] = {}  # what launches have in common -> compiled kernel, its constants
 
 
-def launch(kernel: Any, programs: int, first: Tensor, *arguments: Any, **settings: Any) -> None:
-    on_device = torch.cuda.device(first.device) if first.device.type == "cuda" else contextlib.nullcontext()
-    with on_device:
-        kernel[(programs,)](first, *arguments, **settings, **COMPILER_OPTIONS)
+def launch(kernel: Any, programs: int, *arguments: Any, **settings: Any) -> None:
+    """Starts a kernel on the device of its first argument, on the current stream.
+
+    settings: the kernel's constants, which its signature has after all arguments, and options of the compiler.
+    Triton looks for the compiled kernel of a call anew each time, which takes longer than the launch itself. Here it is
+    kept by what it was compiled for, and started directly by later calls, unless someone watches Triton's own way.
+    """
+    device = arguments[0].device
+    with torch.cuda.device(device) if _is_another(device) else contextlib.nullcontext():
+        if not HOLDS or _watched(kernel):
+            kernel[(programs,)](*arguments, **settings, **COMPILER_OPTIONS)
+            return
+        alike = id(kernel), device, *_modes(), *settings, *settings.values(), *specialised(arguments)
+        held = _held.get(alike)
+        if held is None:
+            compiled = kernel[(programs,)](*arguments, **settings, **COMPILER_OPTIONS)
+            _held[alike] = compiled, [settings[name] for name in kernel.arg_names[len(arguments) :]]
+            return
+        compiled, constants = held
+        stream = driver.active.get_current_stream(device.index)
+        run, what = compiled.run, (compiled.function, compiled.packed_metadata)
+        run(programs, 1, 1, stream, *what, None, None, None, *arguments, *constants)
+
+
+def _is_another(device: torch.device) -> bool:
+    return device.type == "cuda" and device.index != torch.cuda.current_device()
+
+
+def _watched(kernel: Any) -> bool:
+    """Whether there are functions to call at every launch, as profilers have them, or at every look for a kernel."""
+    runtime = knobs.runtime
+    at_launches = getattr(runtime.launch_enter_hook, "calls", None), getattr(runtime.launch_exit_hook, "calls", None)
+    return any(at_launches) or bool(kernel.pre_run_hooks) or runtime.add_stages_inspection_hook is not None
+
+
+def _modes() -> tuple[Hashable, ...]:
+    """What may be set at any time, by profilers too, and makes Triton compile a kernel anew."""
+    modes = knobs.compilation
+    return knobs.runtime.debug, modes.instrumentation_mode, getattr(modes, "fpsan_homomorphic_casts", None)
+
+
+def specialised(arguments: Sequence[int | float | Tensor]) -> list[Hashable]:
+    """All that Triton compiles a kernel for of its arguments, and more: what is alike by this is alike for Triton.
+
+    It looks at whether an int is 1, divisible by 16, or wider than 32 bits, at a tensor's dtype and at its address.
+    """
+    return [
+        (x % 16 == 0 if 1 < x < 1 << 31 else (x == 1, x % 16 == 0, x.bit_length() // 32, x < 0))
+        if (kind := type(x)) is int
+        else (float if kind is float else x.dtype if x.data_ptr() % 16 == 0 else (x.dtype,))
+        for x in arguments
+    ]

@@ -27,10 +27,11 @@ from .epilogue import (
     pair_gradients,
     power_of_two,
     scaled,
+    start_of,
     term_of,
     widened,
 )
-from .sets import INTERPRETED, accumulator, launch, one_array, pointer, temperature
+from .sets import INTERPRETED, accumulator, launch, one_array, temperature, upstream
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -101,15 +102,16 @@ def log_sum(S, mask):
     return tl.log(total.to(tl.float64)) + offset.to(tl.float64)
 
 
-@triton.jit(do_not_specialize=["G", "V", "N"])
+@triton.jit(do_not_specialize=["count", "G", "V", "N", "inner"])
 def forward_kernel(
-    x, tau, term, neg, pos, G, V, N, D, stride_g, stride_v: tl.int64, stride_n, stride_d,
+    x, tau, term, neg, pos, count, G, V, N, D, inner, stride_w: tl.int64,
+    stride_v: tl.int64, stride_g, stride_n, stride_d,
     TENSOR: tl.constexpr, NORMALIZE: tl.constexpr, CROSS: tl.constexpr, ACC: tl.constexpr, R: tl.constexpr,
     BD: tl.constexpr,
 ):  # fmt: skip
-    """term, neg, pos: [G, V, V, N] of x: V sets [G, N, D] of equal strides, stride_v apart."""
+    """term / count, neg, pos: [G, V, V, N] of x: V sets [G, N, D], as `one_array` gives them."""
     g, a, i, valid = places(tl.program_id(0), G, V, N, R)
-    rows = g * stride_g + a.to(tl.int64) * stride_v + i.to(tl.int64) * stride_n
+    rows = g * stride_g + start_of(a.to(tl.int64), inner, stride_w, stride_v) + i.to(tl.int64) * stride_n
     scale, inverse = lengths(x, rows, valid, D, stride_d, NORMALIZE, R, BD)
     S = similarities(x, rows, valid, D, stride_d, scale, inverse, ACC, R, BD) * inverse_of(tau, TENSOR, ACC)
     group = (g[:, None] == g[None, :]) & valid[:, None] & valid[None, :]
@@ -126,18 +128,19 @@ def forward_kernel(
         at = ((g * V + a) * V + c) * N + i
         tl.store(neg + at, value, mask=valid)
         tl.store(pos + at, positive, mask=valid)
-        tl.store(term + at, tl.where(paired, loss, 0.0), mask=valid)
+        tl.store(term + at, tl.where(paired, loss / count, 0.0), mask=valid)
 
 
-@triton.jit(do_not_specialize=["G", "V", "N"])
+@triton.jit(do_not_specialize=["count", "G", "V", "N", "inner"])
 def backward_kernel(
-    x, tau, neg, pos, g_term, g_neg, g_pos, dx, zdz, G, V, N, D, stride_g, stride_v: tl.int64, stride_n, stride_d,
+    x, tau, neg, pos, g_term, g_neg, g_pos, dx, zdz, count, G, V, N, D, inner, stride_w: tl.int64,
+    stride_v: tl.int64, stride_g, stride_n, stride_d,
     TENSOR: tl.constexpr, NORMALIZE: tl.constexpr, CROSS: tl.constexpr, ACC: tl.constexpr, R: tl.constexpr,
     BD: tl.constexpr, TERM: tl.constexpr, NEG: tl.constexpr, POS: tl.constexpr,
 ):  # fmt: skip
     """dx: [V, G, N, D] and zdz: [G, V, N]"""
     g, a, i, valid = places(tl.program_id(0), G, V, N, R)
-    rows = g * stride_g + a.to(tl.int64) * stride_v + i.to(tl.int64) * stride_n
+    rows = g * stride_g + start_of(a.to(tl.int64), inner, stride_w, stride_v) + i.to(tl.int64) * stride_n
     largest, inverse = lengths(x, rows, valid, D, stride_d, NORMALIZE, R, BD)
     cosines = similarities(x, rows, valid, D, stride_d, largest, inverse, ACC, R, BD)
     inverse_tau = inverse_of(tau, TENSOR, ACC)
@@ -154,7 +157,9 @@ def backward_kernel(
     for c in range(V):
         at = (first + c) * N + i
         mask = valid & (a != c) & exists(a, c, V, CROSS)
-        for_neg, for_pos, more = pair_gradients(neg, pos, g_term, g_neg, g_pos, own, at, mask, TERM, NEG, POS, CROSS)
+        for_neg, for_pos, more = pair_gradients(
+            neg, pos, g_term, g_neg, g_pos, count, own, at, mask, TERM, NEG, POS, CROSS
+        )  # fmt: skip
         for_own += more
         top = tl.maximum(top, tl.maximum(finite_size(for_neg), finite_size(for_pos)))
     top = tl.maximum(top, finite_size(for_own))
@@ -168,7 +173,9 @@ def backward_kernel(
     for c in range(V):
         at = (first + c) * N + i
         mask = valid & (a != c) & exists(a, c, V, CROSS)
-        for_neg, for_pos, _ = pair_gradients(neg, pos, g_term, g_neg, g_pos, own, at, mask, TERM, NEG, POS, CROSS)
+        for_neg, for_pos, _ = pair_gradients(
+            neg, pos, g_term, g_neg, g_pos, count, own, at, mask, TERM, NEG, POS, CROSS
+        )  # fmt: skip
         value = tl.load(neg + at, mask=mask, other=float("inf"))
         here = mask[:, None] & (a == c)[None, :]
         scale = tl.where(here, (for_neg * shrink).to(ACC)[:, None], scale)
@@ -220,8 +227,10 @@ def settings(x: Tensor, tau: float | Tensor, normalize: bool, cross: bool) -> di
     )
 
 
-def forward(sets: Sequence[Tensor], tau: float | Tensor, normalize: bool, cross: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """term, neg, pos by one launch."""
+def forward(
+    sets: Sequence[Tensor], tau: float | Tensor, normalize: bool, cross: bool, count: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """term / count, neg, pos by one launch."""
     x, strides = one_array(sets)
     G, N, D = sets[0].shape
     V = len(sets)
@@ -229,7 +238,7 @@ def forward(sets: Sequence[Tensor], tau: float | Tensor, normalize: bool, cross:
     outputs = [x.new_empty((G, V, V, N), dtype=dtype) for _ in range(3)]
     grid = triton.cdiv(G, ROWS // (V * N))
     how = settings(x, tau, normalize, cross)
-    launch(forward_kernel, grid, x, temperature(tau, x), *outputs, G, V, N, D, *strides, **how)
+    launch(forward_kernel, grid, x, temperature(tau, x), *outputs, count, G, V, N, D, *strides, **how)
     return tuple(outputs)
 
 
@@ -243,18 +252,18 @@ def backward(
     g_term: Tensor | None,
     g_neg: Tensor | None,
     g_pos: Tensor | None,
+    count: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """dx [V, G, N, D] and <z, dz> [G, V, N] by one launch."""
+    """dx [V, G, N, D] and <z, dz> [G, V, N] by one launch. g_term: of term / count, or one number for all"""
     x, strides = one_array(sets)
     G, N, D = sets[0].shape
     V = len(sets)
     dx = x.new_empty((V, G, N, D))
     zdz = neg.new_empty((G, V, N))
-    gradients = (g_term if N > 1 else None, g_neg, g_pos)
-    given = {name: g is not None for name, g in zip(("TERM", "NEG", "POS"), gradients, strict=True)}
+    gradients, given = upstream(g_term if N > 1 else None, g_neg, g_pos, neg)
     grid = triton.cdiv(G, ROWS // (V * N))
     launch(
-        backward_kernel, grid, x, temperature(tau, x), neg, pos, *(pointer(g, neg) for g in gradients), dx, zdz,
-        G, V, N, D, *strides, **given, **settings(x, tau, normalize, cross),
+        backward_kernel, grid, x, temperature(tau, x), neg, pos, *gradients, dx, zdz, count, G, V, N, D, *strides,
+        **given, **settings(x, tau, normalize, cross),
     )  # fmt: skip
     return dx, zdz
