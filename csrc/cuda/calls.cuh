@@ -35,7 +35,7 @@ Gram<T> describe(int64_t G, int64_t V, int64_t N, int64_t D, bool normalize, boo
   p.inverse = T(1 / tau.value);
   p.order = {0, V * N, N, 0, 1, 1};
   p.size = p.tiles().block, p.blocks = p.tiles().blocks;
-  p.parts = parts_of(p.tile_sets() * p.blocks, p.gradient_blocks());
+  p.parts = parts_of(p.tile_sets() * p.blocks, p.gradient_blocks(), enough_blocks / 2);
   return p;
 }
 

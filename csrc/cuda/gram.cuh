@@ -128,7 +128,7 @@ struct Same {  // rows kept in the arithmetic's own type
 template <typename E, typename T>
 TCLR_DEVICE void read_row(const Gram<T>& p, typename E::Element* z, int64_t ldz, int64_t row, const Source& x,
                           int64_t D) {
-  Norm<T> norm = p.normalize ? norm_of<T>(x, D, 32) : Norm<T>{1, 1};
+  Norm<T> norm = p.normalize ? norm_of<T>(D, 32, [&](int64_t d) { return value_at<T>(x, d); }) : Norm<T>{1, 1};
   if (D == 0) return;
   for (int64_t d = threadIdx.x % 32; d < ldz; d += 32)
     z[row * ldz + d] = E::of(d < D ? unit_value(value_at<T>(x, d), norm) : 0);
@@ -137,12 +137,24 @@ TCLR_DEVICE void read_row(const Gram<T>& p, typename E::Element* z, int64_t ldz,
 
 // ---- tiles
 
+// Some features of a row into shared memory by a warp, zeros if there is none.
+template <typename T>
+TCLR_DEVICE void copy_features(const T* from, bool there, int width, T* to) {
+  for (int d = threadIdx.x % 32 * 4; d < width; d += 128)
+    for (int k = 0; k < 4; k += 16 / sizeof(T))
+      copy_async(reinterpret_cast<uint32_t*>(to + d + k), reinterpret_cast<const uint32_t*>(from + d + k), there);
+}
+
 template <typename T>
 struct Span {  // rows as they lie in memory, `step` elements apart
   const T* z;
   int64_t rows, step;
 
   TCLR_METHOD const T* at(int r) const { return z + r * step; }
+  TCLR_METHOD void copy(int r, bool there, int64_t first, int width, T* to) const {
+    copy_features(at(r) + first, there, width, to);
+  }
+  TCLR_METHOD bool complete(T*, int) const { return false; }
 };
 
 struct Block {  // of rows
@@ -182,22 +194,19 @@ struct BlockRows {
     uint32_t N = uint32_t(p.N), a = r / N;
     return p.z + stored(p, {g, a, r - a * N}) * p.ldz;
   }
+  TCLR_METHOD void copy(int r, bool there, int64_t first, int width, T* to) const {
+    copy_features(at(r) + first, there, width, to);
+  }
+  TCLR_METHOD bool complete(T*, int) const { return false; }
 };
-
-// Some features of rows into shared memory, a row a warp, and zeros into what is left of every eight rows.
-template <typename T>
-TCLR_DEVICE void copy_row(const T* from, bool there, int width, T* to) {
-  for (int d = threadIdx.x % 32 * 4; d < width; d += 128)
-    for (int k = 0; k < 4; k += 16 / sizeof(T))
-      copy_async(reinterpret_cast<uint32_t*>(to + d + k), reinterpret_cast<const uint32_t*>(from + d + k), there);
-}
 
 TCLR_DEVICE int eights(int64_t rows) { return int(rows + 7) / 8; }
 
+// Some features of rows, a row a warp, and zeros into what is left of every eight rows.
 template <typename Rows, typename T>
 TCLR_DEVICE void load(const Rows& x, int64_t first, int width, T* to, int ldp) {
   for (int r = threadIdx.x / 32; r < eights(x.rows) * 8; r += threads / 32)
-    copy_row(x.at(r < x.rows ? r : 0) + first, r < x.rows, width, to + r * ldp);
+    x.copy(r < x.rows ? r : 0, r < x.rows, first, width, to + r * ldp);
 }
 
 // Adds to the products of two tiles what half of the features, from `k` on, give. A warp has every other four rows;
@@ -218,7 +227,8 @@ TCLR_DEVICE void add_products(T (&sum)[4][4], const Tile<T>& t, int k, int width
 }
 
 // The products of two blocks of rows, for t.product to give. The rows of I are already there if `again`; `meanwhile`
-// runs while they are fetched, and what it leaves in shared memory can be read afterwards.
+// runs while they are fetched, and what it leaves in shared memory can be read afterwards. Rows that are not yet unit
+// rows when they are fetched say so when they complete themselves.
 template <typename T, typename Rows, typename Meanwhile>
 TCLR_DEVICE void products(const Gram<T>& p, const Rows& I, const Rows& J, const Tile<T>& t, bool again,
                           Meanwhile meanwhile) {
@@ -231,6 +241,8 @@ TCLR_DEVICE void products(const Gram<T>& p, const Rows& I, const Rows& J, const 
     if (d == 0) meanwhile();
     wait_for_copies();
     __syncthreads();
+    if (!again) I.complete(t.rows, t.ldp);
+    if (J.complete(t.columns, t.ldp)) __syncthreads();
     switch (most) {
       case 1:
         add_products<1>(sum, t, 4 * half, width);
@@ -281,11 +293,11 @@ TCLR_DEVICE void add_exponential(T& largest, T& sum, T s) {
 }
 
 // neg and pos of one group, all of it in one tile. A thread makes them for a row and a set.
-template <typename T>
-TCLR_DEVICE void sums_of_group(const Gram<T>& p, int64_t g) {
+template <typename T, typename RowsOf>
+TCLR_DEVICE void sums_of_group(const Gram<T>& p, int64_t g, RowsOf rows_of) {
   Tile<T> t(p);
   T inverse_tau = p.inverse_tau();
-  BlockRows<T> all(p, {g, 0, 0});
+  auto all = rows_of(Block{g, 0, 0}, true);
   products(p, all, all, t, true, [] {});
   auto N = uint32_t(p.N), V = uint32_t(p.V);
   for (uint32_t k = threadIdx.x; k < V * N * V; k += threads) {
@@ -299,10 +311,11 @@ TCLR_DEVICE void sums_of_group(const Gram<T>& p, int64_t g) {
   }
 }
 
-// neg and pos of one block of rows with one set. Four threads share a row.
-template <typename T>
-TCLR_DEVICE void sums(const Gram<T>& p, uint32_t block) {
-  if (p.whole()) return sums_of_group(p, block);
+// neg and pos of one block of rows with one set. Four threads share a row. rows_of(block, whether it is the one block
+// of threads that has these rows first) gives the rows.
+template <typename T, typename RowsOf>
+TCLR_DEVICE void sums(const Gram<T>& p, uint32_t block, RowsOf rows_of) {
+  if (p.whole()) return sums_of_group(p, block, rows_of);
   int64_t c = last_digit(block, p.V), index = last_digit(block, p.blocks), a = last_digit(block, p.V);
   Block I{block, a, index};
   Tile<T> t(p);
@@ -311,9 +324,11 @@ TCLR_DEVICE void sums(const Gram<T>& p, uint32_t block) {
   int64_t i = begin(p, I) + r, at = p.at(I.g, a, c, i);
   bool valid = r < count(p, I), exists = p.exists(a, c), paired = exists && c != a;
   if (valid && threadIdx.x % 4 == 0 && !paired) p.pos[at] = 0;
+  int64_t half = (p.V + 1) / 2, met_first = !p.cross ? a : a < half ? half : 0;
+  auto rows = rows_of(I, c == met_first);
   for (int64_t b = 0; b < p.blocks && exists; ++b) {
     Block J{I.g, c, b};
-    products(p, BlockRows<T>(p, I), BlockRows<T>(p, J), t, b > 0, [] {});
+    products(p, rows, rows_of(J, false), t, b > 0, [] {});
     int64_t first = begin(p, J), columns = count(p, J);
     T s[tile / 4], top = largest;
     each_entry([&](int r, int j, int k) {
@@ -330,6 +345,11 @@ TCLR_DEVICE void sums(const Gram<T>& p, uint32_t block) {
   T top = over_row(largest, 4, [](T x, T y) { return y > x ? y : x; }), offset = top < INFINITY ? top : 0;
   T all = sum_over_row(T(sum * exp(largest - offset)), 4);
   if (valid && threadIdx.x % 4 == 0) p.neg[at] = offset + log(all);
+}
+
+template <typename T>
+TCLR_DEVICE void sums(const Gram<T>& p, uint32_t block) {
+  sums(p, block, [&](const Block& b, bool) { return BlockRows<T>(p, b); });
 }
 
 // ---- coefficients

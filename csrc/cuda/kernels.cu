@@ -103,6 +103,15 @@ Objective<T> arrange(const ObjectiveCall& call, Arena& kept, Arena& memory) {
     add(o, ll, B, V, clips, {of_x, clips, B * clips, 0, 1, 1});
   if (call.weights[gl] != 0) add(o, gl, B, 2 * V, clips, {of_s, clips, B * clips, 0, 1, 1});
   for (int k = 0; k < terms_of_objective; ++k) o.log_upstream[k] = T(log(o.upstream(Term(k))));
+  auto has = [&](Term kind) { return call.weights[kind] != 0; };
+  int of_gl = o.count - 1;
+  o.keepers[0] = 0, o.keepers[1] = of_gl, o.keepers[2] = has(ic_local) || has(ll) ? int(has(ic_global)) : of_gl;
+  for (int k = 0; k < 3; ++k) {
+    const Input& x = o.input(k);
+    bool steps = x.strides[3] == 1 && call.D % 4 == 0 && uintptr_t(x.data) % 16 == 0;
+    for (int d = 0; d < 3; ++d) steps = steps && x.strides[d] % 4 == 0;
+    if (steps && call.dtype == (sizeof(T) == 8 ? Dtype::f64 : Dtype::f32)) o.vectors |= 1u << k;
+  }
   T* z;
   kept.take(z, o.rows() * o.ldz());
   kept.take(o.norms, o.rows());
@@ -133,8 +142,12 @@ const char* objective_forward(const ObjectiveCall& call, Arena kept, Arena memor
   int64_t gradient_blocks = call.gradient ? all_blocks<&Gram<T>::gradient_blocks>(o) : 0;
   auto finish = finish_objective<T, panel<T> / 128>;
   if (call.D <= 128) finish = finish_objective<T, 1>;
-  const char* error = launch(read_inputs<T>, (o.rows() * 32 + threads - 1) / threads, 0, stream, o);
-  if (!error) error = launch(sum_all_tiles<T>, all_blocks<&Gram<T>::sum_blocks>(o), tile, stream, o, true);
+  bool reads = call.D <= panel<T>;
+  for (int k = 0; k < o.count; ++k) reads = reads && o.problems[k].blocks <= 4;
+  const char* error = nullptr;
+  if (!reads) error = launch(read_inputs<T>, (o.rows() * 32 + threads - 1) / threads, 0, stream, o);
+  auto sum = reads ? sum_all_tiles<T, true> : sum_all_tiles<T, false>;
+  if (!error) error = launch(sum, all_blocks<&Gram<T>::sum_blocks>(o), tile, stream, o, !reads);
   if (!error) error = launch(finish, term_blocks + gradient_blocks, with_anchors, stream, o, true);
   return error;
 }

@@ -5,8 +5,9 @@
 //   ll          G = the videos, V = the views,    N = the clips,  from x, where ic_local is not computed
 //   gl          G = the videos, V = the views of s, then those of x, cross
 //
-// Forward: read_inputs, sum_all_tiles, finish_objective: some of its blocks add up the terms, the others make parts of
-// the gradient, each from the coefficients that it needs, which it makes itself.
+// Forward: read_inputs, unless rows are so few and short that sum_all_tiles reads them itself; finish_objective: some
+// of its blocks add up the terms, the others make parts of the gradient, each from the coefficients that it needs, which
+// it makes itself.
 // Backward: write_gradients, which adds the parts up and multiplies by what comes from above before it divides by the
 // rows' norms: rows so short that their gradient is infinite but for that factor exist.
 //
@@ -21,7 +22,7 @@ namespace {
 using cuda::Input;
 using cuda::ObjectiveCall;
 
-constexpr int objective_launches = 4;  // forward and backward together
+constexpr int objective_launches = 3;  // forward and backward together, of few features and not many videos
 
 enum Term { ic_global, ic_local, ll, gl, terms_of_objective };
 
@@ -44,6 +45,8 @@ struct Objective {
   double *along_blocks;       // [gradient blocks] of <z, dz>
   double* sums;               // [2, term blocks] of terms, and of LL beside ic_local
   unsigned* ticket;           // 0 between launches
+  int keepers[3];             // the problem that keeps the unit rows of an input
+  unsigned vectors;           // a bit an input: whether its rows are quads of T
 
   constexpr const Input& input(int k) const { return k == 0 ? call.g : k == 1 ? call.s : call.x; }
   constexpr int64_t rows_of(int k) const { return call.V * call.B * (k == 0 ? 1 : call.T); }
@@ -94,14 +97,60 @@ constexpr int64_t all_blocks(const Objective<T>& o) {
   return n;
 }
 
+// Rows of the inputs, which make themselves unit rows where they were fetched to, and are kept by one block of threads.
+template <typename T>
+struct InputRows {
+  const Objective<T>& o;
+  const Gram<T>& p;
+  int problem;
+  Block b;
+  int64_t rows;
+  bool first;
+
+  TCLR_METHOD InputRows(const Objective<T>& o, int problem, const Block& b, bool first)
+      : o(o), p(o.problems[problem]), problem(problem), b(b), rows(count(p, b)), first(first) {}
+  TCLR_METHOD Place place(int r) const {
+    if (!p.whole()) return {b.g, b.a, begin(p, b) + r};
+    uint32_t N = uint32_t(p.N), a = r / N;
+    return {b.g, a, r - a * N};
+  }
+  TCLR_METHOD void copy(int r, bool there, int64_t, int width, T* to) const {
+    InputRow row = o.row(uint32_t(stored(p, place(r))));
+    Source x = o.at(row);
+    if (o.vectors >> row.input & 1) return copy_features(static_cast<const T*>(x.data) + x.first, there, width, to);
+    for (int d = threadIdx.x % 32; d < width; d += 32) to[d] = there && d < p.D ? value_at<T>(x, d) : 0;
+  }
+  // Eight lanes have a row.
+  TCLR_METHOD bool complete(T* to, int ldp) const {
+    constexpr int lanes = 8;
+    for (int from = 0; from < rows; from += threads / lanes) {
+      int r = from + threadIdx.x / lanes, lane = threadIdx.x % lanes;
+      bool there = r < rows;
+      T* x = to + (there ? r : 0) * ldp;
+      Norm<T> norm{1, 1};
+      if (p.normalize) norm = norm_of<T>(there ? p.ldz : 0, lanes, [&](int64_t d) { return x[d]; });
+      if (!there) continue;
+      int64_t row = stored(p, place(r));
+      bool keeps = first && o.keepers[o.row(uint32_t(row)).input] == problem;
+      if (keeps && lane == 0) o.norms[row] = norm;
+      for (int d = lane; d < p.ldz; d += lanes) {
+        if (p.normalize) x[d] = unit_value(x[d], norm);
+        if (keeps) p.z[row * p.ldz + d] = x[d];
+      }
+    }
+    return true;
+  }
+};
+
 template <typename T>
 TCLR_KERNEL read_inputs(TCLR_ARGUMENT Objective<T> o) {
   let_next_start();
-  if (blockIdx.x == 0 && threadIdx.x == 0) *o.ticket = 0;
   uint32_t row = blockIdx.x * (threads / 32) + threadIdx.x / 32;
   bool valid = row < o.rows();
   Source x = o.at(o.row(valid ? row : 0));
-  Norm<T> norm = o.call.normalize ? norm_of<T>(x, valid ? o.call.D : 0, 32) : Norm<T>{1, 1};
+  Norm<T> norm{1, 1};
+  if (o.call.normalize)
+    norm = norm_of<T>(valid ? o.call.D : 0, 32, [&](int64_t d) { return value_at<T>(x, d); });
   if (!valid) return;
   T* z = o.problems[0].z + row * o.ldz();
   for (int64_t d = threadIdx.x % 32; d < o.ldz(); d += 32)
@@ -109,13 +158,18 @@ TCLR_KERNEL read_inputs(TCLR_ARGUMENT Objective<T> o) {
   if (threadIdx.x % 32 == 0) o.norms[row] = norm;
 }
 
-template <typename T>
+// reads: the rows come from the inputs, and read_inputs did not run.
+template <typename T, bool reads>
 TCLR_KERNEL sum_all_tiles(TCLR_ARGUMENT Objective<T> o) {
   let_next_start();
   uint32_t block = blockIdx.x;
-  const Gram<T>& p = o.problems[problem_of<&Gram<T>::sum_blocks>(o, block)];
+  int k = problem_of<&Gram<T>::sum_blocks>(o, block);
   wait_for_former();
-  sums(p, block);
+  if (blockIdx.x == 0 && threadIdx.x == 0) *o.ticket = 0;
+  if constexpr (reads)
+    sums(o.problems[k], block, [&](const Block& b, bool first) { return InputRows<T>(o, k, b, first); });
+  else
+    sums(o.problems[k], block);
 }
 
 // ---- terms and coefficients

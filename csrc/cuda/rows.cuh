@@ -78,20 +78,25 @@ TCLR_DEVICE T value_at(const Source& x, int64_t d) {
   return value_at<T>(x.data, x.dtype, x.first + d * x.step);
 }
 
-// Of a row that is not finite it is NaN, and so are its unit row and its gradient. Zero lanes: `D` 0 for those without
-// a row.
-template <typename T>
-TCLR_DEVICE Norm<T> norm_of(const Source& x, int64_t D, int lanes) {
+// The norm of the D values of a row that `lanes` lanes share. Of a row that is not finite it is NaN,
+// and so are its unit row and its gradient. Zero lanes: `D` 0 for those without a row.
+template <typename T, typename Value>
+TCLR_DEVICE Norm<T> norm_of(int64_t D, int lanes, Value value) {
   T largest = 0, scale = 1, squares = 0;
   for (int64_t d = threadIdx.x % lanes; d < D; d += lanes) {
-    T size = fabs(value_at<T>(x, d));
+    T size = fabs(value(d));
     largest = size > largest || size != size ? size : largest;
   }
   largest = largest_over_row(largest, lanes);
-  if (largest > 0 && largest * 0 == 0) scale = ldexp(T(1), ilogb(largest));
+  constexpr int least = sizeof(T) == 8 ? -1022 : -126;  // 1 / scale is finite
+  if (largest > 0 && largest * 0 == 0) {
+    int exponent = ilogb(largest);
+    scale = ldexp(T(1), exponent < least ? least : exponent);
+  }
+  T inverse = 1 / scale;
   for (int64_t d = threadIdx.x % lanes; d < D; d += lanes) {
-    T value = value_at<T>(x, d) / scale;
-    squares += value * value;
+    T x = value(d) * inverse;
+    squares += x * x;
   }
   squares = sum_over_row(squares, lanes);
   return {scale, largest * 0 == 0 ? T(sqrt(squares)) : T(NAN)};
@@ -99,7 +104,7 @@ TCLR_DEVICE Norm<T> norm_of(const Source& x, int64_t D, int lanes) {
 
 template <typename T>
 TCLR_DEVICE T unit_value(T x, const Norm<T>& norm) {
-  return norm.rest == 0 ? 0 : x / norm.scale / norm.rest;
+  return norm.rest == 0 ? 0 : x * (1 / norm.scale) * (1 / norm.rest);
 }
 
 }  // namespace
