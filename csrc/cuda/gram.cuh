@@ -465,14 +465,12 @@ template <typename T, typename F>
 TCLR_DEVICE void each_anchor(const Gram<T>& p, const Block& I, const Block& J, F f) {
   for (int k = threadIdx.x; k < p.slots() * tile; k += threads) {
     int slot = k / tile, r = k % tile;
-    const Block& b = slot == 0 || p.whole() ? I : J;
+    bool of_rows = slot == 0 || p.whole();
+    Block b{I.g, of_rows ? I.a : J.a, of_rows ? I.index : J.index};
     if (r >= count(p, b)) continue;
-    if (p.whole()) {
-      uint32_t N = uint32_t(p.N), a = r / N;
-      f(slot, r, Place{b.g, a, r - a * N}, int64_t(slot));
-    } else {
-      f(slot, r, Place{b.g, b.a, begin(p, b) + r}, slot == 0 ? J.a : I.a);
-    }
+    uint32_t N = uint32_t(p.N), a = r / N;
+    Place x = p.whole() ? Place{b.g, a, r - a * N} : Place{b.g, b.a, begin(p, b) + r};
+    f(slot, r, x, p.whole() ? slot : of_rows ? J.a : I.a);
   }
 }
 
@@ -543,7 +541,8 @@ struct PanelSum {
   }
   template <int eights>
   TCLR_METHOD void add(const Tile<T>& t, int columns) {
-    for (int q = 0; q < groups; ++q) {
+#pragma unroll
+    for (int q = 0; q < groups; ++q) {  // else the sums would lie in memory
       if (q * 128 + feature >= width) continue;
       for (int k = 0; k < columns; k += 4) {
         Quad<T> z[4];
