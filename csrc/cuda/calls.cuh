@@ -32,7 +32,10 @@ Gram<T> describe(int64_t G, int64_t V, int64_t N, int64_t D, bool normalize, boo
   Gram<T> p{};
   p.G = G, p.V = V, p.N = N, p.D = D, p.ldz = (D + 3) / 4 * 4, p.normalize = normalize, p.cross = cross, p.tau = tau;
   p.parts = p.boost = 1;
-  p.parts = parts_of(p.tiles().V, p.gradient_blocks());
+  p.inverse = T(1 / tau.value);
+  p.order = {0, V * N, N, 0, 1, 1};
+  p.size = p.tiles().block, p.blocks = p.tiles().blocks;
+  p.parts = parts_of(p.tile_sets() * p.blocks, p.gradient_blocks(), enough_blocks / 2);
   return p;
 }
 
@@ -85,8 +88,15 @@ struct SetRow {
   }
 };
 
-// How a problem is computed: in the arithmetic of T on tiles of 32 rows, or on tensor cores.
+// Shared memory of a tile and of what its anchors have, so many numbers each.
 template <typename T>
+size_t shared_of(const Gram<T>& p, int numbers) {
+  return Tile<T>::size(p.ldz) + sizeof(T) * (p.slots() * tile * numbers + threads / 32);
+}
+
+// How a problem is computed: in the arithmetic of T on tiles of 32 rows, or on tensor cores. groups: of 128 features
+// that the gradient of a tile has at once.
+template <typename T, int groups = panel<T> / 128>
 struct Plain {
   using Number = T;
   using Stored = Same<T>;
@@ -96,9 +106,13 @@ struct Plain {
   TCLR_METHOD static int64_t row_size(const Call<T>& c) { return c.p.ldz; }
   static int64_t sum_blocks(const Call<T>& c) { return c.p.sum_blocks(); }
   static int64_t gradient_blocks(const Call<T>& c) { return c.p.gradient_blocks(); }
-  static size_t shared(const Call<T>& c) { return Tile<T>::size(c.p.ldz); }
-  TCLR_METHOD static void sum(const Call<T>& c, int64_t block) { sums(c.p, block); }
-  TCLR_METHOD static void add_gradient(const Call<T>& c, int64_t block) { gradient(c.p, block); }
+  static size_t shared(const Call<T>& c) { return shared_of(c.p, Given<T>::numbers); }
+  TCLR_METHOD static void sum(const Call<T>& c, uint32_t block) { sums(c.p, block); }
+  TCLR_METHOD static void add_gradient(const Call<T>& c, uint32_t block) {
+    Work<T> work(c.p, block);
+    Given<T> anchors(c.p, work.I.g);
+    gradient<groups>(c.p, work, anchors);
+  }
 };
 
 template <typename E>
@@ -137,10 +151,9 @@ TCLR_KERNEL read_sets(TCLR_ARGUMENT CallOf<Path> c) {
 template <typename T>
 TCLR_KERNEL write_sets(TCLR_ARGUMENT Call<T> c) {
   SetRow row(c);
-  Share<T> from[] = {share(c.p, row.r)};
   double factor = 1 / value_of(c.p.tau);
-  double along = write_row(row.x, row.D, c.p.normalize, from, factor, row.set->gradient,
-                           (row.r.g * c.p.N + row.r.i) * c.p.D, shared_memory<double>());
+  double along = write_row(row.x, row.D, share(c.p, row.r), factor, row.set->gradient,
+                           (row.r.g * c.p.N + row.r.i) * c.p.D);
   if (row.D != 0 && threadIdx.x % 32 == 0) c.zdz[c.p.row(row.r)] = T(along * factor);
 }
 

@@ -29,18 +29,42 @@ TCLR_DEVICE T* shared_memory() {
   return reinterpret_cast<T*>(memory);
 }
 
-// Nothing, or CUDA's name for what went wrong.
+// Waits until the kernel before this one has ended and what it wrote can be read: of a kernel launched `early`.
+TCLR_DEVICE void wait_for_former() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the kernel after this one start, if it is launched `early`.
+TCLR_DEVICE void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Nothing, or CUDA's name for what went wrong. early: the kernel may start before the one before it ends, where its
+// code was compiled for devices that have that.
 template <typename A>
-const char* launch(void (*kernel)(A), int64_t blocks, size_t shared, Stream stream, const A& argument) {
+const char* launch(void (*kernel)(A), int64_t blocks, size_t shared, Stream stream, const A& argument,
+                   bool early = false) {
   constexpr size_t always_there = 48 << 10;
   if (blocks == 0) return nullptr;
   if (blocks > 0x7fffffff) return "more blocks than a grid can hold";
   cudaError_t error = cudaSuccess;
   if (shared > always_there)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+  cudaFuncAttributes compiled;
+  if (error == cudaSuccess && early) error = cudaFuncGetAttributes(&compiled, kernel);
   if (error == cudaSuccess) {
-    kernel<<<dim3(unsigned(blocks)), dim3(threads), shared, stream>>>(argument);
-    error = cudaGetLastError();
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(unsigned(blocks)), config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared, config.stream = stream;
+    config.attrs = &attribute, config.numAttrs = early && compiled.ptxVersion >= 90;
+    error = cudaLaunchKernelEx(&config, kernel, argument);
   }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

@@ -26,6 +26,20 @@ struct Place {  // a row of the problem
   int64_t g, a, i;
 };
 
+// How many rows of z lie between one row of the problem and the next of a kind. The sets are (a / inner, a % inner).
+struct Order {
+  int64_t first, of_group, of_outer, of_set, of_row;
+  uint32_t inner;
+};
+
+// The last digit of a block's number in base n, taken off it. Numbers of blocks have 32 bits, and so has whatever they
+// are made of: a division of 64 bits would take a hundred instructions.
+TCLR_DEVICE uint32_t last_digit(uint32_t& number, int64_t n) {
+  uint32_t before = number;
+  number /= uint32_t(n);
+  return before - number * uint32_t(n);
+}
+
 // One problem, and where its steps leave what the next ones read.
 template <typename T>
 struct Gram {
@@ -39,6 +53,9 @@ struct Gram {
   unsigned long long* largest;  // [G] of g_neg and g_pos, as bits
   int64_t parts;                // of the sets that contribute to a row, so that few rows fill the device
   double boost;                 // of the weights, beyond the unit of their group
+  Order order;                  // of z
+  int64_t size, blocks;         // rows of a tile and tiles of a set, or of a group that is one tile
+  T inverse;                    // 1 / tau, where tau is a value
 
   // A group whose rows fit a tile is one tile; else each set is cut into blocks of rows.
   constexpr bool whole() const { return V * N <= tile; }
@@ -56,25 +73,37 @@ struct Gram {
   constexpr int64_t panels() const { return (ldz + panel<T> - 1) / panel<T>; }
 
   constexpr int64_t row_blocks() const { return (rows() * 32 + threads - 1) / threads; }
-  constexpr int64_t sum_blocks() const { return whole() ? G : G * V * V * sets().blocks; }
+  constexpr int64_t term_blocks() const { return (rows() * V + threads - 1) / threads; }
+  constexpr int64_t sum_blocks() const { return whole() ? G : G * V * V * blocks; }
   constexpr int64_t finish_blocks() const { return (rows() * lanes() + threads - 1) / threads; }
-  constexpr int64_t gradient_blocks() const { return G * tiles().V * tiles().blocks * parts * panels(); }
+  constexpr int64_t tile_sets() const { return whole() ? 1 : V; }
+  constexpr int64_t tile_count() const { return G * tile_sets() * blocks; }
+  constexpr int64_t gradient_blocks() const { return tile_count() * parts * panels(); }
+  constexpr int slots() const { return whole() ? int(V) : 2; }  // of anchors that a tile meets
+  constexpr bool exists(int64_t a, int64_t c) const { return !cross || (a < (V + 1) / 2) != (c < (V + 1) / 2); }
+  TCLR_METHOD T inverse_tau() const { return tau.data ? T(1 / value_of(tau)) : inverse; }
 };
 
-// Memory of a tile: two panels of rows, and S.
+// Memory of a tile: two panels of rows, and S, as two sums over half of the features each.
 template <typename T>
 struct Tile {
   int ldp;  // of the panels
   T *rows, *columns, *S;
 
   static constexpr int width(int64_t ldz) { return int(ldz < panel<T> ? ldz : panel<T>); }
-  static constexpr size_t size(int64_t ldz) { return sizeof(T) * tile * (2 * (width(ldz) + 4) + lds); }
+  static constexpr size_t size(int64_t ldz) { return sizeof(T) * tile * (2 * (width(ldz) + 4) + 2 * lds); }
   TCLR_METHOD explicit Tile(int64_t ldz) {
     ldp = width(ldz) + 4;
     rows = shared_memory<T>();
     columns = rows + tile * ldp;
     S = columns + tile * ldp;
   }
+  TCLR_METHOD T* end() const { return S + 2 * tile * lds; }
+  // Of a group that is one tile: its rows are its columns.
+  TCLR_METHOD Tile(const Gram<T>& p) : Tile(p.ldz) {
+    if (p.whole()) columns = rows;
+  }
+  TCLR_METHOD T product(int r, int j) const { return S[r * lds + j] + S[(tile + r) * lds + j]; }
 };
 
 template <typename T>
@@ -99,8 +128,7 @@ struct Same {  // rows kept in the arithmetic's own type
 template <typename E, typename T>
 TCLR_DEVICE void read_row(const Gram<T>& p, typename E::Element* z, int64_t ldz, int64_t row, const Source& x,
                           int64_t D) {
-  T* shared = shared_memory<T>();
-  Norm<T> norm = p.normalize ? norm_of(x, D, 32, shared) : Norm<T>{1, 1};
+  Norm<T> norm = p.normalize ? norm_of<T>(D, 32, [&](int64_t d) { return value_at<T>(x, d); }) : Norm<T>{1, 1};
   if (D == 0) return;
   for (int64_t d = threadIdx.x % 32; d < ldz; d += 32)
     z[row * ldz + d] = E::of(d < D ? unit_value(value_at<T>(x, d), norm) : 0);
@@ -109,65 +137,146 @@ TCLR_DEVICE void read_row(const Gram<T>& p, typename E::Element* z, int64_t ldz,
 
 // ---- tiles
 
-// Some rows of a set, and from which feature on, into shared memory; zeros where there are none.
+// Some features of a row into shared memory by a warp, zeros if there is none.
 template <typename T>
-TCLR_DEVICE void load(const T* z, int64_t ldz, int64_t rows, int width, T* to, int ldp) {
-  int quads = width / 4;
-  for (int k = threadIdx.x; k < tile * quads; k += threads) {
-    int r = k / quads, d = k % quads * 4;
-    Quad<T> q = r < rows ? quad(z + r * ldz + d) : Quad<T>{};
-    *reinterpret_cast<Quad<T>*>(to + r * ldp + d) = q;
-  }
+TCLR_DEVICE void copy_features(const T* from, bool there, int width, T* to) {
+  for (int d = threadIdx.x % 32 * 4; d < width; d += 128)
+    for (int k = 0; k < 4; k += 16 / sizeof(T))
+      copy_async(reinterpret_cast<uint32_t*>(to + d + k), reinterpret_cast<const uint32_t*>(from + d + k), there);
 }
+
+template <typename T>
+struct Span {  // rows as they lie in memory, `step` elements apart
+  const T* z;
+  int64_t rows, step;
+
+  TCLR_METHOD const T* at(int r) const { return z + r * step; }
+  TCLR_METHOD void copy(int r, bool there, int64_t first, int width, T* to) const {
+    copy_features(at(r) + first, there, width, to);
+  }
+  TCLR_METHOD bool complete(T*, int) const { return false; }
+};
 
 struct Block {  // of rows
   int64_t g, a, index;
 };
 
 template <typename T>
-struct Span {  // rows as they lie in memory
-  const T* z;
-  int64_t rows;
-};
-
-template <typename T>
-TCLR_DEVICE Span<T> span(const Gram<T>& p, const Problem& problem, const Block& b) {
-  return {p.z + p.row({b.g, b.a, problem.begin(b.index)}) * p.ldz, problem.rows(b.index)};
+TCLR_DEVICE int64_t begin(const Gram<T>& p, const Block& b) {
+  return b.index * p.size;
 }
 
-// S of two blocks of rows; `put(r, j, s)` is what the tile shall hold. The rows of I are already there if `again`.
-// A thread makes 2 x 4 of its entries.
-template <typename T, typename Rows, typename Columns, typename Put>
-TCLR_DEVICE void scores(const Gram<T>& p, Rows rows, Columns columns, const Tile<T>& t, bool again, T inverse_tau,
-                        Put put) {
-  int ty = threadIdx.x / 8, tx = threadIdx.x % 8;
-  T sum[2][4] = {};
+template <typename T>
+TCLR_DEVICE int count(const Gram<T>& p, const Block& b) {
+  int64_t all = p.whole() ? p.V * p.N : p.N, rest = all - begin(p, b);
+  return int(rest < p.size ? rest : p.size);
+}
+
+// The row of z that a row of the problem is.
+template <typename T>
+TCLR_DEVICE int64_t stored(const Gram<T>& p, const Place& r) {
+  auto a = uint32_t(r.a), outer = a / p.order.inner;
+  return p.order.first + r.g * p.order.of_group + outer * p.order.of_outer +
+         (a - outer * p.order.inner) * p.order.of_set + r.i * p.order.of_row;
+}
+
+// The rows of a block: of one set, or of the sets of a group.
+template <typename T>
+struct BlockRows {
+  const Gram<T>& p;
+  int64_t g, rows;
+  Span<T> of_set;
+
+  TCLR_METHOD BlockRows(const Gram<T>& p, const Block& b)
+      : p(p), g(b.g), rows(count(p, b)), of_set{p.z + stored(p, {b.g, b.a, begin(p, b)}) * p.ldz, rows, p.order.of_row * p.ldz} {}
+  TCLR_METHOD const T* at(int r) const {
+    if (!p.whole()) return of_set.at(r);
+    uint32_t N = uint32_t(p.N), a = r / N;
+    return p.z + stored(p, {g, a, r - a * N}) * p.ldz;
+  }
+  TCLR_METHOD void copy(int r, bool there, int64_t first, int width, T* to) const {
+    copy_features(at(r) + first, there, width, to);
+  }
+  TCLR_METHOD bool complete(T*, int) const { return false; }
+};
+
+TCLR_DEVICE int eights(int64_t rows) { return int(rows + 7) / 8; }
+
+// Some features of rows, a row a warp, and zeros into what is left of every eight rows.
+template <typename Rows, typename T>
+TCLR_DEVICE void load(const Rows& x, int64_t first, int width, T* to, int ldp) {
+  for (int r = threadIdx.x / 32; r < eights(x.rows) * 8; r += threads / 32)
+    x.copy(r < x.rows ? r : 0, r < x.rows, first, width, to + r * ldp);
+}
+
+// Adds to the products of two tiles what half of the features, from `k` on, give. A warp has every other four rows;
+// a thread, of 8 eights x eights rows and columns, as many.
+template <int eights, typename T>
+TCLR_DEVICE void add_products(T (&sum)[4][4], const Tile<T>& t, int k, int width) {
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const T *rows = t.rows + (lane / 8 + warp % 2 * 4) * t.ldp, *columns = t.columns + lane % 8 * t.ldp;
+  for (; k < width; k += 8) {
+    Quad<T> x[eights];
+    for (int r = 0; r < eights; ++r) x[r] = quad(rows + 8 * r * t.ldp + k);
+    for (int j = 0; j < eights; ++j) {
+      Quad<T> y = quad(columns + 8 * j * t.ldp + k);
+      for (int r = 0; r < eights; ++r)
+        for (int e = 0; e < 4; ++e) sum[r][j] += x[r].x[e] * y.x[e];
+    }
+  }
+}
+
+// The products of two blocks of rows, for t.product to give. The rows of I are already there if `again`; `meanwhile`
+// runs while they are fetched, and what it leaves in shared memory can be read afterwards. Rows that are not yet unit
+// rows when they are fetched say so when they complete themselves.
+template <typename T, typename Rows, typename Meanwhile>
+TCLR_DEVICE void products(const Gram<T>& p, const Rows& I, const Rows& J, const Tile<T>& t, bool again,
+                          Meanwhile meanwhile) {
+  int half = threadIdx.x / 64, most = eights(I.rows > J.rows ? I.rows : J.rows);
+  T sum[4][4] = {};
   for (int64_t d = 0; d < p.ldz; d += panel<T>) {
     int width = Tile<T>::width(p.ldz - d);
-    if (!again || p.panels() > 1) load(rows().z + d, p.ldz, rows().rows, width, t.rows, t.ldp);
-    load(columns().z + d, p.ldz, columns().rows, width, t.columns, t.ldp);
+    if (!again || p.panels() > 1) load(I, d, width, t.rows, t.ldp);
+    load(J, d, width, t.columns, t.ldp);
+    if (d == 0) meanwhile();
+    wait_for_copies();
     __syncthreads();
-    for (int k = 0; k < width; k += 4) {
-      Quad<T> x[2], y[4];
-      for (int q = 0; q < 2; ++q) x[q] = quad(t.rows + (ty + 16 * q) * t.ldp + k);
-      for (int q = 0; q < 4; ++q) y[q] = quad(t.columns + (tx + 8 * q) * t.ldp + k);
-      for (int e = 0; e < 4; ++e)
-        for (int r = 0; r < 2; ++r)
-          for (int j = 0; j < 4; ++j) sum[r][j] += x[r].x[e] * y[j].x[e];
+    if (!again) I.complete(t.rows, t.ldp);
+    if (J.complete(t.columns, t.ldp)) __syncthreads();
+    switch (most) {
+      case 1:
+        add_products<1>(sum, t, 4 * half, width);
+        break;
+      case 2:
+        add_products<2>(sum, t, 4 * half, width);
+        break;
+      case 3:
+        add_products<3>(sum, t, 4 * half, width);
+        break;
+      default:
+        add_products<4>(sum, t, 4 * half, width);
     }
-    __syncthreads();
+    if (d + panel<T> < p.ldz) __syncthreads();
   }
-  for (int r = 0; r < 2; ++r)
-    for (int j = 0; j < 4; ++j)
-      t.S[(ty + 16 * r) * lds + tx + 8 * j] = put(ty + 16 * r, tx + 8 * j, sum[r][j] * inverse_tau);
+  int r = threadIdx.x % 32 / 8 + threadIdx.x / 32 % 2 * 4 + half * tile, j = threadIdx.x % 8;
+  for (int x = 0; x < 4; ++x)
+    for (int y = 0; y < 4; ++y) t.S[(r + 8 * x) * lds + j + 8 * y] = sum[x][y];
   __syncthreads();
 }
 
+// Calls f(r, j, k) for the entries of a tile that this thread serves, the k-th of them; all of them are in one row.
+template <typename F>
+TCLR_DEVICE void each_entry(F f) {
+  for (int k = 0; k < tile / 4; ++k) f(threadIdx.x / 4, int(threadIdx.x % 4) + 4 * k, k);
+}
+
+// S of two blocks of rows; `put(r, j, s)` is what the tile shall hold.
 template <typename T, typename Put>
-TCLR_DEVICE void scores(const Gram<T>& p, const Problem& problem, const Block& I, const Block& J, const Tile<T>& t,
-                        bool again, T inverse_tau, Put put) {
-  auto of = [&](const Block& b) { return [&] { return span(p, problem, b); }; };
-  scores(p, of(I), of(J), t, again, inverse_tau, put);
+TCLR_DEVICE void scores(const Gram<T>& p, const Span<T>& I, const Span<T>& J, const Tile<T>& t, bool again,
+                        T inverse_tau, Put put) {
+  products(p, I, J, t, again, [] {});
+  each_entry([&](int r, int j, int) { t.S[r * lds + j] = put(r, j, t.product(r, j) * inverse_tau); });
+  __syncthreads();
 }
 
 // ---- sums
@@ -184,53 +293,63 @@ TCLR_DEVICE void add_exponential(T& largest, T& sum, T s) {
 }
 
 // neg and pos of one group, all of it in one tile. A thread makes them for a row and a set.
-template <typename T>
-TCLR_DEVICE void sums_of_group(const Gram<T>& p, int64_t g) {
-  Block all{g, 0, 0};
-  Tile<T> t(p.ldz);
-  scores(p, p.tiles(), all, all, t, false, T(1 / value_of(p.tau)), [](int, int, T s) { return s; });
-  int N = int(p.N), V = int(p.V);
-  for (int k = threadIdx.x; k < V * N * V; k += threads) {
-    int row = k / V, c = k % V, a = row / N, i = row % N;
-    const T* S = t.S + row * lds + c * N;
-    bool exists = p.sets().exists(a, c);
+template <typename T, typename RowsOf>
+TCLR_DEVICE void sums_of_group(const Gram<T>& p, int64_t g, RowsOf rows_of) {
+  Tile<T> t(p);
+  T inverse_tau = p.inverse_tau();
+  auto all = rows_of(Block{g, 0, 0}, true);
+  products(p, all, all, t, true, [] {});
+  auto N = uint32_t(p.N), V = uint32_t(p.V);
+  for (uint32_t k = threadIdx.x; k < V * N * V; k += threads) {
+    uint32_t row = k / V, c = k - row * V, a = row / N, i = row - a * N;
+    bool exists = p.exists(a, c);
     T largest = lowest<T>, sum = 0;
-    for (int j = 0; j < N && exists; ++j)
-      if (j != i) add_exponential(largest, sum, S[j]);
+    for (uint32_t j = 0; j < N && exists; ++j)
+      if (j != i) add_exponential(largest, sum, t.product(row, c * N + j) * inverse_tau);
     int64_t at = p.at(g, a, c, i);
-    p.neg[at] = largest + log(sum), p.pos[at] = exists && c != a ? S[i] : 0;
+    p.neg[at] = largest + log(sum), p.pos[at] = exists && c != a ? t.product(row, c * N + i) * inverse_tau : 0;
   }
 }
 
-// neg and pos of one block of rows with one set. Four threads share a row.
-template <typename T>
-TCLR_DEVICE void sums(const Gram<T>& p, int64_t block) {
-  if (p.whole()) return sums_of_group(p, block);
-  Problem problem = p.sets();
-  int64_t c = block % p.V, index = block / p.V % problem.blocks, set = block / (p.V * problem.blocks);
-  Block I{set / p.V, set % p.V, index};
-  Tile<T> t(p.ldz);
-  T inverse_tau = T(1 / value_of(p.tau)), largest = lowest<T>, sum = 0;
-  int r = threadIdx.x / 4, quarter = threadIdx.x % 4;
-  int64_t i = problem.begin(index) + r, at = p.at(I.g, I.a, c, i);
-  bool valid = r < problem.rows(index), exists = problem.exists(I.a, c), paired = exists && c != I.a;
-  if (valid && quarter == 0 && !paired) p.pos[at] = 0;
-  for (int64_t b = 0; b < problem.blocks && exists; ++b) {
-    scores(p, problem, I, {I.g, c, b}, t, b > 0, inverse_tau, [](int, int, T s) { return s; });
-    int64_t first = problem.begin(b), count = problem.rows(b);
-    for (int j = quarter; j < count && valid; j += 4) {
-      T s = t.S[r * lds + j];
-      if (first + j != i)
-        add_exponential(largest, sum, s);
-      else if (paired)
-        p.pos[at] = s;
-    }
+// neg and pos of one block of rows with one set. Four threads share a row. rows_of(block, whether it is the one block
+// of threads that has these rows first) gives the rows.
+template <typename T, typename RowsOf>
+TCLR_DEVICE void sums(const Gram<T>& p, uint32_t block, RowsOf rows_of) {
+  if (p.whole()) return sums_of_group(p, block, rows_of);
+  int64_t c = last_digit(block, p.V), index = last_digit(block, p.blocks), a = last_digit(block, p.V);
+  Block I{block, a, index};
+  Tile<T> t(p);
+  T inverse_tau = p.inverse_tau(), largest = lowest<T>, sum = 0;
+  int r = threadIdx.x / 4;
+  int64_t i = begin(p, I) + r, at = p.at(I.g, a, c, i);
+  bool valid = r < count(p, I), exists = p.exists(a, c), paired = exists && c != a;
+  if (valid && threadIdx.x % 4 == 0 && !paired) p.pos[at] = 0;
+  int64_t half = (p.V + 1) / 2, met_first = !p.cross ? a : a < half ? half : 0;
+  auto rows = rows_of(I, c == met_first);
+  for (int64_t b = 0; b < p.blocks && exists; ++b) {
+    Block J{I.g, c, b};
+    products(p, rows, rows_of(J, false), t, b > 0, [] {});
+    int64_t first = begin(p, J), columns = count(p, J);
+    T s[tile / 4], top = largest;
+    each_entry([&](int r, int j, int k) {
+      s[k] = t.product(r, j) * inverse_tau;
+      if (valid && paired && first + j == i) p.pos[at] = s[k];
+      if (j < columns && first + j != i && s[k] > top) top = s[k];
+    });
+    T offset = top < INFINITY ? top : 0;
+    sum *= exp(largest - offset), largest = top;
+    each_entry([&](int, int j, int k) {
+      if (j < columns && first + j != i) sum += exp(s[k] - offset);
+    });
   }
-  T* shared = shared_memory<T>();
-  __syncthreads();
-  T top = over_row(largest, 4, shared, [](T x, T y) { return y > x ? y : x; });
-  T all = over_row(T(sum * exp(largest - top)), 4, shared, [](T x, T y) { return x + y; });
-  if (valid && quarter == 0) p.neg[at] = top + log(all);
+  T top = over_row(largest, 4, [](T x, T y) { return y > x ? y : x; }), offset = top < INFINITY ? top : 0;
+  T all = sum_over_row(T(sum * exp(largest - offset)), 4);
+  if (valid && threadIdx.x % 4 == 0) p.neg[at] = offset + log(all);
+}
+
+template <typename T>
+TCLR_DEVICE void sums(const Gram<T>& p, uint32_t block) {
+  sums(p, block, [&](const Block& b, bool) { return BlockRows<T>(p, b); });
 }
 
 // ---- coefficients
@@ -240,7 +359,10 @@ TCLR_DEVICE double log_add(double x, double y) {
   return low == -INFINITY ? high : high + log1p(exp(low - high));
 }
 
-TCLR_DEVICE double softplus(double t) { return (t > 0 ? t : 0) + log1p(exp(t > 0 ? -t : t)); }
+template <typename T>
+TCLR_DEVICE T softplus(T t) {
+  return (t > 0 ? t : 0) + log1p(exp(t > 0 ? -t : t));
+}
 
 TCLR_DEVICE double sigmoid(double t) {
   double e = exp(t > 0 ? -t : t), r = 1 / (1 + e);
@@ -267,7 +389,7 @@ struct Finisher {
   TCLR_METHOD void each(F f) const {
     for (int64_t c = lane; c < p.V && valid; c += lanes) f(c);
   }
-  TCLR_METHOD bool paired(int64_t c) const { return c != r.a && p.sets().exists(r.a, c); }
+  TCLR_METHOD bool paired(int64_t c) const { return c != r.a && p.exists(r.a, c); }
   TCLR_METHOD double negatives(int64_t c) const {
     return p.cross ? p.neg[at(c)] : log_add(p.neg[at(r.a)], p.neg[at(c)]);
   }
@@ -295,13 +417,13 @@ struct Upstream {
 
 // The gradients of neg and pos.
 template <typename T>
-TCLR_DEVICE void coefficients(const Finisher<T>& f, const Upstream<T>& up, double* shared) {
+TCLR_DEVICE void coefficients(const Finisher<T>& f, const Upstream<T>& up) {
   const Gram<T>& p = f.p;
   auto given = [](const T* x, int64_t at) { return x ? double(x[at]) : 0; };
   double g_own = 0;
   f.each([&](int64_t c) {
     int64_t at = f.at(c);
-    double g_neg = p.sets().exists(f.r.a, c) ? given(up.neg, at) : 0, g_pos = f.paired(c) ? given(up.pos, at) : 0;
+    double g_neg = p.exists(f.r.a, c) ? given(up.neg, at) : 0, g_pos = f.paired(c) ? given(up.pos, at) : 0;
     double g_term = up.term ? up.term[at] : up.all;
     if (g_term != 0 && p.N > 1 && f.paired(c)) {
       double negatives = f.negatives(c), g = g_term * sigmoid(negatives - p.pos[at]);
@@ -311,34 +433,8 @@ TCLR_DEVICE void coefficients(const Finisher<T>& f, const Upstream<T>& up, doubl
     }
     p.g_neg[at] = g_neg, p.g_pos[at] = g_pos;
   });
-  g_own = sum_over_row(g_own, f.lanes, shared);
+  g_own = sum_over_row(g_own, f.lanes);
   if (f.valid && f.lane == f.r.a % f.lanes) p.g_neg[f.at(f.r.a)] += g_own;
-}
-
-// LL of one row, the sets being (v, t), v outermost; `scale` times its gradient is added to that of pos.
-template <typename T>
-TCLR_DEVICE double local_local(const Finisher<T>& f, double scale, bool gradient, double* shared) {
-  const Gram<T>& p = f.p;
-  int64_t mate = (f.r.a + p.V / 2) % p.V;
-  auto negative = [&](int64_t c) { return c != f.r.a && c != mate; };
-  double top = -INFINITY, total = 0;
-  f.each([&](int64_t c) {
-    double pos = p.pos[f.at(c)];
-    if (negative(c)) top = pos > top || pos != pos ? pos : top;
-  });
-  top = largest_over_row(top, f.lanes, shared);
-  f.each([&](int64_t c) {
-    if (negative(c)) total += exp(p.pos[f.at(c)] - top);
-  });
-  total = sum_over_row(total, f.lanes, shared);
-  if (!f.valid) return 0;
-  double negatives = top + log(total), excess = negatives - p.pos[f.at(mate)], g = scale * sigmoid(excess);
-  if (gradient && g != 0)
-    f.each([&](int64_t c) {
-      if (c == mate) p.g_pos[f.at(c)] -= g;
-      if (negative(c)) p.g_pos[f.at(c)] += g * exp(p.pos[f.at(c)] - negatives);
-    });
-  return f.lane == 0 ? softplus(excess) : 0;
 }
 
 // The group's largest coefficient: a maximum, so it is the same in any order. As bits, positive numbers keep theirs.
@@ -363,132 +459,214 @@ TCLR_DEVICE double unit(const Gram<T>& p, int64_t g) {
 
 // ---- gradient
 
-// W of one entry.
-template <typename T>
-TCLR_DEVICE T weight(const Gram<T>& p, int64_t at, T s, double inverse_unit) {
-  T g = T(p.g_neg[at] * inverse_unit);
-  return g == 0 ? 0 : g * exp(s - p.neg[at]);  // neg may be -inf here
+// Calls f(slot, r, anchor, set) for what the weights of a tile are made of: every row as an anchor with the set of the
+// columns (slot 0), and every column with that of the rows (slot 1); or every row of a group with every set (its slot).
+template <typename T, typename F>
+TCLR_DEVICE void each_anchor(const Gram<T>& p, const Block& I, const Block& J, F f) {
+  for (int k = threadIdx.x; k < p.slots() * tile; k += threads) {
+    int slot = k / tile, r = k % tile;
+    bool of_rows = slot == 0 || p.whole();
+    Block b{I.g, of_rows ? I.a : J.a, of_rows ? I.index : J.index};
+    if (r >= count(p, b)) continue;
+    uint32_t N = uint32_t(p.N), a = r / N;
+    Place x = p.whole() ? Place{b.g, a, r - a * N} : Place{b.g, b.a, begin(p, b) + r};
+    f(slot, r, x, p.whole() ? slot : of_rows ? J.a : I.a);
+  }
 }
 
-// W + W^T of two blocks.
+// The coefficients of a tile's anchors where they are given, in the unit of their group.
 template <typename T>
-TCLR_DEVICE void weights(const Gram<T>& p, const Problem& problem, const Block& I, const Block& J, const Tile<T>& t,
-                         bool again, T inverse_tau, double inverse_unit) {
-  auto place = [&](const Block& b, int r) -> Place {
-    auto row = uint32_t(b.a * p.N + problem.begin(b.index) + r), N = uint32_t(p.N);
-    return {b.g, row / N, row % N};
-  };
-  scores(p, problem, I, J, t, again, inverse_tau, [&](int r, int j, T s) -> T {
-    if (r >= problem.rows(I.index) || j >= problem.rows(J.index)) return 0;
-    Place row = place(I, r), column = place(J, j);
-    int64_t at = p.at(row.g, row.a, column.a, row.i), back = p.at(row.g, column.a, row.a, column.i);
-    if (row.i != column.i) return weight(p, at, s, inverse_unit) + weight(p, back, s, inverse_unit);
-    return row.a == column.a ? 0 : T((p.g_pos[at] + p.g_pos[back]) * inverse_unit);
+struct Given {
+  static constexpr int numbers = 3;  // of an anchor: neg and the two coefficients
+  const Gram<T>& p;
+  T* table;
+  double inverse_unit;
+
+  TCLR_METHOD Given(const Gram<T>& p, int64_t g)
+      : p(p), table(Tile<T>(p.ldz).end()), inverse_unit(1 / unit(p, g)) {}
+  TCLR_METHOD const T* of(int slot, int r) const { return table + (slot * tile + r) * numbers; }
+  TCLR_METHOD void read(const Block& I, const Block& J) {
+    each_anchor(p, I, J, [&](int slot, int r, const Place& x, int64_t c) {
+      T* to = table + (slot * tile + r) * numbers;
+      int64_t at = p.at(x.g, x.a, c, x.i);
+      to[0] = p.neg[at], to[1] = T(p.g_neg[at] * inverse_unit), to[2] = T(p.g_pos[at] * inverse_unit);
+    });
+  }
+  // The weight of an entry as its anchor has it.
+  TCLR_METHOD T negative(int slot, int r, T s) const {
+    const T* x = of(slot, r);
+    return x[1] == 0 ? 0 : x[1] * exp(s - x[0]);  // neg may be -inf here
+  }
+  TCLR_METHOD T positive(int slot, int r) const { return of(slot, r)[2]; }
+  // What is to multiply the gradient made so far, now that more coefficients are there.
+  TCLR_METHOD T rescale() { return 1; }
+  TCLR_METHOD void met(T, T) {}
+};
+
+// W + W^T of two blocks in the place of their products.
+template <typename T, typename Anchors>
+TCLR_DEVICE void weights(const Gram<T>& p, const Block& I, const Block& J, const Tile<T>& t, Anchors& anchors) {
+  int rows = count(p, I), columns = count(p, J);
+  T inverse_tau = p.inverse_tau();
+  auto N = uint32_t(p.N);
+  uint32_t row = threadIdx.x / 4, a = p.whole() ? row / N : 0, i = p.whole() ? row - a * N : begin(p, I) + row;
+  each_entry([&](int r, int j, int) {
+    T product = t.product(r, j), w = 0;
+    uint32_t c = p.whole() ? j / N : 0, of_column = p.whole() ? j - c * N : begin(p, J) + j;
+    bool same_set = p.whole() ? a == c : I.a == J.a;
+    int slot = p.whole() ? c : 0, back = p.whole() ? a : 1;
+    if (r < rows && j < columns) {
+      if (i != of_column)
+        w = anchors.negative(slot, r, product * inverse_tau) + anchors.negative(back, j, product * inverse_tau);
+      else if (!same_set)
+        w = anchors.positive(slot, r) + anchors.positive(back, j);
+      anchors.met(w, product);
+    }
+    t.S[r * lds + j] = w;
   });
+  __syncthreads();
 }
 
-// What a thread has of one panel of a gradient: 4 x 4 entries of every 64 features.
-template <typename T>
+// What a thread has of one panel of a gradient: every fourth row, and four features of every 128.
+template <typename T, int groups = panel<T> / 128>
 struct PanelSum {
-  static constexpr int groups = panel<T> / 64;
-  int dx = threadIdx.x % 16 * 4, ry = threadIdx.x / 16 * 4, width;
-  T sum[groups][4][4] = {};
+  int row = threadIdx.x % 32 / 8, feature = threadIdx.x / 32 * 32 + threadIdx.x % 8 * 4, width;
+  T sum[groups][8][4] = {};
 
   TCLR_METHOD explicit PanelSum(int width) : width(width) {}
-  // Adds W z, W in the place of S, and z the panel of the columns.
-  TCLR_METHOD void add(const Tile<T>& t) {
-    for (int k = 0; k < tile; k += 4) {
-      Quad<T> w[4];
-      for (int r = 0; r < 4; ++r) w[r] = quad(t.S + (ry + r) * lds + k);
-      for (int q = 0; q < groups; ++q) {
-        if (q * 64 + dx >= width) continue;
-        for (int e = 0; e < 4; ++e) {
-          Quad<T> z = quad(t.columns + (k + e) * t.ldp + q * 64 + dx);
-          for (int r = 0; r < 4; ++r)
-            for (int x = 0; x < 4; ++x) sum[q][r][x] += w[r].x[e] * z.x[x];
+  TCLR_METHOD void scale(T by) {
+    for (auto& group : sum)
+      for (auto& of_row : group)
+        for (T& x : of_row) x *= by;
+  }
+  template <int eights>
+  TCLR_METHOD void add(const Tile<T>& t, int columns) {
+#pragma unroll
+    for (int q = 0; q < groups; ++q) {  // else the sums would lie in memory
+      if (q * 128 + feature >= width) continue;
+      for (int k = 0; k < columns; k += 4) {
+        Quad<T> z[4];
+        for (int e = 0; e < 4; ++e) z[e] = quad(t.columns + (k + e) * t.ldp + q * 128 + feature);
+        for (int r = 0; r < 2 * eights; ++r) {
+          Quad<T> w = quad(t.S + (row + 4 * r) * lds + k);
+          for (int e = 0; e < 4; ++e)
+            for (int x = 0; x < 4; ++x) sum[q][r][x] += w.x[e] * z[e].x[x];
         }
       }
     }
   }
+  // Adds W z, W in the place of S, and z the panel of the columns.
+  TCLR_METHOD void add(const Tile<T>& t, int64_t rows, int64_t columns) {
+    switch (eights(rows)) {
+      case 1:
+        return add<1>(t, int(columns));
+      case 2:
+        return add<2>(t, int(columns));
+      case 3:
+        return add<3>(t, int(columns));
+      default:
+        return add<4>(t, int(columns));
+    }
+  }
   TCLR_METHOD void write(int64_t rows, int64_t ldz, T* dz) const {
-    for (int r = 0; r < 4 && ry + r < rows; ++r)
-      for (int q = 0; q < groups; ++q)
-        if (q * 64 + dx < width)
-          for (int x = 0; x < 4; ++x) dz[(ry + r) * ldz + q * 64 + dx + x] = sum[q][r][x];
+    for (int q = 0; q < groups; ++q)
+      for (int r = 0; r < 8; ++r)
+        if (row + 4 * r < rows && q * 128 + feature < width)
+          *reinterpret_cast<Quad<T>*>(dz + (row + 4 * r) * ldz + q * 128 + feature) = {
+              {sum[q][r][0], sum[q][r][1], sum[q][r][2], sum[q][r][3]}};
   }
 };
 
-// One panel of features of the gradient of one block of rows, by one part of the sets; the rows are unit rows, the
-// gradient in `unit` / tau.
+// A block of threads makes one panel of features of the gradient of one block of rows, by one part of the tiles that
+// it meets.
 template <typename T>
-TCLR_DEVICE void gradient(const Gram<T>& p, int64_t block) {
-  Problem problem = p.tiles();
-  int64_t first = block % p.panels() * panel<T>, rest = block / p.panels();
-  int64_t part = rest % p.parts, index = rest / p.parts % problem.blocks, set = rest / p.parts / problem.blocks;
-  Block I{set / problem.V, set % problem.V, index};
-  Tile<T> t(p.ldz);
-  T inverse_tau = T(1 / value_of(p.tau));
-  double inverse_unit = 1 / unit(p, I.g);
-  PanelSum<T> dz(Tile<T>::width(p.ldz - first));
-  bool again = false;
-  for (int64_t c = part * problem.V / p.parts; c < (part + 1) * problem.V / p.parts; ++c) {
-    for (int64_t b = 0; b < problem.blocks && problem.exists(I.a, c); ++b, again = true) {
-      Block J{I.g, c, b};
-      weights(p, problem, I, J, t, again, inverse_tau, inverse_unit);
-      if (p.panels() > 1) {
-        load(span(p, problem, J).z + first, p.ldz, problem.rows(b), dz.width, t.columns, t.ldp);
-        __syncthreads();
-      }
-      dz.add(t);
+struct Work {
+  Block I;
+  int64_t first, part;  // feature
+  uint32_t tile, end;   // of the tiles
+  int64_t row;          // of dz
+
+  TCLR_METHOD Work(const Gram<T>& p, uint32_t block) {
+    first = last_digit(block, p.panels()) * panel<T>, part = last_digit(block, p.parts);
+    int64_t index = last_digit(block, p.blocks), a = last_digit(block, p.tile_sets());
+    I = {block, a, index};
+    auto tiles = uint32_t(p.tile_sets() * p.blocks), parts = uint32_t(p.parts);
+    tile = uint32_t(part) * tiles / parts, end = uint32_t(part + 1) * tiles / parts;
+    row = part * p.rows() + p.row({I.g, a, begin(p, I)});
+  }
+};
+
+// Makes it; the rows are unit rows, the gradient in the anchors' unit / tau.
+template <int groups, typename T, typename Anchors>
+TCLR_DEVICE void gradient(const Gram<T>& p, const Work<T>& work, Anchors& anchors) {
+  const Block& I = work.I;
+  Tile<T> t(p);
+  PanelSum<T, groups> dz(Tile<T>::width(p.ldz - work.first));
+  BlockRows<T> rows(p, I);
+  bool again = p.whole();
+  for (uint32_t k = work.tile; k < work.end; ++k) {
+    uint32_t b = k, index = last_digit(b, p.blocks);
+    Block J{I.g, b, index};
+    if (!p.whole() && !p.exists(I.a, J.a)) continue;
+    BlockRows<T> columns(p, J);
+    products(p, rows, columns, t, again, [&] { anchors.read(I, J); });
+    if (T by = anchors.rescale(); by != 1) dz.scale(by);
+    weights(p, I, J, t, anchors);
+    if (p.panels() > 1) {
+      load(columns, work.first, dz.width, t.columns, t.ldp);
+      wait_for_copies();
       __syncthreads();
     }
+    dz.add(t, rows.rows, columns.rows);
+    __syncthreads();
+    again = true;
   }
-  int64_t row = part * p.rows() + p.row({I.g, I.a, problem.begin(index)});
-  dz.write(problem.rows(index), p.ldz, p.dz + row * p.ldz + first);
+  dz.write(rows.rows, p.ldz, p.dz + work.row * p.ldz + work.first);
 }
 
 // ---- rows again
 
-// What a problem adds to the gradient of a unit row; null: nothing.
+// The gradient of a unit row, from the parts that were made of it.
 template <typename T>
 struct Share {
-  const Gram<T>* p;
+  const Gram<T>& p;
   int64_t row;
   double unit;
 
   TCLR_METHOD double at(int64_t d) const {
     double sum = 0;
-    for (int64_t part = 0; p && part < p->parts; ++part) sum += p->dz[(part * p->rows() + row) * p->ldz + d];
+    for (int64_t part = 0; part < p.parts; ++part) sum += p.dz[(part * p.rows() + row) * p.ldz + d];
     return sum * unit;
   }
 };
 
 template <typename T>
 TCLR_DEVICE Share<T> share(const Gram<T>& p, const Place& r) {
-  return {&p, p.row(r), unit(p, r.g)};
+  return {p, p.row(r), unit(p, r.g)};
 }
 
-// Writes factor times the gradient of one row from its shares, by 32 lanes; returns <z, dz>. Lanes without a row: D 0.
-template <typename T, int count>
-TCLR_DEVICE double write_row(const Source& x, int64_t D, bool normalize, const Share<T> (&shares)[count], double factor,
-                             void* to, int64_t first, double* shared) {
-  Norm<T> norm{1, 1};
-  for (const Share<T>& s : shares)
-    if (normalize && s.p) norm = s.p->norms[s.row];
-  auto dz = [&](int64_t d) {
-    double sum = 0;
-    for (const Share<T>& s : shares) sum += s.at(d);
-    return sum;
-  };
-  auto z = [&](int64_t d) { return double(unit_value(value_at<T>(x, d), norm)); };
-  double along = 0;
-  for (int64_t d = threadIdx.x % 32; d < D; d += 32) along += z(d) * dz(d);
-  along = sum_over_row(along, 32, shared);
-  double scale = factor / norm.rest;
-  for (int64_t d = threadIdx.x % 32; d < D; d += 32) {
-    double value = normalize ? dz(d) - z(d) * along : dz(d);
+// Writes factor times the gradient of one row, by 32 lanes; returns <z, dz>. Lanes without a row: D 0. What the first
+// features are made of stays in registers.
+template <typename T>
+TCLR_DEVICE double write_row(const Source& x, int64_t D, const Share<T>& from, double factor, void* to,
+                             int64_t first) {
+  constexpr int held = 8;
+  bool normalize = from.p.normalize;
+  Norm<T> norm = normalize && D != 0 ? from.p.norms[from.row] : Norm<T>{1, 1};
+  double dz[held] = {}, z[held] = {}, along = 0, scale = factor / norm.rest;
+  auto z_at = [&](int64_t d) { return double(unit_value(value_at<T>(x, d), norm)); };
+  auto put = [&](int64_t d, double dz, double z) {
+    double value = normalize ? dz - z * along : dz;
     put_value(to, x.dtype, first + d, norm.rest == 0 ? 0 : value * scale / norm.scale);
-  }
+  };
+  int64_t lane = threadIdx.x % 32;
+  for (int k = 0; k < held; ++k)
+    if (lane + 32 * k < D) dz[k] = from.at(lane + 32 * k), z[k] = z_at(lane + 32 * k), along += z[k] * dz[k];
+  for (int64_t d = lane + 32 * held; d < D; d += 32) along += z_at(d) * from.at(d);
+  along = sum_over_row(along, 32);
+  for (int k = 0; k < held; ++k)
+    if (lane + 32 * k < D) put(lane + 32 * k, dz[k], z[k]);
+  for (int64_t d = lane + 32 * held; d < D; d += 32) put(d, from.at(d), z_at(d));
   return norm.rest == 0 ? 0 : along;
 }
 

@@ -72,6 +72,11 @@ inline void __syncwarp() { tclr::host::wait(true); }
 
 inline void __threadfence() {}
 
+namespace tclr {
+inline void wait_for_former() {}
+inline void let_next_start() {}
+}  // namespace tclr
+
 template <typename T>
 T atomicAdd(T* x, T y) {
   T before = *x;
@@ -125,7 +130,7 @@ inline bool run_to_barrier() {
 }
 
 template <typename A>
-const char* launch(void (*kernel)(A), int64_t blocks, size_t shared, Stream, const A& argument) {
+const char* launch(void (*kernel)(A), int64_t blocks, size_t shared, Stream, const A& argument, bool = false) {
   static thread_local void (*called)(A);
   static thread_local const A* with;
   if (blocks == 0) return nullptr;

@@ -75,9 +75,13 @@ uint32_t pair(float low, float high) {
   return E::of(low) | E::of(high) << 16;
 }
 
-TCLR_DEVICE float of_other_lane(float x, int bits) {
-  const host::Posted* lanes = host::exchange({bits_as<uint32_t>(x)});
-  return bits_as<float>(lanes[(threadIdx.x % 32) ^ bits].words[0]);
+template <typename T>
+T of_other_lane(T x, int bits) {
+  host::Posted mine{};
+  std::memcpy(mine.words, &x, sizeof(T));
+  const host::Posted* lanes = host::exchange(mine);
+  std::memcpy(&x, lanes[(threadIdx.x % 32) ^ bits].words, sizeof(T));
+  return x;
 }
 
 TCLR_DEVICE float exponential(float x) { return std::exp2(x * 1.44269504f); }
@@ -95,6 +99,14 @@ TCLR_DEVICE void wait_for_groups() {
   for (size_t k = 0; k + 2 < groups.size(); ++k)
     for (const host::Copy& copy : groups[k]) copy.run();
   groups.erase(groups.begin(), groups.end() - 2);
+}
+
+TCLR_DEVICE void wait_for_copies() {
+  auto& groups = host::groups[threadIdx.x];
+  for (host::Group& group : groups) {
+    for (const host::Copy& copy : group) copy.run();
+    group.clear();
+  }
 }
 
 }  // namespace tclr

@@ -20,7 +20,7 @@ TCLR_KERNEL finish_terms(TCLR_ARGUMENT Call<T> c) {
 template <typename T>
 TCLR_KERNEL make_coefficients(TCLR_ARGUMENT Call<T> c) {
   Finisher<T> f(c.p, blockIdx.x);
-  coefficients(f, c.upstream, shared_memory<double>());
+  coefficients(f, c.upstream);
   note_largest(f);
 }
 
@@ -52,7 +52,7 @@ const char* forward(const GramCall& call, void* memory, Stream stream) {
   using T = typename Path::Number;
   Arena arena{static_cast<char*>(memory)};
   Call<T> c = arrange<Path>(call, false, arena);
-  const char* error = over_sets(c, call, read_sets<Path>, threads * sizeof(T), stream);
+  const char* error = over_sets(c, call, read_sets<Path>, 0, stream);
   if (!error) error = launch(sum_tiles<Path>, Path::sum_blocks(c), Path::shared(c), stream, c);
   if (!error) error = launch(finish_terms<T>, c.p.finish_blocks(), 0, stream, c);
   return error;
@@ -63,11 +63,10 @@ const char* backward(const GramCall& call, void* memory, Stream stream) {
   using T = typename Path::Number;
   Arena arena{static_cast<char*>(memory)};
   Call<T> c = arrange<Path>(call, true, arena);
-  constexpr size_t shared = threads * sizeof(double);
-  const char* error = over_sets(c, call, read_sets<Path>, threads * sizeof(T), stream);
-  if (!error) error = launch(make_coefficients<T>, c.p.finish_blocks(), shared, stream, c);
+  const char* error = over_sets(c, call, read_sets<Path>, 0, stream);
+  if (!error) error = launch(make_coefficients<T>, c.p.finish_blocks(), 0, stream, c);
   if (!error) error = launch(make_gradient<Path>, Path::gradient_blocks(c), Path::shared(c), stream, c);
-  if (!error) error = over_sets(c, call, write_sets<T>, shared, stream);
+  if (!error) error = over_sets(c, call, write_sets<T>, 0, stream);
   return error;
 }
 
@@ -79,50 +78,77 @@ auto on_path(const GramCall& call, F f) {
   if (many && half && !call.normalize && call.dtype == Dtype::bf16) return f(OnTensorCores<Bfloat>());
   if (many && half && (!call.normalize || call.D >= 64)) return f(OnTensorCores<Half>());
   if (many && !half && call.tf32) return f(OnTensorCores<Tf32>());
-  return f(Plain<float>());
+  return call.D <= 128 ? f(Plain<float, 1>()) : f(Plain<float>());
 }
 
 // ---- the objective
 
 template <typename T>
-void add(Objective<T>& o, Term kind, int64_t G, int64_t V, int64_t N) {
-  o.kinds[o.count] = kind;
-  o.problems[o.count++] = describe<T>(G, V, N, o.call.D, o.call.normalize, kind == gl, o.call.tau);
+void add(Objective<T>& o, Term kind, int64_t G, int64_t V, int64_t N, const Order& order) {
+  Gram<T>& p = o.problems[o.count];
+  p = describe<T>(G, V, N, o.call.D, o.call.normalize, kind == gl, o.call.tau);
+  p.order = order;
+  o.kinds[o.count++] = kind;
 }
 
 template <typename T>
 Objective<T> arrange(const ObjectiveCall& call, Arena& kept, Arena& memory) {
   Objective<T> o{};
   o.call = call;
-  if (call.weights[ic_global] != 0) add(o, ic_global, 1, call.V, call.B);
+  int64_t V = call.V, B = call.B, clips = call.T, of_s = V * B, of_x = of_s + V * B * clips;
+  if (call.weights[ic_global] != 0) add(o, ic_global, 1, V, B, {0, 0, B, 0, 1, 1});
   if (call.weights[ic_local] != 0)
-    add(o, ic_local, 1, call.V * call.T, call.B);
+    add(o, ic_local, 1, V * clips, B, {of_x, 0, B * clips, 1, clips, uint32_t(clips)});
   else if (call.weights[ll] != 0)
-    add(o, ll, call.B, call.V, call.T);
-  if (call.weights[gl] != 0) add(o, gl, call.B, 2 * call.V, call.T);
-  kept.take(o.ticket, 1);
-  kept.take(o.along, o.write_blocks());
-  memory.take(o.sums, 2 * all_blocks<&Gram<T>::finish_blocks>(o));
+    add(o, ll, B, V, clips, {of_x, clips, B * clips, 0, 1, 1});
+  if (call.weights[gl] != 0) add(o, gl, B, 2 * V, clips, {of_s, clips, B * clips, 0, 1, 1});
+  for (int k = 0; k < terms_of_objective; ++k) o.log_upstream[k] = T(log(o.upstream(Term(k))));
+  auto has = [&](Term kind) { return call.weights[kind] != 0; };
+  int of_gl = o.count - 1;
+  o.keepers[0] = 0, o.keepers[1] = of_gl, o.keepers[2] = has(ic_local) || has(ll) ? int(has(ic_global)) : of_gl;
+  for (int k = 0; k < 3; ++k) {
+    const Input& x = o.input(k);
+    bool steps = x.strides[3] == 1 && call.D % 4 == 0 && uintptr_t(x.data) % 16 == 0;
+    for (int d = 0; d < 3; ++d) steps = steps && x.strides[d] % 4 == 0;
+    if (steps && call.dtype == (sizeof(T) == 8 ? Dtype::f64 : Dtype::f32)) o.vectors |= 1u << k;
+  }
+  T* z;
+  kept.take(z, o.rows() * o.ldz());
+  kept.take(o.norms, o.rows());
   for (int k = 0; k < o.count; ++k) {
     Gram<T>& p = o.problems[k];
-    keep(p, kept);
-    memory.take(p.z, p.rows() * p.ldz);
-    scratch(p, call.gradient, memory);
+    p.z = z;
+    kept.take(p.dz, p.parts * p.rows() * p.ldz);
+    kept.take(o.along[k], p.parts * p.rows());
+    kept.take(o.units[k], p.parts * p.tile_count());
     memory.take(p.neg, p.V * p.rows()), memory.take(p.pos, p.V * p.rows());
   }
+  kept.take(o.along_blocks, all_blocks<&Gram<T>::gradient_blocks>(o));
+  memory.take(o.ticket, 1);
+  memory.take(o.sums, 2 * all_blocks<&Gram<T>::term_blocks>(o));
   return o;
 }
 
 template <typename T>
 const char* objective_forward(const ObjectiveCall& call, Arena kept, Arena memory, Stream stream) {
   Objective<T> o = arrange<T>(call, kept, memory);
-  size_t tile = Tile<T>::size((call.D + 3) / 4 * 4);
-  const char* error = launch(read_inputs<T>, all_blocks<&Gram<T>::row_blocks>(o), threads * sizeof(T), stream, o);
-  if (!error) error = launch(sum_all_tiles<T>, all_blocks<&Gram<T>::sum_blocks>(o), tile, stream, o);
-  if (!error)
-    error = launch(finish_objective<T>, all_blocks<&Gram<T>::finish_blocks>(o), threads * sizeof(double), stream, o);
-  if (!error && call.gradient)
-    error = launch(make_all_gradients<T>, all_blocks<&Gram<T>::gradient_blocks>(o), tile, stream, o);
+  if (o.rows() * call.V > INT32_MAX) return "more rows than 32-bit numbers count";
+  size_t tile = Tile<T>::size(o.ldz()), with_anchors = tile;
+  for (int k = 0; k < o.count; ++k) {
+    size_t of_problem = shared_of(o.problems[k], Made<T>::numbers);
+    with_anchors = of_problem > with_anchors ? of_problem : with_anchors;
+  }
+  int64_t term_blocks = all_blocks<&Gram<T>::term_blocks>(o);
+  int64_t gradient_blocks = call.gradient ? all_blocks<&Gram<T>::gradient_blocks>(o) : 0;
+  auto finish = finish_objective<T, panel<T> / 128>;
+  if (call.D <= 128) finish = finish_objective<T, 1>;
+  bool reads = call.D <= panel<T>;
+  for (int k = 0; k < o.count; ++k) reads = reads && o.problems[k].blocks <= 4;
+  const char* error = nullptr;
+  if (!reads) error = launch(read_inputs<T>, (o.rows() * 32 + threads - 1) / threads, 0, stream, o);
+  auto sum = reads ? sum_all_tiles<T, true> : sum_all_tiles<T, false>;
+  if (!error) error = launch(sum, all_blocks<&Gram<T>::sum_blocks>(o), tile, stream, o, !reads);
+  if (!error) error = launch(finish, term_blocks + gradient_blocks, with_anchors, stream, o, true);
   return error;
 }
 
@@ -130,7 +156,8 @@ template <typename T>
 const char* objective_backward(const ObjectiveCall& call, Arena kept, Stream stream) {
   Arena none{nullptr};
   Objective<T> o = arrange<T>(call, kept, none);
-  return launch(write_gradients<T>, o.write_blocks(), threads * sizeof(double), stream, o);
+  size_t shared = sizeof(double) * (threads / 32) * (o.chunk + 1);
+  return launch(write_gradients<T>, 1 + o.rows() * o.chunks(), shared, stream, o);
 }
 
 }  // namespace

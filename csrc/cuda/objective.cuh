@@ -5,9 +5,14 @@
 //   ll          G = the videos, V = the views,    N = the clips,  from x, where ic_local is not computed
 //   gl          G = the videos, V = the views of s, then those of x, cross
 //
-// Forward: read_inputs, sum_all_tiles, finish_objective, then where a gradient is wanted make_all_gradients.
-// Backward: write_gradients, which multiplies by what comes from above before it divides by the rows' norms: rows so
-// short that their gradient is infinite but for that factor exist.
+// Forward: read_inputs, unless rows are so few and short that sum_all_tiles reads them itself; finish_objective: some
+// of its blocks add up the terms, the others make parts of the gradient, each from the coefficients that it needs, which
+// it makes itself.
+// Backward: write_gradients, which adds the parts up and multiplies by what comes from above before it divides by the
+// rows' norms: rows so short that their gradient is infinite but for that factor exist.
+//
+// A coefficient may be below float's range, as those of very confident pairs are. It is therefore held as its
+// logarithm until a block knows the largest of those that it uses, in whose power of two it makes its part.
 #pragma once
 #include "gram.cuh"
 
@@ -17,49 +22,42 @@ namespace {
 using cuda::Input;
 using cuda::ObjectiveCall;
 
-constexpr int objective_launches = 5;  // forward and backward together
+constexpr int objective_launches = 3;  // forward and backward together, of few features and not many videos
 
 enum Term { ic_global, ic_local, ll, gl, terms_of_objective };
 
 struct InputRow {
   int input;  // 0: g, 1: s, 2: x
-  int64_t v, i, t;
+  uint32_t v, i, t;
 };
 
 template <typename T>
 struct Objective {
+  static constexpr int chunk = 128;  // features that a block of write_gradients serves
   ObjectiveCall call;
   int count = 0;
   Term kinds[3];
-  Gram<T> problems[3];
-  double* sums;      // [2, finish blocks] of terms, and of LL beside ic_local
-  double* along;     // [write blocks] of <z, dz>
-  unsigned* ticket;  // 0 between launches
+  Gram<T> problems[3];        // which have one z: the unit rows of g, s, x
+  Norm<T>* norms;             // of the rows of z
+  T log_upstream[terms_of_objective];
+  T* along[3];                // [parts, rows] of <z, dz>, in the units of dz
+  double* units[3];           // [tiles, parts] of dz
+  double *along_blocks;       // [gradient blocks] of <z, dz>
+  double* sums;               // [2, term blocks] of terms, and of LL beside ic_local
+  unsigned* ticket;           // 0 between launches
+  int keepers[3];             // the problem that keeps the unit rows of an input
+  unsigned vectors;           // a bit an input: whether its rows are quads of T
 
   constexpr const Input& input(int k) const { return k == 0 ? call.g : k == 1 ? call.s : call.x; }
   constexpr int64_t rows_of(int k) const { return call.V * call.B * (k == 0 ? 1 : call.T); }
-  constexpr int64_t write_blocks() const {
-    int64_t rows = rows_of(0) + rows_of(1) + rows_of(2);
-    return (rows * 32 + threads - 1) / threads;
-  }
+  constexpr int64_t rows() const { return rows_of(0) + rows_of(1) + rows_of(2); }
+  constexpr int64_t ldz() const { return (call.D + 3) / 4 * 4; }
+  constexpr int64_t chunks() const { return (call.D + chunk - 1) / chunk; }
   constexpr bool with_ll(Term kind) const { return kind == ic_local && call.weights[ll] != 0; }
   constexpr double upstream(Term kind) const { return call.scales[kind] * call.weights[kind]; }
 
-  // The row of the inputs that a problem's row is.
-  constexpr InputRow source(Term kind, const Place& r) const {
-    switch (kind) {
-      case ic_global:
-        return {0, r.a, r.i, 0};
-      case ic_local:
-        return {2, r.a / call.T, r.i, r.a % call.T};
-      case ll:
-        return {2, r.a, r.g, r.i};
-      default:
-        return r.a < call.V ? InputRow{1, r.a, r.g, r.i} : InputRow{2, r.a - call.V, r.g, r.i};
-    }
-  }
-  // The other way round; no row of the problem: a < 0.
-  constexpr Place target(Term kind, const InputRow& r) const {
+  // The problem's row that an input's row is; none: a < 0.
+  constexpr Place place(Term kind, const InputRow& r) const {
     switch (kind) {
       case ic_global:
         return r.input == 0 ? Place{0, r.v, r.i} : Place{0, -1, 0};
@@ -71,7 +69,13 @@ struct Objective {
         return r.input == 0 ? Place{0, -1, 0} : Place{r.i, r.v + (r.input == 2 ? call.V : 0), r.t};
     }
   }
-  constexpr Source at(const InputRow& r) const {
+  TCLR_METHOD InputRow row(uint32_t row) const {
+    int k = 0;
+    for (; k < 2 && row >= rows_of(k); ++k) row -= uint32_t(rows_of(k));
+    uint32_t t = k == 0 ? 0 : last_digit(row, call.T), i = last_digit(row, call.B);
+    return {k, row, i, t};
+  }
+  TCLR_METHOD Source at(const InputRow& r) const {
     const Input& from = input(r.input);
     return {from.data, call.dtype, r.v * from.strides[0] + r.i * from.strides[1] + r.t * from.strides[2],
             from.strides[3]};
@@ -80,130 +84,404 @@ struct Objective {
 
 // The problem that a block works for; `block` becomes its number among the problem's.
 template <auto blocks, typename T>
-TCLR_DEVICE int problem_of(const Objective<T>& o, int64_t& block) {
+TCLR_DEVICE int problem_of(const Objective<T>& o, uint32_t& block) {
   int k = 0;
-  for (; k < o.count - 1 && block >= (o.problems[k].*blocks)(); ++k) block -= (o.problems[k].*blocks)();
+  for (; k < o.count - 1 && block >= (o.problems[k].*blocks)(); ++k) block -= uint32_t((o.problems[k].*blocks)());
   return k;
 }
 
 template <auto blocks, typename T>
-int64_t all_blocks(const Objective<T>& o) {
+constexpr int64_t all_blocks(const Objective<T>& o) {
   int64_t n = 0;
   for (int k = 0; k < o.count; ++k) n += (o.problems[k].*blocks)();
   return n;
 }
 
-// Whether this block is the last to come here: what the others wrote before is then visible to it.
-TCLR_DEVICE bool last_block(unsigned* ticket) {
-  unsigned* before = shared_memory<unsigned>();
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) *before = atomicAdd(ticket, 1u);
-  __syncthreads();
-  bool last = *before == gridDim.x - 1;
-  __syncthreads();
-  if (last && threadIdx.x == 0) *ticket = 0;
-  __threadfence();
-  return last;
-}
+// Rows of the inputs, which make themselves unit rows where they were fetched to, and are kept by one block of threads.
+template <typename T>
+struct InputRows {
+  const Objective<T>& o;
+  const Gram<T>& p;
+  int problem;
+  Block b;
+  int64_t rows;
+  bool first;
 
-// In the order of the numbers, whichever threads add them.
-TCLR_DEVICE double sum_of_all(const volatile double* x, int64_t n) {
-  double sum = 0;
-  for (int64_t k = threadIdx.x; k < n; k += threads) sum += x[k];
-  return sum_over_block(sum, shared_memory<double>());
-}
+  TCLR_METHOD InputRows(const Objective<T>& o, int problem, const Block& b, bool first)
+      : o(o), p(o.problems[problem]), problem(problem), b(b), rows(count(p, b)), first(first) {}
+  TCLR_METHOD Place place(int r) const {
+    if (!p.whole()) return {b.g, b.a, begin(p, b) + r};
+    uint32_t N = uint32_t(p.N), a = r / N;
+    return {b.g, a, r - a * N};
+  }
+  TCLR_METHOD void copy(int r, bool there, int64_t, int width, T* to) const {
+    InputRow row = o.row(uint32_t(stored(p, place(r))));
+    Source x = o.at(row);
+    if (o.vectors >> row.input & 1) return copy_features(static_cast<const T*>(x.data) + x.first, there, width, to);
+    for (int d = threadIdx.x % 32; d < width; d += 32) to[d] = there && d < p.D ? value_at<T>(x, d) : 0;
+  }
+  // Eight lanes have a row.
+  TCLR_METHOD bool complete(T* to, int ldp) const {
+    constexpr int lanes = 8;
+    for (int from = 0; from < rows; from += threads / lanes) {
+      int r = from + threadIdx.x / lanes, lane = threadIdx.x % lanes;
+      bool there = r < rows;
+      T* x = to + (there ? r : 0) * ldp;
+      Norm<T> norm{1, 1};
+      if (p.normalize) norm = norm_of<T>(there ? p.ldz : 0, lanes, [&](int64_t d) { return x[d]; });
+      if (!there) continue;
+      int64_t row = stored(p, place(r));
+      bool keeps = first && o.keepers[o.row(uint32_t(row)).input] == problem;
+      if (keeps && lane == 0) o.norms[row] = norm;
+      for (int d = lane; d < p.ldz; d += lanes) {
+        if (p.normalize) x[d] = unit_value(x[d], norm);
+        if (keeps) p.z[row * p.ldz + d] = x[d];
+      }
+    }
+    return true;
+  }
+};
 
 template <typename T>
 TCLR_KERNEL read_inputs(TCLR_ARGUMENT Objective<T> o) {
-  int64_t block = blockIdx.x;
-  int k = problem_of<&Gram<T>::row_blocks>(o, block);
-  const Gram<T>& p = o.problems[k];
-  if (blockIdx.x == 0 && threadIdx.x == 0) *o.ticket = 0;
-  for (int64_t g = block * threads + threadIdx.x; g < p.G; g += p.row_blocks() * threads) p.largest[g] = 0;
-  int64_t row = (block * threads + threadIdx.x) / 32;
-  read_row<Same<T>>(p, p.z, p.ldz, row, o.at(o.source(o.kinds[k], p.place(row))), row < p.rows() ? p.D : 0);
+  let_next_start();
+  uint32_t row = blockIdx.x * (threads / 32) + threadIdx.x / 32;
+  bool valid = row < o.rows();
+  Source x = o.at(o.row(valid ? row : 0));
+  Norm<T> norm{1, 1};
+  if (o.call.normalize)
+    norm = norm_of<T>(valid ? o.call.D : 0, 32, [&](int64_t d) { return value_at<T>(x, d); });
+  if (!valid) return;
+  T* z = o.problems[0].z + row * o.ldz();
+  for (int64_t d = threadIdx.x % 32; d < o.ldz(); d += 32)
+    z[d] = d < o.call.D ? unit_value(value_at<T>(x, d), norm) : 0;
+  if (threadIdx.x % 32 == 0) o.norms[row] = norm;
 }
 
-template <typename T>
+// reads: the rows come from the inputs, and read_inputs did not run.
+template <typename T, bool reads>
 TCLR_KERNEL sum_all_tiles(TCLR_ARGUMENT Objective<T> o) {
-  int64_t block = blockIdx.x;
-  const Gram<T>& p = o.problems[problem_of<&Gram<T>::sum_blocks>(o, block)];
-  sums(p, block);
+  let_next_start();
+  uint32_t block = blockIdx.x;
+  int k = problem_of<&Gram<T>::sum_blocks>(o, block);
+  wait_for_former();
+  if (blockIdx.x == 0 && threadIdx.x == 0) *o.ticket = 0;
+  if constexpr (reads)
+    sums(o.problems[k], block, [&](const Block& b, bool first) { return InputRows<T>(o, k, b, first); });
+  else
+    sums(o.problems[k], block);
 }
 
+// ---- terms and coefficients
+
 template <typename T>
-TCLR_DEVICE void write_terms(const Objective<T>& o) {
-  double sums[terms_of_objective] = {}, total = 0;
-  int64_t first = 0, all = gridDim.x;
+TCLR_DEVICE T log_sigmoid(T t) {
+  return -softplus(-t);
+}
+
+// What a term of an anchor is made of: the sums over its own set and over the other one, and its positive.
+template <typename T>
+struct Pair {
+  T high, more;  // log(exp own + exp other) = high + more
+  T excess;      // of it over the positive
+
+  TCLR_METHOD Pair(T own, T other, T pos) : high(own > other ? own : other) {
+    T low = own > other ? other : own;
+    more = low == -INFINITY ? 0 : log1p(exp(low - high));
+    excess = (high - pos) + more;
+  }
+  // The logarithm of the share of one of the two.
+  TCLR_METHOD T share(T of) const { return (of - high) - more; }
+};
+
+// An anchor among the problem's.
+template <typename T>
+struct Anchor {
+  const Gram<T>& p;
+  Place r;
+
+  TCLR_METHOD bool paired(int64_t c) const { return c != r.a && p.N > 1 && p.exists(r.a, c); }
+  TCLR_METHOD T neg(int64_t c) const { return p.neg[p.at(r.g, r.a, c, r.i)]; }
+  TCLR_METHOD T pos(int64_t c) const { return p.pos[p.at(r.g, r.a, c, r.i)]; }
+  TCLR_METHOD Pair<T> with(int64_t c) const { return {p.cross ? -INFINITY : neg(r.a), neg(c), pos(c)}; }
+};
+
+// LL of one anchor, the sets being (v, t), v outermost.
+template <typename T>
+struct LocalLocal {
+  int64_t mate;
+  T negatives, excess;
+
+  TCLR_METHOD explicit LocalLocal(const Anchor<T>& x) : mate(x.r.a < x.p.V / 2 ? x.r.a + x.p.V / 2 : x.r.a - x.p.V / 2) {
+    T top = -INFINITY, sum = 0;
+    for (int64_t c = 0; c < x.p.V; ++c) {
+      T pos = x.pos(c);
+      if (c != x.r.a && c != mate) top = pos > top || pos != pos ? pos : top;
+    }
+    for (int64_t c = 0; c < x.p.V; ++c)
+      if (c != x.r.a && c != mate) sum += exp(x.pos(c) - top);
+    negatives = top + log(sum), excess = negatives - x.pos(mate);
+  }
+};
+
+template <typename T>
+TCLR_DEVICE T log_add(T x, T y) {
+  T high = x > y ? x : y, low = x > y ? y : x;
+  return low == -INFINITY ? high : high + log1p(exp(low - high));
+}
+
+// The coefficients of a tile's anchors, made here.
+template <typename T>
+struct Made {
+  static constexpr int numbers = 4;  // of an anchor: neg, and the logarithms of its coefficient and of two of pos
+  static constexpr T none = lowest<T>;
+  const Gram<T>& p;
+  T log_upstream, log_ll;
+  bool with_ll;
+  T *table, *tops;
+  T power = none;  // of two, in which the gradient is made
+  T along = 0;     // <z, dz> as this thread has it, of one row
+
+  TCLR_METHOD Made(const Objective<T>& o, int k)
+      : p(o.problems[k]), log_upstream(o.log_upstream[o.kinds[k]]), log_ll(o.log_upstream[ll]),
+        with_ll(o.with_ll(o.kinds[k])) {
+    table = Tile<T>(p.ldz).end(), tops = table + p.slots() * tile * numbers;
+  }
+  TCLR_METHOD const T* of(int slot, int r) const { return table + (slot * tile + r) * numbers; }
+
+  // The logarithm of the coefficient of an anchor's sum over its own set.
+  TCLR_METHOD T of_own_set(const Anchor<T>& x) const {
+    T all = -INFINITY, own = x.neg(x.r.a);
+    for (int64_t c = 0; c < p.V; ++c) {
+      if (!x.paired(c)) continue;
+      Pair<T> pair = x.with(c);
+      all = log_add(all, log_sigmoid(pair.excess) + pair.share(own));
+    }
+    return all + log_upstream;
+  }
+  TCLR_METHOD void make(const Anchor<T>& x, int64_t c, T* to) const {
+    T neg = x.neg(c), of_neg = -INFINITY, less = -INFINITY, more = -INFINITY;  // of pos: what brings it near, and away
+    if (c == x.r.a && !p.cross) of_neg = of_own_set(x);
+    if (x.paired(c)) {
+      Pair<T> pair = x.with(c);
+      less = log_upstream + log_sigmoid(pair.excess), of_neg = less + pair.share(neg);
+    }
+    if (with_ll && c != x.r.a) {
+      LocalLocal<T> of_ll(x);
+      T g = log_ll + log_sigmoid(of_ll.excess);
+      if (c == of_ll.mate)
+        less = log_add(less, g);
+      else
+        more = g + (x.pos(c) - of_ll.negatives);
+    }
+    to[0] = neg, to[1] = of_neg, to[2] = less, to[3] = more;
+  }
+  TCLR_METHOD void read(const Block& I, const Block& J) {
+    T top = none;
+    each_anchor(p, I, J, [&](int slot, int r, const Place& x, int64_t c) {
+      T* to = table + (slot * tile + r) * numbers;
+      make({p, x}, c, to);
+      for (int k = 1; k < numbers; ++k)
+        if (to[k] > top && to[k] < INFINITY) top = to[k];
+    });
+    top = over_row(top, 32, [](T x, T y) { return y > x ? y : x; });
+    if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32] = top;
+  }
+  TCLR_METHOD T rescale() {
+    T top = none, before = power;
+    for (int k = 0; k < threads / 32; ++k) top = tops[k] > top ? tops[k] : top;
+    if (top == none) return 1;
+    top = ceil(top * T(1.4426950408889634));
+    top = top > 1000 ? 1000 : top < -1000 ? -1000 : top;
+    if (top <= power) return 1;
+    power = top;
+    T by = before == none ? 0 : exp2(before - power);
+    along *= by;
+    return by;
+  }
+  TCLR_METHOD T in_unit(T logarithm) const { return logarithm - power * T(0.6931471805599453); }
+  TCLR_METHOD T negative(int slot, int r, T s) const {
+    const T* x = of(slot, r);
+    return x[1] == -INFINITY ? 0 : exp((s - x[0]) + in_unit(x[1]));
+  }
+  TCLR_METHOD T positive(int slot, int r) const {
+    const T* x = of(slot, r);
+    return exp(in_unit(x[3])) - exp(in_unit(x[2]));
+  }
+  TCLR_METHOD void met(T weight, T product) { along += weight * product; }
+  TCLR_METHOD double unit() const { return power == none ? 1 : ldexp(1.0, int(power)); }
+};
+
+// ---- the sums of the terms
+
+TCLR_DEVICE double sum_over_warps(const double* x) {
+  double sum = 0;
+  for (int k = 0; k < threads / 32; ++k) sum += x[k];
+  return sum;
+}
+
+// The terms of this thread's anchor and set.
+template <typename T>
+TCLR_DEVICE void term_of(const Objective<T>& o, int k, uint32_t item, double& of_pair, double& of_ll) {
+  const Gram<T>& p = o.problems[k];
+  if (item >= p.rows() * p.V) return;
+  int64_t i = last_digit(item, p.N), c = last_digit(item, p.V), a = last_digit(item, p.V);
+  Anchor<T> x{p, {item, a, i}};
+  if (x.paired(c))
+    of_pair = softplus(x.with(c).excess);
+  else if (c != a && p.exists(a, c))
+    of_pair = x.pos(c) - x.pos(c);
+  else if (c == a && o.with_ll(o.kinds[k]))
+    of_ll = softplus(LocalLocal<T>(x).excess);
+}
+
+// Of all blocks' sums, a term a warp; in the order of the blocks, whichever comes last.
+template <typename T>
+TCLR_DEVICE void write_terms(const Objective<T>& o, double* shared) {
+  static_assert(threads / 32 == terms_of_objective);
+  int term = threadIdx.x / 32;
+  int64_t all = all_blocks<&Gram<T>::term_blocks>(o), first = 0;
+  const volatile double* sums = o.sums;
+  double sum = 0;
   for (int k = 0; k < o.count; ++k) {
-    int64_t n = o.problems[k].finish_blocks();
-    sums[o.kinds[k]] = sum_of_all(o.sums + first, n);
-    if (o.with_ll(o.kinds[k])) sums[ll] = sum_of_all(o.sums + all + first, n);
+    int64_t n = o.problems[k].term_blocks(), from = first + (o.kinds[k] == term ? 0 : all);
+    bool here = o.kinds[k] == term || (term == ll && o.with_ll(o.kinds[k]));
+    for (int64_t b = threadIdx.x % 32; b < n && here; b += 32) sum += sums[from + b];
     first += n;
   }
+  sum = sum_over_row(sum, 32);
+  if (threadIdx.x % 32 == 0) shared[term] = sum;
+  __syncthreads();
   if (threadIdx.x != 0) return;
+  double total = 0;
   for (int k = 0; k < terms_of_objective; ++k) {
-    total += o.upstream(Term(k)) * sums[k];
-    *static_cast<T*>(o.call.terms[1 + k]) = T(o.call.scales[k] * sums[k]);
+    total += o.upstream(Term(k)) * shared[k];
+    *static_cast<T*>(o.call.terms[1 + k]) = T(o.call.scales[k] * shared[k]);
   }
   *static_cast<T*>(o.call.terms[0]) = T(total);
 }
 
+// Adds up the terms of some anchors; the last block to come here adds up what all of them found.
 template <typename T>
-TCLR_KERNEL finish_objective(TCLR_ARGUMENT Objective<T> o) {
-  int64_t block = blockIdx.x;
-  int k = problem_of<&Gram<T>::finish_blocks>(o, block);
+TCLR_DEVICE void add_terms(const Objective<T>& o, int64_t blocks) {
+  constexpr int warps = threads / 32;
+  double *shared = shared_memory<double>(), of_pairs = 0, of_ll = 0;
+  auto* last = reinterpret_cast<unsigned*>(shared + 2 * warps);
+  uint32_t block = blockIdx.x;
+  int k = problem_of<&Gram<T>::term_blocks>(o, block);
+  term_of(o, k, block * threads + threadIdx.x, of_pairs, of_ll);
+  of_pairs = sum_over_row(of_pairs, 32), of_ll = sum_over_row(of_ll, 32);
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = of_pairs, shared[warps + threadIdx.x / 32] = of_ll;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    o.sums[blockIdx.x] = sum_over_warps(shared), o.sums[blocks + blockIdx.x] = sum_over_warps(shared + warps);
+    __threadfence();
+    *last = atomicAdd(o.ticket, 1u) == blocks - 1;
+    if (*last) *o.ticket = 0;
+  }
+  __syncthreads();
+  if (!*last) return;
+  __threadfence();
+  write_terms(o, shared);
+}
+
+// ---- the gradient
+
+// Where a problem's unit of a block of rows is.
+template <typename T>
+TCLR_DEVICE int64_t unit_at(const Gram<T>& p, const Block& I, int64_t part) {
+  return ((I.g * p.tile_sets() + I.a) * p.blocks + I.index) * p.parts + part;
+}
+
+template <typename T, int groups>
+TCLR_DEVICE void add_gradient(const Objective<T>& o, uint32_t number) {
+  uint32_t block = number;
+  int k = problem_of<&Gram<T>::gradient_blocks>(o, block);
   const Gram<T>& p = o.problems[k];
-  Term kind = o.kinds[k];
-  double* shared = shared_memory<double>();
-  Finisher<T> f(p, block);
-  double of_terms = terms(f), of_ll = 0;
-  if (o.call.gradient) coefficients(f, Upstream<T>{nullptr, nullptr, nullptr, o.upstream(kind)}, shared);
-  if (o.with_ll(kind)) of_ll = local_local(f, o.upstream(ll), o.call.gradient, shared);
-  if (o.call.gradient) note_largest(f);
-  of_terms = sum_over_block(of_terms, shared), of_ll = sum_over_block(of_ll, shared);
-  if (threadIdx.x == 0) o.sums[blockIdx.x] = of_terms, o.sums[gridDim.x + blockIdx.x] = of_ll;
-  if (last_block(o.ticket)) write_terms(o);
+  Work<T> work(p, block);
+  Made<T> anchors(o, k);
+  gradient<groups>(p, work, anchors);
+  // four threads have a row
+  T along = sum_over_row(anchors.along, 4);
+  int r = threadIdx.x / 4, rows = count(p, work.I);
+  T of_rows = threadIdx.x % 4 == 0 && r < rows ? along : 0;
+  if (work.first == 0 && threadIdx.x % 4 == 0 && r < rows) o.along[k][work.row + r] = along;
+  T* shared = shared_memory<T>();
+  of_rows = sum_over_row(of_rows, 32);
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = of_rows;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  double sum = 0, unit = anchors.unit();
+  for (int w = 0; w < threads / 32; ++w) sum += shared[w];
+  o.along_blocks[number] = work.first == 0 ? sum * unit : 0;
+  if (work.first == 0) o.units[k][unit_at(p, work.I, work.part)] = unit;
 }
 
+template <typename T, int groups>
+TCLR_KERNEL finish_objective(TCLR_ARGUMENT Objective<T> o) {
+  let_next_start();
+  int64_t blocks = all_blocks<&Gram<T>::term_blocks>(o);
+  wait_for_former();
+  if (blockIdx.x < blocks)
+    add_terms(o, blocks);
+  else
+    add_gradient<T, groups>(o, uint32_t(blockIdx.x - blocks));
+}
+
+// The gradient of the temperature, by one block.
 template <typename T>
-TCLR_KERNEL make_all_gradients(TCLR_ARGUMENT Objective<T> o) {
-  int64_t block = blockIdx.x;
-  const Gram<T>& p = o.problems[problem_of<&Gram<T>::gradient_blocks>(o, block)];
-  gradient(p, block);
+TCLR_DEVICE void write_tau(const Objective<T>& o, double* shared) {
+  double sum = 0, tau = value_of(o.call.tau);
+  int64_t n = all_blocks<&Gram<T>::gradient_blocks>(o);
+  for (int64_t k = threadIdx.x; k < n; k += threads) sum += o.along_blocks[k];
+  sum = sum_over_row(sum, 32);
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = sum;
+  __syncthreads();
+  double factor = value_of(o.call.upstream) / (2 * tau * tau);
+  if (threadIdx.x == 0) *static_cast<T*>(o.call.g_tau) = T(-sum_over_warps(shared) * factor);
 }
 
-template <typename T>
-TCLR_DEVICE InputRow input_row(const Objective<T>& o, int64_t row) {
-  int k = 0;
-  for (; k < 2 && row >= o.rows_of(k); ++k) row -= o.rows_of(k);
-  int64_t clips = k == 0 ? 1 : o.call.T;
-  return {k, row / clips / o.call.B, row / clips % o.call.B, row % clips};
-}
-
+// Some features of the gradient of a row: every warp adds up a quarter of its parts, then a thread writes a feature.
 template <typename T>
 TCLR_KERNEL write_gradients(TCLR_ARGUMENT Objective<T> o) {
+  constexpr int warps = threads / 32, chunk = Objective<T>::chunk;
   double* shared = shared_memory<double>();
-  int64_t row = (int64_t(blockIdx.x) * threads + threadIdx.x) / 32;
-  bool valid = row < o.rows_of(0) + o.rows_of(1) + o.rows_of(2);
-  InputRow r = input_row(o, valid ? row : 0);
-  Share<T> shares[3] = {};
-  bool reached = false;
-  for (int k = 0; k < 3; ++k) {
-    if (k >= o.count || !valid) continue;
-    Place place = o.target(o.kinds[k], r);
-    if (place.a >= 0) shares[k] = share(o.problems[k], place), reached = true;
+  if (blockIdx.x == 0) return write_tau(o, shared);
+  uint32_t row = blockIdx.x - 1;
+  int64_t first = int64_t(last_digit(row, o.chunks())) * chunk;
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int64_t d = first + threadIdx.x;
+  bool valid = d < o.call.D, reached = false;
+  InputRow r = o.row(row);
+  T z = valid ? o.problems[0].z[row * o.ldz() + d] : 0;
+  Norm<T> norm = o.norms[row];
+  double sum[4] = {}, along = 0;
+  for (int k = 0; k < o.count; ++k) {
+    const Gram<T>& p = o.problems[k];
+    Place place = o.place(o.kinds[k], r);
+    if (place.a < 0) continue;
+    reached = true;
+    Block I{place.g, p.whole() ? 0 : place.a, p.whole() ? 0 : uint32_t(place.i) / uint32_t(p.size)};
+    const double* units = o.units[k] + unit_at(p, I, 0);
+    for (int64_t part = warp; part < p.parts; part += warps) {
+      int64_t at = part * p.rows() + p.row(place);
+      double unit = units[part];
+      along += o.along[k][at] * unit;
+      if (first + 4 * lane >= p.ldz) continue;
+      const Quad<T>& dz = quad(p.dz + at * p.ldz + first + 4 * lane);
+      for (int x = 0; x < 4; ++x) sum[x] += dz.x[x] * unit;
+    }
   }
-  int64_t clips = r.input == 0 ? 1 : o.call.T, first = ((r.v * o.call.B + r.i) * clips + r.t) * o.call.D;
-  double tau = value_of(o.call.tau), upstream = value_of(o.call.upstream);
-  double along = write_row(o.at(r), valid ? o.call.D : 0, o.call.normalize && reached, shares, upstream / tau,
-                           o.input(r.input).gradient, first, shared);
-  along = sum_over_block(reached && threadIdx.x % 32 == 0 ? along : 0, shared);
-  if (threadIdx.x == 0) o.along[blockIdx.x] = along;
-  if (!last_block(o.ticket)) return;
-  double all = sum_of_all(o.along, gridDim.x);
-  if (threadIdx.x == 0) *static_cast<T*>(o.call.g_tau) = T(-all * upstream / (2 * tau * tau));
+  for (int x = 0; x < 4; ++x) shared[warp * chunk + 4 * lane + x] = sum[x];
+  if (lane == 0) shared[warps * chunk + warp] = along;
+  double scale = value_of(o.call.upstream) / value_of(o.call.tau) / norm.rest;
+  __syncthreads();
+  if (!valid) return;
+  double dz = 0;
+  for (int w = 0; w < warps; ++w) dz += shared[w * chunk + threadIdx.x];
+  if (o.call.normalize) dz -= z * sum_over_warps(shared + warps * chunk);
+  int64_t clips = r.input == 0 ? 1 : o.call.T, to = ((r.v * o.call.B + r.i) * clips + r.t) * o.call.D + d;
+  put_value(o.input(r.input).gradient, o.call.dtype, to, reached && norm.rest != 0 ? dz * scale / norm.scale : 0);
 }
 
 }  // namespace

@@ -194,8 +194,8 @@ struct RectangleLaunches {
   void read(bool backward) {
     if (backward || call.mean) arena.take(rows.p.largest, rows.p.G);
     columns.p.largest = rows.p.largest;
-    over(rows, call.rows, read_sets<Path>, threads * sizeof(T));
-    if (!call.symmetric) over(columns, call.columns, read_sets<Path>, threads * sizeof(T));
+    over(rows, call.rows, read_sets<Path>, 0);
+    if (!call.symmetric) over(columns, call.columns, read_sets<Path>, 0);
   }
   void sum(Step<T>& s, Kernel<T> with_mean = nullptr) {
     int64_t sets = s.p.passing.V, tiles = Way::resident_tiles(s) * sets;
@@ -245,7 +245,7 @@ struct RectangleLaunches {
     Call<T> c = of_rows ? rows : columns;
     c.p = s.p.resident;
     if (!c.zdz) arena.take(c.zdz, c.p.rows());
-    over(c, of_rows ? call.rows : call.columns, write_sets<T>, threads * sizeof(double));
+    over(c, of_rows ? call.rows : call.columns, write_sets<T>, 0);
   }
   void backward() {
     read(true);

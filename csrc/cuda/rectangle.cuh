@@ -70,7 +70,7 @@ TCLR_DEVICE int64_t key_of(const Keys& keys, int64_t g, int64_t i) {
 // A tile of the rows of a group, whichever sets they are of.
 template <typename T>
 TCLR_DEVICE Span<T> span(const Gram<T>& side, int64_t g, const Cut& cut, int64_t t) {
-  return {side.z + (g * side.V * side.N + cut.begin(t)) * side.ldz, cut.of(t)};
+  return {side.z + (g * side.V * side.N + cut.begin(t)) * side.ldz, cut.of(t), side.ldz};
 }
 
 // ---- sums
@@ -174,8 +174,8 @@ TCLR_DEVICE void rectangle_sums(const Rectangle<T>& p, int64_t block) {
   bool any = p.exists(rows.begin(index) / R.N, c) || p.exists(last / R.N, c);
   int64_t from = part_begin(part, columns.tiles(), p.parts), end = part_begin(part + 1, columns.tiles(), p.parts);
   for (int64_t b = from; b < end && any; ++b) {
-    Span<T> I = span(R, g, rows, index), J{Z.z + (Z.row({g, c, columns.begin(b)})) * Z.ldz, columns.of(b)};
-    scores(R, [&] { return I; }, [&] { return J; }, t, b > from, inverse_tau, [](int, int, T s) { return s; });
+    Span<T> I = span(R, g, rows, index), J{Z.z + Z.row({g, c, columns.begin(b)}) * Z.ldz, columns.of(b), Z.ldz};
+    scores(R, I, J, t, b > from, inverse_tau, [](int, int, T s) { return s; });
     for (int k = threadIdx.x % 4; k < J.rows && exists; k += 4) {
       int64_t j = columns.begin(b) + k;
       T s = t.S[r * lds + k];
@@ -329,18 +329,17 @@ TCLR_DEVICE void rectangle_gradient(const Rectangle<T>& p, int64_t block) {
   int64_t from = part_begin(part, columns.tiles(), p.parts), end = part_begin(part + 1, columns.tiles(), p.parts);
   for (int64_t b = from; b < end; ++b) {
     Span<T> J = span(Z, g, columns, b);
-    scores(
-        R, [&] { return I; }, [&] { return J; }, t, b > from, inverse_tau,
-        [&](int r, int j, T s) -> T {
-          if (r >= I.rows || j >= J.rows) return 0;
-          Place row = place(R, rows.begin(index) + r), column = place(Z, columns.begin(b) + j);
-          return weight<T, keyed>(p, row, column, s, inverse_unit);
-        });
+    scores(R, I, J, t, b > from, inverse_tau, [&](int r, int j, T s) -> T {
+      if (r >= I.rows || j >= J.rows) return 0;
+      Place row = place(R, rows.begin(index) + r), column = place(Z, columns.begin(b) + j);
+      return weight<T, keyed>(p, row, column, s, inverse_unit);
+    });
     if (R.panels() > 1) {
-      load(J.z + first, Z.ldz, J.rows, dz.width, t.columns, t.ldp);
+      load(J, first, dz.width, t.columns, t.ldp);
+      wait_for_copies();
       __syncthreads();
     }
-    dz.add(t);
+    dz.add(t, I.rows, J.rows);
     __syncthreads();
   }
   int64_t row = (part * R.G + g) * R.V * R.N + rows.begin(index);

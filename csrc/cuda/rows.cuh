@@ -4,41 +4,27 @@
 //   dx = (dz - z <z, dz>) / |x|
 #pragma once
 #include "../rows.h"
-#include "executor.h"
 #include "gram.h"
+#include "warp.h"
 
 namespace tclr {
 namespace {
 
-// The values of a row's lanes joined in one order, so that all of them have the same bits. lanes divides `threads`.
+// The values of a row's lanes joined in one order, so that all of them have the same bits; lanes: a power of two.
 template <typename T, typename Join>
-TCLR_DEVICE T over_row(T value, int lanes, T* shared, Join join) {
-  shared[threadIdx.x] = value;
-  __syncthreads();
-  const T* row = shared + threadIdx.x / lanes * lanes;
-  T all = row[0];
-  for (int k = 1; k < lanes; ++k) all = join(all, row[k]);
-  __syncthreads();
-  return all;
-}
-
-TCLR_DEVICE double sum_over_row(double value, int lanes, double* shared) {
-  return over_row(value, lanes, shared, [](double x, double y) { return x + y; });
+TCLR_DEVICE T over_row(T value, int lanes, Join join) {
+  for (int bits = 1; bits < lanes; bits *= 2) value = join(value, of_other_lane(value, bits));
+  return value;
 }
 
 template <typename T>
-TCLR_DEVICE T largest_over_row(T value, int lanes, T* shared) {
-  return over_row(value, lanes, shared, [](T x, T y) { return y > x || y != y ? y : x; });
+TCLR_DEVICE T sum_over_row(T value, int lanes) {
+  return over_row(value, lanes, [](T x, T y) { return x + y; });
 }
 
-TCLR_DEVICE double sum_over_block(double value, double* shared) {
-  constexpr int lanes = 32;
-  shared[threadIdx.x] = sum_over_row(value, lanes, shared);
-  __syncthreads();
-  double all = 0;
-  for (int k = 0; k < threads; k += lanes) all += shared[k];
-  __syncthreads();
-  return all;
+template <typename T>
+TCLR_DEVICE T largest_over_row(T value, int lanes) {
+  return over_row(value, lanes, [](T x, T y) { return y > x || y != y ? y : x; });
 }
 
 template <typename T>
@@ -92,28 +78,33 @@ TCLR_DEVICE T value_at(const Source& x, int64_t d) {
   return value_at<T>(x.data, x.dtype, x.first + d * x.step);
 }
 
-// Of a row that is not finite it is NaN, and so are its unit row and its gradient. Zero lanes: `D` 0 for those without
-// a row.
-template <typename T>
-TCLR_DEVICE Norm<T> norm_of(const Source& x, int64_t D, int lanes, T* shared) {
+// The norm of the D values of a row that `lanes` lanes share. Of a row that is not finite it is NaN,
+// and so are its unit row and its gradient. Zero lanes: `D` 0 for those without a row.
+template <typename T, typename Value>
+TCLR_DEVICE Norm<T> norm_of(int64_t D, int lanes, Value value) {
   T largest = 0, scale = 1, squares = 0;
   for (int64_t d = threadIdx.x % lanes; d < D; d += lanes) {
-    T size = fabs(value_at<T>(x, d));
+    T size = fabs(value(d));
     largest = size > largest || size != size ? size : largest;
   }
-  largest = largest_over_row(largest, lanes, shared);
-  if (largest > 0 && largest * 0 == 0) scale = ldexp(T(1), ilogb(largest));
-  for (int64_t d = threadIdx.x % lanes; d < D; d += lanes) {
-    T value = value_at<T>(x, d) / scale;
-    squares += value * value;
+  largest = largest_over_row(largest, lanes);
+  constexpr int least = sizeof(T) == 8 ? -1022 : -126;  // 1 / scale is finite
+  if (largest > 0 && largest * 0 == 0) {
+    int exponent = ilogb(largest);
+    scale = ldexp(T(1), exponent < least ? least : exponent);
   }
-  squares = over_row(squares, lanes, shared, [](T a, T b) { return a + b; });
+  T inverse = 1 / scale;
+  for (int64_t d = threadIdx.x % lanes; d < D; d += lanes) {
+    T x = value(d) * inverse;
+    squares += x * x;
+  }
+  squares = sum_over_row(squares, lanes);
   return {scale, largest * 0 == 0 ? T(sqrt(squares)) : T(NAN)};
 }
 
 template <typename T>
 TCLR_DEVICE T unit_value(T x, const Norm<T>& norm) {
-  return norm.rest == 0 ? 0 : x / norm.scale / norm.rest;
+  return norm.rest == 0 ? 0 : x * (1 / norm.scale) * (1 / norm.rest);
 }
 
 }  // namespace

@@ -204,12 +204,10 @@ TCLR_DEVICE void tensor_sums(const Gram<float>& p, const Packed& z, int64_t bloc
     for (int e = 0; e < 4; e += 2)
       if (work.valid(e) && work.lane.t == 0) p.pos[work.at(c, e)] = 0;
   meet<E>(SameSets{tiles, p}, work.I, c, exists ? c + 1 : c, -1, work);
-  auto* shared = shared_memory<float>();
   for (int h = 0; h < 2; ++h) {  // four lanes share a row
-    float top = over_row(work.largest[h], 4, shared, [](float x, float y) { return y > x ? y : x; });
+    float top = over_row(work.largest[h], 4, [](float x, float y) { return y > x ? y : x; });
     float offset = top < INFINITY ? top : 0;
-    float all = over_row(work.sum[h] * exponential(work.largest[h] - offset), 4, shared,
-                         [](float x, float y) { return x + y; });
+    float all = sum_over_row(work.sum[h] * exponential(work.largest[h] - offset), 4);
     if (work.valid(2 * h) && work.lane.t == 0) p.neg[work.at(c, 2 * h)] = offset + log(all);
   }
 }

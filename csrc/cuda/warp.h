@@ -79,7 +79,10 @@ TCLR_DEVICE uint32_t pair(float low, float high) {
 }
 
 // x of the lane whose number differs in these bits.
-TCLR_DEVICE float of_other_lane(float x, int bits) { return __shfl_xor_sync(0xffffffff, x, bits); }
+template <typename T>
+TCLR_DEVICE T of_other_lane(T x, int bits) {
+  return __shfl_xor_sync(0xffffffff, x, bits);
+}
 
 // exp x to float's precision for |x| < 100, and 0 for what is below
 TCLR_DEVICE float exponential(float x) {
@@ -98,6 +101,9 @@ TCLR_DEVICE void end_group() { asm volatile("cp.async.commit_group;" ::: "memory
 
 // For all groups but the last.
 TCLR_DEVICE void wait_for_groups() { asm volatile("cp.async.wait_group 1;" ::: "memory"); }
+
+// For all that was copied.
+TCLR_DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 }  // namespace
 }  // namespace tclr
