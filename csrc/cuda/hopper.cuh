@@ -63,7 +63,7 @@ struct Ring {
 
 // ---- rows
 
-// Eight features of a row, from the lane's first on; a row has a warp.
+// Eight features of a row. Its lanes, as many as a whole row of its chunks has eights, are neighbours in a warp.
 struct Eight {
   float x[8];
 };
@@ -74,7 +74,7 @@ TCLR_DEVICE bool together(const void* data, int64_t first, int64_t step, int64_t
 
 TCLR_DEVICE float from_half(Dtype dtype, uint16_t h) { return dtype == Dtype::bf16 ? from_bf16(h) : from_f16(h); }
 
-TCLR_DEVICE Eight eight_of(const Source& x, int64_t d, int64_t D) {
+TCLR_DEVICE Eight eight_of(const Source& x, int d, int D) {
   Eight e{};
   auto* from = static_cast<const uint16_t*>(x.data) + x.first;
   if (d >= D) return e;
@@ -90,21 +90,31 @@ TCLR_DEVICE Eight eight_of(const Source& x, int64_t d, int64_t D) {
   return e;
 }
 
+// The values of so many neighbouring lanes joined, the same for all of them.
 template <typename T, typename Join>
-TCLR_DEVICE T over_warp(T x, Join join) {
-  for (int lanes = 16; lanes > 0; lanes /= 2) x = join(x, __shfl_xor_sync(0xffffffff, x, lanes));
+TCLR_DEVICE T over_lanes(T x, int lanes, Join join) {
+  for (int step = lanes / 2; step > 0; step /= 2) x = join(x, __shfl_xor_sync(0xffffffff, x, step));
   return x;
 }
 
 // As norm_of in rows.cuh.
-TCLR_DEVICE Norm<float> norm_of_warp(const Eight& e) {
-  float largest = 0, scale = 1, squares = 0;
+TCLR_DEVICE Norm<float> norm_of(const Eight& e, int lanes) {
+  float largest = 0, scale = 1, inverse = 1, squares = 0;
   for (float x : e.x) largest = fabsf(x) > largest || x != x ? fabsf(x) : largest;
-  largest = over_warp(largest, [](float x, float y) { return y > x || y != y ? y : x; });
-  if (largest > 0 && largest * 0 == 0) scale = ldexpf(1.0f, ilogbf(largest));
-  for (float x : e.x) squares += x / scale * (x / scale);
-  squares = over_warp(squares, [](float x, float y) { return x + y; });
+  largest = over_lanes(largest, lanes, [](float x, float y) { return y > x || y != y ? y : x; });
+  if (largest > 0 && largest * 0 == 0) {
+    int exponent = ilogbf(largest);
+    exponent = exponent < -126 ? -126 : exponent > 126 ? 126 : exponent;  // so that both are numbers
+    scale = ldexpf(1.0f, exponent), inverse = ldexpf(1.0f, -exponent);
+  }
+  for (float x : e.x) squares += x * inverse * (x * inverse);
+  squares = over_lanes(squares, lanes, [](float x, float y) { return x + y; });
   return {scale, largest * 0 == 0 ? sqrtf(squares) : NAN};
+}
+
+TCLR_DEVICE void make_unit(Eight& e, const Norm<float>& norm) {
+  float inverse_scale = 1 / norm.scale, inverse = norm.rest == 0 ? 0 : 1 / norm.rest;
+  for (float& x : e.x) x = x * inverse_scale * inverse;
 }
 
 struct RowsCall {
@@ -112,7 +122,27 @@ struct RowsCall {
   Layout l;
   int parts;  // of dz, where these kernels made it
 
-  int64_t blocks(int rows_a_set) const { return (c.count * l.G * rows_a_set * 32 + threads - 1) / threads; }
+  constexpr int lanes() const { return l.chunks == 1 ? 8 : l.chunks == 2 ? 16 : 32; }
+  constexpr int64_t blocks(int rows_a_set) const {
+    return (c.count * l.G * rows_a_set * lanes() + threads - 1) / threads;
+  }
+};
+
+// The row of a thread, of sets of so many rows, and the first of its eight features.
+struct RowOf {
+  int k, g, i, d;
+  bool valid;
+
+  TCLR_METHOD RowOf(const RowsCall& r, int rows_a_set) {
+    unsigned thread = blockIdx.x * threads + threadIdx.x, lanes = r.lanes(), row = thread / lanes;
+    unsigned set = row / unsigned(rows_a_set);
+    i = int(row % unsigned(rows_a_set)), k = int(set / unsigned(r.l.G)), g = int(set % unsigned(r.l.G));
+    d = int(thread % lanes) * 8, valid = k < r.c.count;
+  }
+  TCLR_METHOD Source source(const Call<float>& c) const {
+    const Rows& from = c.sets[valid ? k : 0].rows;
+    return {from.data, c.dtype, valid ? g * from.stride_g + i * from.stride_n : 0, from.stride_d};
+  }
 };
 
 TCLR_KERNEL read_blocks(TCLR_ARGUMENT RowsCall r) {
@@ -120,64 +150,59 @@ TCLR_KERNEL read_blocks(TCLR_ARGUMENT RowsCall r) {
   const Layout& l = r.l;
   for (int64_t g = int64_t(blockIdx.x) * threads + threadIdx.x; c.p.largest && g < l.G; g += gridDim.x * threads)
     c.p.largest[g] = 0;
-  int64_t row = (int64_t(blockIdx.x) * threads + threadIdx.x) / 32;
-  int i = int(row % l.padded()), lane = threadIdx.x % 32;
-  int64_t set = row / l.padded(), k = set / l.G, g = set % l.G;
-  if (k >= c.count) return;
-  const Rows& from = c.sets[k].rows;
-  Source x{from.data, c.dtype, g * from.stride_g + i * from.stride_n, from.stride_d};
-  Eight e = i < l.N ? eight_of(x, lane * 8, c.p.D) : Eight{};
-  Norm<float> norm = norm_of_warp(e);
-  int64_t a = c.first + k;
-  if (i < l.N && lane == 0) c.p.norms[(g * l.V + a) * l.N + i] = norm;
-  if (lane * 8 >= l.chunks * chunk_features) return;
-  uint32_t words[4];
-  for (int w = 0; w < 4; ++w) words[w] = pair<Half>(unit_value(e.x[2 * w], norm), unit_value(e.x[2 * w + 1], norm));
-  int part = lane % 8 ^ i % 8;
-  auto* to = const_cast<uint16_t*>(l.rows(int(g), int(a), i / chunk_rows)) + lane / 8 * (chunk_bytes / 2) +
-             i % chunk_rows * chunk_features + part * 8;
-  *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+  RowOf row(r, l.padded());
+  bool there = row.valid && row.i < l.N;
+  Eight e = eight_of(row.source(c), row.d, there ? int(c.p.D) : 0);
+  Norm<float> norm = norm_of(e, r.lanes());
+  int a = int(c.first) + row.k;
+  if (there && row.d == 0) c.p.norms[(int64_t(row.g) * l.V + a) * l.N + row.i] = norm;
+  if (!row.valid || row.d >= l.chunks * chunk_features) return;
+  make_unit(e, norm);
+  int part = row.d / 8 % 8 ^ row.i % 8;
+  auto* to = const_cast<uint16_t*>(l.rows(row.g, a, row.i / chunk_rows)) + row.d / chunk_features * (chunk_bytes / 2) +
+             row.i % chunk_rows * chunk_features + part * 8;
+  auto word = [&](int q) { return pair<Half>(e.x[q], e.x[q + 1]); };
+  *reinterpret_cast<uint4*>(to) = make_uint4(word(0), word(2), word(4), word(6));
 }
 
 TCLR_KERNEL write_blocks(TCLR_ARGUMENT RowsCall r) {
   const Call<float>& c = r.c;
   const Gram<float>& p = c.p;
-  int64_t rows = p.G * p.N, row = (int64_t(blockIdx.x) * threads + threadIdx.x) / 32;
-  int64_t k = row / rows, g = row % rows / p.N, i = row % p.N, d = threadIdx.x % 32 * 8;
-  if (k >= c.count) return;
-  const Set& set = c.sets[k];
-  Source x{set.rows.data, c.dtype, g * set.rows.stride_g + i * set.rows.stride_n, set.rows.stride_d};
-  int64_t place = (g * p.V + c.first + k) * p.N + i;
+  RowOf row(r, r.l.N);
+  int D = row.valid ? int(p.D) : 0, d = row.d;
+  int64_t place = row.valid ? (row.g * p.V + c.first + row.k) * p.N + row.i : 0;
   Norm<float> norm = p.norms[place];
-  Eight e = eight_of(x, d, p.D);
+  Eight z = eight_of(row.source(c), d, D);
+  make_unit(z, norm);
   float dz[8] = {};
   int parts = r.l.serves() ? r.parts : 1;
   for (int part = 0; part < parts; ++part) {
     const float* from = p.dz + (part * p.rows() + place) * p.ldz + d;
-    for (int q = 0; q < 8 && d + q < p.D; q += 4) {
+    for (int q = 0; q < 8 && d + q < D; q += 4) {
       float4 y = *reinterpret_cast<const float4*>(from + q);
       dz[q] += y.x, dz[q + 1] += y.y, dz[q + 2] += y.z, dz[q + 3] += y.w;
     }
   }
-  double along = 0, z[8], of_group = unit(p, g), factor = 1 / value_of(p.tau);
+  double along = 0, factor = unit(p, row.valid ? row.g : 0) / value_of(p.tau);
   for (int q = 0; q < 8; ++q)
-    if (d + q < p.D) z[q] = unit_value(e.x[q], norm), along += z[q] * dz[q];
-  along = over_warp(along, [](double a, double b) { return a + b; }) * of_group;
-  double scale = factor / norm.rest;
-  uint16_t out[8];
-  for (int q = 0; q < 8; ++q) {
-    double value = d + q < p.D && norm.rest != 0 ? (dz[q] * of_group - z[q] * along) * scale / norm.scale : 0;
-    out[q] = c.dtype == Dtype::bf16 ? to_bf16(float(value)) : to_f16(float(value));
-  }
-  auto* to = static_cast<uint16_t*>(set.gradient);
-  int64_t first = (g * p.N + i) * p.D;
-  if (together(to, first, 1, p.D)) {
-    auto word = [&](int q) { return uint32_t(out[q]) | uint32_t(out[q + 1]) << 16; };
-    if (d < p.D) *reinterpret_cast<uint4*>(to + first + d) = make_uint4(word(0), word(2), word(4), word(6));
+    if (d + q < D) along += double(z.x[q]) * dz[q];
+  along = over_lanes(along, r.lanes(), [](double a, double b) { return a + b; });
+  if (!row.valid) return;
+  double scale = norm.rest == 0 ? 0 : factor / norm.rest / norm.scale;
+  auto* to = static_cast<uint16_t*>(c.sets[row.k].gradient);
+  int64_t first = (row.g * p.N + row.i) * p.D;
+  auto value = [&](int q) {
+    float x =
+        norm.rest == 0 ? 0 : float((dz[q] - z.x[q] * along) * scale);  // 0 of a zero row, though others are not finite
+    return uint32_t(c.dtype == Dtype::bf16 ? to_bf16(x) : to_f16(x));
+  };
+  if (together(to, first, 1, D)) {
+    auto word = [&](int q) { return value(q) | value(q + 1) << 16; };
+    if (d < D) *reinterpret_cast<uint4*>(to + first + d) = make_uint4(word(0), word(2), word(4), word(6));
   } else {
-    for (int q = 0; q < 8 && d + q < p.D; ++q) to[first + d + q] = out[q];
+    for (int q = 0; q < 8 && d + q < D; ++q) to[first + d + q] = uint16_t(value(q));
   }
-  if (threadIdx.x % 32 == 0) c.zdz[place] = float(norm.rest == 0 ? 0 : along * factor);
+  if (d == 0) c.zdz[place] = float(norm.rest == 0 ? 0 : along * factor);
 }
 
 // ---- sums
@@ -757,7 +782,8 @@ bool serves(const GramCall& call) {
 #ifdef TCLR_HOPPER
   bool half = call.dtype == Dtype::f16 || call.dtype == Dtype::bf16;
   bool sizes = call.N >= square && call.D >= chunk_features && call.D <= most_features;
-  bool few = call.G * call.V * call.V * (call.N + chunk_rows) < int64_t(1) << 30;  // for 32 bits to hold an index
+  // for 32 bits to hold a thread's number and an index of [G, V, V, N]
+  bool few = call.G * call.V * (call.V > 32 ? call.V : 32) * (call.N + chunk_rows) < int64_t(1) << 31;
   bool bounded = call.tau.data || 1 / call.tau.value <= limit;
   return half && call.normalize && sizes && few && bounded && attribute(cudaDevAttrComputeCapabilityMajor) == 9 &&
          attribute(cudaDevAttrComputeCapabilityMinor) == 0;
