@@ -141,8 +141,9 @@ def cuda(folder, objects):
         binding = objects / "bind.o"
         targets = supported_targets()
         named = " ".join(targets)
+        hopper = ["-DTCLR_HOPPER"] if "9.0a" in named else []  # kernels whose instructions no other target has
         for source, kernels in zip(CUDA_SOURCES, made, strict=True):
-            run([nvcc(), *NVCC_FLAGS, *gencode(targets), "-c", source, "-o", kernels])
+            run([nvcc(), *NVCC_FLAGS, *hopper, *gencode(targets), "-c", source, "-o", kernels])
         flags = [*BINDING_FLAGS, f'-DTCLR_CUDA_TARGETS="{named}"', f"-I{torch}/include"]
         run([*compiler(), *flags, "-c", SOURCE / "cuda/bind.cpp", "-o", binding])
         link([nvcc()], [*made, binding], torch, folder / "_cuda.so")  # nvcc adds its own runtime, statically

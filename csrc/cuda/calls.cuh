@@ -63,9 +63,11 @@ struct Call {
   Upstream<T> upstream;
   T* zdz;
   Dtype dtype;
+  double above;          // these kernels leave 1 / tau up to it to others; 0: none
   int64_t first, count;  // of the sets that this launch serves
   Set sets[most_sets];
 
+  TCLR_METHOD bool elsewhere() const { return above > 0 && 1 / value_of(p.tau) <= above; }
   int64_t row_blocks() const { return (count * p.G * p.N * 32 + threads - 1) / threads; }
 };
 
@@ -142,6 +144,7 @@ using CallOf = Call<typename Path::Number>;
 
 template <typename Path>
 TCLR_KERNEL read_sets(TCLR_ARGUMENT CallOf<Path> c) {
+  if (c.elsewhere()) return;
   for (int64_t g = int64_t(blockIdx.x) * threads + threadIdx.x; c.p.largest && g < c.p.G; g += gridDim.x * threads)
     c.p.largest[g] = 0;
   SetRow row(c);

@@ -1,6 +1,9 @@
 // The launches of the operation and of the objective.
 #include "calls.cuh"
 #include "objective.cuh"
+#ifdef __CUDACC__
+#include "hopper.cuh"
+#endif
 
 namespace tclr {
 namespace {
@@ -9,7 +12,7 @@ namespace {
 
 template <typename Path>
 TCLR_KERNEL sum_tiles(TCLR_ARGUMENT CallOf<Path> c) {
-  Path::sum(c, blockIdx.x);
+  if (!c.elsewhere()) Path::sum(c, blockIdx.x);
 }
 
 template <typename T>
@@ -26,7 +29,16 @@ TCLR_KERNEL make_coefficients(TCLR_ARGUMENT Call<T> c) {
 
 template <typename Path>
 TCLR_KERNEL make_gradient(TCLR_ARGUMENT CallOf<Path> c) {
-  Path::add_gradient(c, blockIdx.x);
+  if (!c.elsewhere()) Path::add_gradient(c, blockIdx.x);
+}
+
+// What a call reads and writes.
+template <typename T>
+void connect(Call<T>& c, const GramCall& call) {
+  c.p.term = static_cast<T*>(call.term), c.p.neg = static_cast<T*>(call.neg), c.p.pos = static_cast<T*>(call.pos);
+  auto given = [](const void* x) { return static_cast<const T*>(x); };
+  c.upstream = {given(call.g_term), given(call.g_neg), given(call.g_pos), 0};
+  c.zdz = static_cast<T*>(call.zdz), c.dtype = call.dtype;
 }
 
 template <typename Path>
@@ -40,10 +52,7 @@ CallOf<Path> arrange(const GramCall& call, bool backward, Arena& arena) {
   else
     arena.take(c.p.norms, c.p.rows());
   scratch(c.p, backward, arena);
-  c.p.term = static_cast<T*>(call.term), c.p.neg = static_cast<T*>(call.neg), c.p.pos = static_cast<T*>(call.pos);
-  auto given = [](const void* x) { return static_cast<const T*>(x); };
-  c.upstream = {given(call.g_term), given(call.g_neg), given(call.g_pos), 0};
-  c.zdz = static_cast<T*>(call.zdz), c.dtype = call.dtype;
+  connect(c, call);
   return c;
 }
 
@@ -80,6 +89,44 @@ auto on_path(const GramCall& call, F f) {
   if (many && !half && call.tf32) return f(OnTensorCores<Tf32>());
   return call.D <= 128 ? f(Plain<float, 1>()) : f(Plain<float>());
 }
+
+#ifdef __CUDACC__
+// ---- on Hopper; a temperature on the device may be one that is left to the tensor cores' other kernels
+
+const char* forward_on_hopper(const GramCall& call, void* memory, Stream stream) {
+  using Other = OnTensorCores<Half>;
+  Arena arena{static_cast<char*>(memory)};
+  hopper::Arrangement all(call, false, arena);
+  Call<float>& c = all.c;
+  connect(c, call);
+  all.sums.neg = c.p.neg, all.sums.pos = c.p.pos;
+  const char* error = hopper::over_rows({c, all.l, 0}, call, all.l.padded(), hopper::read_blocks, stream);
+  if (!error) error = hopper::sum(all.sums, stream);
+  if (!error && call.tau.data) error = over_sets(c, call, read_sets<Other>, threads * sizeof(float), stream);
+  if (!error && call.tau.data) error = launch(sum_tiles<Other>, Other::sum_blocks(c), Other::shared(c), stream, c);
+  if (!error) error = launch(finish_terms<float>, c.p.finish_blocks(), 0, stream, c);
+  return error;
+}
+
+const char* backward_on_hopper(const GramCall& call, void* memory, Stream stream) {
+  using Other = OnTensorCores<Half>;
+  Arena arena{static_cast<char*>(memory)};
+  hopper::Arrangement all(call, true, arena);
+  Call<float>& c = all.c;
+  connect(c, call);
+  all.factors.p = c.p;
+  hopper::RowsCall rows{c, all.l, all.gradient.parts};
+  constexpr size_t shared = threads * sizeof(double);
+  const char* error = hopper::over_rows(rows, call, all.l.padded(), hopper::read_blocks, stream);
+  if (!error) error = launch(make_coefficients<float>, c.p.finish_blocks(), shared, stream, c);
+  if (!error) error = hopper::add_gradient(all.factors, all.gradient, stream);
+  if (!error && call.tau.data) error = over_sets(c, call, read_sets<Other>, threads * sizeof(float), stream);
+  if (!error && call.tau.data)
+    error = launch(make_gradient<Other>, Other::gradient_blocks(c), Other::shared(c), stream, c);
+  if (!error) error = hopper::over_rows(rows, call, all.l.N, hopper::write_blocks, stream);
+  return error;
+}
+#endif
 
 // ---- the objective
 
@@ -166,15 +213,27 @@ namespace cuda {
 
 size_t gram_memory(const GramCall& call, bool backward) {
   Arena arena{nullptr};
+#ifdef __CUDACC__
+  if (hopper::serves(call)) {
+    hopper::Arrangement(call, backward, arena);
+    return arena.used;
+  }
+#endif
   on_path(call, [&](auto path) { arrange<decltype(path)>(call, backward, arena); });
   return arena.used;
 }
 
 const char* gram_forward(const GramCall& call, void* memory, void* stream) {
+#ifdef __CUDACC__
+  if (hopper::serves(call)) return forward_on_hopper(call, memory, static_cast<Stream>(stream));
+#endif
   return on_path(call, [&](auto path) { return forward<decltype(path)>(call, memory, static_cast<Stream>(stream)); });
 }
 
 const char* gram_backward(const GramCall& call, void* memory, void* stream) {
+#ifdef __CUDACC__
+  if (hopper::serves(call)) return backward_on_hopper(call, memory, static_cast<Stream>(stream));
+#endif
   return on_path(call, [&](auto path) { return backward<decltype(path)>(call, memory, static_cast<Stream>(stream)); });
 }
 
