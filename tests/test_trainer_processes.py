@@ -522,7 +522,7 @@ def test_evaluations_are_those_of_one_process(dataset, tmp_path, commands):
 def torchrun(P, restarts, *arguments):
     program = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={P}"]
     program += [f"--max-restarts={restarts}", "--monitor-interval=0.1", "-m", "tclr.cli", *arguments]
-    return subprocess.Popen(program, env=os.environ | dict(PYTHONPATH=sys.path[0]), stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(program, env=os.environ | dict(PYTHONPATH=sys.path[0]))
 
 
 def workers(agent):
@@ -554,10 +554,10 @@ def test_torchrun_restarts_a_run_from_its_last_checkpoint(dataset, tmp_path, P, 
             time.sleep(moments.uniform(0, 0.3))
             seen.append((moments.choice([signal.SIGKILL, signal.SIGTERM]), moments.randrange(P)))
             os.kill(workers(agent)[seen[-1][1]], seen[-1][0])
-        assert agent.wait(300) == 0
+        assert agent.wait(120) == 0
     finally:
         agent.kill()
-    print(seen, agent.stderr.read()[-500:])
+    print(seen)
     assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").open()] == list(range(steps))
     pretrained(P, tmp_path, *options(dataset, tmp_path / "whole", steps))
     whole, interrupted = (checkpoint.load(path) for path in (tmp_path / "whole/last.pt", file))

@@ -9,6 +9,8 @@ import functools
 import io
 import os
 import socket
+import time
+import uuid
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
@@ -44,10 +46,43 @@ def group(timeout=TIMEOUT):
         yield
         return
     nccl = torch.cuda.is_available() and distributed.is_nccl_available()
-    backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
-    distributed.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    backend, where = "cpu:gloo,cuda:nccl" if nccl else "gloo", {}
+    if store := agents_store(timeout):
+        where = dict(store=met(store, timeout), rank=int(os.environ["RANK"]), world_size=launched())
+    distributed.init_process_group(backend, timeout=timedelta(seconds=timeout), **where)
     yield
     distributed.destroy_process_group()
+
+
+def agents_store(timeout=TIMEOUT):
+    """The store of torchrun's agents, which outlives the processes that they restart; None where there is none."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return distributed.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=timeout))
+
+
+def met(store, timeout):
+    """A part of the agents' store for the processes of this start alone.
+
+    With the whole of it a process may read the address of one that was killed before, and wait for it
+    (https://github.com/pytorch/pytorch/issues/135712). Process 0 offers a new name; the others answer with names of
+    their own, until those are in what process 0 has received under that name.
+    """
+    own, name = int(os.environ["RANK"]), uuid.uuid4().hex
+    if own == 0:
+        store.set("tclr/offer", name)
+        answers = [store.get(f"tclr/{name}/{other}").decode() for other in range(1, launched())]
+        store.set(f"tclr/{name}/received", " ".join(answers))
+        return distributed.PrefixStore(name, store)
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        offer = store.get("tclr/offer").decode()
+        store.set(f"tclr/{offer}/{own}", name)
+        if store.check([f"tclr/{offer}/received"]) and name in store.get(f"tclr/{offer}/received").decode().split():
+            return distributed.PrefixStore(offer, store)
+        time.sleep(0.02)
+    raise TimeoutError(f"process 0 did not start within {timeout} s, as process {own} did")
 
 
 @contextmanager
@@ -127,10 +162,7 @@ class Job:
     """
 
     def __init__(self):
-        self.store = None
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            self.store = distributed.TCPStore(address, port, is_master=False)
+        self.store = agents_store()
 
     def reached(self):
         """The last stage that this job came to before it was restarted: "", "claiming" or "claimed"."""
