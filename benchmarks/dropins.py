@@ -1,4 +1,4 @@
-"""The drop-ins of `tclr_kernels.compat` against their originals: python -m benchmarks.dropins [page | time CASE | ...]
+"""The drop-ins of `tclr_kernels.compat` against their originals; `make .venv/.peers` installs these.
 
     python -m benchmarks.dropins            times and peak memory of all cases, to benchmarks/results/dropins-*.csv
     python -m benchmarks.dropins 0.1        the same in 0.1 s a case and size instead of 3 s
@@ -176,8 +176,9 @@ CASES = {
     "open_clip ClipLoss": Case(
         original(peers.open_clip, "open_clip.loss", "ClipLoss"), ours("open_clip", "ClipLoss"), scaled_views
     ),
-    # its matrix has a row for every positive pair and a column for every negative one: 4 GiB at 1,024 rows
-    "pytorch-metric-learning NTXentLoss": Case(*metric_learning("NTXentLoss"), indexed, sizes=(80, 256, 512)),
+    # its matrix has a row for every positive pair and a column for every negative one: 4 GiB at 1,024 rows, and 512 take
+    # many seconds
+    "pytorch-metric-learning NTXentLoss": Case(*metric_learning("NTXentLoss"), indexed, sizes=(80, 128, 256)),
     "pytorch-metric-learning SupConLoss": Case(*metric_learning("SupConLoss"), classes),
     "solo-learn simclr_loss_func": Case(lambda: simclr_of_solo, lambda: compat.solo.simclr_loss_func, indexed),
     "SupContrast SupConLoss": Case(lambda: sup_con_of_its_authors, ours("sup_contrast", "SupConLoss"), labelled_views),
