@@ -176,8 +176,7 @@ CASES = {
     "open_clip ClipLoss": Case(
         original(peers.open_clip, "open_clip.loss", "ClipLoss"), ours("open_clip", "ClipLoss"), scaled_views
     ),
-    # its matrix has a row for every positive pair and a column for every negative one: 4 GiB at 1,024 rows, and 512 take
-    # many seconds
+    # its matrix has a row for every positive pair and a column for every negative one: 4 GiB at 1,024 rows
     "pytorch-metric-learning NTXentLoss": Case(*metric_learning("NTXentLoss"), indexed, sizes=(80, 128, 256)),
     "pytorch-metric-learning SupConLoss": Case(*metric_learning("SupConLoss"), classes),
     "solo-learn simclr_loss_func": Case(lambda: simclr_of_solo, lambda: compat.solo.simclr_loss_func, indexed),
