@@ -19,16 +19,16 @@ from ..distributed import Group, Shares
 from . import shared
 
 Weights = Callable[[Tensor, Tensor], Tensor]
-SMALLEST = 1e-8  # temperature
+SMALLEST = 1e-8  # temperature that lightly takes where it checks it
 
 
 class _Loss(nn.Module):
     temperature: float | Tensor
     gather_distributed: bool
 
-    def __init__(self, temperature: float | Tensor, gather_distributed: bool) -> None:
+    def __init__(self, temperature: float | Tensor, gather_distributed: bool, smallest: float = 0.0) -> None:
         super().__init__()
-        shared.temperature(temperature, SMALLEST)
+        shared.temperature(temperature, smallest)
         if gather_distributed and not torch.distributed.is_available():
             raise ValueError("gather_distributed: found True, wanted False: this PyTorch has no torch.distributed")
         self.temperature = temperature
@@ -58,7 +58,7 @@ class NTXentLoss(_Loss):
         memory_bank_size: int | Sequence[int] = 0,
         gather_distributed: bool = False,
     ) -> None:
-        super().__init__(temperature, gather_distributed)
+        super().__init__(temperature, gather_distributed, SMALLEST)
         self.memory_bank: MemoryBank = MemoryBank(memory_bank_size)
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
@@ -197,7 +197,7 @@ class SupConLoss(_Loss):
     def __init__(
         self, temperature: float | Tensor = 0.5, gather_distributed: bool = False, rescale: bool = True
     ) -> None:
-        super().__init__(temperature, gather_distributed)
+        super().__init__(temperature, gather_distributed, SMALLEST)
         self.rescale: bool = rescale
 
     def forward(self, out0: Tensor, out1: Tensor, labels: Tensor | None = None) -> Tensor:
