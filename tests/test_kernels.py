@@ -54,7 +54,8 @@ BUGS = {
     "LL: its scale forgotten": ("w.scale * sigmoid", "sigmoid"),
     "LL: the next clip as mate": ("a + w.V / 2", "a + 1"),
     "logarithm of one octave": ("e * ln2 +", "0 * e +"),
-    "tail of a vector": ("lanes<double> ? n : lanes<double>)", "lanes<double> ? n - 1 : lanes<double>)"),
+    "tail of a vector": ("l < n; ++l) p[l]", "l < n - 1; ++l) p[l]"),
+    "half a vector": ("lanes<double> / 2>(p, v)", "lanes<double> / 2 - 1>(p, v)"),
 }
 
 

@@ -167,9 +167,7 @@ Tensor with_number(const char* name, const Tensor& x, double number) {
 }
 
 // term[:, 0, 1]
-Tensor first_pair(const Tensor& term) {
-  return torch::stable::select(torch::stable::select(term, 1, 0), 1, 1);
-}
+Tensor first_pair(const Tensor& term) { return torch::stable::select(torch::stable::select(term, 1, 0), 1, 1); }
 
 std::tuple<Tensor, Tensors> reduced(Tensors inputs, Optional tau, double tau_value, bool normalize, bool cross,
                                     bool one_sided, double factor, double count, bool gradient, bool tf32) {
