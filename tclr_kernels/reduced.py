@@ -71,10 +71,10 @@ def composed(name: str, settings: Settings, tau: float | Tensor, *inputs: Tensor
 
 
 def _seen_through(inputs: Sequence[Tensor]) -> bool:
-    """Whether something looks at the single operations of the composition, or at a tensor's own ones."""
+    """Whether something wants to see the single operations: the compiler, a transform, a subclass of tensors."""
     if torch.compiler.is_compiling() or _transforms_active() or forward_ad._current_level >= 0:
         return True
-    return any([type(z) not in checks.PLAIN for z in inputs])
+    return any(type(z) not in checks.PLAIN for z in inputs)
 
 
 class Reduced(Eager, torch.autograd.Function):

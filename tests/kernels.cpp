@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/gram.h"
+#include "crowd.h"
 #include "keys.h"
 
 namespace tclr {
@@ -131,4 +132,14 @@ extern "C" void local_local(int64_t V, int64_t N, const double* pos, double scal
   using namespace tclr;
   thread_count = 1, slow_thread = -1;
   portable_level.f64.local_local(V, N, pos, scale, loss, g_pos, Executor{run, 1});
+}
+
+// A crowd of its own: what it says after each parallel region of so many seconds, for all of which but `lost` the
+// calling thread computed.
+extern "C" void crowd(int64_t n, const double* seconds, const double* lost, double* least) {
+  tclr::Crowd crowd;
+  for (int64_t k = 0; k < n; ++k) {
+    if (seconds[k] > 0) crowd.saw(seconds[k], seconds[k] - lost[k]);
+    least[k] = crowd.least();
+  }
 }

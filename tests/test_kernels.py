@@ -1,7 +1,9 @@
 """The CPU kernels without torch: sanitizers, the other vector widths, the order of tasks, planted bugs."""
 
+import ctypes
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -171,6 +173,38 @@ def test_threads_that_do_not_wait_for_each_other_are_found(tmp_path):
     assert not same_for_all_threads(
         kernels.build(tmp_path, replace=[("while (__atomic_load_n", "if (__atomic_load_n")])
     )
+
+
+def seconds_of_computing(library):
+    """Of both threads, while one of them hesitates before each of its tasks and the other waits for it."""
+    start = time.process_time()
+    results(library, 2, 1)
+    return time.process_time() - start
+
+
+def test_a_thread_that_waits_sleeps(library, tmp_path):
+    awake = kernels.build(tmp_path, replace=[("awake = 50000;", "awake = 50000000000;")])
+    assert seconds_of_computing(library) < 0.7 * seconds_of_computing(awake)
+
+
+def test_beside_other_processes_small_calls_take_one_thread(library):
+    """Where the calling thread lost most of a parallel region; each time it finds that again, for twice as many."""
+
+    def least(regions):
+        n = len(regions)
+        out = (ctypes.c_double * n)()
+        columns = ((ctypes.c_double * n)(*column) for column in zip(*regions, strict=True))
+        ctypes.CDLL(str(library)).crowd(ctypes.c_int64(n), *columns, out)
+        return [x > 5e6 for x in out]
+
+    fine, held_up, no_region, uneven = (0.001, 0.0002), (0.005, 0.004), (0, 0), (0.0005, 0.0004)
+    assert not any(least([fine] * 9 + [uneven] * 9))
+    first = least([held_up] + [no_region] * 20)
+    assert sum(first) == 8 and first[7] and not first[8]
+    again = least([held_up] + [no_region] * 8 + [held_up] + [no_region] * 30)
+    assert sum(again) == 8 + 16 and not again[-1]
+    after = least([held_up] + [no_region] * 8 + [fine] * 70 + [held_up] + [no_region] * 20)
+    assert sum(after) == 8 + 8
 
 
 def sanitized(name, flags, arguments, folder, replace=()):
