@@ -22,7 +22,7 @@ from torch.autograd import forward_ad
 from . import backends, checks
 from .symmetric import SUMMED_AT_ONCE, Eager, Once, _transforms_active, blocks, ordered_sum, wants_gradient
 
-LARGEST = 1 << 21  # rows times the columns and features of each: a gradient of about a millisecond
+LARGEST = 1 << 21  # on the CPU, rows times the columns and features of each: a gradient of about a millisecond
 
 Settings = tuple[bool, bool, bool, float, int]
 
@@ -50,7 +50,7 @@ def reduced(
     if V == 1:  # views
         V, rows = leading[0], N
     name = backends.choose(backend, z.device, V * rows, D, z.dtype)
-    small = len(leading) < 2 and V * V * rows <= SUMMED_AT_ONCE and V * rows * (V * N + D) <= LARGEST
+    small = len(leading) < 2 and V * V * rows <= SUMMED_AT_ONCE and (z.is_cuda or V * rows * (V * N + D) <= LARGEST)
     if not small or not hasattr(backends.BACKENDS[name], "reduced") or _seen_through(inputs):
         return composed(name, settings, tau, *inputs)
     if wants_gradient(tau, *inputs):

@@ -177,9 +177,13 @@ def test_threads_that_do_not_wait_for_each_other_are_found(tmp_path):
 
 def seconds_of_computing(library):
     """Of both threads, while one of them hesitates before each of its tasks and the other waits for it."""
+    run = kernels.Kernels(library, threads=2, slow=1)
+    run.library.hesitate(ctypes.c_int64(2000))
     start = time.process_time()
-    results(library, 2, 1)
-    return time.process_time() - start
+    run.forward([torch.ones(1, 801, 1) for _ in range(2)], 0.5, True, False)
+    seconds = time.process_time() - start
+    run.library.hesitate(ctypes.c_int64(200))
+    return seconds
 
 
 def test_a_thread_that_waits_sleeps(library, tmp_path):
