@@ -1,19 +1,25 @@
-"""What a call of the Triton backend costs on the host, without a GPU: python -m benchmarks.host
+"""What a call costs on the host, without a GPU: python -m benchmarks.host
 
-Triton's own just-in-time compiler runs with the stand-in driver of tests/standin.py, whose launches do nothing: counted
-are the launches and the other device operations of a forward and a backward, timed is all that Python and PyTorch do
-for them after the first call. The driver's own launch, a few microseconds each, is not in it.
+The Triton backend: its own just-in-time compiler runs with the stand-in driver of tests/standin.py, whose launches do
+nothing. The native backend's CUDA kernels: their binding, with the host's executor of csrc/cuda/host.h, whose launches
+do nothing either; by one call ("native"), and as it is composed ("native, composed"). Counted are the launches and
+PyTorch's device operations of a forward and a backward, timed is all that Python and PyTorch do for them after the
+first call. The driver's own launch, a few microseconds each, is not in it.
 """
 
+import contextlib
 import statistics
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 import tclr_kernels as tk
-from tests import standin
+from tclr_kernels import backends, reduced
+from tests import cuda, standin
 
 from . import rows
 
@@ -23,18 +29,48 @@ CASES = {  # name -> N, D, G, temperature
     "nt_xent, 8,192 rows": (4096, 128, 1, 0.1),
     "nt_xent, 8,192 rows, temperature on the device": (4096, 128, 1, torch.tensor(0.1)),
 }
-COLUMNS = "case", "status", "launches", "operations", "host_us", "cpu", "torch", "triton", "commit", "date"
+COLUMNS = "case", "backend", "status", "launches", "operations", "host_us", "cpu", "torch", "triton", "commit", "date"
+BACKENDS = "triton", "native", "native, composed"
 
 
-def row(N, D, G, tau, repeats=200):
+LAUNCHING = {f"aten::{name}" for name in ("sum", "div", "mul", "copy_", "fill_", "zero_", "cat")}
+
+
+class Dry:
+    """The CUDA kernels' binding on the host, whose launches do nothing."""
+
+    def __init__(self):
+        self.folder = tempfile.TemporaryDirectory()
+        self.host = cuda.Host(cuda.build(Path(self.folder.name)))
+        self.host.executor.run_dry(True)
+
+    @contextlib.contextmanager
+    def counted(self):
+        launches, operations, before = [], [], self.host.executor.launches()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            yield launches, operations
+        launches += range(self.host.executor.launches() - before)
+        operations += [event.name for event in profile.events() if event.name in LAUNCHING]
+
+
+def installed(backend, patch, dry):
+    if backend == "triton":
+        return standin.install(patch)
+    patch.setitem(backends.BACKENDS, "native", dry.host)
+    if backend != "native":
+        patch.setattr(reduced, "_seen_through", lambda inputs: True)
+    return dry
+
+
+def row(backend, dry, N, D, G, tau, repeats=200):
     shape = (N, D) if G == 1 else (G, N, D)
     inputs = [torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True) for _ in range(2)]
 
     def step():
-        torch.autograd.grad(tk.nt_xent(*inputs, temperature=tau, backend="triton"), inputs)
+        torch.autograd.grad(tk.nt_xent(*inputs, temperature=tau, backend=backend.split(",")[0]), inputs)
 
     with pytest.MonkeyPatch.context() as patch:
-        device = standin.install(patch)
+        device = installed(backend, patch, dry)
         step()
         with device.counted() as (launches, operations):
             step()
@@ -50,13 +86,14 @@ def row(N, D, G, tau, repeats=200):
 def main():
     torch.set_num_threads(1)
     path = rows.default_path().with_name(rows.default_path().name.replace("cpu-", "host-", 1))
-    failures = 0
+    failures, dry = 0, Dry()
     with rows.writing(path, COLUMNS) as add:
         for name, case in CASES.items():
-            made = rows.here() | dict(case=name) | rows.attempted(row, *case)
-            add(made)
-            print(*(made.get(column, "") for column in COLUMNS[:5]), sep="\t", flush=True)
-            failures += made["status"] != "ok"
+            for backend in BACKENDS:
+                made = rows.here() | dict(case=name, backend=backend) | rows.attempted(row, backend, dry, *case)
+                add(made)
+                print(*(made.get(column, "") for column in COLUMNS[:6]), sep="\t", flush=True)
+                failures += made["status"] != "ok"
     return 1 if failures else 0
 
 

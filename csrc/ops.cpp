@@ -124,8 +124,8 @@ Sets describe_inputs(const Tensors& inputs, const Optional& tau, double tau_valu
     for (int64_t v = 0; v < count; ++v)
       s.rows.push_back({data + v * first * bytes_of(z), views ? 0 : first, z.stride(last - 1), z.stride(last)});
   }
-  s.input = {views ? 1 : groups,  int64_t(s.rows.size()), sizes[last - 1],         sizes[last], s.rows.data(),
-             dtype_of(inputs[0]), tau_of(tau, tau_value), normalize, cross};
+  s.input = {views ? 1 : groups,  int64_t(s.rows.size()), sizes[last - 1], sizes[last], s.rows.data(),
+             dtype_of(inputs[0]), tau_of(tau, tau_value), normalize,       cross};
   return s;
 }
 
@@ -137,8 +137,7 @@ template <typename T>
 Tensor first_pair(const Tensor& term) {
   int64_t G = term.size(0), V = term.size(1), N = term.size(3);
   Tensor chosen = empty({G, N}, code_of(term), term);
-  for (int64_t g = 0; g < G; ++g)
-    std::copy_n(const_data<T>(term) + (g * V * V + 1) * N, N, data<T>(chosen) + g * N);
+  for (int64_t g = 0; g < G; ++g) std::copy_n(const_data<T>(term) + (g * V * V + 1) * N, N, data<T>(chosen) + g * N);
   return chosen;
 }
 

@@ -22,7 +22,7 @@ from torch.autograd import forward_ad
 from . import backends, checks
 from .symmetric import SUMMED_AT_ONCE, Eager, Once, _transforms_active, blocks, ordered_sum, total, wants_gradient
 
-LARGEST = 1 << 21  # rows times the columns and features of each: a gradient of about a millisecond
+LARGEST = 1 << 21  # on the CPU, rows times the columns and features of each: a gradient of about a millisecond
 
 Settings = tuple[bool, bool, bool, float, int]
 
@@ -50,7 +50,7 @@ def reduced(
     if V == 1:  # views
         V, rows = leading[0], N
     name = backends.choose(backend, z.device, V * rows, D, z.dtype)
-    small = len(leading) < 2 and V * V * rows <= SUMMED_AT_ONCE and V * rows * (V * N + D) <= LARGEST
+    small = len(leading) < 2 and V * V * rows <= SUMMED_AT_ONCE and (z.is_cuda or V * rows * (V * N + D) <= LARGEST)
     if not small or not hasattr(backends.BACKENDS[name], "reduced") or _seen_through(inputs):
         return composed(name, settings, tau, *inputs)
     if wants_gradient(tau, *inputs):
@@ -72,10 +72,10 @@ def composed(name: str, settings: Settings, tau: float | Tensor, *inputs: Tensor
 
 
 def _seen_through(inputs: Sequence[Tensor]) -> bool:
-    """Whether something looks at the single operations of the composition, or at a tensor's own ones."""
+    """Whether something wants to see the single operations: the compiler, a transform, a subclass of tensors."""
     if torch.compiler.is_compiling() or _transforms_active() or forward_ad._current_level >= 0:
         return True
-    return any([type(z) not in checks.PLAIN for z in inputs])
+    return any(type(z) not in checks.PLAIN for z in inputs)
 
 
 class Reduced(Eager, torch.autograd.Function):

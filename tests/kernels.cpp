@@ -6,18 +6,19 @@
 #include <vector>
 
 #include "cpu/gram.h"
+#include "crowd.h"
 #include "keys.h"
 
 namespace tclr {
 namespace {
-int64_t thread_count, slow_thread;
+int64_t thread_count, slow_thread, hesitation = 200;  // microseconds
 
 // Threads of its own; the slow one hesitates before each of its tasks, while the others run ahead.
 void run(int64_t n, Task task, void* argument) {
   std::atomic<int64_t> next = 0;
   auto work = [&](int64_t thread) {
     for (int64_t i = next++; i < n; i = next++) {
-      if (thread == slow_thread) std::this_thread::sleep_for(std::chrono::microseconds(200));
+      if (thread == slow_thread) std::this_thread::sleep_for(std::chrono::microseconds(hesitation));
       task(argument, i, thread);
     }
   };
@@ -131,4 +132,16 @@ extern "C" void local_local(int64_t V, int64_t N, const double* pos, double scal
   using namespace tclr;
   thread_count = 1, slow_thread = -1;
   portable_level.f64.local_local(V, N, pos, scale, loss, g_pos, Executor{run, 1});
+}
+
+extern "C" void hesitate(int64_t microseconds) { tclr::hesitation = microseconds; }
+
+// A crowd of its own: what it says after each parallel region of so many seconds, for all of which but `lost` the
+// calling thread computed.
+extern "C" void crowd(int64_t n, const double* seconds, const double* lost, double* least) {
+  tclr::Crowd crowd;
+  for (int64_t k = 0; k < n; ++k) {
+    if (seconds[k] > 0) crowd.saw(seconds[k], seconds[k] - lost[k]);
+    least[k] = crowd.least();
+  }
 }

@@ -7,15 +7,16 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import product
 
 import pytest
 import torch
 
 import setup
 import tclr_kernels as tk
-from tclr_kernels import backends
+from tclr_kernels import backends, reduced
 
-from . import cuda, kernels
+from . import cuda, kernels, test_reduced
 from .oracle import LOSSES
 
 pytestmark = pytest.mark.skipif(kernels.compiler() is None, reason="no C++ compiler")
@@ -218,6 +219,24 @@ def test_the_objective_takes_the_launches_that_its_source_names(host, monkeypatc
     before = host.executor.launches()
     results(LOSSES["tclr"].inputs((40, 4, 128)), FUNCTIONS["tclr"])
     assert host.executor.launches() - before == named <= 6
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", test_reduced.LOSSES)
+def test_a_loss_by_one_call_has_the_bits_and_the_launches_of_its_composition(name, dtype, host, monkeypatch):
+    monkeypatch.setitem(backends.BACKENDS, "host", host)
+    leaves = test_reduced.inputs((40, 9) if name == "instance_contrastive" else (3, 5, 9), dtype)
+    made, launches = [], []
+    for composed in False, True:
+        if composed:
+            monkeypatch.setattr(reduced, "_seen_through", lambda inputs: True)
+        before = host.executor.launches()
+        for tau, upstream, reduction in product((0.1, torch.tensor([0.1], dtype=dtype)), (1.0, 0.3), ("mean", "sum")):
+            settings = dict(reduction=reduction, backend="host")
+            made.append(test_reduced.results(test_reduced.LOSSES[name], leaves, tau, upstream, **settings))
+        launches.append(host.executor.launches() - before)
+    half = len(made) // 2
+    assert all(map(test_reduced.same, made[:half], made[half:])) and launches[0] == launches[1]
 
 
 def test_sanitizers_find_nothing(tmp_path):

@@ -1,7 +1,9 @@
 """The CPU kernels without torch: sanitizers, the other vector widths, the order of tasks, planted bugs."""
 
+import ctypes
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -54,7 +56,8 @@ BUGS = {
     "LL: its scale forgotten": ("w.scale * sigmoid", "sigmoid"),
     "LL: the next clip as mate": ("a + w.V / 2", "a + 1"),
     "logarithm of one octave": ("e * ln2 +", "0 * e +"),
-    "tail of a vector": ("lanes<double> ? n : lanes<double>)", "lanes<double> ? n - 1 : lanes<double>)"),
+    "tail of a vector": ("l < n; ++l) p[l]", "l < n - 1; ++l) p[l]"),
+    "half a vector": ("lanes<double> / 2>(p, v)", "lanes<double> / 2 - 1>(p, v)"),
 }
 
 
@@ -170,6 +173,42 @@ def test_threads_that_do_not_wait_for_each_other_are_found(tmp_path):
     assert not same_for_all_threads(
         kernels.build(tmp_path, replace=[("while (__atomic_load_n", "if (__atomic_load_n")])
     )
+
+
+def seconds_of_computing(library):
+    """Of both threads, while one of them hesitates before each of its tasks and the other waits for it."""
+    run = kernels.Kernels(library, threads=2, slow=1)
+    run.library.hesitate(ctypes.c_int64(2000))
+    start = time.process_time()
+    run.forward([torch.ones(1, 801, 1) for _ in range(2)], 0.5, True, False)
+    seconds = time.process_time() - start
+    run.library.hesitate(ctypes.c_int64(200))
+    return seconds
+
+
+def test_a_thread_that_waits_sleeps(library, tmp_path):
+    awake = kernels.build(tmp_path, replace=[("awake = 50000;", "awake = 50000000000;")])
+    assert seconds_of_computing(library) < 0.7 * seconds_of_computing(awake)
+
+
+def test_beside_other_processes_small_calls_take_one_thread(library):
+    """Where the calling thread lost most of a parallel region; each time it finds that again, for twice as many."""
+
+    def least(regions):
+        n = len(regions)
+        out = (ctypes.c_double * n)()
+        columns = ((ctypes.c_double * n)(*column) for column in zip(*regions, strict=True))
+        ctypes.CDLL(str(library)).crowd(ctypes.c_int64(n), *columns, out)
+        return [x > 5e6 for x in out]
+
+    fine, held_up, no_region, uneven = (0.001, 0.0002), (0.005, 0.004), (0, 0), (0.0005, 0.0004)
+    assert not any(least([fine] * 9 + [uneven] * 9))
+    first = least([held_up] + [no_region] * 20)
+    assert sum(first) == 8 and first[7] and not first[8]
+    again = least([held_up] + [no_region] * 8 + [held_up] + [no_region] * 30)
+    assert sum(again) == 8 + 16 and not again[-1]
+    after = least([held_up] + [no_region] * 8 + [fine] * 70 + [held_up] + [no_region] * 20)
+    assert sum(after) == 8 + 8
 
 
 def sanitized(name, flags, arguments, folder, replace=()):

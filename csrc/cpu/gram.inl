@@ -112,6 +112,7 @@ struct Work {
   T inverse_tau;
   GramForward<T> out;
   const GramBackward<T>* gradient;
+  bool alone;  // one thread runs all tasks
 
   T* block(T* rows, int64_t b) const { return rows + (p.set(b) * p.N + p.begin(b)) * ldz; }
   int64_t row(int64_t b) const { return p.set(b) * p.N + p.begin(b); }
@@ -199,7 +200,8 @@ void column_exponentials(const T* S, int64_t lds, int64_t rows, int64_t n, T* co
 template <typename T>
 void forward_tile(const Work<T>& w, Pair pair, Columns columns, const Tile<T>& tile) {
   const Problem& p = w.p;
-  int64_t I = pair.left, J = pair.right, a = p.set(I), c = p.set(J), rows = p.rows(I), width = covered<T>(columns.count);
+  int64_t I = pair.left, J = pair.right, a = p.set(I), c = p.set(J), rows = p.rows(I),
+          width = covered<T>(columns.count);
   int64_t to_rows = p.at(a, c, p.begin(I)), to_columns = p.at(c, a, p.begin(J)) + columns.first;
   const Group<T>& group = w.group;
   bool pairs = a != c && p.begin(I) == p.begin(J);
@@ -260,7 +262,8 @@ void weights(T* s, int64_t n, bool bounded, T to_exponent, Weight<T> row, const 
 template <typename T>
 void backward_tile(const Work<T>& w, Pair pair, Columns columns, const Tile<T>& tile) {
   const Problem& p = w.p;
-  int64_t I = pair.left, J = pair.right, a = p.set(I), c = p.set(J), rows = p.rows(I), width = covered<T>(columns.count);
+  int64_t I = pair.left, J = pair.right, a = p.set(I), c = p.set(J), rows = p.rows(I),
+          width = covered<T>(columns.count);
   int64_t of_rows = p.at(a, c, p.begin(I)), of_columns = p.at(c, a, p.begin(J)) + columns.first;
   const Group<T>& group = w.group;
   bool pairs = a != c && p.begin(I) == p.begin(J);
@@ -506,13 +509,13 @@ void run_task(void* work, int64_t task, int64_t thread) {
   if (opened < 0) {
     if (!w.in.keep) read(w, task);
     prepare(w, task);
-    return reach(stage + task, prepared);
+    return reach(stage + task, prepared, w.alone);
   }
   if (met < 0) {
     for (int64_t b = 0; backward && b < blocks; ++b) wait_for(stage + b, prepared);
     open<T, backward>(w, opened);
     if (!p.cross) run_pair<T, backward>(w, {opened, opened}, thread);
-    return reach(stage + opened, 0);
+    return reach(stage + opened, 0, w.alone);
   }
   if (closing >= 0) {
     wait_for(stage + closing, p.rounds());
@@ -524,9 +527,9 @@ void run_task(void* work, int64_t task, int64_t thread) {
   if (pair.right >= 0) {
     wait_for(stage + pair.right, round);
     run_pair<T, backward>(w, pair, thread);
-    reach(stage + pair.right, round + 1);
+    reach(stage + pair.right, round + 1, w.alone);
   }
-  reach(stage + pair.left, round + 1);
+  reach(stage + pair.left, round + 1, w.alone);
 }
 
 template <typename T, bool backward>
@@ -583,7 +586,8 @@ void run_group(const Call<T>& call, int64_t g, int64_t thread, const Executor& e
             bounded,
             T(1 / in.tau),
             backward ? GramForward<T>{} : *call.forward,
-            call.backward};
+            call.backward,
+            executor.threads == 1};
   if (backward)
     run_tasks<T, true>(w, executor);
   else

@@ -13,8 +13,8 @@ const Level TCLR_JOIN(TCLR_LEVEL, _level) = {
     TCLR_NAME(TCLR_LEVEL),
     {workspace<float>, forward<float>, backward<float>, local_local<float>, largest<float>, rectangle_workspace<float>,
      rectangle<float>},
-    {workspace<double>, forward<double>, backward<double>, local_local<double>, largest<double>, rectangle_workspace<double>,
-     rectangle<double>},
+    {workspace<double>, forward<double>, backward<double>, local_local<double>, largest<double>,
+     rectangle_workspace<double>, rectangle<double>},
 };
 
 }  // namespace tclr

@@ -154,6 +154,7 @@ struct Sheet {
   bool exists(int64_t a, int64_t c) const {
     return !in.cross || (a < (rows.cut.sets + 1) / 2) != (c < (columns.cut.sets + 1) / 2);
   }
+  bool alone = false;  // one thread runs all tasks
 };
 
 INLINE bool large(const RectangleInput& in, bool narrow) {
@@ -509,8 +510,19 @@ void meet(const Sheet<T>& w, int64_t row, int64_t column, int64_t row_copy, int6
   Patch<T> patch(memory, rows, columns, w.in.D);
   for (int64_t first = 0; first < n; first += chunk) {
     int64_t j = columns.begin(column) + first, count = smaller(chunk, n - first);
-    Place p{row,   column,           row_copy,           column_copy,          a, c, i, j, rows.rows(row),
-            count, covered<T>(count), w.rows.at(a, c, i), w.columns.at(c, a, j)};
+    Place p{row,
+            column,
+            row_copy,
+            column_copy,
+            a,
+            c,
+            i,
+            j,
+            rows.rows(row),
+            count,
+            covered<T>(count),
+            w.rows.at(a, c, i),
+            w.columns.at(c, a, j)};
     if (w.call.of_pairs() && !any_positives(w.match, p)) continue;
     pack_transposed(w.columns.z + (c * columns.N + j) * w.rows.ldz, w.rows.ldz, count, w.in.D, patch.columns);
     if (w.call.wanted == Wanted::gradients)
@@ -711,9 +723,9 @@ void meet_task(void* work, int64_t task, int64_t thread) {
   if (nth < m.segment && other < m.many) {
     wait_for(of_other, round);
     m.rows_few ? meet(w, one, other, copy, 0, thread) : meet(w, other, one, 0, copy, thread);
-    reach(of_other, m.next_round(round, one));
+    reach(of_other, m.next_round(round, one), w.alone);
   }
-  reach(of_one, round + 1);
+  reach(of_one, round + 1, w.alone);
 }
 
 template <typename T>
@@ -725,9 +737,9 @@ void tournament_task(void* work, int64_t task, int64_t thread) {
   if (pair.right >= 0) {
     wait_for(stage + pair.right, round);
     meet(w, pair.left, pair.right, 0, 0, thread);
-    reach(stage + pair.right, round + 1);
+    reach(stage + pair.right, round + 1, w.alone);
   }
-  reach(stage + pair.left, round + 1);
+  reach(stage + pair.left, round + 1, w.alone);
 }
 
 template <typename T>
@@ -790,6 +802,7 @@ void rectangle_group(const SheetCall<T>& s, int64_t g, int64_t thread, const Exe
   Carver memory{s.memory + thread * s.sheet_size};
   Sheet<T> w = make_sheet(s.in, s.call, g, memory);
   w.patches = s.memory + s.slots * s.sheet_size + thread * s.patch_size, w.patch_size = s.patch_size;
+  w.alone = executor.threads == 1;
   run_sheet(w, executor);
 }
 

@@ -91,18 +91,39 @@ INLINE Vec<double> widen(const T* p) {
   return __builtin_convertvector(v, Vec<double>);
 }
 
-// The first n of them, the others 0; and the way back.
+// The first n of them, the others 0; and the way back. Half a vector by itself: four clips of a video are one.
+template <typename T, int... l>
+INLINE Vec<double> widen_half(const T* p, std::integer_sequence<int, l...>) {
+  constexpr int n = lanes<double> / 2;
+  typedef T part __attribute__((vector_size(n * sizeof(T))));
+  typedef double wide __attribute__((vector_size(n * sizeof(double))));
+  part v;
+  memcpy(&v, p, sizeof v);
+  return __builtin_shufflevector(__builtin_convertvector(v, wide), wide{}, l...);
+}
+
 template <typename T>
 INLINE Vec<double> widen(const T* p, int64_t n) {
   if (n >= lanes<double>) return widen(p);
+  if constexpr (lanes<double> > 2)
+    if (n == lanes<double> / 2) return widen_half(p, std::make_integer_sequence<int, lanes<double>>());
   Vec<double> v = {};
   for (int64_t l = 0; l < n; ++l) v[l] = p[l];
   return v;
 }
 
+template <typename T, int n>
+INLINE void narrow(T* p, Vec<double> v) {
+  typedef T part __attribute__((vector_size(lanes<double> * sizeof(T))));
+  part all = __builtin_convertvector(v, part);
+  memcpy(p, &all, n * sizeof(T));
+}
+
 template <typename T>
 INLINE void narrow(T* p, Vec<double> v, int64_t n) {
-  for (int64_t l = 0; l < (n < lanes<double> ? n : lanes<double>); ++l) p[l] = T(v[l]);
+  if (n >= lanes<double>) return narrow<T, lanes<double>>(p, v);
+  if (n == lanes<double> / 2) return narrow<T, lanes<double> / 2>(p, v);
+  for (int64_t l = 0; l < n; ++l) p[l] = T(v[l]);
 }
 
 template <typename T>

@@ -49,7 +49,12 @@ static inline void wait_for(const int64_t* stage, int64_t wanted) {
   while (__atomic_load_n(stage, __ATOMIC_ACQUIRE) < wanted) linger(stage, wanted, since);
 }
 
-static inline void reach(int64_t* stage, int64_t reached) {
+// alone: there is no other thread.
+static inline void reach(int64_t* stage, int64_t reached, bool alone) {
+  if (alone) {
+    *stage = reached;
+    return;
+  }
   __atomic_store_n(stage, reached, __ATOMIC_SEQ_CST);
   if (__atomic_load_n(&sleepers, __ATOMIC_SEQ_CST) != 0) futex(stage, FUTEX_WAKE_PRIVATE, INT32_MAX);
 }

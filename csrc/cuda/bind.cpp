@@ -3,6 +3,8 @@
 // With TCLR_HOST_EXECUTOR the same operators are made for CPU tensors, in a library of their own, for the tests.
 #include <torch/csrc/stable/accelerator.h>
 
+#include <array>
+
 #include "../schemas.h"
 #include "../tensors.h"
 #include "gram.h"
@@ -153,23 +155,24 @@ Tensors sets_of(const Tensors& inputs) {
   return sets;
 }
 
-// PyTorch's own operator with a number, "aten::mul" or "aten::div", as where Python calls it: the same bits.
+// PyTorch's own operator with a number, "aten::mul" or "aten::div", as where Python calls it: the same bits. x: 0-d, of
+// the terms' dtype.
 Tensor with_number(const char* name, const Tensor& x, double number) {
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(0, nullptr, nullptr, aoti_torch_dtype_float64(),
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
-  Tensor y(handle);
-  *static_cast<double*>(y.mutable_data_ptr()) = number;
-  Tensor on_host = torch::stable::to(y, x.scalar_type());
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(0, nullptr, nullptr, code_of(x), aoti_torch_device_type_cpu(), 0, &handle));
+  Tensor on_host(handle);
+  if (dtype_of(x) == Dtype::f64)
+    *static_cast<double*>(on_host.mutable_data_ptr()) = number;
+  else
+    *static_cast<float*>(on_host.mutable_data_ptr()) = float(number);
   std::array<StableIValue, 2> stack{torch::stable::detail::from(x), torch::stable::detail::from(on_host)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "Tensor", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 // term[:, 0, 1]
-Tensor first_pair(const Tensor& term) {
-  return torch::stable::select(torch::stable::select(term, 1, 0), 1, 1);
-}
+Tensor first_pair(const Tensor& term) { return torch::stable::select(torch::stable::select(term, 1, 0), 1, 1); }
 
 std::tuple<Tensor, Tensors> reduced(Tensors inputs, Optional tau, double tau_value, bool normalize, bool cross,
                                     bool one_sided, double factor, double count, bool gradient, bool tf32) {
@@ -429,6 +432,7 @@ static const Init implement_all(StableLibrary::Kind::IMPL, implement, library, "
 
 #define TCLR_PUBLIC extern "C" __attribute__((visibility("default")))
 TCLR_PUBLIC void run_downwards(bool downwards) { tclr::host::downwards = downwards; }
+TCLR_PUBLIC void run_dry(bool dry) { tclr::host::dry = dry; }
 TCLR_PUBLIC int launches() { return tclr::host::launches; }
 #else
 STABLE_TORCH_LIBRARY_IMPL(tclr_kernels, CUDA, m) { implement(m); }
