@@ -754,7 +754,11 @@ def backward(
         tile = tuning.by_trial(kind, start, lambda tile: backward(*arguments, tile))
     chosen = {bounded: tile or tile_of("gradient", first, normalize, bounded) for bounded, _ in launches}
     tile = chosen[launches[0][0]]
-    z, norms = packed(sets, normalize, tile.DP, max(tile.BM, tile.BN))
+    from . import wide  # which imports what is above
+
+    by_library = wide.serves(D, V, normalize, cross) and launches[0][0]
+    DP = triton.cdiv(D, 64) * 64 if by_library and len(launches) == 1 else tile.DP
+    z, norms = packed(sets, normalize, DP, max(tile.BM, tile.BN))
     NP = z.shape[2]
     blocks = NP // tile.BN
     dx, zdz = first.new_empty((V, G, N, D)), neg.new_empty((G, V, N))
@@ -768,11 +772,19 @@ def backward(
         blocks, **given, **how, ACC=accumulator(z), BI=tile.BN, num_warps=2,
     )  # fmt: skip
     boost = 8192.0 if z.dtype == torch.float16 else 1.0
-    wide = tile.DC * z.element_size() >= 512 and tile.DC % (2 * RUN.value) == 0
+    if by_library:
+        step = max(tile.BM, tile.BN)
+        wide.gradient(
+            z, number, limit, norms, alpha, beta, exponents, dx, zdz, cross, boost, precision(z), step
+        )  # fmt: skip
+        launches = launches[1:]
+    in_halves = tile.DC * z.element_size() >= 512 and tile.DC % (2 * RUN.value) == 0
     programs, tiles_a_set = G * V * (NP // tile.BM) * (tile.DP // tile.DC), triton.cdiv(N, tile.BN)
     alone = 1.5 if tile.warps == 4 else 1.0  # two programs of 4 warps on a processor cover each other's waits: a guess
     partners = V // 2 if cross else V
     splits, tiles_a_split = splits_of(programs, table_of(first)[1], alone, tiles_a_set, partners)
+    if by_library:  # what joins the splits would write over its results
+        splits = 1
     partial, partial_along, columns_a_split = neg, neg, 0
     if splits > 1:
         columns_a_split = tiles_a_split * tile.BN
@@ -782,7 +794,7 @@ def backward(
         launch(
             gradient_kernel, programs * splits, z, number, limit, norms, neg, pos, alpha, beta, exponents, partial,
             partial_along, dx, zdz, programs if splits > 1 else 0, columns_a_split, G, V, N, NP, D, blocks,
-            BOUNDED=bounded, NORMALIZE=normalize, DC=tile.DC, SPLIT=splits > 1, PARTS=2 if wide else 1, BOOST=boost,
+            BOUNDED=bounded, NORMALIZE=normalize, DC=tile.DC, SPLIT=splits > 1, PARTS=2 if in_halves else 1, BOOST=boost,
             BE=1024, **how, **of_tiles(z, chosen[bounded]),
         )  # fmt: skip
     if splits > 1:
