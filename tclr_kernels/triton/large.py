@@ -127,6 +127,15 @@ def exponential(t):
 
 
 @triton.jit
+def rounded(cosine, inverse_tau):
+    """S, rounded. A product that is not, fused into a difference with a rounded S, would leave what S was rounded by.
+
+    That is no small part of 1 where S is large: the gradient of a large logit would be wrong in its third digit.
+    """
+    return tl.fma(cosine, tl.zeros_like(cosine) + inverse_tau, 0.0)
+
+
+@triton.jit
 def finite(largest):
     """Of nothing but -inf: any finite offset serves."""
     return tl.where(largest == float("-inf"), 0.0, largest)
@@ -156,18 +165,99 @@ def pair_of_supers(program, supers, left, CROSS: tl.constexpr):
     return p, q
 
 
-@triton.jit(do_not_specialize=["V", "supers", "left", "supers_a_set", "programs"])
-def sums_kernel(
-    z, tau, limit, sums, largest, pos, V, N, NP, supers, left, supers_a_set, rows_a_super, programs,
-    BOUNDED: tl.constexpr, TENSOR: tl.constexpr, CROSS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """sums, largest: [G, supers, V, NP], slot x of a row for its candidates in super-block x.
+@triton.jit
+def ordered_supers(program, supers, left, CROSS: tl.constexpr):
+    """The super-block of rows and that of columns of a program, among all pairs that meet, in both orders."""
+    if CROSS:
+        right = supers - left
+        turned = program >= left * right
+        k = program - tl.where(turned, left * right, 0)
+        p = tl.where(turned, left + k // left, k % left)
+        q = tl.where(turned, k % left, left + k // left)
+    else:
+        p = program % supers
+        q = program // supers
+    return p, q
 
-    A super-block is rows_a_super rows, a multiple of BM and BN, or what is left of its set.
+
+@triton.jit
+def negatives(s, begin, start, N, BM: tl.constexpr, BN: tl.constexpr):
+    """The cosines of a tile, -inf where row and column have the same index or one is beyond the last row."""
+    i = tl.arange(0, BM)
+    j = tl.arange(0, BN) + (start - begin)
+    last = N - begin
+    return tl.where((i[:, None] != j[None, :]) & (i < last)[:, None] & (j < last)[None, :], s, float("-inf"))
+
+
+@triton.jit
+def has_others(begin, start, N, BM: tl.constexpr, BN: tl.constexpr):
+    """Whether a tile has entries that are no negatives: of one index, or beyond the last row."""
+    return ((start < begin + BM) & (begin < start + BN)) | (begin + BM > N) | (start + BN > N)
+
+
+@triton.jit
+def store_positives(
+    z, pos, first, end, a, c, g, V, N, NP, inverse_tau, ACC: tl.constexpr, BM: tl.constexpr, DP: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """pos of the rows from first to end of sets a and c, each the product of two rows."""
+    BD: tl.constexpr = 32 if DP % 32 == 0 else 16
+    for begin in range(first, end, BM):
+        i = begin + tl.arange(0, BM)
+        positive = tl.zeros([BM], ACC)
+        for d0 in range(0, DP, BD):
+            left = features(z + ((g * V + a) * NP + begin) * DP + d0, tl.arange(0, BD), BM, DP, UPCAST)
+            right = features(z + ((g * V + c) * NP + begin) * DP + d0, tl.arange(0, BD), BM, DP, UPCAST)
+            positive += tl.sum(left.to(ACC) * right.to(ACC), 1)
+        positive *= inverse_tau
+        tl.store(pos + ((g * V + a) * V + c) * N + i, positive, mask=i < N)
+        tl.store(pos + ((g * V + c) * V + a) * N + i, positive, mask=i < N)
+
+
+@triton.jit
+def add_others(
+    z_i, z_j, to_rows, to_columns, begin, start, first_j, N, NP, two, scale, ACC: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Adds a tile that has_others to the sums of its rows and, if they are others (two), its columns.
+
+    By parts, since the registers that a kernel takes for its rarest tile are those it takes for all.
+    """
+    BP: tl.constexpr = 32 if BN > 32 else BN
+    i = begin + tl.arange(0, BM)
+    for part in tl.range(start, tl.minimum(start + BN, N), BP, num_stages=1):
+        j = part + tl.arange(0, BP)
+        z_p = z_j + (part - start) * DP
+        rows = features(z_i, tl.arange(0, BK), BM, DP, UPCAST)
+        columns = features(z_p, tl.arange(0, BK), BP, DP, UPCAST)
+        s = cosines(z_i, z_p, rows, columns, BM, BP, DP, BK, ACC, PRECISION, UPCAST)
+        e = tl.exp2(negatives(s, begin, part, N, BM, BP) * scale)
+        row_sum = tl.load(to_rows + i, mask=i < tl.where(part > first_j, NP, 0), other=0.0)
+        tl.store(to_rows + i, row_sum + tl.sum(e, 1))
+        kept = j < tl.where(two, NP, 0)
+        column_sum = tl.load(to_columns + j, mask=kept, other=0.0)
+        tl.store(to_columns + j, column_sum + tl.sum(e, 0), mask=kept)
+        tl.debug_barrier()
+
+
+SUPERS = ["V", "supers", "left", "supers_a_set", "programs"]
+
+
+@triton.jit(do_not_specialize=SUPERS)
+def sums_kernel(
+    z, tau, limit, sums, pos, V, N, NP, supers, left, supers_a_set, rows_a_super, programs, TENSOR: tl.constexpr,
+    CROSS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    DP: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """sums: [G, supers, V, NP], slot x of a row for sum exp S over its candidates in super-block x.
+
+    A super-block is rows_a_super rows, a multiple of BM and BN, or what is left of its set. The columns of a tile stay
+    while all rows of a super-block pass by. So what is added to the columns' sums stays in registers, one number for
+    each entry of a tile, and is added up once; the rows' sums, whose terms one quarter of a warp holds, go to memory.
     """
     inverse_tau = inverse_of(tau, TENSOR, ACC)
-    if (inverse_tau <= limit) != BOUNDED:
+    if not (inverse_tau <= limit):
         return
     g = tl.program_id(0).to(tl.int64) // programs
     p, q = pair_of_supers(tl.program_id(0) % programs, supers, left, CROSS)
@@ -177,59 +267,94 @@ def sums_kernel(
     c = q // supers_a_set
     first_i = (p % supers_a_set) * rows_a_super
     first_j = (q % supers_a_set) * rows_a_super
+    end_i = tl.minimum(first_i + rows_a_super, N)
+    end_j = tl.minimum(first_j + rows_a_super, N)
     M = V * NP
     first_row = g * M + a * NP
     first_column = g * M + c * NP
-    to_rows = (g * supers + q) * M + a * NP
-    to_columns = (g * supers + p) * M + c * NP
-    end = tl.where(p != q, NP, 0)
-    scale = inverse_tau * LOG2E if BOUNDED else inverse_tau
+    to_rows = sums + ((g * supers + q) * M + a * NP)
+    to_columns = sums + ((g * supers + p) * M + c * NP)
+    scale = inverse_tau * LOG2E
 
-    for begin in range(first_i, tl.minimum(first_i + rows_a_super, N), BM):
+    if (a < c) & (first_i == first_j):
+        store_positives(z, pos, first_i, end_i, a, c, g, V, N, NP, inverse_tau, ACC, BM, DP, UPCAST)
+    for start in range(first_j, end_j, BN):
+        j = start + tl.arange(0, BN)
+        z_j = z + (first_column + start) * DP
+        columns = features(z_j, tl.arange(0, BK), BN, DP, UPCAST)
+        column_sums = tl.zeros([BM, BN], ACC)
+        again = tl.where(start > first_j, NP, 0)
+        # first the tiles that are nothing but negatives: all but those beyond the last row and on the diagonal
+        end = tl.where(start + BN <= N, first_i + (end_i - first_i) // BM * BM, first_i)
+        on = start // BM * BM
+        off = tl.minimum(tl.cdiv(start + BN, BM) * BM, end)
+        left_out = tl.where(first_i == first_j, tl.maximum(off - on, 0), 0)
+        for place in range(first_i, end - left_out, BM):
+            begin = place + tl.where(place >= on, left_out, 0)
+            i = begin + tl.arange(0, BM)
+            row_sum = tl.load(to_rows + i, mask=i < again, other=0.0)
+            z_i = z + (first_row + begin) * DP
+            rows = features(z_i, tl.arange(0, BK), BM, DP, UPCAST)
+            e = tl.exp2(cosines(z_i, z_j, rows, columns, BM, BN, DP, BK, ACC, PRECISION, UPCAST) * scale)
+            column_sums += e
+            tl.store(to_rows + i, row_sum + tl.sum(e, 1))
+        # in one super-block, the columns are the rows
+        tl.store(to_columns + j, tl.sum(column_sums, 0), mask=j < tl.where(p != q, NP, 0))
+        tl.debug_barrier()  # the sums are read again, by other threads perhaps
+        for begin in range(first_i, end_i, BM):
+            if has_others(begin, start, N, BM, BN):
+                add_others(
+                    z + (first_row + begin) * DP, z_j, to_rows, to_columns, begin, start, first_j, N, NP, p != q, scale,
+                    ACC, PRECISION, BM, BN, DP, BK, UPCAST,
+                )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=SUPERS)
+def unbounded_sums_kernel(
+    z, tau, limit, sums, largest, pos, V, N, NP, supers, left, supers_a_set, rows_a_super, programs,
+    TENSOR: tl.constexpr, CROSS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """sums, largest: [G, supers, V, NP], as those of sums_kernel, but relative to exp of the largest S.
+
+    Rows and columns would each take an exponential of their own, so S is made twice instead, for either's rows.
+    """
+    inverse_tau = inverse_of(tau, TENSOR, ACC)
+    if inverse_tau <= limit:
+        return
+    g = tl.program_id(0).to(tl.int64) // programs
+    p, q = ordered_supers(tl.program_id(0) % programs, supers, left, CROSS)
+    a = p // supers_a_set
+    c = q // supers_a_set
+    first_i = (p % supers_a_set) * rows_a_super
+    first_j = (q % supers_a_set) * rows_a_super
+    end_i = tl.minimum(first_i + rows_a_super, N)
+    end_j = tl.minimum(first_j + rows_a_super, N)
+    M = V * NP
+    slot = (g * supers + q) * M + a * NP
+
+    if (a < c) & (first_i == first_j):
+        store_positives(z, pos, first_i, end_i, a, c, g, V, N, NP, inverse_tau, ACC, BM, DP, UPCAST)
+    for begin in range(first_i, end_i, BM):
         i = begin + tl.arange(0, BM)
-        z_i = z + (first_row + begin) * DP
+        z_i = z + (g * M + a * NP + begin) * DP
         rows = features(z_i, tl.arange(0, BK), BM, DP, UPCAST)
-        row_sum = tl.zeros([BM], ACC)
-        row_largest = tl.full([BM], float("-inf"), ACC)
-        for start in range(first_j, tl.minimum(first_j + rows_a_super, N), BN):
+        total = tl.zeros([BM], ACC)
+        top = tl.full([BM], float("-inf"), ACC)
+        for start in range(first_j, end_j, BN):
             j = start + tl.arange(0, BN)
-            z_j = z + (first_column + start) * DP
+            z_j = z + (g * M + c * NP + start) * DP
             columns = features(z_j, tl.arange(0, BK), BN, DP, UPCAST)
             s = cosines(z_i, z_j, rows, columns, BM, BN, DP, BK, ACC, PRECISION, UPCAST)
-            diagonal = (start < begin + BM) & (begin < start + BN)
-            if diagonal & (a != c):
-                positive = tl.sum(tl.where(i[:, None] == j[None, :], s, 0.0), 0) * inverse_tau
-                here = (j >= begin) & (j < begin + BM) & (j < N)
-                tl.store(pos + ((g * V + a) * V + c) * N + j, positive, mask=here)
-                tl.store(pos + ((g * V + c) * V + a) * N + j, positive, mask=here)
-            s *= scale
-            if diagonal | (begin + BM > N) | (start + BN > N):
-                candidate = (i[:, None] != j[None, :]) & (i < N)[:, None] & (j < N)[None, :]
-                s = tl.where(candidate, s, float("-inf"))
-            slot = to_columns + j
-            kept = j < end  # in one super-block, the columns are the rows
-            again = j < tl.where(begin > first_i, end, 0)
-            column_sum = tl.load(sums + slot, mask=again, other=0.0)
-            if BOUNDED:
-                e = tl.exp2(s)
-                row_sum += tl.sum(e, 1)
-                column_sum += tl.sum(e, 0)
-            else:
-                m = tl.max(s, 1)
-                row_largest, row_sum = merged(
-                    row_largest, row_sum, m, tl.sum(exponential(s - finite(m)[:, None]), 1)
-                )  # fmt: skip
-                column_largest = tl.load(largest + slot, mask=again, other=float("-inf"))
-                m = tl.max(s, 0)
-                column_largest, column_sum = merged(
-                    column_largest, column_sum, m, tl.sum(exponential(s - finite(m)[None, :]), 0)
-                )  # fmt: skip
-                tl.store(largest + slot, column_largest, mask=kept)
-            tl.store(sums + slot, column_sum, mask=kept)
-        tl.store(sums + to_rows + i, row_sum)
-        if not BOUNDED:
-            tl.store(largest + to_rows + i, row_largest)
-        tl.debug_barrier()  # the next block of rows reads the columns' sums, by other threads perhaps
+            if has_others(begin, start, N, BM, BN):
+                s = negatives(s, begin, start, N, BM, BN)
+            s = rounded(s, inverse_tau)
+            higher = tl.maximum(top, tl.max(s, 1))
+            offset = finite(higher)
+            total = total * exponential(top - offset) + tl.sum(exponential(s - offset[:, None]), 1)
+            top = higher
+        tl.store(sums + slot + i, total)
+        tl.store(largest + slot + i, top)
 
 
 @triton.jit
@@ -339,8 +464,11 @@ def largest_exponent(exponents, count, BE: tl.constexpr):
 def factor_at(exponents, top, ACC: tl.constexpr):
     """2^(exponent - top), 0 below the range of ACC. exponents: pointers, to int32 <= top"""
     exponent = tl.load(exponents) - top
-    lowest: tl.constexpr = -1000 if tl.float64 == ACC else -126
-    return tl.where(exponent < lowest, 0.0, power_of_two(tl.maximum(exponent, lowest)).to(ACC))
+    if tl.float64 == ACC:
+        factor = tl.where(exponent < -1000, 0.0, power_of_two(tl.maximum(exponent, -1000)))
+    else:
+        factor = (tl.maximum(exponent + 127, 0) << 23).to(tl.float32, bitcast=True)
+    return factor
 
 
 @triton.jit
@@ -471,7 +599,7 @@ def gradient_kernel(
     g = (block // (NP // BM) // V).to(tl.int64)
     i = begin + tl.arange(0, BM)
     top = largest_exponent(exponents + g * V * V * blocks, V * V * blocks, BE)
-    to_exponent = inverse_tau * LOG2E if BOUNDED else inverse_tau
+    to_exponent = inverse_tau * LOG2E
     z_i = z + ((g * V + a) * NP + begin) * DP
     rows = features(z_i, tl.arange(0, BK), BM, DP, UPCAST)
     dz = tl.zeros([BM, DC], ACC)
@@ -490,14 +618,15 @@ def gradient_kernel(
             cosine = cosines(z_i, z_j, rows, columns, BM, BN, DP, BK, ACC, PRECISION, UPCAST)
             factor = factor_at(exponents + column_block * blocks + start // BN, top, ACC) * BOOST
             scale, shift = weights_of(alpha, neg, column_block * N + j, j < N, factor, BOUNDED)
-            s = cosine * to_exponent
             if BOUNDED:
-                w = tl.exp2(s) * (row_scale[:, None] + scale[None, :])
+                w = tl.exp2(cosine * to_exponent) * (row_scale[:, None] + scale[None, :])
             else:
+                s = rounded(cosine, inverse_tau)
                 w = exponential(s - row_shift[:, None]) * row_scale[:, None]
                 w += exponential(s - shift[None, :]) * scale[None, :]
-            if ((start < begin + BM) & (begin < start + BN)) | (start + BN > N):
-                w = tl.where((i[:, None] != j[None, :]) & (j < N)[None, :], w, 0.0)
+            # beyond the last row, all features are 0, and so is what is added
+            if (start < begin + BM) & (begin < start + BN):
+                w = tl.where(tl.arange(0, BM)[:, None] == tl.arange(0, BN)[None, :] + (start - begin), 0.0, w)
             if PRECISION == "tf32":
                 w = to_tf32(w)
             if DC != DP:
@@ -592,7 +721,9 @@ def packed(sets: Sequence[Tensor], normalize: bool, DP: int, whole: int) -> tupl
 
 def precision(z: Tensor) -> str:
     """Of the products of packed rows, as Triton names it."""
-    return "tf32" if z.dtype == torch.float32 and tf32_allowed() else "ieee"
+    if z.dtype != torch.float32:
+        return "ieee"
+    return "tf32" if tf32_allowed() else "tf32x3"
 
 
 def of_tiles(z: Tensor, tile: Tile) -> dict[str, Any]:
@@ -679,17 +810,22 @@ def forward(
     NP = z.shape[2]
     blocks_a_super, supers_a_set = super_blocks(V, NP // whole, G, 8 * table_of(first)[1])
     supers, left = V * supers_a_set, (V + 1) // 2 * supers_a_set
-    programs = left * (supers - left) if cross else supers * (supers // 2 + 1)
     dtype = torch.promote_types(first.dtype, torch.float32)
     term, neg, pos = (first.new_empty((G, V, V, N), dtype=dtype) for _ in range(3))
     sums = first.new_empty((G, supers, V, NP), dtype=dtype)
     largest = sums if launches == [(True, math.inf)] else torch.empty_like(sums)
     number, limit = temperature(tau, first), launches[0][1]
     how = dict(TENSOR=isinstance(number, torch.Tensor), CROSS=cross)
+    places = V, N, NP, supers, left, supers_a_set, blocks_a_super * whole
     for bounded, _ in launches:
+        if bounded:
+            programs = left * (supers - left) if cross else supers * (supers // 2 + 1)
+            kernel, results = sums_kernel, (sums, pos)
+        else:
+            programs = 2 * left * (supers - left) if cross else supers * supers
+            kernel, results = unbounded_sums_kernel, (sums, largest, pos)
         launch(
-            sums_kernel, G * programs, z, number, limit, sums, largest, pos, V, N, NP, supers, left, supers_a_set,
-            blocks_a_super * whole, programs, BOUNDED=bounded, **how, **of_tiles(z, chosen[bounded]),
+            kernel, G * programs, z, number, limit, *results, *places, programs, **how, **of_tiles(z, chosen[bounded])
         )  # fmt: skip
     BI = 64
     launch(
