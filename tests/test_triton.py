@@ -131,16 +131,17 @@ def test_tiles_of_a_gradient_agree_bounded_and_unbounded(table, kernels):
     """And divide what they have to."""
     choose = kernels.tiles.choose
     for D in (1, 16, 33, 64, 128, 200, 256, 512, 513, 768, 1024, 1536):
-        for dtype, tf32 in [
-            (torch.float16, False),
-            (torch.float32, False),
-            (torch.float32, True),
-            (torch.float64, False),
+        for dtype, precision in [
+            (torch.float16, "ieee"),
+            (torch.float32, "ieee"),
+            (torch.float32, "pairs"),
+            (torch.float32, "tf32"),
+            (torch.float64, "ieee"),
         ]:
-            tile, unbounded = (choose(table, f"gradient{more}", dtype, D, tf32) for more in ("", " unbounded"))
+            tile, unbounded = (choose(table, f"gradient{more}", dtype, D, precision) for more in ("", " unbounded"))
             assert (tile.BM, tile.BN, tile.DC) == (unbounded.BM, unbounded.BN, unbounded.DC)
             assert tile.BM % 16 == 0  # of join_kernel
-            for one in (tile, unbounded, choose(table, "sums", dtype, D, tf32)):
+            for one in (tile, unbounded, choose(table, "sums", dtype, D, precision)):
                 assert one.DP % one.BK == one.DP % one.DC == 0
 
 
@@ -240,7 +241,7 @@ def test_tf32_keeps_what_is_not_to_be_rounded(entry, tensor_cores):
 
 def test_without_tiles_for_tf32_those_of_float_serve(kernels):
     assert "tf32" not in kernels.tiles.TABLES["amd"]
-    found, wanted = (kernels.tiles.choose("amd", "gradient", torch.float32, 64, tf32) for tf32 in (True, False))
+    found, wanted = (kernels.tiles.choose("amd", "gradient", torch.float32, 64, how) for how in ("tf32", "ieee"))
     assert found == wanted
 
 
