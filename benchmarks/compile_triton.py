@@ -238,7 +238,8 @@ def _run(*command):
 # of one H200 processor, a clock: products by dtype (dense, at the rate measured on random data), exp2, float32, bytes
 # (from L2 9.8 TB/s at 1.98 GHz: github.com/te42kyfo/gpu-benches, gpu-l2-cache/h200.txt)
 FLOPS = 790e12  # of the whole device
-RATES = dict(half=1705.0, tf32=850.0, pairs=1705 / 3, float=128.0, double=64.0, ex2=16.0, fma=128.0, shared=128.0, l2=37.5)
+RATES = dict(half=1705.0, tf32=850.0, pairs=1705 / 3, float=128.0, double=64.0)
+RATES |= dict(ex2=16.0, fma=128.0, shared=128.0, l2=37.5)
 REGISTERS = 65536  # of a processor
 MAKERS = "sums_kernel", "unbounded_sums_kernel", "gradient_kernel"  # of the tiles of S
 PIPES = ("tensor", "ex2", "fma", "shared", "l2")

@@ -537,6 +537,12 @@ def check_large_unbounded(planted):
         assert deviation(planted.large, some_sets(1, 2, 41, 5), 0.005, cross=cross) < 1e-4
 
 
+def check_beyond(planted):
+    """Rows far from all others, whose weights for the padding are beyond float16's range."""
+    x = torch.tensor([[[3.0, 1, -2, 0.5], [-3, -1, 2, -0.4]]])
+    assert deviation(planted.large, [x, x + 0.01], 1 / 30) < 1e-4
+
+
 def check_halves(planted):
     """Gradients of so many features that they are worked on by halves."""
     planted.tiles.TABLES["interpreter"]["float"]["gradient"] = [(1 << 30, 32, 16, 64, 0, 4, 1)]
@@ -633,6 +639,7 @@ CHECKS = dict(
     pairs=check_pairs,
     small=check_small,
     large=check_large,
+    beyond=check_beyond,
     halves=check_halves,
     splits=check_splits,
     unbounded=check_large_unbounded,
@@ -655,17 +662,28 @@ BUGS = {  # what is wrong -> (file, old, new, the check that finds it)
     "large: dropped mask": ("large", "(i[:, None] != j[None, :]) & (i < last)", "(i < last)", "large"),
     "large: ragged rows counted": ("large", "& (i < last)[:, None] & (j", "& (j", "large"),
     "large: ragged columns counted": ("large", "& (j < last)[None, :], s", ", s", "large"),
-    "large: itself in the gradient": ("large", "+ (start - begin), 0.0, w)", "+ (start - begin), w, w)", "large"),
+    "large: itself in the gradient": (
+        "large",
+        "[:, None] != k[None, :]) &",
+        "[:, None] != k[None, :] - BN) &",
+        "large",
+    ),
+    "large: weights beyond the last row": ("large", "& (k < N - begin)[None, :], w", ", w", "beyond"),
     "large: a diagonal tile twice": ("large", "tl.maximum(off - on, 0)", "0", "large"),
     "large: rows' sums begun anew": ("large", "again = tl.where(start > first_j, NP, 0)", "again = 0", "large"),
     "large: rows' other sums begun anew": ("large", "tl.where(part > first_j, NP, 0)", "0", "large"),
     "large: columns' other sums alone": ("large", "column_sum + tl.sum(e, 0)", "tl.sum(e, 0)", "large"),
     "large: positives of some features": ("large", "positive += tl.sum", "positive = tl.sum", "splits"),
-    "large: lower halves forgotten": ("large", "small = tl.dot(left[1], right[0]", "small = 0 * tl.dot(left[1], right[0]", "large"),
+    "large: lower halves forgotten": (
+        "large",
+        "right[1], small, out_dtype=ACC)",
+        "right[1], out_dtype=ACC) * 0",
+        "large",
+    ),
     "large: the unit of pairs": ("large", "dz *= 1.0 / UNIT", "dz *= 1.0", "large"),
     "large: a pair left out": ("large", "(one >= step), -1, q)", "(one >= 0), -1, q)", "large"),
     "large: slots of rows and columns swapped": ("large", "(g * supers + q) * M", "(g * supers + p) * M", "large"),
-    "large: maximum not merged": ("large", "total * exponential(largest - offset) +", "total +", "unbounded"),
+    "large: slots not rescaled": ("large", "s * exponential(m - finite(highest)[None, :])", "s", "unbounded"),
     "large: earlier sums not rescaled": ("large", "total * exponential(top - offset) +", "total +", "unbounded"),
     "large: missing factor 2": ("large", "(row_scale[:, None] + scale[None, :])", "row_scale[:, None]", "large"),
     "large: missing factor 2, unbounded": ("large", "w += exponential", "w = exponential", "unbounded"),

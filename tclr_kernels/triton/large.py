@@ -123,11 +123,7 @@ def features(z, d, ROWS: tl.constexpr, DP: tl.constexpr, UPCAST: tl.constexpr, A
 def operand(u, lower, d, ROWS: tl.constexpr, DP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     """Features d of ROWS rows for a product: one tensor, with pairs two."""
     high = features(u, d, ROWS, DP, UPCAST)
-    if PRECISION == "pairs":
-        made = (high, features(u + lower, d, ROWS, DP, UPCAST))
-    else:
-        made = (high,)
-    return made
+    return (high, features(u + lower, d, ROWS, DP, UPCAST)) if PRECISION == "pairs" else (high,)
 
 
 @triton.jit
@@ -161,11 +157,7 @@ def as_operand(w, dtype: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.const
 
 @triton.jit
 def transposed(x, PRECISION: tl.constexpr):
-    if PRECISION == "pairs":
-        turned = (tl.trans(x[0]), tl.trans(x[1]))
-    else:
-        turned = (tl.trans(x[0]),)
-    return turned
+    return (tl.trans(x[0]), tl.trans(x[1])) if PRECISION == "pairs" else (tl.trans(x[0]),)
 
 
 @triton.jit
@@ -317,9 +309,9 @@ SUPERS = ["V", "supers", "left", "supers_a_set", "programs"]
 
 @triton.jit(do_not_specialize=SUPERS)
 def sums_kernel(
-    z, u, lower: tl.int64, tau, limit, sums, pos, V, N, NP, supers, left, supers_a_set, rows_a_super, programs, TENSOR: tl.constexpr,
-    CROSS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    DP: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr,
+    z, u, lower: tl.int64, tau, limit, sums, pos, V, N, NP, supers, left, supers_a_set, rows_a_super, programs,
+    TENSOR: tl.constexpr, CROSS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """sums: [G, supers, V, NP], slot x of a row for sum exp S over its candidates in super-block x.
 
@@ -413,7 +405,6 @@ def unbounded_sums_kernel(
         total = tl.zeros([BM], ACC)
         top = tl.full([BM], float("-inf"), ACC)
         for start in range(first_j, end_j, BN):
-            j = start + tl.arange(0, BN)
             u_j = u + (g * M + c * NP + start) * DP
             columns = operand(u_j, lower, tl.arange(0, BK), BN, DP, PRECISION, UPCAST)
             s = cosines(u_i, u_j, lower, lower, rows, columns, BM, BN, DP, BK, ACC, PRECISION, UPCAST)
@@ -638,9 +629,9 @@ def store_gradient(
 
 @triton.jit(do_not_specialize=["programs", "V", "blocks"])
 def gradient_kernel(
-    z, u, lower: tl.int64, tau, limit, norms, neg, pos, alpha, beta, exponents, partial, partial_along, dx, zdz, programs, columns_a_split,
-    G, V, N, NP, D, blocks, BOUNDED: tl.constexpr, TENSOR: tl.constexpr, NORMALIZE: tl.constexpr,
-    CROSS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    z, u, lower: tl.int64, tau, limit, norms, neg, pos, alpha, beta, exponents, partial, partial_along, dx, zdz,
+    programs, columns_a_split, G, V, N, NP, D, blocks, BOUNDED: tl.constexpr, TENSOR: tl.constexpr,
+    NORMALIZE: tl.constexpr, CROSS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     DP: tl.constexpr, BK: tl.constexpr, DC: tl.constexpr, SPLIT: tl.constexpr, PARTS: tl.constexpr,
     UPCAST: tl.constexpr, BOOST: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
@@ -695,9 +686,9 @@ def gradient_kernel(
                 s = rounded(cosine, scale_s)
                 w = exponential(s - row_shift[:, None]) * row_scale[:, None]
                 w += exponential(s - shift[None, :]) * scale[None, :]
-            # beyond the last row, all features are 0, and so is what is added
-            if (start < begin + BM) & (begin < start + BN):
-                w = tl.where(tl.arange(0, BM)[:, None] == tl.arange(0, BN)[None, :] + (start - begin), 0.0, w)
+            if ((start < begin + BM) & (begin < start + BN)) | (start + BN > N):
+                k = tl.arange(0, BN) + (start - begin)  # beyond the last row, a weight may be infinite
+                w = tl.where((tl.arange(0, BM)[:, None] != k[None, :]) & (k < N - begin)[None, :], w, 0.0)
             if DC != DP:
                 along += tl.sum(w * cosine, 1)
             if DC != DP or BK != DP:
@@ -974,8 +965,8 @@ def backward(
         partial_along = neg.new_empty((splits, G, V, NP)) if tile.DC != tile.DP else neg
     for bounded, _ in launches:
         launch(
-            gradient_kernel, programs * splits, z, *products, number, limit, norms, neg, pos, alpha, beta, exponents, partial,
-            partial_along, dx, zdz, programs if splits > 1 else 0, columns_a_split, G, V, N, NP, D, blocks,
+            gradient_kernel, programs * splits, z, *products, number, limit, norms, neg, pos, alpha, beta, exponents,
+            partial, partial_along, dx, zdz, programs if splits > 1 else 0, columns_a_split, G, V, N, NP, D, blocks,
             BOUNDED=bounded, NORMALIZE=normalize, DC=tile.DC, SPLIT=splits > 1, PARTS=2 if wide else 1, BOOST=boost,
             BE=1024, **how, **of_tiles(z, normalize, chosen[bounded]),
         )  # fmt: skip

@@ -110,8 +110,8 @@ SIZES = ["G", "A", "C", "n", "K", "first"]  # NP, KP and columns_a_split are alw
 
 @triton.jit(do_not_specialize=SIZES)
 def rectangle_sums_kernel(
-    r, z, r_lower: tl.int64, z_lower: tl.int64, tau, row_keys, column_keys, pos, sums, largest, positive_sums, positive_largest, similarities, counts,
-    weighted, G, A, C, n, K, NP, KP, first, columns_a_split,
+    r, z, r_lower: tl.int64, z_lower: tl.int64, tau, row_keys, column_keys, pos, sums, largest, positive_sums,
+    positive_largest, similarities, counts, weighted, G, A, C, n, K, NP, KP, first, columns_a_split,
     TENSOR: tl.constexpr, CROSS: tl.constexpr, INDEX: tl.constexpr, KEYS: tl.constexpr, MEAN: tl.constexpr,
     BOOST: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     DP: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr,
@@ -416,8 +416,8 @@ def weights(s, positive, fields, ROWS: tl.constexpr, KIND: tl.constexpr):
 
 @triton.jit(do_not_specialize=["programs", "G", "A", "C", "n", "K", "offset"])
 def rectangle_gradient_kernel(
-    x, y, x_lower: tl.int64, y_lower: tl.int64, tau, x_keys, y_keys, of_x, of_y, partial, programs, G, A, C, n, K, NP, KP,
-    offset, columns_a_split,
+    x, y, x_lower: tl.int64, y_lower: tl.int64, tau, x_keys, y_keys, of_x, of_y, partial, programs, G, A, C, n, K,
+    NP, KP, offset, columns_a_split,
     TENSOR: tl.constexpr, CROSS: tl.constexpr, INDEX: tl.constexpr, KIND: tl.constexpr, OF_X: tl.constexpr,
     OF_Y: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     DP: tl.constexpr, BK: tl.constexpr, DC: tl.constexpr, UPCAST: tl.constexpr,
@@ -793,8 +793,8 @@ def coefficients(p: Problem, of_rows: Sequence[Tensor], of_columns: Sequence[Ten
         made.append(z.new_empty(shape, dtype=torch.promote_types(z.dtype, torch.float32)))
         launch(
             rectangle_coefficients_kernel, G * A * C * triton.cdiv(side.padded, BI), *(x * 4)[:7], exponents, made[-1],
-            G, A * C, n, side.padded, exponents.shape[1], KIND=kind, INDEX=INDEX, ACC=accumulator(z), BOOST=boost(p.rows),
-            BI=BI, BE=256, num_warps=4,
+            G, A * C, n, side.padded, exponents.shape[1], KIND=kind, INDEX=INDEX, ACC=accumulator(z),
+            BOOST=boost(p.rows), BI=BI, BE=256, num_warps=4,
         )  # fmt: skip
     by_rows = made[0] if of_rows else None
     by_columns = by_rows if p.columns is p.rows else made[-1] if of_columns else None
