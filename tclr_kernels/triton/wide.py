@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .epilogue import factors, gradient_scale, inverse_of, narrowed, power_of_two, scaled
-from .large import LOG2E, factor_at, features, largest_exponent, partners_of, to_tf32
+from .large import LOG2E, factor_at, features, largest_exponent, partners_of, precision, to_tf32
 from .sets import INTERPRETED, accumulator, launch
 
 NARROWEST = 512  # features: of more than so many
@@ -160,7 +160,7 @@ def product(left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | None 
 
 def gradient(
     z: Tensor, number: float | Tensor, limit: float, norms: Tensor, alpha: Tensor, beta: Tensor, exponents: Tensor,
-    dx: Tensor, zdz: Tensor, cross: bool, boost: float, precision: str, step: int,
+    dx: Tensor, zdz: Tensor, cross: bool, step: int,
 ) -> None:  # fmt: skip
     """dx and zdz of packed rows z: [G, V, NP, DP]; the other arguments as in `large.backward`. step: divides NP"""
     G, V, NP, DP = z.shape
@@ -169,8 +169,9 @@ def gradient(
     wide, rows_of = zdz.dtype, z.view(G, V * NP, DP)
     dz = zdz.new_empty(G, V * NP, DP)
     how: dict[str, Any] = dict(
-        TENSOR=isinstance(number, torch.Tensor), ACC=accumulator(z), BI=BI, BOOST=boost, BE=1024, num_warps=4
-    )
+        TENSOR=isinstance(number, torch.Tensor), ACC=accumulator(z), BI=BI,
+        BOOST=8192.0 if z.dtype == torch.float16 else 1.0, BE=1024, num_warps=4,
+    )  # fmt: skip
     for groups, rows, columns in chunks(G, V, NP, cross, step):
         left, right = rows_of[groups, rows], rows_of[groups, columns]
         s = product(left, right.mT, wide)
@@ -180,7 +181,7 @@ def gradient(
         span = BN * max(1, 4096 // BN)
         launch(
             weights_kernel, k * (n // BM) * triton.cdiv(m, span), s, w, number, limit, alpha, exponents, V, N, NP,
-            groups.start, rows.start, columns.start, n, m, span, blocks, PRECISION=precision, BM=BM, BN=BN, **how,
+            groups.start, rows.start, columns.start, n, m, span, blocks, PRECISION=precision(z.dtype, True), BM=BM, BN=BN, **how,
         )  # fmt: skip
         product(w, right, wide, dz[groups, rows])
     BK = min(DP & -DP, 256)
