@@ -142,7 +142,7 @@ class Device:
 
 NO_KERNEL = """
     view _unsafe_view _reshape_alias as_strided expand select slice diagonal unfold squeeze unsqueeze permute transpose
-    t unbind split split_with_sizes detach alias lift_fresh promote_types empty empty_like empty_strided new_empty
+    t mT unbind split split_with_sizes detach alias lift_fresh promote_types empty empty_like empty_strided new_empty
     new_empty_strided
 """
 

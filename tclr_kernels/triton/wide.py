@@ -28,7 +28,7 @@ ENTRIES = 1 << 23  # of S at a time, or those of 256 rows: a few dozen MiB
 BM = 64 if INTERPRETED else 8  # rows of a program; an interpreted operation costs the same for any size
 
 
-@triton.jit(do_not_specialize=["V", "N", "first_row", "first_column", "columns_a_program", "blocks"])
+@triton.jit(do_not_specialize=["V", "N", "first_group", "first_row", "first_column", "columns_a_program", "blocks"])
 def weights_kernel(
     s, w, tau, limit, alpha, exponents, V, N, NP, first_group, first_row, first_column, rows, columns,
     columns_a_program, blocks, TENSOR: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
