@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def kernels():
     """The package of the kernels."""
-    for name in ("large", "small", "rectangle", "sets", "tiles", "tuning", "epilogue"):
+    for name in ("large", "small", "wide", "rectangle", "sets", "tiles", "tuning", "epilogue"):
         importlib.import_module(f"tclr_kernels.triton.{name}")
     return tk.triton
 
@@ -110,6 +110,22 @@ def test_gradients_by_splits_of_the_columns(tau, cross, D, kernels, monkeypatch)
     monkeypatch.setattr(kernels.large, "table_of", lambda x: ("interpreter", 40))
     sets = some_sets(1, 2, 50, D)
     assert deviation(tk.backends.triton, sets, tau, cross=cross) < 1e-5 * max(1, 0.05 / float(tau))
+
+
+@pytest.mark.parametrize("tau", [0.2, torch.tensor(0.2), torch.tensor(0.005)])
+@pytest.mark.parametrize("cross", [False, True])
+@pytest.mark.parametrize(
+    "dtype, G, V", [(torch.float32, 1, 2), pytest.param(torch.float64, 3, 3, marks=pytest.mark.full)], ids=str
+)
+def test_gradients_by_products_of_the_library(dtype, G, V, cross, tau, kernels, monkeypatch):
+    """By chunks of rows, and of several groups."""
+    tiny(kernels, monkeypatch)
+    monkeypatch.setattr(kernels.wide, "NARROWEST", 4)
+    monkeypatch.setattr(kernels.wide, "FEWEST", 32)
+    monkeypatch.setattr(kernels.wide, "ENTRIES", 20000 if G > 1 else 1)
+    sets = [z.to(dtype) for z in some_sets(G, V, 50, 12)]
+    tolerance = 1e-5 * max(1, 0.05 / float(tau)) if dtype == torch.float32 else 1e-10
+    assert deviation(tk.backends.triton, sets, tau, cross=cross) < tolerance
 
 
 def test_columns_are_split_where_rows_are_few(kernels):

@@ -24,8 +24,8 @@ from .large import LOG2E, factor_at, features, largest_exponent, partners_of, pr
 from .sets import INTERPRETED, accumulator, launch
 
 NARROWEST = 512  # features: of more than so many
-ENTRIES = 1 << 23  # of S at a time, or those of 256 rows: a few dozen MiB
-BM = 64 if INTERPRETED else 8  # rows of a program; an interpreted operation costs the same for any size
+ENTRIES = 1 << 23  # of S at a time: a few dozen MiB
+FEWEST = 256  # rows at a time, with more entries where it takes them
 
 
 @triton.jit(do_not_specialize=["V", "N", "first_group", "first_row", "first_column", "columns_a_program", "blocks"])
@@ -142,7 +142,7 @@ def chunks(G: int, V: int, NP: int, cross: bool, step: int) -> Iterator[tuple[sl
     for (first, last), (left, right) in sides:
         begin, end, columns = first * NP, last * NP, slice(left * NP, right * NP)
         width = (right - left) * NP
-        rows = min(end - begin, max(256, ENTRIES // width) // step * step)
+        rows = min(end - begin, max(FEWEST, ENTRIES // width) // step * step)
         groups = max(1, ENTRIES // (rows * width)) if rows == end - begin else 1
         for g in range(0, G, groups):
             for r in range(begin, end, rows):
@@ -168,6 +168,7 @@ def gradient(
     blocks, BI = exponents.shape[-1], NP // exponents.shape[-1]
     wide, rows_of = zdz.dtype, z.view(G, V * NP, DP)
     dz = zdz.new_empty(G, V * NP, DP)
+    BM = min(step, 64) if INTERPRETED else 8  # an interpreted operation costs the same for any size
     how: dict[str, Any] = dict(
         TENSOR=isinstance(number, torch.Tensor), ACC=accumulator(z), BI=BI,
         BOOST=8192.0 if z.dtype == torch.float16 else 1.0, BE=1024, num_warps=4,
