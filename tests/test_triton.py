@@ -669,10 +669,7 @@ BUGS = {  # what is wrong -> (file, old, new, the check that finds it)
         "large",
     ),
     "large: weights beyond the last row": ("large", "& (k < N - begin)[None, :], w", ", w", "beyond"),
-    "large: a diagonal tile twice": ("large", "tl.maximum(off - on, 0)", "0", "large"),
     "large: rows' sums begun anew": ("large", "again = tl.where(start > first_j, NP, 0)", "again = 0", "large"),
-    "large: rows' other sums begun anew": ("large", "tl.where(part > first_j, NP, 0)", "0", "large"),
-    "large: columns' other sums alone": ("large", "column_sum + tl.sum(e, 0)", "tl.sum(e, 0)", "large"),
     "large: positives of some features": ("large", "positive += tl.sum", "positive = tl.sum", "splits"),
     "large: lower halves forgotten": (
         "large",
