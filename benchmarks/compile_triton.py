@@ -55,6 +55,9 @@ CLASSES = {  # instruction class -> of SASS, of the CDNA assembly
 }
 
 
+SPILL = r"\b(?:STL|LDL)\b"
+
+
 class Launch(NamedTuple):
     """A kernel with its arguments by name."""
 
@@ -219,8 +222,20 @@ def cuda_facts(kernel):
         file.flush()
         usage = _run(NVIDIA / "cuobjdump", "-res-usage", file.name)
         sass = _run(NVIDIA / "cuobjdump", "-sass", file.name)
-    facts = dict(registers=int(re.search(r"REG:(\d+)", usage)[1]), spills=len(re.findall(r"\b(?:STL|LDL)\b", sass)))
+    facts = dict(registers=int(re.search(r"REG:(\d+)", usage)[1]), spills=len(re.findall(SPILL, sass)))
+    facts |= dict(spills_in_loops=spills_in_loops(sass))
     return facts | {f"{name}_instructions": len(re.findall(pattern, sass)) for name, (pattern, _) in CLASSES.items()}
+
+
+def spills_in_loops(sass):
+    """Of the innermost loops that multiply matrices, which take nearly all the time of a kernel that has any."""
+    lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(\S.*)", sass)]
+    jumps = [(at, re.search(r"\bBRA\S* .*?(0x[0-9a-f]+)", text)) for at, text in lines]
+    loops = [(int(to[1], 16), at) for at, to in jumps if to and int(to[1], 16) < at]
+    inside = {loop: [text for at, text in lines if loop[0] <= at <= loop[1]] for loop in loops}
+    busy = [loop for loop in loops if any(re.search(CLASSES["tensor"][0], text) for text in inside[loop])]
+    innermost = [x for x in busy if not any(x != y and x[0] <= y[0] and y[1] <= x[1] for y in busy)]
+    return sum(bool(re.search(SPILL, text)) for loop in innermost for text in inside[loop])
 
 
 def hip_facts(kernel):
@@ -342,6 +357,7 @@ COLUMNS = [
         "status",
         "registers",
         "spills",
+        "spills_in_loops",
         "shared",
         "ahead",
     ),
