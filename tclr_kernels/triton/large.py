@@ -8,10 +8,13 @@
     join          the same from partial dz, where rows are few and several programs share their columns
 
 Where |S| <= 1/tau <= LIMIT, as of unit rows it is, exp S itself is kept ("bounded"); elsewhere (largest, sum), and
-the gradient takes two exponentials. The symmetric sums go by super-blocks of a set: one program has a pair of them
-and adds its tiles' row sums and column sums, in a fixed order, to slots that no other program writes.
+the gradient takes two exponentials. The sums go by super-blocks of a set: one program has a pair of them and adds what
+its tiles have, in a fixed order, to slots that no other program writes. Where exp S is kept, one tile serves its rows
+and its columns; elsewhere rows and columns would take an exponential each, and S is made twice.
 
-Unit rows of half precision are carried as float16, with eleven bits more exact than bfloat16 and as fast.
+Unit rows of half precision are carried as float16, with eleven bits more exact than bfloat16 and as fast. Those of
+float32 are, where TF32 is not allowed, sums of two float16 ("pairs"), and each product is three: the tensor cores make
+them many times as fast as the arithmetic of float32, and nearly as exact.
 
 Triton compiles a kernel anew for an int argument that is 1 (then a constant, no tensor) or divisible by 16. It does not
 for the arguments named in do_not_specialize; N, G and D are left to it where the registers would spill otherwise.
