@@ -185,7 +185,7 @@ def judge(problem, tau, dtype, backend, only=OUTPUTS):
     _, eager_grads = run(problem.formula, eager, tau, only)
     longest = max(x.double().norm(dim=-1).max().item() for side in sets for x in side)
     reach = (1 if problem.normalize else longest**2) / tau
-    bound = (1e-12 if dtype == torch.float64 else 1e-3 if carried else 1e-5) * max(1, 0.1 * reach)
+    bound = oracle.loss_bound(dtype, carried, problem.D) * max(1, 0.1 * reach)
     for name, found, want in zip(OUTPUTS, outputs, wanted, strict=False):
         off = (oracle.differences(found, want) / want.abs().clamp(min=1).nan_to_num(posinf=1)).max().item()
         assert off <= bound, f"C2: {name} is off by {off:.1e}, wanted {bound:.1e}"

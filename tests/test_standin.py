@@ -225,6 +225,7 @@ BOTH_RANGES = (
     ["rows_kernel", "sums_kernel", "unbounded_sums_kernel", "finish_kernel"],
     ["rows_kernel", "coefficients_kernel", "gradient_kernel", "gradient_kernel"],
 )
+UNBOUNDED = ["rows_kernel", "unbounded_sums_kernel", "finish_kernel"], LARGE[1]
 SPLIT = LARGE[0], [*LARGE[1], "join_kernel"]
 CALLS = {  # -> inputs, temperature, launches forward and backward
     "few rows a group": (pair(4, G=40), 0.1, (["forward_kernel"], ["backward_kernel"])),

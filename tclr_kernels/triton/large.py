@@ -8,10 +8,13 @@
     join          the same from partial dz, where rows are few and several programs share their columns
 
 Where |S| <= 1/tau <= LIMIT, as of unit rows it is, exp S itself is kept ("bounded"); elsewhere (largest, sum), and
-the gradient takes two exponentials. The symmetric sums go by super-blocks of a set: one program has a pair of them
-and adds its tiles' row sums and column sums, in a fixed order, to slots that no other program writes.
+the gradient takes two exponentials. The sums go by super-blocks of a set: one program has a pair of them and adds what
+its tiles have, in a fixed order, to slots that no other program writes. Where exp S is kept, one tile serves its rows
+and its columns; elsewhere rows and columns would take an exponential each, and S is made twice.
 
-Unit rows of half precision are carried as float16, with eleven bits more exact than bfloat16 and as fast.
+Unit rows of half precision are carried as float16, with eleven bits more exact than bfloat16 and as fast. Those of
+float32 are, where TF32 is not allowed, sums of two float16 ("pairs"), and each product is three: the tensor cores make
+them many times as fast as the arithmetic of float32, and nearly as exact.
 
 Triton compiles a kernel anew for an int argument that is 1 (then a constant, no tensor) or divisible by 16. It does not
 for the arguments named in do_not_specialize; N, G and D are left to it where the registers would spill otherwise.
@@ -278,33 +281,6 @@ def store_positives(
         tl.store(pos + ((g * V + c) * V + a) * N + i, positive, mask=i < N)
 
 
-@triton.jit
-def add_others(
-    u_i, u_j, lower, to_rows, to_columns, begin, start, first_j, N, NP, two, scale, ACC: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr,
-    UPCAST: tl.constexpr,
-):  # fmt: skip
-    """Adds a tile that has_others to the sums of its rows and, if they are others (two), its columns.
-
-    By parts, since the registers that a kernel takes for its rarest tile are those it takes for all.
-    """
-    BP: tl.constexpr = 32 if BN > 32 else BN
-    i = begin + tl.arange(0, BM)
-    for part in tl.range(start, tl.minimum(start + BN, N), BP, num_stages=1):
-        j = part + tl.arange(0, BP)
-        u_p = u_j + (part - start) * DP
-        rows = operand(u_i, lower, tl.arange(0, BK), BM, DP, PRECISION, UPCAST)
-        columns = operand(u_p, lower, tl.arange(0, BK), BP, DP, PRECISION, UPCAST)
-        s = cosines(u_i, u_p, lower, lower, rows, columns, BM, BP, DP, BK, ACC, PRECISION, UPCAST)
-        e = tl.exp2(negatives(s, begin, part, N, BM, BP) * scale)
-        row_sum = tl.load(to_rows + i, mask=i < tl.where(part > first_j, NP, 0), other=0.0)
-        tl.store(to_rows + i, row_sum + tl.sum(e, 1))
-        kept = j < tl.where(two, NP, 0)
-        column_sum = tl.load(to_columns + j, mask=kept, other=0.0)
-        tl.store(to_columns + j, column_sum + tl.sum(e, 0), mask=kept)
-        tl.debug_barrier()
-
-
 SUPERS = ["V", "supers", "left", "supers_a_set", "programs"]
 
 
@@ -318,8 +294,10 @@ def sums_kernel(
 
     A super-block is rows_a_super rows, a multiple of BM and BN, or what is left of its set. The columns of a tile stay
     while all rows of a super-block pass by. So what is added to the columns' sums stays in registers, one number for
-    each entry of a tile, and is added up once; the rows' sums, whose terms one quarter of a warp holds, go to memory.
+    each entry of a tile, and is added up once; the rows' sums, whose terms a quarter of a warp holds, go to memory.
+    Where the features come by parts, their products take longer than sums by tiles, and the registers.
     """
+    HELD: tl.constexpr = BK == DP
     inverse_tau = inverse_of(tau, TENSOR, ACC)
     if not (inverse_tau <= limit):
         return
@@ -346,31 +324,24 @@ def sums_kernel(
         j = start + tl.arange(0, BN)
         u_j = u + (first_column + start) * DP
         columns = operand(u_j, lower, tl.arange(0, BK), BN, DP, PRECISION, UPCAST)
-        column_sums = tl.zeros([BM, BN], ACC)
+        column_sums = tl.zeros([BM, BN] if HELD else [BN], ACC)
         again = tl.where(start > first_j, NP, 0)
-        # first the tiles that are nothing but negatives: all but those beyond the last row and on the diagonal
-        end = tl.where(start + BN <= N, first_i + (end_i - first_i) // BM * BM, first_i)
-        on = start // BM * BM
-        off = tl.minimum(tl.cdiv(start + BN, BM) * BM, end)
-        left_out = tl.where(first_i == first_j, tl.maximum(off - on, 0), 0)
-        for place in range(first_i, end - left_out, BM):
-            begin = place + tl.where(place >= on, left_out, 0)
+        for begin in range(first_i, end_i, BM):
             i = begin + tl.arange(0, BM)
             row_sum = tl.load(to_rows + i, mask=i < again, other=0.0)
             u_i = u + (first_row + begin) * DP
             rows = operand(u_i, lower, tl.arange(0, BK), BM, DP, PRECISION, UPCAST)
-            e = tl.exp2(cosines(u_i, u_j, lower, lower, rows, columns, BM, BN, DP, BK, ACC, PRECISION, UPCAST) * scale)
-            column_sums += e
-            tl.store(to_rows + i, row_sum + tl.sum(e, 1))
-        # in one super-block, the columns are the rows
-        tl.store(to_columns + j, tl.sum(column_sums, 0), mask=j < tl.where(p != q, NP, 0))
-        tl.debug_barrier()  # the sums are read again, by other threads perhaps
-        for begin in range(first_i, end_i, BM):
+            s = cosines(u_i, u_j, lower, lower, rows, columns, BM, BN, DP, BK, ACC, PRECISION, UPCAST)
             if has_others(begin, start, N, BM, BN):
-                add_others(
-                    u + (first_row + begin) * DP, u_j, lower, to_rows, to_columns, begin, start, first_j, N, NP, p != q,
-                    scale, ACC, PRECISION, BM, BN, DP, BK, UPCAST,
-                )  # fmt: skip
+                s = negatives(s, begin, start, N, BM, BN)
+            e = tl.exp2(s * scale)
+            column_sums += e if HELD else tl.sum(e, 0)
+            tl.store(to_rows + i, row_sum + tl.sum(e, 1))
+        if HELD:
+            column_sums = tl.sum(column_sums, 0)
+        # in one super-block, the columns are the rows
+        tl.store(to_columns + j, column_sums, mask=j < tl.where(p != q, NP, 0))
+        tl.debug_barrier()  # the next columns read the rows' sums, by other threads perhaps
 
 
 @triton.jit(do_not_specialize=SUPERS)
@@ -653,8 +624,8 @@ def store_gradient(
 def gradient_kernel(
     z, u, lower: tl.int64, tau, limit, norms, neg, pos, alpha, beta, exponents, partial, partial_along, dx, zdz,
     programs, columns_a_split, G, V, N, NP, D, blocks, BOUNDED: tl.constexpr, TENSOR: tl.constexpr,
-    NORMALIZE: tl.constexpr, CROSS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    DP: tl.constexpr, BK: tl.constexpr, DC: tl.constexpr, SPLIT: tl.constexpr, PARTS: tl.constexpr,
+    NORMALIZE: tl.constexpr, CROSS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr, DC: tl.constexpr, SPLIT: tl.constexpr, PARTS: tl.constexpr,
     UPCAST: tl.constexpr, BOOST: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
     """dx: [V, G, N, D] and zdz: [G, V, N]; a program has BM rows and DC of their features.
@@ -911,7 +882,7 @@ def forward(
         tile = tuning.by_trial(kind, start, lambda tile: forward(sets, tau, normalize, cross, count, tile))
     chosen = {bounded: tile or tile_of("sums", first, normalize, bounded) for bounded, _ in launches}
     whole = max(size for tile in chosen.values() for size in (tile.BM, tile.BN))
-    z, _, *products = packed(sets, normalize, tiles.padded(D), whole)
+    z, _, *products = packed(sets, normalize, chosen[launches[0][0]].DP, whole)
     NP = z.shape[2]
     blocks_a_super, supers_a_set = super_blocks(V, NP // whole, G, 8 * table_of(first)[1])
     supers, left = V * supers_a_set, (V + 1) // 2 * supers_a_set
