@@ -131,9 +131,10 @@ def cost(negatives: Tensor, positive: Tensor, decoupled: bool = False) -> Tensor
 
     decoupled: the positive is left out of the denominator: negatives - positive.
     """
+    if not decoupled:  # of infinity it is 0, as its derivatives of every order are
+        return -F.logsigmoid(positive - negatives)
     none = negatives == -torch.inf
-    difference = positive - negatives.masked_fill(none, 0)
-    return (-difference if decoupled else -F.logsigmoid(difference)).where(~none, 0 * (positive - positive.detach()))
+    return (negatives.masked_fill(none, 0) - positive).where(~none, 0 * (positive - positive.detach()))
 
 
 def log_add(x: Tensor, y: Tensor) -> Tensor:
@@ -290,12 +291,16 @@ class MeanBackward(Once, torch.autograd.Function):
         g = g_neg.masked_fill(neg == -torch.inf, 0)[:, 0, 0, :, None]
         z, dz = x.double(), g * mean / tau
         if normalize:
-            largest = z.abs().amax(-1, keepdim=True)
-            zero = largest == 0
-            largest = largest.masked_fill(zero, 1)
-            length = (z / largest).norm(dim=-1, keepdim=True).masked_fill(zero, 1)
-            z = z / largest / length
+            largest = z.abs().amax(-1, keepdim=True) if x.dtype == torch.float64 else None  # squares of floats fit
+            if largest is not None:
+                largest = largest.masked_fill(largest == 0, 1)
+                z = z / largest
+            length = z.norm(dim=-1, keepdim=True)
+            zero = length == 0
+            length = length.masked_fill(zero, 1)
+            z = z / length
         along = (z * dz).sum(-1)
         if normalize:
-            dz = ((dz - z * along[..., None]) / length / largest).masked_fill(zero, 0)
+            dz = ((dz - z * along[..., None]) / length).masked_fill(zero, 0)
+            dz = dz if largest is None else dz / largest
         return (ordered_sum(along) / -tau).to(tau) if isinstance(tau, torch.Tensor) else None, dz.to(x.dtype)

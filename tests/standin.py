@@ -19,7 +19,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from tclr_kernels import backends, symmetric
-from tclr_kernels.triton import large, sets
+from tclr_kernels.triton import large, sets, wide
 
 SHARED_KIB = {80: 163, 89: 99, 90: 227, 100: 227}  # of shared memory that one thread block may use
 TABLES = {80: "ampere", 89: "compact", 90: "hopper", 100: "blackwell"}  # of tiles.py
@@ -142,7 +142,7 @@ class Device:
 
 NO_KERNEL = """
     view _unsafe_view _reshape_alias as_strided expand select slice diagonal unfold squeeze unsqueeze permute transpose
-    t unbind split split_with_sizes detach alias lift_fresh promote_types empty empty_like empty_strided new_empty
+    t mT unbind split split_with_sizes detach alias lift_fresh promote_types empty empty_like empty_strided new_empty
     new_empty_strided
 """
 
@@ -167,6 +167,11 @@ class _Operations(TorchDispatchMode):
         return result
 
 
+def _product(left, right, dtype, out=None):
+    """Only its memory: no value matters, and the product would take long here."""
+    return left.new_empty(len(left), left.shape[1], right.shape[2], dtype=dtype) if out is None else out
+
+
 def install(monkeypatch, capability=90, whole=False):
     """Makes CPU tensors those of a GPU for the Triton backend, until monkeypatch undoes it; returns the Device."""
     standin = Driver(capability)
@@ -176,5 +181,6 @@ def install(monkeypatch, capability=90, whole=False):
     monkeypatch.setattr(backends.triton, "why_not", lambda device: None)
     monkeypatch.setattr(symmetric, "ORDERED", ["cpu"])
     monkeypatch.setattr(sets, "_held", {})
+    monkeypatch.setattr(wide, "product", _product)
     compiler.install(monkeypatch)
     return Device(standin, compiler)

@@ -18,7 +18,7 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter takes the place of the just-in-time compiler", allow_module_level=True)
 
-from tclr_kernels.triton import large, sets, small  # noqa: E402
+from tclr_kernels.triton import large, sets, small, wide  # noqa: E402
 
 from . import standin  # noqa: E402
 
@@ -220,17 +220,19 @@ def pair(N=300, D=128, dtype=torch.bfloat16, G=1):
 
 
 LARGE = ["rows_kernel", "sums_kernel", "finish_kernel"], ["rows_kernel", "coefficients_kernel", "gradient_kernel"]
+UNBOUNDED = ["rows_kernel", "unbounded_sums_kernel", "finish_kernel"], LARGE[1]
 BOTH_RANGES = (
-    ["rows_kernel", "sums_kernel", "sums_kernel", "finish_kernel"],
+    ["rows_kernel", "sums_kernel", "unbounded_sums_kernel", "finish_kernel"],
     ["rows_kernel", "coefficients_kernel", "gradient_kernel", "gradient_kernel"],
 )
+UNBOUNDED = ["rows_kernel", "unbounded_sums_kernel", "finish_kernel"], LARGE[1]
 SPLIT = LARGE[0], [*LARGE[1], "join_kernel"]
 CALLS = {  # -> inputs, temperature, launches forward and backward
     "few rows a group": (pair(4, G=40), 0.1, (["forward_kernel"], ["backward_kernel"])),
     "a set is one super-block": (pair(40), 0.1, LARGE),
     "several super-blocks": (pair(20000), 0.1, LARGE),
     "columns split": (pair(2048), 0.1, SPLIT),
-    "a temperature below the bound": (pair(20000), 0.005, LARGE),
+    "a temperature below the bound": (pair(20000), 0.005, UNBOUNDED),
     "a temperature on the device": (pair(20000), torch.tensor(0.1), BOTH_RANGES),
 }
 
@@ -309,6 +311,35 @@ def test_a_kernel_is_kept_for_one_mode_of_the_compiler(hopper, monkeypatch):
     assert hopper.variants["forward_kernel"] == 2
 
 
+@pytest.mark.parametrize("tau, sums", [(0.1, ["sums"]), (torch.tensor(0.1), ["sums", "unbounded_sums"])])
+def test_many_features_take_products_of_the_library(tau, sums, hopper):
+    """S is made once, for some rows at a time; where it may be unbounded, a launch more that returns at once."""
+    inputs = pair(4096, 1024)
+    with hopper.counted() as forward:
+        loss = tk.nt_xent(*inputs, temperature=tau, backend="triton")
+    with hopper.counted() as backward:
+        torch.autograd.grad(loss, inputs)
+    chunks = 8192 * 8192 // wide.ENTRIES
+    more = ["gradient"] if len(sums) > 1 else []
+    backwards = ["rows", "coefficients", *["weights"] * chunks, "wide_join", *more]
+    assert forward == ([f"{name}_kernel" for name in ("rows", *sums, "finish")], ["sum"])
+    assert backward == ([f"{name}_kernel" for name in backwards], ["ones_like"])
+
+
+@pytest.mark.parametrize(
+    "G, V, NP, cross", [(1, 2, 4096, False), (1, 3, 65536, True), (700, 4, 64, True), (5, 1, 640, False)]
+)
+def test_chunks_make_every_product_once_and_hold_little(G, V, NP, cross):
+    made = torch.zeros(G, V * NP // 64, V * NP // 64, dtype=torch.int32)
+    for groups, rows, columns in wide.chunks(G, V, NP, cross, 64):
+        made[groups, rows.start // 64 : rows.stop // 64, columns.start // 64 : columns.stop // 64] += 1
+        height, width = rows.stop - rows.start, columns.stop - columns.start
+        assert (groups.stop - groups.start) * height * width <= max(wide.ENTRIES, 256 * width)
+    sets = torch.arange(V * NP // 64) * 64 // NP
+    wanted = (sets[:, None] < (V + 1) // 2) != (sets < (V + 1) // 2) if cross else torch.tensor(True)
+    assert torch.equal(made, wanted.int().expand_as(made))
+
+
 def named(*kernels):
     return [name if name.startswith("rows") else f"rectangle_{name}" for name in (f"{k}_kernel" for k in kernels)]
 
@@ -385,7 +416,7 @@ def test_sizes_compile_few_variants(D, dtype, hopper):
         for tau in (0.1, 0.005):
             _, neg, pos = tk.backends.triton.forward([a, b], tau, True, False)
             tk.backends.triton.backward([a, b], tau, True, False, neg, pos, neg, None, None)
-    assert len(hopper.variants) == 8 and max(hopper.variants.values()) <= 12, hopper.variants
+    assert len(hopper.variants) == (11 if D > 512 else 9) and max(hopper.variants.values()) <= 12, hopper.variants
 
 
 def test_where_the_sets_lie_compiles_nothing_new(hopper):

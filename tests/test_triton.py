@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def kernels():
     """The package of the kernels."""
-    for name in ("large", "small", "rectangle", "sets", "tiles", "tuning", "epilogue"):
+    for name in ("large", "small", "wide", "rectangle", "sets", "tiles", "tuning", "epilogue"):
         importlib.import_module(f"tclr_kernels.triton.{name}")
     return tk.triton
 
@@ -112,6 +112,33 @@ def test_gradients_by_splits_of_the_columns(tau, cross, D, kernels, monkeypatch)
     assert deviation(tk.backends.triton, sets, tau, cross=cross) < 1e-5 * max(1, 0.05 / float(tau))
 
 
+@pytest.mark.parametrize("D, DP", [(100, 128), (150, 192), (384, 384), (400, 448), (520, 576)])
+def test_features_are_padded_to_a_multiple_of_64(D, DP, kernels, monkeypatch):
+    tiny(kernels, monkeypatch, BM=64, BN=64, BK=64, DC=64)
+    assert kernels.tiles.choose("hopper", "sums", torch.float16, D).DP == DP
+    assert kernels.tiles.choose("interpreter", "sums", torch.float32, D).DP == DP
+    sets = some_sets(1, 2, 40, D)
+    found, wanted = (module.forward(sets, 0.1, True, False) for module in (tk.backends.triton, kernels.small))
+    for f, w in zip(found, wanted, strict=True):
+        torch.testing.assert_close(f, w)
+
+
+@pytest.mark.parametrize("tau", [0.2, torch.tensor(0.2), torch.tensor(0.005)])
+@pytest.mark.parametrize("cross", [False, True])
+@pytest.mark.parametrize(
+    "dtype, G, V", [(torch.float32, 1, 2), pytest.param(torch.float64, 3, 3, marks=pytest.mark.full)], ids=str
+)
+def test_gradients_by_products_of_the_library(dtype, G, V, cross, tau, kernels, monkeypatch):
+    """By chunks of rows, and of several groups."""
+    tiny(kernels, monkeypatch)
+    monkeypatch.setattr(kernels.wide, "NARROWEST", 4)
+    monkeypatch.setattr(kernels.wide, "FEWEST", 32)
+    monkeypatch.setattr(kernels.wide, "ENTRIES", 20000 if G > 1 else 1)
+    sets = [z.to(dtype) for z in some_sets(G, V, 50, 12)]
+    tolerance = 1e-5 * max(1, 0.05 / float(tau)) if dtype == torch.float32 else 1e-10
+    assert deviation(tk.backends.triton, sets, tau, cross=cross) < tolerance
+
+
 def test_columns_are_split_where_rows_are_few(kernels):
     """Programs of 64 rows on 132 processors, two of them on each."""
 
@@ -131,16 +158,17 @@ def test_tiles_of_a_gradient_agree_bounded_and_unbounded(table, kernels):
     """And divide what they have to."""
     choose = kernels.tiles.choose
     for D in (1, 16, 33, 64, 128, 200, 256, 512, 513, 768, 1024, 1536):
-        for dtype, tf32 in [
-            (torch.float16, False),
-            (torch.float32, False),
-            (torch.float32, True),
-            (torch.float64, False),
+        for dtype, precision in [
+            (torch.float16, "ieee"),
+            (torch.float32, "ieee"),
+            (torch.float32, "pairs"),
+            (torch.float32, "tf32"),
+            (torch.float64, "ieee"),
         ]:
-            tile, unbounded = (choose(table, f"gradient{more}", dtype, D, tf32) for more in ("", " unbounded"))
+            tile, unbounded = (choose(table, f"gradient{more}", dtype, D, precision) for more in ("", " unbounded"))
             assert (tile.BM, tile.BN, tile.DC) == (unbounded.BM, unbounded.BN, unbounded.DC)
             assert tile.BM % 16 == 0  # of join_kernel
-            for one in (tile, unbounded, choose(table, "sums", dtype, D, tf32)):
+            for one in (tile, unbounded, choose(table, "sums", dtype, D, precision)):
                 assert one.DP % one.BK == one.DP % one.DC == 0
 
 
@@ -240,7 +268,7 @@ def test_tf32_keeps_what_is_not_to_be_rounded(entry, tensor_cores):
 
 def test_without_tiles_for_tf32_those_of_float_serve(kernels):
     assert "tf32" not in kernels.tiles.TABLES["amd"]
-    found, wanted = (kernels.tiles.choose("amd", "gradient", torch.float32, 64, tf32) for tf32 in (True, False))
+    found, wanted = (kernels.tiles.choose("amd", "gradient", torch.float32, 64, how) for how in ("tf32", "ieee"))
     assert found == wanted
 
 
@@ -537,6 +565,12 @@ def check_large_unbounded(planted):
         assert deviation(planted.large, some_sets(1, 2, 41, 5), 0.005, cross=cross) < 1e-4
 
 
+def check_beyond(planted):
+    """Rows far from all others, whose weights for the padding are beyond float16's range."""
+    x = torch.tensor([[[3.0, 1, -2, 0.5], [-3, -1, 2, -0.4]]])
+    assert deviation(planted.large, [x, x + 0.01], 1 / 30) < 1e-4
+
+
 def check_halves(planted):
     """Gradients of so many features that they are worked on by halves."""
     planted.tiles.TABLES["interpreter"]["float"]["gradient"] = [(1 << 30, 32, 16, 64, 0, 4, 1)]
@@ -633,6 +667,7 @@ CHECKS = dict(
     pairs=check_pairs,
     small=check_small,
     large=check_large,
+    beyond=check_beyond,
     halves=check_halves,
     splits=check_splits,
     unbounded=check_large_unbounded,
@@ -652,13 +687,29 @@ BUGS = {  # what is wrong -> (file, old, new, the check that finds it)
     "wrong power of tau": ("epilogue", "(unit * inverse_tau)", "(unit * inverse_tau * inverse_tau)", "large"),
     "unit forgotten": ("epilogue", "scale = (unit * inverse_tau)", "scale = (inverse_tau)", "large"),
     "no unit": ("epilogue", "tl.maximum(((bits >> 52) & 2047) - 1023, -1000)", "((bits >> 52) & 0)", "confident"),
-    "large: dropped mask": ("large", "candidate = (i[:, None] != j[None, :]) &", "candidate =", "large"),
-    "large: ragged rows counted": ("large", "& (i < N)[:, None] & (j < N)[None, :]", "& (j < N)[None, :]", "large"),
-    "large: ragged columns counted": ("large", "& (i < N)[:, None] & (j < N)[None, :]", "& (i < N)[:, None]", "large"),
-    "large: columns' sums begun anew": ("large", "tl.where(begin > first_i, end, 0)", "0", "large"),
+    "large: dropped mask": ("large", "(i[:, None] != j[None, :]) & (i < last)", "(i < last)", "large"),
+    "large: ragged rows counted": ("large", "& (i < last)[:, None] & (j", "& (j", "large"),
+    "large: ragged columns counted": ("large", "& (j < last)[None, :], s", ", s", "large"),
+    "large: itself in the gradient": (
+        "large",
+        "[:, None] != k[None, :]) &",
+        "[:, None] != k[None, :] - BN) &",
+        "large",
+    ),
+    "large: weights beyond the last row": ("large", "& (k < N - begin)[None, :], w", ", w", "beyond"),
+    "large: rows' sums begun anew": ("large", "again = tl.where(start > first_j, NP, 0)", "again = 0", "large"),
+    "large: positives of some features": ("large", "positive += tl.sum", "positive = tl.sum", "splits"),
+    "large: lower halves forgotten": (
+        "large",
+        "right[1], small, out_dtype=ACC)",
+        "right[1], out_dtype=ACC) * 0",
+        "large",
+    ),
+    "large: the unit of pairs": ("large", "dz *= 1.0 / UNIT", "dz *= 1.0", "large"),
     "large: a pair left out": ("large", "(one >= step), -1, q)", "(one >= 0), -1, q)", "large"),
     "large: slots of rows and columns swapped": ("large", "(g * supers + q) * M", "(g * supers + p) * M", "large"),
-    "large: maximum not merged": ("large", "total * exponential(largest - offset) +", "total +", "unbounded"),
+    "large: slots not rescaled": ("large", "s * exponential(m - finite(highest)[None, :])", "s", "unbounded"),
+    "large: earlier sums not rescaled": ("large", "total * exponential(top - offset) +", "total +", "unbounded"),
     "large: missing factor 2": ("large", "(row_scale[:, None] + scale[None, :])", "row_scale[:, None]", "large"),
     "large: missing factor 2, unbounded": ("large", "w += exponential", "w = exponential", "unbounded"),
     "large: one sided positive": ("large", "weight += tl.load", "weight += 0 * tl.load", "large"),

@@ -9,13 +9,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 COMPILE = """
-import triton
-from benchmarks.compile_triton import SELECTED, rows
+from benchmarks.compile_triton import SELECTED, too_large, rows
 made = list(rows(SELECTED, ["sm_90"]))
 assert len({row["kernel"] for row in made}) == KERNELS, {row["kernel"] for row in made}
-assert all(row["status"] == "ok" for row in made), made
-spilled = [row for row in made if row["spills"]]
-assert not spilled or not triton.__version__.startswith("3.9"), spilled  # which the tiles were chosen with
+wrong = [(too_large(row), row) for row in made if too_large(row)]
+assert not wrong, wrong
+waiting = [row for row in made if row["kernel"] == "gradient_kernel" and row["DP"] <= 256 and not row["ahead"]]
+# two stages of these, which fetch nothing ahead, were faster on an H100 than three: one has no registers left for it
+assert all((row["DP"], row["stages"]) == (128, 2) for row in waiting), waiting
 """
 
 
@@ -30,7 +31,14 @@ def test_importing_does_not_import_triton():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-@pytest.mark.parametrize("cases, kernels", [("SELECTED", 8), pytest.param("RECTANGLES", 9, marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "cases, kernels",
+    [
+        ("SELECTED", 9),
+        pytest.param("CASES", 9, marks=pytest.mark.full),
+        pytest.param("RECTANGLES", 9, marks=pytest.mark.full),
+    ],
+)
 def test_what_the_tiles_of_sm_90_select_compiles_without_spills(cases, kernels):
     pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -34,7 +34,7 @@ def one_array(sets: Sequence[Tensor]) -> tuple[Tensor, tuple[int, ...]]:
 
 
 def grid_of(places: tuple[int, ...]) -> tuple[int, int, int]:
-    """(inner, outer_step, step) such that place a is a // inner * outer_step + a % inner * step; inner 0: there are none"""
+    """(inner, outer_step, step): place a is a // inner * outer_step + a % inner * step; inner 0: there are none"""
     count = len(places)
     step = places[1] if count > 1 else 0
     inner = next((k for k, place in enumerate(places) if place != k * step), count)

@@ -49,34 +49,35 @@ INTERPRETED: Table = {
 TABLES: dict[str, dict[str, Table]] = {
     "hopper": {  # sm_90: 227 KiB of shared memory, wgmma
         "half": {
-            "sums": [(128, 128, 64, 0, 0, 4, 3), (256, 128, 64, 0, 0, 4, 1), (ANY, 128, 128, 64, 0, 8, 3)],
-            "sums unbounded": [
-                (64, 128, 64, 0, 0, 4, 3),
-                (256, 64, 64, 0, 0, 4, 2),
-                (ANY, 128, 64, 64, 0, 4, 4),
+            "sums": [
+                (64, 64, 64, 0, 0, 4, 3),
+                (128, 64, 128, 0, 0, 4, 3),
+                (256, 128, 128, 0, 0, 8, 2),
+                (ANY, 128, 128, 64, 0, 8, 3),
             ],
-            "gradient": [(256, 64, 64, 0, 0, 4, 2), (512, 64, 64, 0, 0, 8, 2), (ANY, 64, 128, 64, 256, 8, 3)],
-            "gradient unbounded": [
-                (128, 64, 64, 0, 0, 4, 2),
-                (256, 64, 64, 0, 0, 8, 3),
+            "sums unbounded": [(128, 64, 64, 0, 0, 4, 3), (256, 64, 64, 0, 0, 4, 2), (ANY, 128, 64, 64, 0, 4, 4)],
+            "gradient": [
+                (64, 64, 128, 0, 0, 4, 3),
+                (128, 64, 128, 0, 0, 4, 2),
+                (256, 128, 64, 0, 0, 8, 3),
                 (512, 64, 64, 0, 0, 8, 2),
                 (ANY, 64, 128, 64, 256, 8, 3),
             ],
         },
         "tf32": {
-            "sums": [
-                (32, 64, 64, 0, 0, 4, 2),
-                (64, 128, 64, 0, 0, 4, 2),
-                (128, 128, 64, 0, 0, 4, 1),
-                (ANY, 128, 128, 32, 0, 8, 4),
+            "sums": [(128, 64, 64, 0, 0, 4, 2), (ANY, 128, 128, 32, 0, 8, 4)],
+            "sums unbounded": [(128, 64, 64, 0, 0, 4, 2), (ANY, 128, 64, 32, 0, 4, 4)],
+            "gradient": [(64, 64, 64, 0, 0, 4, 2), (128, 128, 128, 0, 0, 8, 1), (ANY, 64, 128, 32, 256, 8, 2)],
+        },
+        "pairs": {
+            "sums": [(128, 64, 64, 0, 0, 4, 2), (ANY, 128, 64, 64, 0, 8, 3)],
+            "gradient": [
+                (64, 64, 64, 0, 0, 4, 2),
+                (128, 128, 64, 0, 0, 8, 2),
+                (256, 64, 32, 0, 0, 8, 2),
+                (512, 64, 32, 64, 0, 8, 2),
+                (ANY, 64, 32, 64, 256, 8, 2),
             ],
-            "sums unbounded": [
-                (32, 64, 64, 0, 0, 4, 2),
-                (64, 128, 64, 0, 0, 4, 1),
-                (128, 64, 64, 0, 0, 4, 2),
-                (ANY, 128, 64, 32, 0, 4, 4),
-            ],
-            "gradient": [(128, 64, 64, 0, 0, 4, 1), (ANY, 64, 128, 32, 256, 8, 2)],
         },
         "float": FLOAT,
         "double": DOUBLE,
@@ -148,20 +149,30 @@ def device_class(index: int | None) -> tuple[str, int]:
 
 
 def padded(D: int) -> int:
-    """Features of a packed row: a power of two, or several times 256."""
+    """Features of a packed row where a program takes many at once: a power of two, or several times 256."""
     return max(16, triton.next_power_of_2(D)) if D <= 512 else -(-D // 256) * 256
 
 
-def choose(table: str, kernel: str, dtype: torch.dtype, D: int, tf32: bool = False) -> Tile:
+def by_parts(D: int) -> int:
+    """Features of a packed row where a program takes 64 or fewer at once."""
+    return -(-D // 64) * 64
+
+
+def choose(table: str, kernel: str, dtype: torch.dtype, D: int, precision: str = "ieee") -> Tile:
     """The tile of "sums" or "gradient"; after either, "unbounded", "rectangle" and "keys" say more, where a table does.
 
-    table: of TABLES; dtype: of the packed rows
+    table: of TABLES; dtype: of the packed rows; precision: of their products, as `large.precision` names it
     """
-    kind = {2: "half", 4: "tf32" if tf32 else "float", 8: "double"}[dtype.itemsize]
+    kind = precision if precision in ("tf32", "pairs") else {2: "half", 4: "float", 8: "double"}[dtype.itemsize]
     DP = padded(D)
     entries = TABLES[table][kind if kind in TABLES[table] else "float"]
+    may_be_narrow = kernel in ("sums", "sums unbounded")
     while kernel not in entries:
         kernel = kernel.rpartition(" ")[0]
-    entry = next(entry for entry in entries[kernel] if entry[0] >= DP)
+    *_, last = entries[kernel]
+    if may_be_narrow and by_parts(D) < DP and last[3] and 64 % last[3] == 0:
+        DP, entry = by_parts(D), last
+    else:
+        entry = next(entry for entry in entries[kernel] if entry[0] >= DP)
     _, BM, BN, BK, DC, warps, stages = entry
     return Tile(BM, BN, DP, BK or DP, DC or DP, warps, stages)

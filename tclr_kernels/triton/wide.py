@@ -1,0 +1,193 @@
+"""The gradient of rows of more than 512 features: its two products by the vendor's library, for some rows at a time.
+
+A program of `large.py` keeps its rows' dz in registers, at most 256 features of it at once, and makes S anew for each
+256: so often that the library is faster, though it writes and reads the tiles.
+
+    S = z_r z^T                                                          the library, of rows r
+    W_ij = exp S_ij (alpha_i + alpha_j), 0 where j is no candidate       weights_kernel
+    dz_r = W z                                                           the library
+    dx from dz, the positives, the projection                            wide_join_kernel
+
+It serves where exponentials are safe ("bounded"): elsewhere S has to have the bits that it had in the forward.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .epilogue import factors, gradient_scale, inverse_of, narrowed, power_of_two, scaled
+from .large import LOG2E, factor_at, features, largest_exponent, partners_of, precision, to_tf32
+from .sets import INTERPRETED, accumulator, launch
+
+NARROWEST = 512  # features: of more than so many
+ENTRIES = 1 << 23  # of S at a time: a few dozen MiB
+FEWEST = 256  # rows at a time, with more entries where it takes them
+
+
+@triton.jit(do_not_specialize=["V", "N", "first_group", "first_row", "first_column", "columns_a_program", "blocks"])
+def weights_kernel(
+    s, w, tau, limit, alpha, exponents, V, N, NP, first_group, first_row, first_column, rows, columns,
+    columns_a_program, blocks, TENSOR: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BI: tl.constexpr, BOOST: tl.constexpr, BE: tl.constexpr,
+):  # fmt: skip
+    """w: [groups, rows, columns] of s, the cosines of packed rows of some groups. Both begin and end with tiles.
+
+    exponents: of blocks of BI rows; the rest as in `gradient_kernel`.
+    """
+    inverse_tau = inverse_of(tau, TENSOR, ACC)
+    if not (inverse_tau <= limit):
+        return
+    spans = tl.cdiv(columns, columns_a_program)
+    begin = (tl.program_id(0) // spans % (rows // BM)) * BM
+    k = tl.program_id(0) // spans // (rows // BM)
+    span = (tl.program_id(0) % spans) * columns_a_program
+    g = k.to(tl.int64) + first_group
+    a = (first_row + begin) // NP
+    i = (first_row + begin) % NP + tl.arange(0, BM)
+    top = largest_exponent(exponents + g * V * V * blocks, V * V * blocks, BE)
+    scale = inverse_tau * LOG2E
+    line = (k.to(tl.int64) * rows + begin + tl.arange(0, BM))[:, None] * columns
+    for start in range(span, tl.minimum(span + columns_a_program, columns), BN):
+        c = (first_column + start) // NP
+        j = (first_column + start) % NP + tl.arange(0, BN)
+        row_block = (g * V + a) * V + c
+        column_block = (g * V + c) * V + a
+        row_factor = factor_at(exponents + row_block * blocks + i // BI, top, ACC)
+        column_factor = factor_at(exponents + column_block * blocks + j // BI, top, ACC)
+        of_rows = tl.load(alpha + row_block * N + i, mask=i < N, other=0.0) * row_factor
+        of_columns = tl.load(alpha + column_block * N + j, mask=j < N, other=0.0) * column_factor
+        at = line + (start + tl.arange(0, BN))[None, :]
+        e = tl.exp2(tl.load(s + at) * scale)
+        weight = e * ((of_rows[:, None] + of_columns[None, :]) * BOOST)
+        candidate = (i[:, None] != j[None, :]) & (i < N)[:, None] & (j < N)[None, :]
+        weight = tl.where(candidate, weight, 0.0)
+        if PRECISION == "tf32":
+            weight = to_tf32(weight)
+        tl.store(w + at, weight.to(w.dtype.element_ty))
+
+
+@triton.jit
+def some_of_dz(
+    dz, z, beta, exponents, d, begin, a, g, top, V, N, NP, blocks,
+    CROSS: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr, DP: tl.constexpr, BOOST: tl.constexpr,
+):  # fmt: skip
+    """Features d of BM rows: what the products left, and the positives, exactly."""
+    i = begin + tl.arange(0, BM)
+    some = features(dz + ((g * V + a) * NP + begin) * DP, d, BM, DP, False) * (1.0 / BOOST)
+    first, last = partners_of(a, V, CROSS)
+    for c in range(first, last):
+        if c != a:
+            row_block = (g * V + a) * V + c
+            column_block = (g * V + c) * V + a
+            to_row = factor_at(exponents + row_block * blocks + i // BI, top, ACC)
+            to_column = factor_at(exponents + column_block * blocks + i // BI, top, ACC)
+            weight = tl.load(beta + row_block * N + i, mask=i < N, other=0.0) * to_row
+            weight += tl.load(beta + column_block * N + i, mask=i < N, other=0.0) * to_column
+            partners = features(z + ((g * V + c) * NP + begin) * DP, d, BM, DP, False)
+            some += weight[:, None] * partners.to(ACC)
+    return some
+
+
+@triton.jit(do_not_specialize=["G", "V", "N", "blocks"])
+def wide_join_kernel(
+    z, tau, limit, norms, beta, exponents, dz, dx, zdz, G, V, N, NP, D, blocks, TENSOR: tl.constexpr,
+    CROSS: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr,
+    BOOST: tl.constexpr, BE: tl.constexpr,
+):  # fmt: skip
+    """dx: [V, G, N, D] and zdz: [G, V, N] of unit rows, from dz: [G, V, NP, DP]; a program has BM rows."""
+    inverse_tau = inverse_of(tau, TENSOR, ACC)
+    if not (inverse_tau <= limit):
+        return
+    begin = (tl.program_id(0) % (NP // BM)) * BM
+    a = (tl.program_id(0) // (NP // BM)) % V
+    g = (tl.program_id(0) // (NP // BM) // V).to(tl.int64)
+    i = begin + tl.arange(0, BM)
+    z_i = z + ((g * V + a) * NP + begin) * DP
+    top = largest_exponent(exponents + g * V * V * blocks, V * V * blocks, BE)
+    along = tl.zeros([BM], ACC)
+    for start in range(0, DP, BK):
+        d = start + tl.arange(0, BK)
+        some = some_of_dz(
+            dz, z, beta, exponents, d, begin, a, g, top, V, N, NP, blocks, CROSS, ACC, BM, BI, DP, BOOST
+        )  # fmt: skip
+        along += tl.sum(features(z_i, d, BM, DP, False).to(ACC) * some, 1)
+    unit = power_of_two(top)
+    tl.store(zdz + (g * V + a) * N + i, along.to(tl.float64) * (unit * inverse_tau.to(tl.float64)), mask=i < N)
+    norm = tl.load(norms + (g * V + a) * NP + i)
+    one, other = factors(gradient_scale(norm, unit, inverse_tau, True), ACC)
+    to = dx + (a.to(tl.int64) * G + g) * N * D + i.to(tl.int64)[:, None] * D
+    for start in range(0, DP, BK):
+        d = start + tl.arange(0, BK)
+        some = some_of_dz(
+            dz, z, beta, exponents, d, begin, a, g, top, V, N, NP, blocks, CROSS, ACC, BM, BI, DP, BOOST
+        )  # fmt: skip
+        some -= features(z_i, d, BM, DP, False).to(ACC) * along[:, None]
+        gradient = narrowed(scaled(some, norm, one, other), dx.dtype.element_ty)
+        tl.store(to + d[None, :], gradient, mask=(i < N)[:, None] & (d < D)[None, :])
+
+
+def serves(D: int, V: int, normalize: bool, cross: bool) -> bool:
+    """Whether there is anything to gain. Without unit rows nothing is bounded; one set alone has no other half."""
+    return D > NARROWEST and normalize and not (cross and V == 1)
+
+
+def chunks(G: int, V: int, NP: int, cross: bool, step: int) -> Iterator[tuple[slice, slice, slice]]:
+    """(groups, rows, columns) of every product: of whole groups, or of rows of one, a multiple of step."""
+    half = (V + 1) // 2
+    sides = [((0, half), (half, V)), ((half, V), (0, half))] if cross else [((0, V), (0, V))]
+    for (first, last), (left, right) in sides:
+        begin, end, columns = first * NP, last * NP, slice(left * NP, right * NP)
+        width = (right - left) * NP
+        rows = min(end - begin, max(FEWEST, ENTRIES // width) // step * step)
+        groups = max(1, ENTRIES // (rows * width)) if rows == end - begin else 1
+        for g in range(0, G, groups):
+            for r in range(begin, end, rows):
+                yield slice(g, min(g + groups, G)), slice(r, min(r + rows, end)), columns
+
+
+def product(left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """The product of batches of matrices, added up and given in a dtype no narrower than theirs."""
+    if left.dtype == dtype:
+        return torch.bmm(left, right, out=out)
+    if left.is_cuda:
+        return torch.bmm(left, right, out_dtype=dtype, out=out)
+    return torch.bmm(left.to(dtype), right.to(dtype), out=out)
+
+
+def gradient(
+    z: Tensor, number: float | Tensor, limit: float, norms: Tensor, alpha: Tensor, beta: Tensor, exponents: Tensor,
+    dx: Tensor, zdz: Tensor, cross: bool, step: int,
+) -> None:  # fmt: skip
+    """dx and zdz of packed rows z: [G, V, NP, DP]; the other arguments as in `large.backward`. step: divides NP"""
+    G, V, NP, DP = z.shape
+    N, D = dx.shape[2:]
+    blocks, BI = exponents.shape[-1], NP // exponents.shape[-1]
+    wide, rows_of = zdz.dtype, z.view(G, V * NP, DP)
+    dz = zdz.new_empty(G, V * NP, DP)
+    BM = min(step, 64) if INTERPRETED else 8  # an interpreted operation costs the same for any size
+    how: dict[str, Any] = dict(
+        TENSOR=isinstance(number, torch.Tensor), ACC=accumulator(z), BI=BI,
+        BOOST=8192.0 if z.dtype == torch.float16 else 1.0, BE=1024, num_warps=4,
+    )  # fmt: skip
+    for groups, rows, columns in chunks(G, V, NP, cross, step):
+        left, right = rows_of[groups, rows], rows_of[groups, columns]
+        s = product(left, right.mT, wide)
+        w = s if z.dtype == wide else torch.empty_like(s, dtype=z.dtype)
+        k, n, m = s.shape
+        BN = min(NP & -NP, 256)  # of one set alone
+        span = BN * max(1, 4096 // BN)
+        launch(
+            weights_kernel, k * (n // BM) * triton.cdiv(m, span), s, w, number, limit, alpha, exponents, V, N, NP,
+            groups.start, rows.start, columns.start, n, m, span, blocks, PRECISION=precision(z.dtype, True), BM=BM,
+            BN=BN, **how,
+        )  # fmt: skip
+        product(w, right, wide, dz[groups, rows])
+    BK = min(DP & -DP, 256)
+    launch(
+        wide_join_kernel, G * V * (NP // BM), z, number, limit, norms, beta, exponents, dz, dx, zdz, G, V, N, NP, D,
+        blocks, CROSS=cross, BM=BM, DP=DP, BK=BK, **how,
+    )  # fmt: skip
