@@ -150,7 +150,7 @@ RECTANGLES = [
     Rectangle(1024, 65536, 128, torch.float64, labels=True),
     Rectangle(1, 16, 128, torch.bfloat16),
 ]
-SELECTED = [case for case in CASES if case.dtype == torch.bfloat16 and case.D in (128, 512)]
+SELECTED = [case for case in CASES if case.D in (128, 512) and case.dtype != torch.float64]
 
 
 def recorded(case, table):
@@ -201,7 +201,16 @@ def compiled(launch, target):
     """The compiled kernel's facts, by column."""
     kernel = triton.compile(source(launch), target=target, options=launch.options | sets.COMPILER_OPTIONS)
     facts = cuda_facts(kernel) if target.backend == "cuda" else hip_facts(kernel)
-    return dict(shared=kernel.metadata.shared, **facts)
+    return dict(shared=kernel.metadata.shared, ahead=copies_ahead(kernel.asm["ttgir"]), **facts)
+
+
+def copies_ahead(text):
+    """How many groups of copies a loop leaves on their way when it waits for the oldest; "" where it copies none.
+
+    text: of Triton's intermediate language for GPUs. A wait that names no group is one after the loop
+    """
+    waits = [int(count) for count in re.findall(r"ttg.async_wait %[^{]*\{num = (\d+)", text)]
+    return min(waits, default="")
 
 
 def cuda_facts(kernel):
@@ -229,8 +238,10 @@ def _run(*command):
 # of one H200 processor, a clock: products by dtype (dense, at the rate measured on random data), exp2, float32, bytes
 # (from L2 9.8 TB/s at 1.98 GHz: github.com/te42kyfo/gpu-benches, gpu-l2-cache/h200.txt)
 FLOPS = 790e12  # of the whole device
-RATES = dict(half=1705.0, tf32=850.0, float=128.0, double=64.0, ex2=16.0, fma=128.0, shared=128.0, l2=37.5)
+RATES = dict(half=1705.0, tf32=850.0, pairs=1705 / 3, float=128.0, double=64.0)
+RATES |= dict(ex2=16.0, fma=128.0, shared=128.0, l2=37.5)
 REGISTERS = 65536  # of a processor
+MAKERS = "sums_kernel", "unbounded_sums_kernel", "gradient_kernel"  # of the tiles of S
 PIPES = ("tensor", "ex2", "fma", "shared", "l2")
 
 
@@ -239,23 +250,27 @@ def predicted(launch, facts):
 
     facts: of the compiled kernel; how many programs a processor holds follows from its registers and shared memory.
     """
-    a = launch.arguments
-    if "BOUNDED" not in a:
+    a, name = launch.arguments, launch.kernel.__name__
+    if name not in MAKERS:
         return {}
-    size, area, gradient, warps = a["z"].element_size(), a["BM"] * a["BN"], "DC" in a, launch.options["num_warps"]
-    kind = {2: "half", 4: "tf32" if a["PRECISION"] == "tf32" else "float", 8: "double"}[size]
+    gradient, bounded = "DC" in a, a.get("BOUNDED", name == "sums_kernel")
+    area, warps, pairs = a["BM"] * a["BN"], launch.options["num_warps"], a["PRECISION"] == "pairs"
+    size = a["z"].element_size()
+    kind = a["PRECISION"] if a["PRECISION"] in RATES else {2: "half", 4: "float", 8: "double"}[size]
+    products = 3 if pairs else 1
     chunks = a["DP"] // a["DC"] if gradient else 1
-    exponentials = (1 if a["BOUNDED"] else 2) * chunks
-    operations = {(False, True): 3, (False, False): 8, (True, True): 3, (True, False): 7}[gradient, a["BOUNDED"]]
+    exponentials = (2 if gradient and not bounded else 1) * chunks
+    operations = {(False, True): 3, (False, False): 5, (True, True): 3, (True, False): 7}[gradient, bounded]
     rows, columns = a["BM"] * a["DP"] * size, a["BN"] * a["DP"] * size
     parts, again = a["BK"] < a["DP"], chunks > 1 or a["BK"] < a["DP"]  # S by parts of the features; read again for dz
-    fetched = chunks * (columns + (rows if parts else 0)) + (columns if gradient and again else 0)
+    moving = rows if name == "sums_kernel" else columns
+    fetched = chunks * (rows + columns if parts else moving) + (columns if gradient and again else 0)
     # each 64 rows of a tile read all of its columns, and each group of 4 warps that has some of the columns all rows
     down = a["BM"] // 64 or 1
     across = warps // 4 // down or 1
-    shared = chunks * (rows * across + columns * down) + fetched
+    shared = products * chunks * (rows * across + columns * down) / (2 if pairs else 1) + fetched
     if gradient:
-        shared += columns * down
+        shared += products * columns * down / (2 if pairs else 1)
         if kind == "tf32":
             shared += columns * (not again)  # a copy that is transposed
         # W, from where it is made to where it is multiplied: by shuffles in TF32, by memory to the other warp groups
@@ -274,7 +289,8 @@ def predicted(launch, facts):
     alone = max(clocks["tensor"], clocks["shared"]) + clocks["ex2"] + clocks["fma"] + clocks["l2"] * waits
     registers = 32 * warps * -(-facts["registers"] // 8) * 8
     programs = min(REGISTERS // registers, (SHARED["sm_90"] + 1) * 1024 // (facts["shared"] + 1024))  # 1 KiB is taken
-    useful = area * a["DP"] * (1 + gradient) / RATES[kind]
+    once = 0.5 if name == "unbounded_sums_kernel" else 1  # that one makes each entry of S twice
+    useful = area * a["DP"] * (once + gradient) / RATES[kind]
     return {f"predicted_{name}": round(value) for name, value in clocks.items()} | dict(
         predicted_limit=limit,
         predicted_programs=programs,
@@ -327,6 +343,7 @@ COLUMNS = [
         "registers",
         "spills",
         "shared",
+        "ahead",
     ),
     *(f"{name}_instructions" for name in CLASSES),
     *(f"predicted_{name}" for name in (*PIPES, "limit", "programs", "floor_share", "serial_share")),
@@ -341,11 +358,13 @@ def read(path):
 HEAD = """\
 # The Triton kernels, compiled ahead of time
 
-Written by `python -m benchmarks.compile_triton` from `benchmarks/results/triton-compiled.csv`. **Nothing here was
-measured on a GPU**: registers, spills, shared memory and instructions are the compiler's, clocks are predictions.
+Written by `python -m benchmarks.compile_triton` from `benchmarks/results/triton-compiled.csv`, and its measured times
+from the rows of `benchmarks/gpu.py`. Registers, spills, shared memory and instructions are the compiler's; clocks and
+ranges are **predictions**, and a measured time outside of its range refutes the model, not the measurement.
 
 The floor of a loss is the time of its matrix products alone, half of one in the forward, since S is symmetric, and two
-in the backward, at the rate that cuBLAS reaches on random data. These kernels will not reach it.
+in the backward, at the rate that cuBLAS reaches on random data. These kernels will not reach it. Of float32 without
+TF32, each product is three of float16: those of the two halves of a number, but for the two lower ones.
 
 The range follows from the clocks that each unit of one of an H200's 132 processors needs for a tile: products at 1,705
 multiply-adds a clock (half of that in TF32), 16 exp2, 128 float32 operations, 128 bytes of shared memory and 37.5 bytes
@@ -359,15 +378,15 @@ has only some of the columns. The two ends of the range are two assumptions:
 - *serial*: nothing overlaps, and a tile takes the sum of the clocks of all units.
 
 Both leave out latencies, bank conflicts, barriers, the issue of all other instructions (of which the shuffles of the
-column sums are many), and the processors that the last wave of thread blocks leaves idle. So the truth may lie beyond
+sums are some), and the processors that the last wave of thread blocks leaves idle. So the truth may lie beyond
 the slow end as well: only a run on a GPU can tell.
 
-The tiles of `tclr_kernels/triton/tiles.py` for Hopper fit the shared memory, do not spill on sm_90, and have the
-highest predicted share of the floor, overlapped, of those tried.
+The tiles of `tclr_kernels/triton/tiles.py` for Hopper fit the shared memory and do not spill on sm_90; of those, they
+were the fastest that were tried on an H200 with Triton 3.6, or where nothing was tried the nearest to one that was.
 """
 
 
-PREDICTED = {"bfloat16": "half", "tf32": "tf32"}  # what the page shows, and its rate
+PREDICTED = {"bfloat16": "half", "tf32": "tf32", "float32": "pairs"}  # what the page shows, and its rate
 
 
 def markdown(titles, lines):
@@ -402,7 +421,7 @@ def page(made):
     for (dtype, kind), D in itertools.product(PREDICTED.items(), (128, 256, 512, 1024)):
         shares = [in_all(made, dtype, D, f"predicted_{name}_share") for name in ("floor", "serial")]
         for M in (8192, 32768, 131072):
-            floor = 5 * D * M * M / FLOPS * RATES["half"] / RATES[kind] * 1000
+            floor = floor_of(M, D, kind)
             lines.append([dtype, f"{M:,}", D, f"{floor:.3g}", " to ".join(f"{floor / share:.3g}" for share in shares)])
     titles = ["dtype", "rows M", "D", "floor, 5 D M^2, ms", "predicted range, ms"]
     totals = markdown(titles, lines)
@@ -418,18 +437,43 @@ def page(made):
     targets = markdown(titles, lines)
     parts = [
         HEAD,
-        "## NT-Xent, forward and backward, on an H200: predictions, not measured\n",
+        "## NT-Xent, forward and backward, on an H200: predictions\n",
         totals,
         "\nWithout the packing of rows, the finish and the coefficients.\n",
+        "## What was measured\n",
+        measured(),
+        "\nAll kernels of a call, captured in a graph.\n",
         "## The kernels that make tiles, on sm_90\n",
         kernels,
         "\n## Every kernel of every case\n",
         targets,
         "\n## A selection of cases on sm_90, by other versions of Triton\n",
-        "The tiles were chosen with the newest one.\n",
+        "The tiles serve all of them.\n",
         versions_page(read(VERSIONS)),
     ]
     return "\n".join(parts) + "\n"
+
+
+def floor_of(M, D, kind):
+    """The milliseconds of NT-Xent's matrix products."""
+    return 5 * D * M * M / FLOPS * RATES["half"] / RATES[kind] * 1000
+
+
+def measured():
+    """A table of NT-Xent's rows from GPUs, beside the floor."""
+    lines = []
+    for path in sorted(RESULTS.parent.glob("operation-*.csv")):
+        for row in read(path):
+            if (row["loss"], row["backend"], row["status"]) != ("nt_xent", "triton", "ok"):
+                continue
+            M, D, forward, both = int(row["M"]), int(row["D"]), float(row["forward_us"]), float(row["both_us"])
+            dtype = row["dtype"].removeprefix("float32 ")
+            floor = floor_of(M, D, PREDICTED[dtype])
+            facts = row["device"], row["triton"], row["commit"], dtype, f"{M:,}", D
+            times = floor, forward / 1000, both / 1000
+            lines.append([*facts, *(f"{x:.3g}" for x in times), f"{1000 * floor / both:.2f}"])
+    titles = ["device", "Triton", "commit", "dtype", "rows M", "D", "floor, ms", "forward, ms", "both, ms"]
+    return markdown([*titles, "floor / both"], lines)
 
 
 def versions_page(made):

@@ -3,8 +3,9 @@
 Every row is written as soon as it is made. A row that fails says so in its column `status`, and the next one is made.
 
 Each row is checked first, then timed by events around CUDA-graph replays, the median of several. Beside the operation
-stand the three dense products that materialising would take (S, and the two of the gradient), by cuBLAS, where they
-fit; beside the whole objective its time when called eagerly, its launches, and the structure of TCLR's release.
+stand its time when called eagerly, by the clock of the caller, and the three dense products that materialising would
+take (S, and the two of the gradient), by cuBLAS, where they fit; beside the whole objective its launches, and the
+structure of TCLR's release.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from . import baselines, rows
 
 
 class Shape(NamedTuple):
-    """Two sets of N rows: M = 2N in the Gram matrix."""
+    """Two sets of N rows: M = 2N in the Gram matrix. K: the negatives of a queue, for losses that take them"""
 
     loss: str
     N: int
@@ -35,6 +36,7 @@ class Shape(NamedTuple):
     dtype: torch.dtype
     tf32: bool = False
     backend: str = "triton"
+    K: int = 0
 
 
 SHAPES = [
@@ -48,40 +50,69 @@ SHAPES = [
     Shape("nt_xent", 4096, 512, torch.bfloat16, backend="native"),
     *(Shape("nt_xent", 1024, 128, torch.float32, tf32, "native") for tf32 in (False, True)),
     *(Shape("nt_xent", M // 2, 128, torch.bfloat16) for M in (80, 4096)),
+    *(  # the general form: a queue, without and with labels, and every pair of a class a positive
+        shape._replace(backend=backend)
+        for shape in (
+            Shape("info_nce", 4096, 128, torch.bfloat16, K=65536),
+            Shape("labelled", 4096, 128, torch.bfloat16, K=16384),
+            Shape("sup_con", 4096, 128, torch.bfloat16),
+        )
+        for backend in ("triton", "native")
+    ),
+    Shape("info_nce", 1024, 128, torch.float32, K=65536),
+    Shape("sup_con", 4096, 128, torch.float32),
 ]
+CLASSES = 32  # of the losses that have labels
 
 
 VIDEOS = 8, 40, 256, 4096  # of the whole objective
 PLACE = "device", "torch", "triton", "commit", "date"
-OPERATION = *PLACE, "loss", "backend", "M", "D", "dtype", "status"
-OPERATION += "forward_us", "both_us", "three_products_us", "extra_MiB"
+OPERATION = *PLACE, "loss", "backend", "M", "K", "D", "dtype", "status"
+OPERATION += "forward_us", "both_us", "eager_us", "three_products_us", "extra_MiB"
 OBJECTIVE = *PLACE, "B", "T", "D", "status", "eager_us", "graph_us", "launches", "release_us"
 SPAWN = multiprocessing.get_context("spawn")  # a process that is forked cannot use a GPU
 SECONDS_A_ROW = 60  # at most
 
 
 def inputs(shape):
+    """Two sets that require a gradient and, where there is a queue, one that does not."""
     generator = torch.Generator("cuda").manual_seed(0)
     common, *own = torch.randn(3, shape.N, shape.D, device="cuda", generator=generator)
-    return [(common + x).to(shape.dtype).requires_grad_() for x in own]
+    sets = [(common + x).to(shape.dtype).requires_grad_() for x in own]
+    queue = [torch.randn(shape.K, shape.D, device="cuda", generator=generator).to(shape.dtype)] if shape.K else []
+    return sets + queue
+
+
+def loss_of(shape, sets, **settings):
+    a, b, *queue = sets
+    settings = dict(settings, backend=shape.backend)
+    if shape.loss == "sup_con":
+        return tk.sup_con(torch.cat([a, b]), classes(len(a)).repeat(2), **settings)
+    if shape.loss == "labelled":
+        return tk.info_nce(a, b, labels=classes(len(a)), negatives=queue[0], **settings)
+    return getattr(tk, shape.loss)(a, b, **settings, **({"negatives": queue[0]} if queue else {}))
+
+
+def classes(count):
+    return torch.arange(count, device="cuda") % CLASSES
 
 
 def with_gradient(shape, sets):
     """The loss of sets in the way of a shape, and its gradient."""
     torch.set_float32_matmul_precision("high" if shape.tf32 else "highest")
-    loss = getattr(tk, shape.loss)(*sets, backend=shape.backend)
-    return loss, torch.autograd.grad(loss, sets)
+    loss = loss_of(shape, sets)
+    return loss, torch.autograd.grad(loss, sets[:2])
 
 
 def slice_of(sets):
-    return [x.detach()[:1024].requires_grad_() for x in sets]
+    return [x.detach()[:1024].requires_grad_(x.requires_grad) for x in sets]
 
 
 def check(shape, sets):
     """Raises unless loss and gradient of a slice of the rows agree with the reference."""
     few = slice_of(sets)
     found, grads = with_gradient(shape, few)
-    doubled = [x.detach().double().requires_grad_() for x in few]
+    doubled = [x.detach().double().requires_grad_(x.requires_grad) for x in few]
     wanted, exact = with_gradient(shape._replace(backend="reference"), doubled)
     torch.testing.assert_close(found.double(), wanted, rtol=1e-3, atol=1e-3)
     for g, w in zip(grads, exact, strict=True):
@@ -115,18 +146,24 @@ def microseconds(step, repeats=5):
 
 def products(shape):
     """The three dense products of materialising, None where they do not fit."""
-    M = 2 * shape.N
-    if M > 65536:
+    columns = shape.N + shape.K if shape.K else 2 * shape.N
+    rows = rows_of(shape)
+    if rows * columns > 2**32:
         return None
-    z = torch.randn(M, shape.D, device="cuda", dtype=shape.dtype)
-    S, dz = z.new_empty(M, M), torch.empty_like(z)
+    r, z = (torch.randn(size, shape.D, device="cuda", dtype=shape.dtype) for size in (rows, columns))
+    S, dr, dz = z.new_empty(rows, columns), torch.empty_like(r), torch.empty_like(z)
 
     def step():
-        torch.mm(z, z.T, out=S)
-        torch.mm(S, z, out=dz)
-        torch.mm(S.T, z, out=dz)
+        torch.mm(r, z.T, out=S)
+        torch.mm(S, z, out=dr)
+        torch.mm(S.T, r, out=dz)
 
     return microseconds(step)
+
+
+def rows_of(shape):
+    """Of the matrix of similarities: both sets, or against a queue one."""
+    return shape.N if shape.K else 2 * shape.N
 
 
 def row(shape):
@@ -143,11 +180,12 @@ def row(shape):
     both()
     extra = torch.cuda.max_memory_allocated() - before
     with torch.no_grad():
-        forward = microseconds(lambda: getattr(tk, shape.loss)(*sets, backend=shape.backend))
+        forward = microseconds(lambda: loss_of(shape, sets))
     dense = products(shape)
     return dict(
         forward_us=round(forward, 1),
         both_us=round(microseconds(both), 1),
+        eager_us=round(wall_microseconds(both, 20), 1),
         three_products_us="" if dense is None else round(dense, 1),
         extra_MiB=round(extra / 2**20, 1),
     )
@@ -156,7 +194,7 @@ def row(shape):
 def name_of(shape):
     """The columns that say which row it is."""
     dtype = str(shape.dtype)[6:] + (" tf32" if shape.tf32 else "")
-    return dict(loss=shape.loss, backend=shape.backend, M=2 * shape.N, D=shape.D, dtype=dtype)
+    return dict(loss=shape.loss, backend=shape.backend, M=rows_of(shape), K=shape.K, D=shape.D, dtype=dtype)
 
 
 def wall_microseconds(step, repeats=50):
@@ -229,13 +267,19 @@ SMALL = [  # problems of every kernel, for a sanitizer to watch
     for N, dtype, tf32 in ((4, torch.float32, False), (77, torch.bfloat16, False), (77, torch.float32, True))
     for loss, backend in itertools.product(("nt_xent", "clip_loss"), ("triton", "native"))
 ]
+SMALL += [
+    Shape(loss, N, 136, dtype, backend=backend, K=K)
+    for loss, K in (("info_nce", 95), ("labelled", 95), ("sup_con", 0))
+    for N, dtype in ((40, torch.float32), (77, torch.bfloat16))
+    for backend in ("triton", "native")
+]
 
 
 def small(shape):
     """A small problem at a usual temperature, and at one that takes the kernels' other way through the exponentials."""
     sets = inputs(shape)
     with_gradient(shape, sets)
-    getattr(tk, shape.loss)(*sets, temperature=0.005, backend=shape.backend).backward()
+    loss_of(shape, sets, temperature=0.005).backward()
     return {}
 
 

@@ -80,14 +80,15 @@ class Problem(NamedTuple):
 
     def formula(self, tau, rows, columns):
         """The same, from the whole matrix of similarities, in the dtype of the rows."""
-        S, negative, positive = self.parts(tau, rows, columns)
+        S, *which = self.parts(tau, rows, columns)
+        negative, positive = (x.to(S.device) for x in which)
         neg = S.masked_fill(~negative, -torch.inf).logsumexp(-1)
         if self.first is None:
             outputs = [neg, torch.zeros_like(neg)]
         else:
             i = torch.arange(self.n)
             exists = self.exists() & (torch.arange(self.A)[:, None] != torch.arange(self.C))
-            outputs = [neg, S[..., i, i + self.first].masked_fill(~exists[:, :, None], 0)]
+            outputs = [neg, S[..., i, i + self.first].masked_fill(~exists[:, :, None].to(S.device), 0)]
         if not self.classes:
             return outputs
         count = positive.sum(-1, keepdim=True).clamp(min=1)
@@ -131,7 +132,8 @@ def run(call, sets, tau, only=OUTPUTS, wanted=("rows", "columns", "tau")):
     total = 0
     for k, x in enumerate(outputs):
         if OUTPUTS[k] in only:
-            total = total + (x.double().masked_fill(~x.isfinite(), 0) * oracle.some_gradient(x.shape, k)).sum()
+            weights = oracle.some_gradient(x.shape, k).to(x.device)
+            total = total + (x.double().masked_fill(~x.isfinite(), 0) * weights).sum()
     inputs = [x for x in (*sides[0], *sides[1], tau) if x.requires_grad]
     return [x.detach() for x in outputs], torch.autograd.grad(total, inputs)
 
@@ -176,7 +178,8 @@ def judge(problem, tau, dtype, backend, only=OUTPUTS):
     sets = problem.sets(dtype)
     outputs, grads = run(functools.partial(problem.call, backend), sets, tau, only)
     wanted, wanted_grads = run(problem.formula, [[x.double() for x in side] for side in sets], tau, only)
-    carried = problem.normalize and dtype.itemsize == 2 and backend in oracle.FLOAT16_UNIT_ROWS
+    rounds = backend in oracle.FLOAT16_UNIT_ROWS or (sets[1][0].is_cuda and backend == "native")
+    carried = problem.normalize and dtype.itemsize == 2 and rounds
     wide = torch.promote_types(dtype, torch.float32)
     eager = [[(oracle.float16_unit(x.to(wide)) if carried else x.to(wide)) for x in side] for side in sets]
     _, eager_grads = run(problem.formula, eager, tau, only)

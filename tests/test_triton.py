@@ -131,16 +131,17 @@ def test_tiles_of_a_gradient_agree_bounded_and_unbounded(table, kernels):
     """And divide what they have to."""
     choose = kernels.tiles.choose
     for D in (1, 16, 33, 64, 128, 200, 256, 512, 513, 768, 1024, 1536):
-        for dtype, tf32 in [
-            (torch.float16, False),
-            (torch.float32, False),
-            (torch.float32, True),
-            (torch.float64, False),
+        for dtype, precision in [
+            (torch.float16, "ieee"),
+            (torch.float32, "ieee"),
+            (torch.float32, "pairs"),
+            (torch.float32, "tf32"),
+            (torch.float64, "ieee"),
         ]:
-            tile, unbounded = (choose(table, f"gradient{more}", dtype, D, tf32) for more in ("", " unbounded"))
+            tile, unbounded = (choose(table, f"gradient{more}", dtype, D, precision) for more in ("", " unbounded"))
             assert (tile.BM, tile.BN, tile.DC) == (unbounded.BM, unbounded.BN, unbounded.DC)
             assert tile.BM % 16 == 0  # of join_kernel
-            for one in (tile, unbounded, choose(table, "sums", dtype, D, tf32)):
+            for one in (tile, unbounded, choose(table, "sums", dtype, D, precision)):
                 assert one.DP % one.BK == one.DP % one.DC == 0
 
 
@@ -240,7 +241,7 @@ def test_tf32_keeps_what_is_not_to_be_rounded(entry, tensor_cores):
 
 def test_without_tiles_for_tf32_those_of_float_serve(kernels):
     assert "tf32" not in kernels.tiles.TABLES["amd"]
-    found, wanted = (kernels.tiles.choose("amd", "gradient", torch.float32, 64, tf32) for tf32 in (True, False))
+    found, wanted = (kernels.tiles.choose("amd", "gradient", torch.float32, 64, how) for how in ("tf32", "ieee"))
     assert found == wanted
 
 
@@ -536,6 +537,12 @@ def check_large_unbounded(planted):
         assert deviation(planted.large, some_sets(1, 2, 41, 5), 0.005, cross=cross) < 1e-4
 
 
+def check_beyond(planted):
+    """Rows far from all others, whose weights for the padding are beyond float16's range."""
+    x = torch.tensor([[[3.0, 1, -2, 0.5], [-3, -1, 2, -0.4]]])
+    assert deviation(planted.large, [x, x + 0.01], 1 / 30) < 1e-4
+
+
 def check_halves(planted):
     """Gradients of so many features that they are worked on by halves."""
     planted.tiles.TABLES["interpreter"]["float"]["gradient"] = [(1 << 30, 32, 16, 64, 0, 4, 1)]
@@ -632,6 +639,7 @@ CHECKS = dict(
     pairs=check_pairs,
     small=check_small,
     large=check_large,
+    beyond=check_beyond,
     halves=check_halves,
     splits=check_splits,
     unbounded=check_large_unbounded,
@@ -651,13 +659,32 @@ BUGS = {  # what is wrong -> (file, old, new, the check that finds it)
     "wrong power of tau": ("epilogue", "(unit * inverse_tau)", "(unit * inverse_tau * inverse_tau)", "large"),
     "unit forgotten": ("epilogue", "scale = (unit * inverse_tau)", "scale = (inverse_tau)", "large"),
     "no unit": ("epilogue", "tl.maximum(((bits >> 52) & 2047) - 1023, -1000)", "((bits >> 52) & 0)", "confident"),
-    "large: dropped mask": ("large", "candidate = (i[:, None] != j[None, :]) &", "candidate =", "large"),
-    "large: ragged rows counted": ("large", "& (i < N)[:, None] & (j < N)[None, :]", "& (j < N)[None, :]", "large"),
-    "large: ragged columns counted": ("large", "& (i < N)[:, None] & (j < N)[None, :]", "& (i < N)[:, None]", "large"),
-    "large: columns' sums begun anew": ("large", "tl.where(begin > first_i, end, 0)", "0", "large"),
+    "large: dropped mask": ("large", "(i[:, None] != j[None, :]) & (i < last)", "(i < last)", "large"),
+    "large: ragged rows counted": ("large", "& (i < last)[:, None] & (j", "& (j", "large"),
+    "large: ragged columns counted": ("large", "& (j < last)[None, :], s", ", s", "large"),
+    "large: itself in the gradient": (
+        "large",
+        "[:, None] != k[None, :]) &",
+        "[:, None] != k[None, :] - BN) &",
+        "large",
+    ),
+    "large: weights beyond the last row": ("large", "& (k < N - begin)[None, :], w", ", w", "beyond"),
+    "large: a diagonal tile twice": ("large", "tl.maximum(off - on, 0)", "0", "large"),
+    "large: rows' sums begun anew": ("large", "again = tl.where(start > first_j, NP, 0)", "again = 0", "large"),
+    "large: rows' other sums begun anew": ("large", "tl.where(part > first_j, NP, 0)", "0", "large"),
+    "large: columns' other sums alone": ("large", "column_sum + tl.sum(e, 0)", "tl.sum(e, 0)", "large"),
+    "large: positives of some features": ("large", "positive += tl.sum", "positive = tl.sum", "splits"),
+    "large: lower halves forgotten": (
+        "large",
+        "right[1], small, out_dtype=ACC)",
+        "right[1], out_dtype=ACC) * 0",
+        "large",
+    ),
+    "large: the unit of pairs": ("large", "dz *= 1.0 / UNIT", "dz *= 1.0", "large"),
     "large: a pair left out": ("large", "(one >= step), -1, q)", "(one >= 0), -1, q)", "large"),
     "large: slots of rows and columns swapped": ("large", "(g * supers + q) * M", "(g * supers + p) * M", "large"),
-    "large: maximum not merged": ("large", "total * exponential(largest - offset) +", "total +", "unbounded"),
+    "large: slots not rescaled": ("large", "s * exponential(m - finite(highest)[None, :])", "s", "unbounded"),
+    "large: earlier sums not rescaled": ("large", "total * exponential(top - offset) +", "total +", "unbounded"),
     "large: missing factor 2": ("large", "(row_scale[:, None] + scale[None, :])", "row_scale[:, None]", "large"),
     "large: missing factor 2, unbounded": ("large", "w += exponential", "w = exponential", "unbounded"),
     "large: one sided positive": ("large", "weight += tl.load", "weight += 0 * tl.load", "large"),

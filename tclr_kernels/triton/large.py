@@ -20,7 +20,7 @@ for the arguments named in do_not_specialize; N, G and D are left to it where th
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -51,6 +51,7 @@ from .tiles import Tile
 
 LIMITS = {torch.float32: 60.0, torch.float64: 300.0}  # of 1 / tau, for exp S and its sums to stay within the range
 LOG2E = tl.constexpr(1.4426950408889634)
+UNIT = tl.constexpr(4096.0)  # of pairs: the lower half of a unit row's feature is a normal float16 or no matter
 RUN = tl.constexpr(64)  # of features that go to the same half of dz
 
 
@@ -66,10 +67,13 @@ def to_tf32(x):
 
 @triton.jit(do_not_specialize=["V", "N"])
 def rows_kernel(
-    x, z, norms, V, N, NP, D, stride_g, stride_v: tl.int64, stride_n, stride_d,
+    x, z, u, norms, V, N, NP, D, lower: tl.int64, stride_g, stride_v: tl.int64, stride_n, stride_d,
     NORMALIZE: tl.constexpr, PRECISION: tl.constexpr, BR: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """z: [G, V, NP, DP], padded with zeros, and norms: [G, V, NP], of x: V sets [G, N, D], stride_v apart."""
+    """z: [G, V, NP, DP], padded with zeros, and norms: [G, V, NP], of x: V sets [G, N, D], stride_v apart.
+
+    With pairs, u has UNIT * z in float16, and from `lower` on what that rounds away.
+    """
     block = tl.program_id(0).to(tl.int64) * BR
     i = (block % NP).to(tl.int32) + tl.arange(0, BR)
     a = (block // NP) % V
@@ -91,6 +95,18 @@ def rows_kernel(
     if PRECISION == "tf32":
         values = to_tf32(values)
     tl.store(to, values, mask=(d < DP)[None, :])
+    if PRECISION == "pairs":
+        high, low = halves_of(values * UNIT)
+        to = u + (block + tl.arange(0, BR))[:, None] * DP + d[None, :]
+        tl.store(to, high, mask=(d < DP)[None, :])
+        tl.store(to + lower, low, mask=(d < DP)[None, :])
+
+
+@triton.jit
+def halves_of(x):
+    """A float32 as the sum of two float16, together as exact as 22 bits are, above 2^-14 and below 65504."""
+    high = x.to(tl.float16)
+    return high, (x - high.to(tl.float32)).to(tl.float16)
 
 
 @triton.jit
@@ -104,19 +120,60 @@ def features(z, d, ROWS: tl.constexpr, DP: tl.constexpr, UPCAST: tl.constexpr, A
 
 
 @triton.jit
+def operand(u, lower, d, ROWS: tl.constexpr, DP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """Features d of ROWS rows for a product: one tensor, with pairs two."""
+    high = features(u, d, ROWS, DP, UPCAST)
+    return (high, features(u + lower, d, ROWS, DP, UPCAST)) if PRECISION == "pairs" else (high,)
+
+
+@triton.jit
+def plus_product(total, left, right, PRECISION: tl.constexpr, ACC: tl.constexpr):
+    """total and the product of two operands. Of pairs, the product of the lower ones is less than a rounding.
+
+    The tensor cores cut off what they add, so pairs are added up from 0 for each tile, and to the total exactly.
+    """
+    if PRECISION == "pairs":
+        small = tl.dot(left[1], right[0], out_dtype=ACC)
+        small = tl.dot(left[0], right[1], small, out_dtype=ACC)
+        total += tl.dot(left[0], right[0], small, out_dtype=ACC)
+    else:
+        total = tl.dot(left[0], right[0], total, input_precision=PRECISION, out_dtype=ACC)
+    return total
+
+
+@triton.jit
+def as_operand(w, dtype: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
+    """Weights as an operand beside rows of this dtype."""
+    if PRECISION == "pairs":
+        made = halves_of(w)
+    elif PRECISION == "tf32":
+        made = (to_tf32(w),)
+    elif UPCAST:
+        made = (w,)
+    else:
+        made = (w.to(dtype),)
+    return made
+
+
+@triton.jit
+def transposed(x, PRECISION: tl.constexpr):
+    return (tl.trans(x[0]), tl.trans(x[1])) if PRECISION == "pairs" else (tl.trans(x[0]),)
+
+
+@triton.jit
 def cosines(
-    z_i, z_j, rows, columns, BM: tl.constexpr, BN: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr,
+    u_i, u_j, lower_i, lower_j, rows, columns, BM: tl.constexpr, BN: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """<z_i, z_j>: [BM, BN], of rows z_i and columns z_j; given as well where one read takes all their features."""
+    """<u_i, u_j>: [BM, BN], of rows u_i and columns u_j; given as well where one read takes all their features."""
+    s = tl.zeros([BM, BN], ACC)
     if BK == DP:
-        s = tl.dot(rows, tl.trans(columns), input_precision=PRECISION, out_dtype=ACC)
+        s = plus_product(s, rows, transposed(columns, PRECISION), PRECISION, ACC)
     else:
-        s = tl.zeros([BM, BN], ACC)
         for d0 in range(0, DP, BK):
-            left = features(z_i + d0, tl.arange(0, BK), BM, DP, UPCAST)
-            right = features(z_j + d0, tl.arange(0, BK), BN, DP, UPCAST)
-            s = tl.dot(left, tl.trans(right), s, input_precision=PRECISION, out_dtype=ACC)
+            left = operand(u_i + d0, lower_i, tl.arange(0, BK), BM, DP, PRECISION, UPCAST)
+            right = operand(u_j + d0, lower_j, tl.arange(0, BK), BN, DP, PRECISION, UPCAST)
+            s = plus_product(s, left, transposed(right, PRECISION), PRECISION, ACC)
     return s
 
 
@@ -124,6 +181,21 @@ def cosines(
 def exponential(t):
     """exp t; of a difference, taken before the scaling by log2 e would round what is large in either."""
     return tl.exp2(t * LOG2E)
+
+
+@triton.jit
+def of_product(x, PRECISION: tl.constexpr):
+    """x for a product of two packed rows in the place of two unit rows."""
+    return x * (1.0 / (UNIT * UNIT)) if PRECISION == "pairs" else x
+
+
+@triton.jit
+def rounded(cosine, inverse_tau):
+    """S, rounded. A product that is not, fused into a difference with a rounded S, would leave what S was rounded by.
+
+    That is no small part of 1 where S is large: the gradient of a large logit would be wrong in its third digit.
+    """
+    return tl.fma(cosine, tl.zeros_like(cosine) + inverse_tau, 0.0)
 
 
 @triton.jit
@@ -156,18 +228,99 @@ def pair_of_supers(program, supers, left, CROSS: tl.constexpr):
     return p, q
 
 
-@triton.jit(do_not_specialize=["V", "supers", "left", "supers_a_set", "programs"])
-def sums_kernel(
-    z, tau, limit, sums, largest, pos, V, N, NP, supers, left, supers_a_set, rows_a_super, programs,
-    BOUNDED: tl.constexpr, TENSOR: tl.constexpr, CROSS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """sums, largest: [G, supers, V, NP], slot x of a row for its candidates in super-block x.
+@triton.jit
+def ordered_supers(program, supers, left, CROSS: tl.constexpr):
+    """The super-block of rows and that of columns of a program, among all pairs that meet, in both orders."""
+    if CROSS:
+        right = supers - left
+        turned = program >= left * right
+        k = program - tl.where(turned, left * right, 0)
+        p = tl.where(turned, left + k // left, k % left)
+        q = tl.where(turned, k % left, left + k // left)
+    else:
+        p = program % supers
+        q = program // supers
+    return p, q
 
-    A super-block is rows_a_super rows, a multiple of BM and BN, or what is left of its set.
+
+@triton.jit
+def negatives(s, begin, start, N, BM: tl.constexpr, BN: tl.constexpr):
+    """The cosines of a tile, -inf where row and column have the same index or one is beyond the last row."""
+    i = tl.arange(0, BM)
+    j = tl.arange(0, BN) + (start - begin)
+    last = N - begin
+    return tl.where((i[:, None] != j[None, :]) & (i < last)[:, None] & (j < last)[None, :], s, float("-inf"))
+
+
+@triton.jit
+def has_others(begin, start, N, BM: tl.constexpr, BN: tl.constexpr):
+    """Whether a tile has entries that are no negatives: of one index, or beyond the last row."""
+    return ((start < begin + BM) & (begin < start + BN)) | (begin + BM > N) | (start + BN > N)
+
+
+@triton.jit
+def store_positives(
+    z, pos, first, end, a, c, g, V, N, NP, inverse_tau, ACC: tl.constexpr, BM: tl.constexpr, DP: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """pos of the rows from first to end of sets a and c, each the product of two rows."""
+    BD: tl.constexpr = 32 if DP % 32 == 0 else 16
+    for begin in range(first, end, BM):
+        i = begin + tl.arange(0, BM)
+        positive = tl.zeros([BM], ACC)
+        for d0 in range(0, DP, BD):
+            left = features(z + ((g * V + a) * NP + begin) * DP + d0, tl.arange(0, BD), BM, DP, UPCAST)
+            right = features(z + ((g * V + c) * NP + begin) * DP + d0, tl.arange(0, BD), BM, DP, UPCAST)
+            positive += tl.sum(left.to(ACC) * right.to(ACC), 1)
+        positive *= inverse_tau
+        tl.store(pos + ((g * V + a) * V + c) * N + i, positive, mask=i < N)
+        tl.store(pos + ((g * V + c) * V + a) * N + i, positive, mask=i < N)
+
+
+@triton.jit
+def add_others(
+    u_i, u_j, lower, to_rows, to_columns, begin, start, first_j, N, NP, two, scale, ACC: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Adds a tile that has_others to the sums of its rows and, if they are others (two), its columns.
+
+    By parts, since the registers that a kernel takes for its rarest tile are those it takes for all.
+    """
+    BP: tl.constexpr = 32 if BN > 32 else BN
+    i = begin + tl.arange(0, BM)
+    for part in tl.range(start, tl.minimum(start + BN, N), BP, num_stages=1):
+        j = part + tl.arange(0, BP)
+        u_p = u_j + (part - start) * DP
+        rows = operand(u_i, lower, tl.arange(0, BK), BM, DP, PRECISION, UPCAST)
+        columns = operand(u_p, lower, tl.arange(0, BK), BP, DP, PRECISION, UPCAST)
+        s = cosines(u_i, u_p, lower, lower, rows, columns, BM, BP, DP, BK, ACC, PRECISION, UPCAST)
+        e = tl.exp2(negatives(s, begin, part, N, BM, BP) * scale)
+        row_sum = tl.load(to_rows + i, mask=i < tl.where(part > first_j, NP, 0), other=0.0)
+        tl.store(to_rows + i, row_sum + tl.sum(e, 1))
+        kept = j < tl.where(two, NP, 0)
+        column_sum = tl.load(to_columns + j, mask=kept, other=0.0)
+        tl.store(to_columns + j, column_sum + tl.sum(e, 0), mask=kept)
+        tl.debug_barrier()
+
+
+SUPERS = ["V", "supers", "left", "supers_a_set", "programs"]
+
+
+@triton.jit(do_not_specialize=SUPERS)
+def sums_kernel(
+    z, u, lower: tl.int64, tau, limit, sums, pos, V, N, NP, supers, left, supers_a_set, rows_a_super, programs,
+    TENSOR: tl.constexpr, CROSS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """sums: [G, supers, V, NP], slot x of a row for sum exp S over its candidates in super-block x.
+
+    A super-block is rows_a_super rows, a multiple of BM and BN, or what is left of its set. The columns of a tile stay
+    while all rows of a super-block pass by. So what is added to the columns' sums stays in registers, one number for
+    each entry of a tile, and is added up once; the rows' sums, whose terms one quarter of a warp holds, go to memory.
     """
     inverse_tau = inverse_of(tau, TENSOR, ACC)
-    if (inverse_tau <= limit) != BOUNDED:
+    if not (inverse_tau <= limit):
         return
     g = tl.program_id(0).to(tl.int64) // programs
     p, q = pair_of_supers(tl.program_id(0) % programs, supers, left, CROSS)
@@ -177,59 +330,93 @@ def sums_kernel(
     c = q // supers_a_set
     first_i = (p % supers_a_set) * rows_a_super
     first_j = (q % supers_a_set) * rows_a_super
+    end_i = tl.minimum(first_i + rows_a_super, N)
+    end_j = tl.minimum(first_j + rows_a_super, N)
     M = V * NP
     first_row = g * M + a * NP
     first_column = g * M + c * NP
-    to_rows = (g * supers + q) * M + a * NP
-    to_columns = (g * supers + p) * M + c * NP
-    end = tl.where(p != q, NP, 0)
-    scale = inverse_tau * LOG2E if BOUNDED else inverse_tau
+    to_rows = sums + ((g * supers + q) * M + a * NP)
+    to_columns = sums + ((g * supers + p) * M + c * NP)
+    scale = of_product(inverse_tau, PRECISION) * LOG2E
 
-    for begin in range(first_i, tl.minimum(first_i + rows_a_super, N), BM):
+    if (a < c) & (first_i == first_j):
+        store_positives(z, pos, first_i, end_i, a, c, g, V, N, NP, inverse_tau, ACC, BM, DP, UPCAST)
+    for start in range(first_j, end_j, BN):
+        j = start + tl.arange(0, BN)
+        u_j = u + (first_column + start) * DP
+        columns = operand(u_j, lower, tl.arange(0, BK), BN, DP, PRECISION, UPCAST)
+        column_sums = tl.zeros([BM, BN], ACC)
+        again = tl.where(start > first_j, NP, 0)
+        # first the tiles that are nothing but negatives: all but those beyond the last row and on the diagonal
+        end = tl.where(start + BN <= N, first_i + (end_i - first_i) // BM * BM, first_i)
+        on = start // BM * BM
+        off = tl.minimum(tl.cdiv(start + BN, BM) * BM, end)
+        left_out = tl.where(first_i == first_j, tl.maximum(off - on, 0), 0)
+        for place in range(first_i, end - left_out, BM):
+            begin = place + tl.where(place >= on, left_out, 0)
+            i = begin + tl.arange(0, BM)
+            row_sum = tl.load(to_rows + i, mask=i < again, other=0.0)
+            u_i = u + (first_row + begin) * DP
+            rows = operand(u_i, lower, tl.arange(0, BK), BM, DP, PRECISION, UPCAST)
+            e = tl.exp2(cosines(u_i, u_j, lower, lower, rows, columns, BM, BN, DP, BK, ACC, PRECISION, UPCAST) * scale)
+            column_sums += e
+            tl.store(to_rows + i, row_sum + tl.sum(e, 1))
+        # in one super-block, the columns are the rows
+        tl.store(to_columns + j, tl.sum(column_sums, 0), mask=j < tl.where(p != q, NP, 0))
+        tl.debug_barrier()  # the sums are read again, by other threads perhaps
+        for begin in range(first_i, end_i, BM):
+            if has_others(begin, start, N, BM, BN):
+                add_others(
+                    u + (first_row + begin) * DP, u_j, lower, to_rows, to_columns, begin, start, first_j, N, NP, p != q,
+                    scale, ACC, PRECISION, BM, BN, DP, BK, UPCAST,
+                )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=SUPERS)
+def unbounded_sums_kernel(
+    z, u, lower: tl.int64, tau, limit, sums, largest, pos, V, N, NP, supers, left, supers_a_set, rows_a_super, programs,
+    TENSOR: tl.constexpr, CROSS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """sums, largest: [G, supers, V, NP], as those of sums_kernel, but relative to exp of the largest S.
+
+    Rows and columns would each take an exponential of their own, so S is made twice instead, for either's rows.
+    """
+    inverse_tau = inverse_of(tau, TENSOR, ACC)
+    if inverse_tau <= limit:
+        return
+    g = tl.program_id(0).to(tl.int64) // programs
+    p, q = ordered_supers(tl.program_id(0) % programs, supers, left, CROSS)
+    a = p // supers_a_set
+    c = q // supers_a_set
+    first_i = (p % supers_a_set) * rows_a_super
+    first_j = (q % supers_a_set) * rows_a_super
+    end_i = tl.minimum(first_i + rows_a_super, N)
+    end_j = tl.minimum(first_j + rows_a_super, N)
+    M = V * NP
+    slot = (g * supers + q) * M + a * NP
+
+    if (a < c) & (first_i == first_j):
+        store_positives(z, pos, first_i, end_i, a, c, g, V, N, NP, inverse_tau, ACC, BM, DP, UPCAST)
+    for begin in range(first_i, end_i, BM):
         i = begin + tl.arange(0, BM)
-        z_i = z + (first_row + begin) * DP
-        rows = features(z_i, tl.arange(0, BK), BM, DP, UPCAST)
-        row_sum = tl.zeros([BM], ACC)
-        row_largest = tl.full([BM], float("-inf"), ACC)
-        for start in range(first_j, tl.minimum(first_j + rows_a_super, N), BN):
-            j = start + tl.arange(0, BN)
-            z_j = z + (first_column + start) * DP
-            columns = features(z_j, tl.arange(0, BK), BN, DP, UPCAST)
-            s = cosines(z_i, z_j, rows, columns, BM, BN, DP, BK, ACC, PRECISION, UPCAST)
-            diagonal = (start < begin + BM) & (begin < start + BN)
-            if diagonal & (a != c):
-                positive = tl.sum(tl.where(i[:, None] == j[None, :], s, 0.0), 0) * inverse_tau
-                here = (j >= begin) & (j < begin + BM) & (j < N)
-                tl.store(pos + ((g * V + a) * V + c) * N + j, positive, mask=here)
-                tl.store(pos + ((g * V + c) * V + a) * N + j, positive, mask=here)
-            s *= scale
-            if diagonal | (begin + BM > N) | (start + BN > N):
-                candidate = (i[:, None] != j[None, :]) & (i < N)[:, None] & (j < N)[None, :]
-                s = tl.where(candidate, s, float("-inf"))
-            slot = to_columns + j
-            kept = j < end  # in one super-block, the columns are the rows
-            again = j < tl.where(begin > first_i, end, 0)
-            column_sum = tl.load(sums + slot, mask=again, other=0.0)
-            if BOUNDED:
-                e = tl.exp2(s)
-                row_sum += tl.sum(e, 1)
-                column_sum += tl.sum(e, 0)
-            else:
-                m = tl.max(s, 1)
-                row_largest, row_sum = merged(
-                    row_largest, row_sum, m, tl.sum(exponential(s - finite(m)[:, None]), 1)
-                )  # fmt: skip
-                column_largest = tl.load(largest + slot, mask=again, other=float("-inf"))
-                m = tl.max(s, 0)
-                column_largest, column_sum = merged(
-                    column_largest, column_sum, m, tl.sum(exponential(s - finite(m)[None, :]), 0)
-                )  # fmt: skip
-                tl.store(largest + slot, column_largest, mask=kept)
-            tl.store(sums + slot, column_sum, mask=kept)
-        tl.store(sums + to_rows + i, row_sum)
-        if not BOUNDED:
-            tl.store(largest + to_rows + i, row_largest)
-        tl.debug_barrier()  # the next block of rows reads the columns' sums, by other threads perhaps
+        u_i = u + (g * M + a * NP + begin) * DP
+        rows = operand(u_i, lower, tl.arange(0, BK), BM, DP, PRECISION, UPCAST)
+        total = tl.zeros([BM], ACC)
+        top = tl.full([BM], float("-inf"), ACC)
+        for start in range(first_j, end_j, BN):
+            u_j = u + (g * M + c * NP + start) * DP
+            columns = operand(u_j, lower, tl.arange(0, BK), BN, DP, PRECISION, UPCAST)
+            s = cosines(u_i, u_j, lower, lower, rows, columns, BM, BN, DP, BK, ACC, PRECISION, UPCAST)
+            if has_others(begin, start, N, BM, BN):
+                s = negatives(s, begin, start, N, BM, BN)
+            s = rounded(s, of_product(inverse_tau, PRECISION))
+            higher = tl.maximum(top, tl.max(s, 1))
+            offset = finite(higher)
+            total = total * exponential(top - offset) + tl.sum(exponential(s - offset[:, None]), 1)
+            top = higher
+        tl.store(sums + slot + i, total)
+        tl.store(largest + slot + i, top)
 
 
 @triton.jit
@@ -339,8 +526,11 @@ def largest_exponent(exponents, count, BE: tl.constexpr):
 def factor_at(exponents, top, ACC: tl.constexpr):
     """2^(exponent - top), 0 below the range of ACC. exponents: pointers, to int32 <= top"""
     exponent = tl.load(exponents) - top
-    lowest: tl.constexpr = -1000 if tl.float64 == ACC else -126
-    return tl.where(exponent < lowest, 0.0, power_of_two(tl.maximum(exponent, lowest)).to(ACC))
+    if tl.float64 == ACC:
+        factor = tl.where(exponent < -1000, 0.0, power_of_two(tl.maximum(exponent, -1000)))
+    else:
+        factor = (tl.maximum(exponent + 127, 0) << 23).to(tl.float32, bitcast=True)
+    return factor
 
 
 @triton.jit
@@ -439,9 +629,9 @@ def store_gradient(
 
 @triton.jit(do_not_specialize=["programs", "V", "blocks"])
 def gradient_kernel(
-    z, tau, limit, norms, neg, pos, alpha, beta, exponents, partial, partial_along, dx, zdz, programs, columns_a_split,
-    G, V, N, NP, D, blocks, BOUNDED: tl.constexpr, TENSOR: tl.constexpr, NORMALIZE: tl.constexpr,
-    CROSS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    z, u, lower: tl.int64, tau, limit, norms, neg, pos, alpha, beta, exponents, partial, partial_along, dx, zdz,
+    programs, columns_a_split, G, V, N, NP, D, blocks, BOUNDED: tl.constexpr, TENSOR: tl.constexpr,
+    NORMALIZE: tl.constexpr, CROSS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     DP: tl.constexpr, BK: tl.constexpr, DC: tl.constexpr, SPLIT: tl.constexpr, PARTS: tl.constexpr,
     UPCAST: tl.constexpr, BOOST: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
@@ -471,9 +661,9 @@ def gradient_kernel(
     g = (block // (NP // BM) // V).to(tl.int64)
     i = begin + tl.arange(0, BM)
     top = largest_exponent(exponents + g * V * V * blocks, V * V * blocks, BE)
-    to_exponent = inverse_tau * LOG2E if BOUNDED else inverse_tau
-    z_i = z + ((g * V + a) * NP + begin) * DP
-    rows = features(z_i, tl.arange(0, BK), BM, DP, UPCAST)
+    scale_s = of_product(inverse_tau, PRECISION)
+    u_i = u + ((g * V + a) * NP + begin) * DP
+    rows = operand(u_i, lower, tl.arange(0, BK), BM, DP, PRECISION, UPCAST)
     dz = tl.zeros([BM, DC], ACC)
     along = tl.zeros([BM], ACC)  # <z, dz>, needed where a program has not all of dz
 
@@ -485,27 +675,29 @@ def gradient_kernel(
         row_scale, row_shift = weights_of(alpha, neg, row_block * N + i, i < N, row_factor, BOUNDED)
         for start in range(start_j, end_j, BN):
             j = start + tl.arange(0, BN)
-            z_j = z + ((g * V + c) * NP + start) * DP
-            columns = features(z_j, tl.arange(0, BK), BN, DP, UPCAST)
-            cosine = cosines(z_i, z_j, rows, columns, BM, BN, DP, BK, ACC, PRECISION, UPCAST)
+            u_j = u + ((g * V + c) * NP + start) * DP
+            columns = operand(u_j, lower, tl.arange(0, BK), BN, DP, PRECISION, UPCAST)
+            cosine = cosines(u_i, u_j, lower, lower, rows, columns, BM, BN, DP, BK, ACC, PRECISION, UPCAST)
             factor = factor_at(exponents + column_block * blocks + start // BN, top, ACC) * BOOST
             scale, shift = weights_of(alpha, neg, column_block * N + j, j < N, factor, BOUNDED)
-            s = cosine * to_exponent
             if BOUNDED:
-                w = tl.exp2(s) * (row_scale[:, None] + scale[None, :])
+                w = tl.exp2(cosine * (scale_s * LOG2E)) * (row_scale[:, None] + scale[None, :])
             else:
+                s = rounded(cosine, scale_s)
                 w = exponential(s - row_shift[:, None]) * row_scale[:, None]
                 w += exponential(s - shift[None, :]) * scale[None, :]
             if ((start < begin + BM) & (begin < start + BN)) | (start + BN > N):
-                w = tl.where((i[:, None] != j[None, :]) & (j < N)[None, :], w, 0.0)
-            if PRECISION == "tf32":
-                w = to_tf32(w)
+                k = tl.arange(0, BN) + (start - begin)  # beyond the last row, a weight may be infinite
+                w = tl.where((tl.arange(0, BM)[:, None] != k[None, :]) & (k < N - begin)[None, :], w, 0.0)
             if DC != DP:
                 along += tl.sum(w * cosine, 1)
             if DC != DP or BK != DP:
-                columns = features(z_j + chunk, tl.arange(0, DC), BN, DP, UPCAST)
-            dz = tl.dot(w.to(columns.dtype), columns, dz, input_precision=PRECISION, out_dtype=ACC)
+                columns = operand(u_j + chunk, lower, tl.arange(0, DC), BN, DP, PRECISION, UPCAST)
+            dz = plus_product(dz, as_operand(w, u.dtype.element_ty, PRECISION, UPCAST), columns, PRECISION, ACC)
 
+    if PRECISION == "pairs":
+        dz *= 1.0 / UNIT
+        along = of_product(along, PRECISION)
     if SPLIT:
         row = ((split * G + g) * V + a) * NP + begin
         k = tl.arange(0, BM)
@@ -574,32 +766,48 @@ def ranges(tau: float | Tensor, dtype: torch.dtype, normalize: bool) -> list[tup
     return [(bounded, math.inf if bounded else -math.inf)]
 
 
-def packed(sets: Sequence[Tensor], normalize: bool, DP: int, whole: int) -> tuple[Tensor, Tensor]:
-    """z: [G, V, NP, DP] in the dtype of the products, NP a multiple of whole; and norms: [G, V, NP]; by one launch"""
+class Packed(NamedTuple):
+    """z: [G, V, NP, DP], padded; norms: [G, V, NP]; u: the rows as products take them, z itself or pairs.
+
+    Pairs: [2, G, V, NP, DP] in float16, whose sum is UNIT * z; the second ones lie `lower` after the first.
+    """
+
+    z: Tensor
+    norms: Tensor
+    u: Tensor
+    lower: int
+
+
+def packed(sets: Sequence[Tensor], normalize: bool, DP: int, whole: int) -> Packed:
+    """NP is a multiple of whole. By one launch."""
     x, strides = one_array(sets)
     G, N, D = sets[0].shape
     V, NP = len(sets), triton.cdiv(N, whole) * whole
     z = x.new_empty((G, V, NP, DP), dtype=carrier(x, normalize))
+    how = precision(z.dtype, normalize)
+    u, lower = (z.new_empty((2, *z.shape), dtype=torch.float16), z.numel()) if how == "pairs" else (z, 0)
     norms = x.new_empty((G, V, NP), dtype=torch.float64)
     BD = triton.next_power_of_2(DP)
     BR = whole if INTERPRETED else min(whole, 64, max(1, 4096 // BD))
     launch(
-        rows_kernel, G * V * NP // BR, x, z, norms, V, N, NP, D, *strides,
-        NORMALIZE=normalize, PRECISION=precision(z), BR=BR, DP=DP, BD=BD, num_warps=4,
+        rows_kernel, G * V * NP // BR, x, z, u, norms, V, N, NP, D, lower, *strides,
+        NORMALIZE=normalize, PRECISION=how, BR=BR, DP=DP, BD=BD, num_warps=4,
     )  # fmt: skip
-    return z, norms
+    return Packed(z, norms, u, lower)
 
 
-def precision(z: Tensor) -> str:
-    """Of the products of packed rows, as Triton names it."""
-    return "tf32" if z.dtype == torch.float32 and tf32_allowed() else "ieee"
+def precision(carried: torch.dtype, normalize: bool) -> str:
+    """Of the products of packed rows: as Triton names it, or "pairs" of float16 for unit rows of float32."""
+    if carried != torch.float32:
+        return "ieee"
+    return "tf32" if tf32_allowed() else "pairs" if normalize else "ieee"
 
 
-def of_tiles(z: Tensor, tile: Tile) -> dict[str, Any]:
+def of_tiles(z: Tensor, normalize: bool, tile: Tile) -> dict[str, Any]:
     """What the kernels that make tiles have in common."""
     return dict(
         ACC=accumulator(z),
-        PRECISION=precision(z),
+        PRECISION=precision(z.dtype, normalize),
         BM=tile.BM,
         BN=tile.BN,
         DP=tile.DP,
@@ -658,7 +866,8 @@ def kind_of(sets: Sequence[Tensor], tau: float | Tensor, normalize: bool, cross:
 def tile_of(kernel: str, x: Tensor, normalize: bool, bounded: bool) -> Tile:
     """The table's tile of "sums" or "gradient". x: a set"""
     name = kernel if bounded else f"{kernel} unbounded"
-    return tiles.choose(table_of(x)[0], name, carrier(x, normalize), x.shape[-1], tf32_allowed())
+    carried = carrier(x, normalize)
+    return tiles.choose(table_of(x)[0], name, carried, x.shape[-1], precision(carried, normalize))
 
 
 def forward(
@@ -675,21 +884,27 @@ def forward(
         tile = tuning.by_trial(kind, start, lambda tile: forward(sets, tau, normalize, cross, tile))
     chosen = {bounded: tile or tile_of("sums", first, normalize, bounded) for bounded, _ in launches}
     whole = max(size for tile in chosen.values() for size in (tile.BM, tile.BN))
-    z, _ = packed(sets, normalize, tiles.padded(D), whole)
+    z, _, *products = packed(sets, normalize, tiles.padded(D), whole)
     NP = z.shape[2]
     blocks_a_super, supers_a_set = super_blocks(V, NP // whole, G, 8 * table_of(first)[1])
     supers, left = V * supers_a_set, (V + 1) // 2 * supers_a_set
-    programs = left * (supers - left) if cross else supers * (supers // 2 + 1)
     dtype = torch.promote_types(first.dtype, torch.float32)
     term, neg, pos = (first.new_empty((G, V, V, N), dtype=dtype) for _ in range(3))
     sums = first.new_empty((G, supers, V, NP), dtype=dtype)
     largest = sums if launches == [(True, math.inf)] else torch.empty_like(sums)
     number, limit = temperature(tau, first), launches[0][1]
     how = dict(TENSOR=isinstance(number, torch.Tensor), CROSS=cross)
+    places = V, N, NP, supers, left, supers_a_set, blocks_a_super * whole
     for bounded, _ in launches:
+        if bounded:
+            programs = left * (supers - left) if cross else supers * (supers // 2 + 1)
+            kernel, results = sums_kernel, (sums, pos)
+        else:
+            programs = 2 * left * (supers - left) if cross else supers * supers
+            kernel, results = unbounded_sums_kernel, (sums, largest, pos)
         launch(
-            sums_kernel, G * programs, z, number, limit, sums, largest, pos, V, N, NP, supers, left, supers_a_set,
-            blocks_a_super * whole, programs, BOUNDED=bounded, **how, **of_tiles(z, chosen[bounded]),
+            kernel, G * programs, z, *products, number, limit, *results, *places, programs, **how,
+            **of_tiles(z, normalize, chosen[bounded]),
         )  # fmt: skip
     BI = 64
     launch(
@@ -723,7 +938,7 @@ def backward(
         tile = tuning.by_trial(kind, start, lambda tile: backward(*arguments, tile))
     chosen = {bounded: tile or tile_of("gradient", first, normalize, bounded) for bounded, _ in launches}
     tile = chosen[launches[0][0]]
-    z, norms = packed(sets, normalize, tile.DP, max(tile.BM, tile.BN))
+    z, norms, *products = packed(sets, normalize, tile.DP, max(tile.BM, tile.BN))
     NP = z.shape[2]
     blocks = NP // tile.BN
     dx, zdz = first.new_empty((V, G, N, D)), neg.new_empty((G, V, N))
@@ -737,7 +952,7 @@ def backward(
         coefficients_kernel, G * V * blocks, neg, number, limit, pos, *(pointer(g, neg) for g in gradients), alpha,
         beta, exponents, V, N, blocks, **given, **how, ACC=accumulator(z), BI=tile.BN, num_warps=2,
     )  # fmt: skip
-    boost = 8192.0 if z.dtype == torch.float16 else 1.0
+    boost = 8192.0 if products[0].dtype == torch.float16 else 1.0
     wide = tile.DC * z.element_size() >= 512 and tile.DC % (2 * RUN.value) == 0
     programs, tiles_a_set = G * V * (NP // tile.BM) * (tile.DP // tile.DC), triton.cdiv(N, tile.BN)
     alone = 1.5 if tile.warps == 4 else 1.0  # two programs of 4 warps on a processor cover each other's waits: a guess
@@ -750,10 +965,10 @@ def backward(
         partial_along = neg.new_empty((splits, G, V, NP)) if tile.DC != tile.DP else neg
     for bounded, _ in launches:
         launch(
-            gradient_kernel, programs * splits, z, number, limit, norms, neg, pos, alpha, beta, exponents, partial,
-            partial_along, dx, zdz, programs if splits > 1 else 0, columns_a_split, G, V, N, NP, D, blocks,
+            gradient_kernel, programs * splits, z, *products, number, limit, norms, neg, pos, alpha, beta, exponents,
+            partial, partial_along, dx, zdz, programs if splits > 1 else 0, columns_a_split, G, V, N, NP, D, blocks,
             BOUNDED=bounded, NORMALIZE=normalize, DC=tile.DC, SPLIT=splits > 1, PARTS=2 if wide else 1, BOOST=boost,
-            BE=1024, **how, **of_tiles(z, chosen[bounded]),
+            BE=1024, **how, **of_tiles(z, normalize, chosen[bounded]),
         )  # fmt: skip
     if splits > 1:
         BM = 16

@@ -46,17 +46,21 @@ from .epilogue import (
     scaled,
 )
 from .large import (
+    UNIT,
+    as_operand,
     cosines,
     exponential,
-    features,
     finite,
     largest_exponent,
     log_of_slots,
+    of_product,
     of_tiles,
+    operand,
     packed,
     partners_of,
+    plus_product,
+    rounded,
     splits_of,
-    to_tf32,
 )
 from .sets import INTERPRETED, accumulator, launch, temperature
 from .tiles import Tile
@@ -106,8 +110,8 @@ SIZES = ["G", "A", "C", "n", "K", "first"]  # NP, KP and columns_a_split are alw
 
 @triton.jit(do_not_specialize=SIZES)
 def rectangle_sums_kernel(
-    r, z, tau, row_keys, column_keys, pos, sums, largest, positive_sums, positive_largest, similarities, counts,
-    weighted, G, A, C, n, K, NP, KP, first, columns_a_split,
+    r, z, r_lower: tl.int64, z_lower: tl.int64, tau, row_keys, column_keys, pos, sums, largest, positive_sums,
+    positive_largest, similarities, counts, weighted, G, A, C, n, K, NP, KP, first, columns_a_split,
     TENSOR: tl.constexpr, CROSS: tl.constexpr, INDEX: tl.constexpr, KEYS: tl.constexpr, MEAN: tl.constexpr,
     BOOST: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     DP: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr,
@@ -121,7 +125,7 @@ def rectangle_sums_kernel(
     begin = block * BM
     i = begin + tl.arange(0, BM)
     z_i = r + ((g * A + a) * NP + begin) * DP
-    rows = features(z_i, tl.arange(0, BK), BM, DP, UPCAST)
+    rows = operand(z_i, r_lower, tl.arange(0, BK), BM, DP, PRECISION, UPCAST)
     cell = ((g * A + a) * C + c) * n + i
     row_key = i
     if KEYS:
@@ -141,8 +145,9 @@ def rectangle_sums_kernel(
     for start in range(start_j, end_j, BN):
         j = start + tl.arange(0, BN)
         z_j = z + ((g * C + c) * KP + start) * DP
-        columns = features(z_j, tl.arange(0, BK), BN, DP, UPCAST)
-        s = cosines(z_i, z_j, rows, columns, BM, BN, DP, BK, ACC, PRECISION, UPCAST) * inverse_tau
+        columns = operand(z_j, z_lower, tl.arange(0, BK), BN, DP, PRECISION, UPCAST)
+        s = cosines(z_i, z_j, r_lower, z_lower, rows, columns, BM, BN, DP, BK, ACC, PRECISION, UPCAST)
+        s = rounded(s, of_product(inverse_tau, PRECISION))
         if INDEX:  # noqa: SIM102
             if (start < begin + first + BM) & (begin + first < start + BN) & (a != c):
                 partner = i + first
@@ -168,13 +173,11 @@ def rectangle_sums_kernel(
             e = exponential(s - finite(higher)[:, None])
             added = tl.sum(e, 1)
         if MEAN:
-            w = e * BOOST
-            if PRECISION == "tf32":
-                w = to_tf32(w)
             if BK != DP:
-                columns = features(z_j, tl.arange(0, DP), BN, DP, UPCAST)
+                columns = operand(z_j, z_lower, tl.arange(0, DP), BN, DP, PRECISION, UPCAST)
             sum_z *= exponential(top - finite(higher))[:, None]
-            sum_z = tl.dot(w.to(columns.dtype), columns, sum_z, input_precision=PRECISION, out_dtype=ACC)
+            weight = as_operand(e * BOOST, z.dtype.element_ty, PRECISION, UPCAST)
+            sum_z = plus_product(sum_z, weight, columns, PRECISION, ACC)
         total = more(total, top, higher, added)
         top = higher
     slot = split.to(tl.int64) * (G.to(tl.int64) * A * C * n) + cell
@@ -186,6 +189,8 @@ def rectangle_sums_kernel(
         tl.store(similarities + slot, similarity, mask=i < n)
         tl.store(counts + slot, count, mask=i < n)
     if MEAN:
+        if PRECISION == "pairs":
+            sum_z *= 1.0 / UNIT
         to = weighted + ((split * G + g) * NP + begin) * DP
         tl.store(to + (tl.arange(0, BM)[:, None] * DP + tl.arange(0, DP)[None, :]), sum_z)
 
@@ -260,7 +265,8 @@ def rectangle_mean_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def rectangle_pairs_kernel(
-    r, z, tau, row_keys, column_keys, negatives, pairs, slopes, G, A, C, n, K, NP, KP, first, columns_a_split,
+    r, z, r_lower: tl.int64, z_lower: tl.int64, tau, row_keys, column_keys, negatives, pairs, slopes, G, A, C, n, K, NP,
+    KP, first, columns_a_split,
     TENSOR: tl.constexpr, CROSS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -270,7 +276,7 @@ def rectangle_pairs_kernel(
     begin = block * BM
     i = begin + tl.arange(0, BM)
     z_i = r + ((g * A + a) * NP + begin) * DP
-    rows = features(z_i, tl.arange(0, BK), BM, DP, UPCAST)
+    rows = operand(z_i, r_lower, tl.arange(0, BK), BM, DP, PRECISION, UPCAST)
     cell = ((g * A + a) * C + c) * n + i
     level = tl.load(negatives + cell, mask=i < n, other=0.0).to(ACC)
     row_key = keys_of(row_keys + g * n, i, n, ROW_KEY)
@@ -283,8 +289,9 @@ def rectangle_pairs_kernel(
     for start in range(start_j, end_j, BN):
         j = start + tl.arange(0, BN)
         z_j = z + ((g * C + c) * KP + start) * DP
-        columns = features(z_j, tl.arange(0, BK), BN, DP, UPCAST)
-        s = cosines(z_i, z_j, rows, columns, BM, BN, DP, BK, ACC, PRECISION, UPCAST) * inverse_tau
+        columns = operand(z_j, z_lower, tl.arange(0, BK), BN, DP, PRECISION, UPCAST)
+        s = cosines(z_i, z_j, r_lower, z_lower, rows, columns, BM, BN, DP, BK, ACC, PRECISION, UPCAST)
+        s = rounded(s, of_product(inverse_tau, PRECISION))
         column_key = keys_of(column_keys + g * K, j, K, COLUMN_KEY)
         s, positive = candidates(s, row_key, column_key, i, j, begin, start, first, K, a == c, INDEX, True, BM, BN)
         t = level[:, None] - s
@@ -409,7 +416,8 @@ def weights(s, positive, fields, ROWS: tl.constexpr, KIND: tl.constexpr):
 
 @triton.jit(do_not_specialize=["programs", "G", "A", "C", "n", "K", "offset"])
 def rectangle_gradient_kernel(
-    x, y, tau, x_keys, y_keys, of_x, of_y, partial, programs, G, A, C, n, K, NP, KP, offset, columns_a_split,
+    x, y, x_lower: tl.int64, y_lower: tl.int64, tau, x_keys, y_keys, of_x, of_y, partial, programs, G, A, C, n, K,
+    NP, KP, offset, columns_a_split,
     TENSOR: tl.constexpr, CROSS: tl.constexpr, INDEX: tl.constexpr, KIND: tl.constexpr, OF_X: tl.constexpr,
     OF_Y: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     DP: tl.constexpr, BK: tl.constexpr, DC: tl.constexpr, UPCAST: tl.constexpr,
@@ -430,7 +438,7 @@ def rectangle_gradient_kernel(
     inverse_tau = inverse_of(tau, TENSOR, ACC)
     i = begin + tl.arange(0, BM)
     z_i = x + ((g * A + a) * NP + begin) * DP
-    rows = features(z_i, tl.arange(0, BK), BM, DP, UPCAST)
+    rows = operand(z_i, x_lower, tl.arange(0, BK), BM, DP, PRECISION, UPCAST)
     x_key = i
     if KEYS:
         x_key = keys_of(x_keys + g * n, i, n, ROW_KEY)
@@ -446,8 +454,9 @@ def rectangle_gradient_kernel(
         for start in range(start_j, end_j, BN):
             j = start + tl.arange(0, BN)
             z_j = y + ((g * C + c) * KP + start) * DP
-            columns = features(z_j, tl.arange(0, BK), BN, DP, UPCAST)
-            s = cosines(z_i, z_j, rows, columns, BM, BN, DP, BK, ACC, PRECISION, UPCAST) * inverse_tau
+            columns = operand(z_j, y_lower, tl.arange(0, BK), BN, DP, PRECISION, UPCAST)
+            s = cosines(z_i, z_j, x_lower, y_lower, rows, columns, BM, BN, DP, BK, ACC, PRECISION, UPCAST)
+            s = rounded(s, of_product(inverse_tau, PRECISION))
             y_key = j
             if KEYS:
                 y_key = keys_of(y_keys + g * K, j, K, COLUMN_KEY)
@@ -458,11 +467,11 @@ def rectangle_gradient_kernel(
             if OF_Y:
                 y_fields = anchor_of(of_y + ((g * C + c) * A + a) * KP + j, y_step, KIND)
                 w += weights(s, positive, y_fields, False, KIND)
-            if PRECISION == "tf32":
-                w = to_tf32(w)
             if DC != DP or BK != DP:
-                columns = features(z_j + chunk, tl.arange(0, DC), BN, DP, UPCAST)
-            dz = tl.dot(w.to(columns.dtype), columns, dz, input_precision=PRECISION, out_dtype=ACC)
+                columns = operand(z_j + chunk, y_lower, tl.arange(0, DC), BN, DP, PRECISION, UPCAST)
+            dz = plus_product(dz, as_operand(w, y.dtype.element_ty, PRECISION, UPCAST), columns, PRECISION, ACC)
+    if PRECISION == "pairs":
+        dz *= 1.0 / UNIT
     to = partial + (((split * G + g) * A + a) * NP + begin) * DP + chunk
     tl.store(to + (tl.arange(0, BM)[:, None] * DP + tl.arange(0, DC)[None, :]), dz)
 
@@ -525,6 +534,8 @@ class Side(NamedTuple):
     sets: Sequence[Tensor]
     z: Tensor
     norms: Tensor
+    u: Tensor  # z as products take it, and with pairs how far the lower halves lie after the upper ones
+    lower: int
     keys: Tensor
 
     @property
@@ -579,8 +590,8 @@ def problem(
 
     def side(sets, size, other, keys):
         whole = max(max(fitted(tile, size, other).BM, fitted(tile, other, size).BN) for tile in served)
-        z, norms = packed(sets, normalize, served[0].DP, whole)
-        return Side(sets, z, norms, z if keys is None else keys.contiguous())
+        rows = packed(sets, normalize, served[0].DP, whole)
+        return Side(sets, *rows, rows.z if keys is None else keys.contiguous())
 
     of_columns = side(columns, K, n, column_keys)
     of_rows = side(rows, n, K, row_keys) if rows else of_columns
@@ -590,7 +601,7 @@ def problem(
 def from_table(kernel: str, x: Tensor, normalize: bool, KEYS: bool) -> Tile:
     """x: a set"""
     name, dtype = f"{kernel} unbounded rectangle" + " keys" * KEYS, large.carrier(x, normalize)
-    tile = tiles.choose(large.table_of(x)[0], name, dtype, x.shape[-1], large.tf32_allowed())
+    tile = tiles.choose(large.table_of(x)[0], name, dtype, x.shape[-1], large.precision(dtype, normalize))
     if not KEYS:
         return tile
     # with keys there is more to hold for each similarity
@@ -620,9 +631,9 @@ def split(programs: int, tile: Tile, y: Side, partners: int) -> tuple[int, int]:
     return splits, tiles_a_split * tile.BN
 
 
-def boost(z: Tensor) -> float:
+def boost(x: Side) -> float:
     """What lifts weights of at most 4 into the middle of float16's range."""
-    return 4096.0 if z.dtype == torch.float16 else 1.0
+    return 4096.0 if x.u.dtype == torch.float16 else 1.0
 
 
 def rows_a_program(x: Side) -> int:
@@ -651,8 +662,9 @@ def over_pairs(
     slots = [x.z.new_empty(shape if dtype else 0, dtype=dtype) for dtype in outputs]
     slots += [x.z.new_empty((splits, G, *x.z.shape[2:]) if dtype else 0, dtype=dtype) for dtype in rows]
     launch(
-        kernel, programs * splits, x.z, y.z, p.tau, x.keys, y.keys, *inputs, *slots, G, x.count, y.count, x.n, y.n,
-        x.padded, y.padded, p.first, columns_a_split, **settings, **p.settings(), **of_tiles(x.z, tile),
+        kernel, programs * splits, x.u, y.u, x.lower, y.lower, p.tau, x.keys, y.keys, *inputs, *slots, G, x.count,
+        y.count, x.n, y.n, x.padded, y.padded, p.first, columns_a_split, **settings, **p.settings(),
+        **of_tiles(x.z, p.normalize, tile),
     )  # fmt: skip
     return slots
 
@@ -684,7 +696,7 @@ def forward(
     pos = x.z.new_empty((len(x.z), x.count, y.count, x.n), dtype=torch.float64)
     slots = [real, real, *([real, real, torch.float64, torch.int32] if KEYS else [None] * 4)]
     *slots, weighted = over_pairs(
-        rectangle_sums_kernel, p, [pos], slots, [real if at_once else None], KEYS=KEYS, MEAN=at_once, BOOST=boost(x.z)
+        rectangle_sums_kernel, p, [pos], slots, [real if at_once else None], KEYS=KEYS, MEAN=at_once, BOOST=boost(x)
     )
     outputs = [torch.empty_like(pos) for _ in range(4 if KEYS else 1)]
     neg, *labelled = outputs
@@ -708,7 +720,7 @@ def mean_of(p: Problem, largest: Tensor, neg: Tensor, weighted: Tensor) -> Tenso
     launch(
         rectangle_mean_kernel, G * (x.padded // rows_a_program(x)), largest, neg, weighted, mean, len(weighted), G, n,
         x.padded, D, ACC=accumulator(x.z), BR=rows_a_program(x), DP=p.tile.DP, BD=triton.next_power_of_2(p.tile.DP),
-        BOOST=boost(x.z), num_warps=4,
+        BOOST=boost(x), num_warps=4,
     )  # fmt: skip
     return mean
 
@@ -717,7 +729,7 @@ def mean_by_gradient(p: Problem, neg: Tensor) -> Tensor:
     """The same as the gradient of sum neg; one more product for each pair of rows."""
     w = coefficients(p, [neg, torch.ones_like(neg), neg], [])
     G, n, D = p.rows.sets[0].shape
-    return partial_gradient(p, w, for_rows=True)[:, :, 0, :n, :D].sum(0).div_(boost(p.rows.z))
+    return partial_gradient(p, w, for_rows=True)[:, :, 0, :n, :D].sum(0).div_(boost(p.rows))
 
 
 def pairs(
@@ -781,8 +793,8 @@ def coefficients(p: Problem, of_rows: Sequence[Tensor], of_columns: Sequence[Ten
         made.append(z.new_empty(shape, dtype=torch.promote_types(z.dtype, torch.float32)))
         launch(
             rectangle_coefficients_kernel, G * A * C * triton.cdiv(side.padded, BI), *(x * 4)[:7], exponents, made[-1],
-            G, A * C, n, side.padded, exponents.shape[1], KIND=kind, INDEX=INDEX, ACC=accumulator(z), BOOST=boost(z),
-            BI=BI, BE=256, num_warps=4,
+            G, A * C, n, side.padded, exponents.shape[1], KIND=kind, INDEX=INDEX, ACC=accumulator(z),
+            BOOST=boost(p.rows), BI=BI, BE=256, num_warps=4,
         )  # fmt: skip
     by_rows = made[0] if of_rows else None
     by_columns = by_rows if p.columns is p.rows else made[-1] if of_columns else None
@@ -813,9 +825,9 @@ def partial_gradient(p: Problem, w: Weights, for_rows: bool) -> Tensor:
     partial = x.z.new_empty((splits, G, x.count, x.padded, tile.DP), dtype=dtype)
     of, there = w.of(for_rows)
     launch(
-        rectangle_gradient_kernel, programs * splits, x.z, y.z, p.tau, x.keys, y.keys, *of, partial, programs, G,
-        x.count, y.count, x.n, y.n, x.padded, y.padded, p.first if for_rows else -p.first, columns_a_split,
-        KIND=w.kind, DC=tile.DC, **there, **p.settings(), **of_tiles(x.z, tile),
+        rectangle_gradient_kernel, programs * splits, x.u, y.u, x.lower, y.lower, p.tau, x.keys, y.keys, *of, partial,
+        programs, G, x.count, y.count, x.n, y.n, x.padded, y.padded, p.first if for_rows else -p.first, columns_a_split,
+        KIND=w.kind, DC=tile.DC, **there, **p.settings(), **of_tiles(x.z, p.normalize, tile),
     )  # fmt: skip
     return partial
 
@@ -835,7 +847,7 @@ def gradient(p: Problem, w: Weights, for_rows: bool) -> tuple[Tensor, Tensor]:
         rectangle_join_kernel, G * x.count * (x.padded // BR), x.z, y.z, p.tau, x.norms, *of, w.exponents, partial, dx,
         along, len(partial), G, x.count, y.count, x.n, y.n, x.padded, y.padded, D, p.first if for_rows else -p.first,
         w.exponents.shape[1], NORMALIZE=p.normalize, LAST=6 if w.kind == "keys" else 2, BR=BR, DP=DP, BD=BD,
-        ACC=accumulator(x.z), UPCAST=INTERPRETED and x.z.dtype == torch.bfloat16, BOOST=boost(x.z), BE=256, num_warps=4,
+        ACC=accumulator(x.z), UPCAST=INTERPRETED and x.z.dtype == torch.bfloat16, BOOST=boost(x), BE=256, num_warps=4,
         **there, **settings,
     )  # fmt: skip
     return dx, along

@@ -78,6 +78,10 @@ TABLES: dict[str, dict[str, Table]] = {
             ],
             "gradient": [(128, 64, 64, 0, 0, 4, 1), (ANY, 64, 128, 32, 256, 8, 2)],
         },
+        "pairs": {
+            "sums": [(128, 64, 64, 0, 0, 4, 2), (ANY, 64, 64, 64, 0, 4, 3)],
+            "gradient": [(128, 64, 64, 0, 0, 4, 2), (ANY, 64, 64, 64, 256, 8, 2)],
+        },
         "float": FLOAT,
         "double": DOUBLE,
     },
@@ -152,12 +156,12 @@ def padded(D: int) -> int:
     return max(16, triton.next_power_of_2(D)) if D <= 512 else -(-D // 256) * 256
 
 
-def choose(table: str, kernel: str, dtype: torch.dtype, D: int, tf32: bool = False) -> Tile:
+def choose(table: str, kernel: str, dtype: torch.dtype, D: int, precision: str = "ieee") -> Tile:
     """The tile of "sums" or "gradient"; after either, "unbounded", "rectangle" and "keys" say more, where a table does.
 
-    table: of TABLES; dtype: of the packed rows
+    table: of TABLES; dtype: of the packed rows; precision: of their products, as `large.precision` names it
     """
-    kind = {2: "half", 4: "tf32" if tf32 else "float", 8: "double"}[dtype.itemsize]
+    kind = precision if precision in ("tf32", "pairs") else {2: "half", 4: "float", 8: "double"}[dtype.itemsize]
     DP = padded(D)
     entries = TABLES[table][kind if kind in TABLES[table] else "float"]
     while kernel not in entries:
