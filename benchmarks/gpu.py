@@ -39,29 +39,26 @@ class Shape(NamedTuple):
     K: int = 0
 
 
-SHAPES = [
-    *(Shape("nt_xent", M // 2, 128, torch.bfloat16) for M in (512, 2048, 8192, 32768, 131072)),
-    *(Shape("nt_xent", M // 2, 512, torch.bfloat16) for M in (8192, 32768)),
-    Shape("nt_xent", 4096, 1024, torch.bfloat16),
-    *(Shape("clip_loss", M // 2, 128, torch.bfloat16) for M in (8192, 32768)),
-    *(Shape("nt_xent", 4096, 128, torch.float32, tf32) for tf32 in (False, True)),
-    Shape("nt_xent", 16384, 128, torch.bfloat16),
-    *(Shape("nt_xent", M // 2, 128, torch.bfloat16, backend="native") for M in (80, 512, 2048, 4096, 8192, 32768)),
-    Shape("nt_xent", 4096, 512, torch.bfloat16, backend="native"),
-    *(Shape("nt_xent", 1024, 128, torch.float32, tf32, "native") for tf32 in (False, True)),
-    *(Shape("nt_xent", M // 2, 128, torch.bfloat16) for M in (80, 4096)),
-    *(  # the general form: a queue, without and with labels, and every pair of a class a positive
-        shape._replace(backend=backend)
-        for shape in (
-            Shape("info_nce", 4096, 128, torch.bfloat16, K=65536),
-            Shape("labelled", 4096, 128, torch.bfloat16, K=16384),
-            Shape("sup_con", 4096, 128, torch.bfloat16),
-        )
-        for backend in ("triton", "native")
-    ),
-    Shape("info_nce", 1024, 128, torch.float32, K=65536),
-    Shape("sup_con", 4096, 128, torch.float32),
+HALF = torch.bfloat16
+SHAPES = [  # each by both backends
+    shape._replace(backend=backend)
+    for shape in (
+        *(Shape("nt_xent", M // 2, 128, HALF) for M in (80, 512, 2048, 4096, 8192, 32768, 131072)),
+        *(Shape("nt_xent", M // 2, D, HALF) for D in (64, 256, 512) for M in (2048, 8192, 32768)),
+        Shape("nt_xent", 4096, 1024, HALF),
+        *(Shape("clip_loss", M // 2, 128, HALF) for M in (8192, 32768)),
+        Shape("clip_loss", 4096, 512, HALF),
+        *(Shape("nt_xent", M // 2, 128, torch.float32, tf32) for M in (80, 512, 2048, 8192) for tf32 in (False, True)),
+        # the general form: a queue, without and with labels, and every pair of a class a positive
+        Shape("info_nce", 4096, 128, HALF, K=65536),
+        Shape("labelled", 4096, 128, HALF, K=16384),
+        Shape("sup_con", 4096, 128, HALF),
+        Shape("sup_con", 4096, 128, torch.float32),
+    )
+    for backend in ("triton", "native")
 ]
+COMPILED = [("nt_xent", 8192), ("nt_xent", 32768), ("clip_loss", 8192)]  # (loss, M) of D = 128, by torch.compile too
+PLAIN = {"nt_xent": baselines.nt_xent, "clip_loss": baselines.clip}  # in PyTorch, the fastest form found
 CLASSES = 32  # of the losses that have labels
 
 
@@ -69,6 +66,7 @@ VIDEOS = 8, 40, 256, 4096  # of the whole objective
 PLACE = "device", "torch", "triton", "commit", "date"
 OPERATION = *PLACE, "loss", "backend", "M", "K", "D", "dtype", "status"
 OPERATION += "forward_us", "both_us", "eager_us", "three_products_us", "extra_MiB"
+OPERATION += "pytorch_us", "pytorch_eager_us", "compile_us", "pytorch_MiB"
 OBJECTIVE = *PLACE, "B", "T", "D", "status", "eager_us", "graph_us", "launches", "release_us"
 SPAWN = multiprocessing.get_context("spawn")  # a process that is forked cannot use a GPU
 SECONDS_A_ROW = 60  # at most
@@ -161,6 +159,42 @@ def products(shape):
     return microseconds(step)
 
 
+def plain(shape, sets):
+    """The same loss and its gradient in plain PyTorch, and by torch.compile: times and memory, none where not asked for.
+
+    They are asked for once, beside the backend that is named first.
+    """
+    rows = rows_of(shape)
+    if shape.loss not in PLAIN or shape.backend != "triton" or rows > 32768 or shape.tf32:
+        return {}
+
+    def step(loss=PLAIN[shape.loss]):
+        with torch.device("cuda"):
+            return torch.autograd.grad(loss(*sets, 0.1), sets)
+
+    extra = extra_memory(step)
+    made = dict(
+        pytorch_us=round(microseconds(step), 1),
+        pytorch_eager_us=round(wall_microseconds(step, 20), 1),
+        pytorch_MiB=round(extra / 2**20, 1),
+    )
+    if (shape.loss, rows) in COMPILED and shape.D == 128 and shape.dtype == HALF:
+        torch.compiler.reset()
+        compiled = torch.compile(PLAIN[shape.loss], dynamic=False)
+        made["compile_us"] = round(microseconds(lambda: step(compiled)), 1)
+    return made
+
+
+def extra_memory(step):
+    """Bytes that a step takes beyond what there was before it."""
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def rows_of(shape):
     """Of the matrix of similarities: both sets, or against a queue one."""
     return shape.N if shape.K else 2 * shape.N
@@ -173,12 +207,7 @@ def row(shape):
     def both():
         with_gradient(shape, sets)
 
-    both()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    both()
-    extra = torch.cuda.max_memory_allocated() - before
+    extra = extra_memory(both)
     with torch.no_grad():
         forward = microseconds(lambda: loss_of(shape, sets))
     dense = products(shape)
@@ -188,6 +217,7 @@ def row(shape):
         eager_us=round(wall_microseconds(both, 20), 1),
         three_products_us="" if dense is None else round(dense, 1),
         extra_MiB=round(extra / 2**20, 1),
+        **plain(shape, sets),
     )
 
 
