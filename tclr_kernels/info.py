@@ -74,7 +74,8 @@ def lines(facts: dict[str, Any] | None) -> Iterator[tuple[str, str]]:
         yield "instruction sets", f"{', '.join(facts['isa_levels'])}; in use: {facts['isa']}"
     for device, dtypes, rows, features, order in backends.REGIMES:
         kinds = " ".join(str(dtype).removeprefix("torch.") for dtype in dtypes) or "any dtype"
-        limit = f"{kinds}, up to {rows} rows of {features} features" if rows < math.inf else "beyond"
+        sizes = [f"{most} {of}" for most, of in ((rows, "rows"), (features, "features")) if most < math.inf]
+        limit = f"{kinds}, up to {' of '.join(sizes)}" if sizes else "beyond"
         yield f"on {device}", f"{limit}: {', '.join(order)}, the first that is usable"
     yield "CUDA targets", backends.native.cuda_targets() or "none compiled"
 

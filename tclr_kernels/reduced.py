@@ -49,7 +49,7 @@ def reduced(
     V, rows = len(inputs), leading.numel() * N
     if V == 1:  # views
         V, rows = leading[0], N
-    name = backends.choose(backend, z.device, V * rows, D, z.dtype)
+    name = backends.choose(backend, z.device, V * rows, D, z.dtype, normalize)
     small = len(leading) < 2 and V * V * rows <= SUMMED_AT_ONCE and (z.is_cuda or V * rows * (V * N + D) <= LARGEST)
     if not small or not hasattr(backends.BACKENDS[name], "reduced") or _seen_through(inputs):
         return composed(name, settings, tau, *inputs)

@@ -46,7 +46,7 @@ def blocks(
     Returns term, neg, pos: [G, V, V, N], float32 (float64 for float64 sets).
     """
     device, (G, N, D) = sets[0].device, sets[0].shape
-    name = backends.choose(backend, device, G * len(sets) * N, D, sets[0].dtype)
+    name = backends.choose(backend, device, G * len(sets) * N, D, sets[0].dtype, normalize)
     if name != "reference":
         if not torch.compiler.is_compiling():
             return EagerGram.apply(name, tau, normalize, cross, None, *sets)
@@ -62,7 +62,7 @@ def total(
     sets = _sets(inputs)
     G, N, D = sets[0].shape
     rows = G * len(sets) * N
-    name = backends.choose(backend, sets[0].device, rows, D, sets[0].dtype)
+    name = backends.choose(backend, sets[0].device, rows, D, sets[0].dtype, normalize)
     if not divides(name, sets[0], rows):
         return ordered_sum(blocks(sets, tau, normalize=normalize, cross=cross, backend=name)[0]) / count
     if not torch.compiler.is_compiling():

@@ -100,6 +100,7 @@ def gpu(monkeypatch):
 
     def install(capability=(9, 0), hip=None):
         cuda.why_not.cache_clear()
+        backends._is_hopper.cache_clear()
         monkeypatch.setattr(torch.version, "cuda", None if hip else "13.0")
         monkeypatch.setattr(torch.version, "hip", hip)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -110,6 +111,22 @@ def gpu(monkeypatch):
 
     yield install
     cuda.why_not.cache_clear()
+    backends._is_hopper.cache_clear()
+
+
+def test_unit_rows_of_half_precision_go_to_the_kernels_for_hopper(gpu, monkeypatch):
+    usable = types.SimpleNamespace(why_not=lambda device: None)
+    monkeypatch.setattr(backends, "BACKENDS", dict.fromkeys(("native", "triton", "reference"), usable))
+    monkeypatch.delenv("TCLR_KERNELS_BACKEND", raising=False)
+
+    def chosen(device, D, dtype=torch.bfloat16, unit_rows=True):
+        return backends.choose(None, device, 10**6, D, dtype, unit_rows)
+
+    hopper = gpu((9, 0))
+    assert [chosen(hopper, D) for D in (64, 65, 256, 257)] == ["triton", "native", "native", "triton"]
+    assert chosen(hopper, 128, unit_rows=False) == chosen(hopper, 128, torch.float32) == "triton"
+    for other in ((8, 0), (10, 0)):
+        assert chosen(gpu(other), 128) == "triton"
 
 
 def test_devices_that_are_too_old_are_named(gpu):

@@ -1,5 +1,6 @@
 """THE dispatch: `backend=` argument, then TCLR_KERNELS_BACKEND, then the first backend that serves the device."""
 
+import functools
 import math
 import os
 import warnings
@@ -16,21 +17,27 @@ BACKENDS = {"native": native, "triton": triton, "reference": reference}  # in th
 class Regime(NamedTuple):
     """Problems on a kind of device, up to so many rows V N of all groups together and so many features D."""
 
-    device: str
+    kind: str
     dtypes: tuple[torch.dtype, ...]  # of the rows; empty: any
     rows: float
     features: float
     order: tuple[str, ...]
 
 
-# By default the first regime that holds the problem decides, and elsewhere the order of BACKENDS. On a GPU they are
-# predictions, not measured: few rows are a matter of launches, which native has cheaper, many of tensor cores, of which
-# Triton has the faster instructions; native has any for half precision.
+# By default the first regime that holds the problem decides, and elsewhere the order of BACKENDS. They were measured on
+# an H100 (benchmarks/results/operation-*.csv). Few rows cost what their launches cost the host, of which native's are
+# cheaper; many are a matter of tensor cores, which Triton uses better but on Hopper, where native has kernels of its
+# own for unit rows of half precision, of 65 to 256 features.
 HALF = torch.bfloat16, torch.float16
+NATIVE, TRITON = ("native", "triton", "reference"), ("triton", "native", "reference")
+HOPPER = 9, 0  # compute capability
 REGIMES = (
-    Regime("cuda", HALF, 4096, 1024, ("native", "triton", "reference")),
-    Regime("cuda", (), 2048, 1024, ("native", "triton", "reference")),
-    Regime("cuda", (), math.inf, math.inf, ("triton", "native", "reference")),
+    Regime("hopper", HALF, 4096, 64, NATIVE),
+    Regime("hopper", HALF, math.inf, 64, TRITON),
+    Regime("hopper", HALF, math.inf, 256, NATIVE),
+    Regime("cuda", HALF, 4096, 256, NATIVE),
+    Regime("cuda", (), 2048, 512, NATIVE),
+    Regime("cuda", (), math.inf, math.inf, TRITON),
 )
 
 
@@ -75,13 +82,21 @@ _warn_of_missing._dynamo_marked_constant = True  # as above
 
 
 def choose(
-    backend: str | None, device: torch.device, rows: int = 0, features: int = 0, dtype: torch.dtype | None = None
+    backend: str | None,
+    device: torch.device,
+    rows: int = 0,
+    features: int = 0,
+    dtype: torch.dtype | None = None,
+    unit_rows: bool = False,
 ) -> str:
-    """The backend's name. One named by argument or environment must serve the device; only the default falls back."""
+    """The backend's name. One named by argument or environment must serve the device; only the default falls back.
+
+    unit_rows: whether the problem is sets of normalised rows against each other, for which there are further kernels.
+    """
     source = "backend" if backend is not None else "TCLR_KERNELS_BACKEND"
     backend = backend if backend is not None else os.environ.get("TCLR_KERNELS_BACKEND") or None
     if backend is None:
-        for chosen in _order(device, rows, features, dtype):
+        for chosen in _order(device, rows, features, dtype, unit_rows):
             if chosen in BACKENDS and _why_not(chosen, device) is None:
                 break
         if chosen == "reference":
@@ -94,10 +109,22 @@ def choose(
     return backend
 
 
-def _order(device: torch.device, rows: int, features: int, dtype: torch.dtype | None) -> Iterable[str]:
-    kind = device.type
-    for regime in REGIMES if kind != "cpu" else ():
-        fits = regime.device == kind and rows <= regime.rows and features <= regime.features
+def _order(
+    device: torch.device, rows: int, features: int, dtype: torch.dtype | None, unit_rows: bool
+) -> Iterable[str]:
+    on_hopper = unit_rows and device.type == "cuda" and _is_hopper(device)
+    kinds = (device.type, "hopper") if on_hopper else (device.type,)
+    for regime in REGIMES:
+        fits = regime.kind in kinds and rows <= regime.rows and features <= regime.features
         if fits and (not regime.dtypes or dtype in regime.dtypes):
             return regime.order
     return BACKENDS
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    usable = torch.version.hip is None and torch.cuda.is_available()
+    return usable and torch.cuda.get_device_capability(device) == HOPPER
+
+
+_is_hopper._dynamo_marked_constant = True  # as above

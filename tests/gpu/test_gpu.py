@@ -61,9 +61,10 @@ def test_extreme_temperatures(D, tau, normalize, dtype, backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("B", [9, 1500, 5000])
-def test_the_default_is_that_of_the_regime(B, dtype):
-    a, b = on_gpu("nt_xent", (B, 2, 8), dtype)
-    chosen = backends.choose(None, a.device, 2 * B, 8, dtype)
+@pytest.mark.parametrize("D", [8, 128])
+def test_the_default_is_that_of_the_regime(D, B, dtype):
+    a, b = on_gpu("nt_xent", (B, 2, D), dtype)
+    chosen = backends.choose(None, a.device, 2 * B, D, dtype, unit_rows=True)
     assert torch.equal(tk.nt_xent(a, b), tk.nt_xent(a, b, backend=chosen))
 
 
