@@ -927,7 +927,7 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """dx [V, G, N, D] and <z, dz> [G, V, N] by three launches; one more if tau is a tensor, one if rows are few.
 
-    g_term: the gradient of term / count, or one number for all of them
+    g_term: the gradient of term / count, or one number for all of them. More than 512 features: as `wide.py` says.
     """
     first = sets[0]
     G, N, D = first.shape
