@@ -61,9 +61,8 @@ def total(
     """The sum of all terms of `blocks`, divided by count. inputs: sets [G, N, D], or several of them [..., G, N, D]"""
     sets = _sets(inputs)
     G, N, D = sets[0].shape
-    rows = G * len(sets) * N
-    name = backends.choose(backend, sets[0].device, rows, D, sets[0].dtype, normalize)
-    if not divides(name, sets[0], rows):
+    name = backends.choose(backend, sets[0].device, G * len(sets) * N, D, sets[0].dtype, normalize)
+    if not getattr(backends.BACKENDS[name], "DIVIDES", False):
         return ordered_sum(blocks(sets, tau, normalize=normalize, cross=cross, backend=name)[0]) / count
     if not torch.compiler.is_compiling():
         return EagerGram.apply(name, tau, normalize, cross, count, *inputs)[0]

@@ -1,10 +1,11 @@
 """The Triton kernels of `tclr_kernels/triton/`, as operators `torch.ops.tclr_kernels_triton.*`.
 
 Launches: small groups one forward and one backward; else three forward (rows, tiles' sums, finish) and three backward
-(rows, coefficients, tiles). A temperature that is a tensor is never read on the host: the tiles' kernel is launched for
-the range where exponentials are safe and for that where they need a maximum, and one of the two returns at once. Sets
-whose addresses are in no arithmetic progression, strided gradients, and float64 with a number for its temperature take
-a launch more.
+(rows, coefficients, tiles). Of more than 512 features, the backward makes chunks of rows in place of tiles: two
+products by the vendor's library and a launch each, and one launch at the end. A temperature that is a tensor is never
+read on the host: the tiles' kernel is launched for the range where exponentials are safe and for that where they need a
+maximum, and one of the two returns at once. Sets that lie in no rows of equal steps, strided gradients but one number
+for all terms, and float64 with a number for its temperature take a launch more.
 
 The general form (`rectangle`, `pairs`, `rectangle_backward`): four forward (both sides' rows, sums, finish), three
 where the rows are the columns, one more for the columns' mean, which a backward without columns is made of; six

@@ -51,7 +51,7 @@ from .epilogue import (
     term_of,
     widened,
 )
-from .sets import INTERPRETED, accumulator, launch, one_array, temperature, upstream
+from .sets import INTERPRETED, accumulator, cdiv, launch, one_array, temperature, upstream
 from .tiles import Tile
 
 LIMITS = {torch.float32: 60.0, torch.float64: 300.0}  # of 1 / tau, for exp S and its sums to stay within the range
@@ -775,12 +775,12 @@ def packed(sets: Sequence[Tensor], normalize: bool, DP: int, whole: int) -> Pack
     """NP is a multiple of whole. By one launch."""
     x, strides = one_array(sets)
     G, N, D = sets[0].shape
-    V, NP = len(sets), triton.cdiv(N, whole) * whole
+    V, NP = len(sets), cdiv(N, whole) * whole
     z = x.new_empty((G, V, NP, DP), dtype=carrier(x, normalize))
     how = precision(z.dtype, normalize)
     u, lower = (z.new_empty((2, *z.shape), dtype=torch.float16), z.numel()) if how == "pairs" else (z, 0)
     norms = x.new_empty((G, V, NP), dtype=torch.float64)
-    BD = triton.next_power_of_2(DP)
+    BD = 1 << (DP - 1).bit_length()
     BR = whole if INTERPRETED else min(whole, 64, max(1, 4096 // BD))
     launch(
         rows_kernel, G * V * NP // BR, x, z, u, norms, V, N, NP, D, lower, *strides,
@@ -818,7 +818,7 @@ def super_blocks(V: int, blocks: int, groups: int, enough: int) -> tuple[int, in
     """
     wanted = math.isqrt(2 * enough // groups) + 1
     size = max(1, V * blocks // wanted)
-    return size, triton.cdiv(blocks, size)
+    return size, cdiv(blocks, size)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -906,7 +906,7 @@ def forward(
         )  # fmt: skip
     BI = 64
     launch(
-        finish_kernel, G * V * V * triton.cdiv(N, BI), sums, largest, number, limit, term, neg, pos, count, V, N, NP,
+        finish_kernel, G * V * V * cdiv(N, BI), sums, largest, number, limit, term, neg, pos, count, V, N, NP,
         supers, supers_a_set, **how, ACC=accumulator(z), BI=BI, SLOTS=8, num_warps=4,
     )  # fmt: skip
     return term, neg, pos
@@ -927,7 +927,7 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """dx [V, G, N, D] and <z, dz> [G, V, N] by three launches; one more if tau is a tensor, one if rows are few.
 
-    g_term: the gradient of term / count, or one number for all of them
+    g_term: the gradient of term / count, or one number for all of them. More than 512 features: as `wide.py` says.
     """
     first = sets[0]
     G, N, D = first.shape
@@ -943,7 +943,7 @@ def backward(
     from . import wide  # which imports what is above
 
     by_library = wide.serves(D, V, normalize, cross) and launches[0][0]
-    DP = triton.cdiv(D, 64) * 64 if by_library and len(launches) == 1 else tile.DP
+    DP = cdiv(D, 64) * 64 if by_library and len(launches) == 1 else tile.DP
     z, norms, *products = packed(sets, normalize, DP, max(tile.BM, tile.BN))
     NP = z.shape[2]
     blocks = NP // tile.BN
@@ -962,7 +962,7 @@ def backward(
         wide.gradient(z, number, limit, norms, alpha, beta, exponents, dx, zdz, cross, max(tile.BM, tile.BN))
         launches = launches[1:]
     in_halves = tile.DC * z.element_size() >= 512 and tile.DC % (2 * RUN.value) == 0
-    programs, tiles_a_set = G * V * (NP // tile.BM) * (tile.DP // tile.DC), triton.cdiv(N, tile.BN)
+    programs, tiles_a_set = G * V * (NP // tile.BM) * (tile.DP // tile.DC), cdiv(N, tile.BN)
     alone = 1.5 if tile.warps == 4 else 1.0  # two programs of 4 warps on a processor cover each other's waits: a guess
     partners = V // 2 if cross else V
     splits, tiles_a_split = splits_of(programs, table_of(first)[1], alone, tiles_a_set, partners)

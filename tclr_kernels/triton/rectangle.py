@@ -62,7 +62,7 @@ from .large import (
     rounded,
     splits_of,
 )
-from .sets import INTERPRETED, accumulator, launch, temperature
+from .sets import INTERPRETED, accumulator, cdiv, launch, temperature
 from .tiles import Tile
 
 ROW_KEY, COLUMN_KEY = tl.constexpr(-1), tl.constexpr(-2)  # in the place of negative keys, which are equal to nothing
@@ -626,7 +626,7 @@ def tile_for(kernel: str, call: Any, rows: Sequence[Tensor], columns: Sequence[T
 def split(programs: int, tile: Tile, y: Side, partners: int) -> tuple[int, int]:
     """The number of splits of the columns, and the columns a split."""
     alone = 1.5 if tile.warps == 4 else 1.0  # as `large.py` guesses
-    tiles_a_set = triton.cdiv(y.n, tile.BN)
+    tiles_a_set = cdiv(y.n, tile.BN)
     splits, tiles_a_split = splits_of(programs, large.table_of(y.z)[1], alone, tiles_a_set, partners)
     return splits, tiles_a_split * tile.BN
 
@@ -702,7 +702,7 @@ def forward(
     neg, *labelled = outputs
     BI = 128
     launch(
-        rectangle_finish_kernel, triton.cdiv(pos.numel(), BI), *slots, neg, pos, *(labelled or [neg] * 3), x.count,
+        rectangle_finish_kernel, cdiv(pos.numel(), BI), *slots, neg, pos, *(labelled or [neg] * 3), x.count,
         y.count, x.n, len(slots[0]), pos.numel(), CROSS=cross, INDEX=first >= 0, KEYS=KEYS, BI=BI, SLOTS=8, num_warps=4,
     )  # fmt: skip
     if at_once:
@@ -792,7 +792,7 @@ def coefficients(p: Problem, of_rows: Sequence[Tensor], of_columns: Sequence[Ten
         shape = (6 if kind == "keys" else 2) + INDEX, G, A, C, side.padded
         made.append(z.new_empty(shape, dtype=torch.promote_types(z.dtype, torch.float32)))
         launch(
-            rectangle_coefficients_kernel, G * A * C * triton.cdiv(side.padded, BI), *(x * 4)[:7], exponents, made[-1],
+            rectangle_coefficients_kernel, G * A * C * cdiv(side.padded, BI), *(x * 4)[:7], exponents, made[-1],
             G, A * C, n, side.padded, exponents.shape[1], KIND=kind, INDEX=INDEX, ACC=accumulator(z),
             BOOST=boost(p.rows), BI=BI, BE=256, num_warps=4,
         )  # fmt: skip
@@ -805,7 +805,7 @@ def units(gradients: Sequence[Sequence[Tensor]]) -> Tensor:
     """Exponents [G, blocks] of the largest gradients in blocks of each group. gradients: of each side with anchors"""
     G, BI = len(gradients[0][0]), 1024
     cells = [x[0].numel() // G for x in gradients]
-    blocks = [triton.cdiv(count, BI) for count in cells]
+    blocks = [cdiv(count, BI) for count in cells]
     exponents = gradients[0][0].new_empty((G, sum(blocks)), dtype=torch.int32)
     for k, x in enumerate(gradients):
         launch(

@@ -1,6 +1,5 @@
 """What every launch needs: the sets as one array, the temperature as the kernels take it, the device they run on."""
 
-import contextlib
 import os
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -43,6 +42,11 @@ def grid_of(places: tuple[int, ...]) -> tuple[int, int, int]:
     return (inner if found == list(places) else 0), outer_step, step
 
 
+def cdiv(size: int, part: int) -> int:
+    """As Triton's, which takes several microseconds on the host: it is made for kernels."""
+    return -(-size // part)
+
+
 def accumulator(x: Tensor) -> tl.dtype:
     return tl.float64 if x.dtype == torch.float64 else tl.float32
 
@@ -71,7 +75,7 @@ def upstream(
 
 # said in every launch, since Triton 3.10 will change its default: the tables of tiles were chosen with it
 COMPILER_OPTIONS = dict(enable_fp_fusion=True)
-_held: dict[Hashable, tuple[Any, list[Any]]] = {}  # what launches have in common -> compiled kernel, its constants
+_held: dict[Hashable, tuple[Any, ...]] = {}  # what launches have in common -> what starts the kernel
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, **settings: Any) -> None:
@@ -82,37 +86,37 @@ def launch(kernel: Any, programs: int, *arguments: Any, **settings: Any) -> None
     kept by what it was compiled for, and started directly by later calls, unless someone watches Triton's own way.
     """
     device = arguments[0].device
-    with torch.cuda.device(device) if _is_another(device) else contextlib.nullcontext():
-        if not HOLDS or _watched(kernel):
-            kernel[(programs,)](*arguments, **settings, **COMPILER_OPTIONS)
-            return
-        alike = id(kernel), device, *_modes(), *settings, *settings.values(), *specialised(arguments)
-        held = _held.get(alike)
-        if held is None:
-            compiled = kernel[(programs,)](*arguments, **settings, **COMPILER_OPTIONS)
-            _held[alike] = compiled, [settings[name] for name in kernel.arg_names[len(arguments) :]]
-            return
-        compiled, constants = held
-        stream = driver.active.get_current_stream(device.index)
-        run, what = compiled.run, (compiled.function, compiled.packed_metadata)
-        run(programs, 1, 1, stream, *what, None, None, None, *arguments, *constants)
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            launch(kernel, programs, *arguments, **settings)
+        return
+    modes = _modes(kernel)
+    if modes is None:
+        kernel[(programs,)](*arguments, **settings, **COMPILER_OPTIONS)
+        return
+    alike = id(kernel), device.index, *modes, *settings, *settings.values(), *specialised(arguments)
+    held = _held.get(alike)
+    if held is None:
+        compiled = kernel[(programs,)](*arguments, **settings, **COMPILER_OPTIONS)
+        constants = [settings[name] for name in kernel.arg_names[len(arguments) :]]
+        what = compiled.function, compiled.packed_metadata, None, None, None  # no hooks, and no data for them
+        _held[alike] = compiled, what, constants
+        return
+    compiled, what, constants = held
+    stream = driver.active.get_current_stream(device.index)
+    compiled.run(programs, 1, 1, stream, *what, *arguments, *constants)
 
 
-def _is_another(device: torch.device) -> bool:
-    return device.type == "cuda" and device.index != torch.cuda.current_device()
+def _modes(kernel: Any) -> tuple[Hashable, ...] | None:
+    """What may be set at any time and makes Triton compile a kernel anew; None where its own way has to be gone.
 
-
-def _watched(kernel: Any) -> bool:
-    """Whether there are functions to call at every launch, as profilers have them, or at every look for a kernel."""
-    runtime = knobs.runtime
-    at_launches = getattr(runtime.launch_enter_hook, "calls", None), getattr(runtime.launch_exit_hook, "calls", None)
-    return any(at_launches) or bool(kernel.pre_run_hooks) or runtime.add_stages_inspection_hook is not None
-
-
-def _modes() -> tuple[Hashable, ...]:
-    """What may be set at any time, by profilers too, and makes Triton compile a kernel anew."""
-    modes = knobs.compilation
-    return knobs.runtime.debug, modes.instrumentation_mode, getattr(modes, "fpsan_homomorphic_casts", None)
+    That is where functions are to be called at every launch, as profilers have them, or at every look for a kernel.
+    """
+    runtime, compilation = knobs.runtime, knobs.compilation
+    watched = runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls or kernel.pre_run_hooks
+    if watched or not HOLDS or runtime.add_stages_inspection_hook is not None:
+        return None
+    return runtime.debug, compilation.instrumentation_mode, getattr(compilation, "fpsan_homomorphic_casts", None)
 
 
 def specialised(arguments: Sequence[int | float | Tensor]) -> list[Hashable]:

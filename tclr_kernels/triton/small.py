@@ -31,7 +31,7 @@ from .epilogue import (
     term_of,
     widened,
 )
-from .sets import INTERPRETED, accumulator, launch, one_array, temperature, upstream
+from .sets import INTERPRETED, accumulator, cdiv, launch, one_array, temperature, upstream
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -236,7 +236,7 @@ def forward(
     V = len(sets)
     dtype = torch.promote_types(x.dtype, torch.float32)
     outputs = [x.new_empty((G, V, V, N), dtype=dtype) for _ in range(3)]
-    grid = triton.cdiv(G, ROWS // (V * N))
+    grid = cdiv(G, ROWS // (V * N))
     how = settings(x, tau, normalize, cross)
     launch(forward_kernel, grid, x, temperature(tau, x), *outputs, count, G, V, N, D, *strides, **how)
     return tuple(outputs)
@@ -261,7 +261,7 @@ def backward(
     dx = x.new_empty((V, G, N, D))
     zdz = neg.new_empty((G, V, N))
     gradients, given = upstream(g_term if N > 1 else None, g_neg, g_pos, neg)
-    grid = triton.cdiv(G, ROWS // (V * N))
+    grid = cdiv(G, ROWS // (V * N))
     launch(
         backward_kernel, grid, x, temperature(tau, x), neg, pos, *gradients, dx, zdz, count, G, V, N, D, *strides,
         **given, **settings(x, tau, normalize, cross),

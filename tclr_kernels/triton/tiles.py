@@ -7,7 +7,6 @@ import functools
 from typing import NamedTuple
 
 import torch
-import triton
 
 
 class Tile(NamedTuple):
@@ -150,7 +149,7 @@ def device_class(index: int | None) -> tuple[str, int]:
 
 def padded(D: int) -> int:
     """Features of a packed row where a program takes many at once: a power of two, or several times 256."""
-    return max(16, triton.next_power_of_2(D)) if D <= 512 else -(-D // 256) * 256
+    return max(16, 1 << (D - 1).bit_length()) if D <= 512 else -(-D // 256) * 256
 
 
 def by_parts(D: int) -> int:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .epilogue import factors, gradient_scale, inverse_of, narrowed, power_of_two, scaled
 from .large import LOG2E, factor_at, features, largest_exponent, partners_of, precision, to_tf32
-from .sets import INTERPRETED, accumulator, launch
+from .sets import INTERPRETED, accumulator, cdiv, launch
 
 NARROWEST = 512  # features: of more than so many
 ENTRIES = 1 << 23  # of S at a time: a few dozen MiB
@@ -181,7 +181,7 @@ def gradient(
         BN = min(NP & -NP, 256)  # of one set alone
         span = BN * max(1, 4096 // BN)
         launch(
-            weights_kernel, k * (n // BM) * triton.cdiv(m, span), s, w, number, limit, alpha, exponents, V, N, NP,
+            weights_kernel, k * (n // BM) * cdiv(m, span), s, w, number, limit, alpha, exponents, V, N, NP,
             groups.start, rows.start, columns.start, n, m, span, blocks, PRECISION=precision(z.dtype, True), BM=BM,
             BN=BN, **how,
         )  # fmt: skip
