@@ -35,7 +35,7 @@ Gram<T> describe(int64_t G, int64_t V, int64_t N, int64_t D, bool normalize, boo
   p.inverse = T(1 / tau.value);
   p.order = {0, V * N, N, 0, 1, 1};
   p.size = p.tiles().block, p.blocks = p.tiles().blocks;
-  p.parts = parts_of(p.tile_sets() * p.blocks, p.gradient_blocks(), enough_blocks / 2);
+  p.parts = parts_of(p.tile_sets() * p.blocks, p.gradient_blocks(), enough_tiles);
   return p;
 }
 
@@ -91,7 +91,7 @@ struct SetRow {
 // Shared memory of a tile and of what its anchors have, so many numbers each.
 template <typename T>
 size_t shared_of(const Gram<T>& p, int numbers) {
-  return Tile<T>::size(p.ldz) + sizeof(T) * (p.slots() * tile * numbers + threads / 32);
+  return Tile<T>::size(p.ldz) + sizeof(T) * (p.slots() * tile * numbers + tile_threads / 32);
 }
 
 // How a problem is computed: in the arithmetic of T on tiles of 32 rows, or on tensor cores. groups: of 128 features
@@ -100,6 +100,7 @@ template <typename T, int groups = panel<T> / 128>
 struct Plain {
   using Number = T;
   using Stored = Same<T>;
+  static constexpr int of_block = tile_threads, at_once = blocks_at_once<T>;
 
   static void describe(Call<T>& c, Arena& arena) { arena.take(c.p.z, c.p.rows() * c.p.ldz); }
   TCLR_METHOD static T* rows(const Call<T>& c) { return c.p.z; }
@@ -119,6 +120,7 @@ template <typename E>
 struct OnTensorCores {
   using Number = float;
   using Stored = E;
+  static constexpr int of_block = threads, at_once = 1;
 
   static void describe(Call<float>& c, Arena& arena) {
     c.z.ldw = (c.p.D + 8 * in_word<E> - 1) / (8 * in_word<E>)*8;
