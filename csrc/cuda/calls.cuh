@@ -34,8 +34,11 @@ Gram<T> describe(int64_t G, int64_t V, int64_t N, int64_t D, bool normalize, boo
   p.parts = p.boost = 1;
   p.inverse = T(1 / tau.value);
   p.order = {0, V * N, N, 0, 1, 1};
-  p.size = p.tiles().block, p.blocks = p.tiles().blocks;
-  p.parts = parts_of(p.tile_sets() * p.blocks, p.gradient_blocks(), enough_tiles);
+  Problem tiles = p.tiles();
+  p.parts = parts_of(tiles.V * tiles.blocks, p.gradient_blocks(), enough_tiles);
+  auto few = [](int64_t n) { return uint32_t(n); };
+  p.of = {few(V), few(N), few(tiles.block), few(tiles.blocks), few(tiles.V), few(p.parts), few(p.panels()),
+          few(p.sum_blocks()), few(p.term_blocks()), few(p.gradient_blocks()), p.whole()};
   return p;
 }
 
@@ -100,7 +103,7 @@ template <typename T, int groups = panel<T> / 128>
 struct Plain {
   using Number = T;
   using Stored = Same<T>;
-  static constexpr int of_block = tile_threads, at_once = blocks_at_once<T>;
+  static constexpr int of_block = tile_threads, at_once = blocks_at_once<T, groups>;
 
   static void describe(Call<T>& c, Arena& arena) { arena.take(c.p.z, c.p.rows() * c.p.ldz); }
   TCLR_METHOD static T* rows(const Call<T>& c) { return c.p.z; }

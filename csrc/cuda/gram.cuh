@@ -18,8 +18,8 @@ namespace {
 constexpr int tile = 32;  // rows and columns of a tile of S
 template <typename T>
 constexpr int panel = 1024 / sizeof(T);  // features in shared memory at once
-template <typename T>
-constexpr int blocks_at_once = sizeof(T) == 8 ? 1 : 2;  // of a multiprocessor: as many as the registers suffice for
+template <typename T, int groups = 1>
+constexpr int blocks_at_once = sizeof(T) == 8 ? 1 : 4 - groups;  // on a multiprocessor, as registers suffice for
 constexpr int lds = tile + 4;            // of the tile of S
 constexpr int per_row = tile_threads / tile;  // threads that share a row of it
 constexpr int quarters = tile_threads / 64;   // of the features, each by 64 threads, that S is the sum over
@@ -38,11 +38,21 @@ struct Order {
 
 // The last digit of a block's number in base n, taken off it. Numbers of blocks have 32 bits, and so has whatever they
 // are made of: a division of 64 bits would take a hundred instructions.
-TCLR_DEVICE uint32_t last_digit(uint32_t& number, int64_t n) {
+TCLR_DEVICE uint32_t last_digit(uint32_t& number, uint32_t n) {
+  if (n == 1) return 0;
   uint32_t before = number;
-  number /= uint32_t(n);
-  return before - number * uint32_t(n);
+  number /= n;
+  return before - number * n;
 }
+
+// The sizes that the kernels on tiles decode the number of a block by: a multiplication of 64 bits takes several
+// instructions too. Those of a group that is one tile say that it has one set.
+struct Sizes {
+  uint32_t V, N, size, blocks;                          // rows of a tile, and tiles of a set
+  uint32_t sets, parts, panels;                         // of the tiles; the set they are of, and who makes what of them
+  uint32_t sum_blocks, term_blocks, gradient_blocks;    // of threads, for each step
+  bool whole;
+};
 
 // One problem, and where its steps leave what the next ones read.
 template <typename T>
@@ -58,7 +68,7 @@ struct Gram {
   int64_t parts;                // of the sets that contribute to a row, so that few rows fill the device
   double boost;                 // of the weights, beyond the unit of their group
   Order order;                  // of z
-  int64_t size, blocks;         // rows of a tile and tiles of a set, or of a group that is one tile
+  Sizes of;
   T inverse;                    // 1 / tau, where tau is a value
   T* along;                     // [parts, rows] of <z, dz>, where the objective's parts have
   double* units;                // [tiles, parts] units of their own
@@ -80,12 +90,11 @@ struct Gram {
 
   constexpr int64_t row_blocks() const { return (rows() * 32 + threads - 1) / threads; }
   constexpr int64_t term_blocks() const { return (rows() * V + tile_threads - 1) / tile_threads; }
-  constexpr int64_t sum_blocks() const { return whole() ? G : G * V * V * blocks; }
+  constexpr int64_t sum_blocks() const { return whole() ? G : G * V * V * tiles().blocks; }
   constexpr int64_t finish_blocks() const { return (rows() * lanes() + threads - 1) / threads; }
-  constexpr int64_t tile_sets() const { return whole() ? 1 : V; }
-  constexpr int64_t tile_count() const { return G * tile_sets() * blocks; }
+  constexpr int64_t tile_count() const { return G * tiles().V * tiles().blocks; }
   constexpr int64_t gradient_blocks() const { return tile_count() * parts * panels(); }
-  constexpr int slots() const { return whole() ? int(V) : 2; }  // of anchors that a tile meets
+  constexpr int slots() const { return V * N <= tile ? int(V) : 2; }  // of anchors that a tile meets
   constexpr bool exists(int64_t a, int64_t c) const { return !cross || (a < (V + 1) / 2) != (c < (V + 1) / 2); }
   TCLR_METHOD T inverse_tau() const { return tau.data ? T(1 / value_of(tau)) : inverse; }
 };
@@ -175,22 +184,23 @@ struct Block {  // of rows
 };
 
 template <typename T>
-TCLR_DEVICE int64_t begin(const Gram<T>& p, const Block& b) {
-  return b.index * p.size;
+TCLR_DEVICE uint32_t begin(const Gram<T>& p, const Block& b) {
+  return uint32_t(b.index) * p.of.size;
 }
 
 template <typename T>
 TCLR_DEVICE int count(const Gram<T>& p, const Block& b) {
-  int64_t all = p.whole() ? p.V * p.N : p.N, rest = all - begin(p, b);
-  return int(rest < p.size ? rest : p.size);
+  uint32_t all = p.of.whole ? p.of.size : p.of.N, rest = all - begin(p, b);
+  return int(rest < p.of.size ? rest : p.of.size);
 }
 
 // The row of z that a row of the problem is.
 template <typename T>
 TCLR_DEVICE int64_t stored(const Gram<T>& p, const Place& r) {
-  auto a = uint32_t(r.a), outer = a / p.order.inner;
-  return p.order.first + r.g * p.order.of_group + outer * p.order.of_outer +
-         (a - outer * p.order.inner) * p.order.of_set + r.i * p.order.of_row;
+  auto outer = uint32_t(r.a);
+  uint32_t inner = last_digit(outer, p.order.inner);
+  return p.order.first + r.g * p.order.of_group + outer * p.order.of_outer + inner * p.order.of_set +
+         r.i * p.order.of_row;
 }
 
 // The rows of a block: of one set, or of the sets of a group.
@@ -203,8 +213,8 @@ struct BlockRows {
   TCLR_METHOD BlockRows(const Gram<T>& p, const Block& b)
       : p(p), g(b.g), rows(count(p, b)), of_set{p.z + stored(p, {b.g, b.a, begin(p, b)}) * p.ldz, rows, p.order.of_row * p.ldz} {}
   TCLR_METHOD const T* at(int r) const {
-    if (!p.whole()) return of_set.at(r);
-    uint32_t N = uint32_t(p.N), a = r / N;
+    if (!p.of.whole) return of_set.at(r);
+    uint32_t N = p.of.N, a = r / N;
     return p.z + stored(p, {g, a, r - a * N}) * p.ldz;
   }
   TCLR_METHOD void copy(int r, bool there, int64_t first, int width, T* to) const {
@@ -307,7 +317,7 @@ TCLR_DEVICE void sums_of_group(const Gram<T>& p, int64_t g) {
   T inverse_tau = p.inverse_tau();
   BlockRows<T> all(p, {g, 0, 0});
   products(p, all, all, t, true, [] {});
-  auto N = uint32_t(p.N), V = uint32_t(p.V);
+  auto N = p.of.N, V = p.of.V;
   TCLR_ROLLED
   for (uint32_t k = threadIdx.x; k < V * N * V; k += tile_threads) {
     uint32_t row = k / V, c = k - row * V, a = row / N, i = row - a * N;
@@ -324,8 +334,8 @@ TCLR_DEVICE void sums_of_group(const Gram<T>& p, int64_t g) {
 // neg and pos of one block of rows with one set.
 template <typename T>
 TCLR_DEVICE void sums(const Gram<T>& p, uint32_t block) {
-  if (p.whole()) return sums_of_group(p, block);
-  int64_t c = last_digit(block, p.V), index = last_digit(block, p.blocks), a = last_digit(block, p.V);
+  if (p.of.whole) return sums_of_group(p, block);
+  uint32_t c = last_digit(block, p.of.V), index = last_digit(block, p.of.blocks), a = last_digit(block, p.of.V);
   Block I{block, a, index};
   Tile<T> t(p);
   T inverse_tau = p.inverse_tau(), largest = lowest<T>, sum = 0;
@@ -336,7 +346,7 @@ TCLR_DEVICE void sums(const Gram<T>& p, uint32_t block) {
   if (one && !paired) p.pos[at] = 0;
   BlockRows<T> rows(p, I);
   TCLR_ROLLED
-  for (int64_t b = 0; b < p.blocks && exists; ++b) {
+  for (int64_t b = 0; b < p.of.blocks && exists; ++b) {
     Block J{I.g, c, b};
     products(p, rows, BlockRows<T>(p, J), t, b > 0, [] {});
     int64_t first = begin(p, J), columns = count(p, J);
@@ -469,15 +479,16 @@ TCLR_DEVICE double unit(const Gram<T>& p, int64_t g) {
 // slot). So many lanes of a warp serve each; not valid: there is no such row, and another one stands for it.
 template <int lanes, typename T, typename F>
 TCLR_DEVICE void each_anchor(const Gram<T>& p, const Block& I, const Block& J, F f) {
+  int slots = p.of.whole ? p.of.V : 2;
   TCLR_ROLLED
-  for (int k = threadIdx.x; k < p.slots() * tile * lanes; k += tile_threads) {
+  for (int k = threadIdx.x; k < slots * tile * lanes; k += tile_threads) {
     int slot = k / lanes / tile, r = k / lanes % tile;
-    bool of_rows = slot == 0 || p.whole();
+    bool of_rows = slot == 0 || p.of.whole;
     Block b{I.g, of_rows ? I.a : J.a, of_rows ? I.index : J.index};
     bool valid = r < count(p, b);
-    uint32_t of_group = valid ? r : 0, N = uint32_t(p.N), a = of_group / N;
-    Place x = p.whole() ? Place{b.g, a, of_group - a * N} : Place{b.g, b.a, begin(p, b) + of_group};
-    f(slot, r, valid, x, p.whole() ? slot : of_rows ? J.a : I.a);
+    uint32_t of_group = valid ? r : 0, N = p.of.N, a = of_group / N;
+    Place x = p.of.whole ? Place{b.g, a, of_group - a * N} : Place{b.g, b.a, begin(p, b) + of_group};
+    f(slot, r, valid, x, p.of.whole ? slot : of_rows ? J.a : I.a);
   }
 }
 
@@ -516,13 +527,13 @@ template <typename T, typename Anchors>
 TCLR_DEVICE void weights(const Gram<T>& p, const Block& I, const Block& J, const Tile<T>& t, Anchors& anchors) {
   int rows = count(p, I), columns = count(p, J);
   T inverse_tau = p.inverse_tau();
-  auto N = uint32_t(p.N);
-  uint32_t row = threadIdx.x / per_row, a = p.whole() ? row / N : 0, i = p.whole() ? row - a * N : begin(p, I) + row;
+  auto N = p.of.N;
+  uint32_t row = threadIdx.x / per_row, a = p.of.whole ? row / N : 0, i = p.of.whole ? row - a * N : begin(p, I) + row;
   each_entry([&](int r, int j, int) {
     T product = t.product(r, j), w = 0;
-    uint32_t c = p.whole() ? j / N : 0, of_column = p.whole() ? j - c * N : begin(p, J) + j;
-    bool same_set = p.whole() ? a == c : I.a == J.a;
-    int slot = p.whole() ? c : 0, back = p.whole() ? a : 1;
+    uint32_t c = p.of.whole ? j / N : 0, of_column = p.of.whole ? j - c * N : begin(p, J) + j;
+    bool same_set = p.of.whole ? a == c : I.a == J.a;
+    int slot = p.of.whole ? c : 0, back = p.of.whole ? a : 1;
     if (r < rows && j < columns) {
       if (i != of_column)
         w = anchors.negative(slot, r, product * inverse_tau) + anchors.negative(back, j, product * inverse_tau);
@@ -596,11 +607,13 @@ struct Work {
   uint32_t row;        // of dz: many parts are made of few rows alone
 
   TCLR_METHOD Work(const Gram<T>& p, uint32_t block) {
-    first = last_digit(block, p.panels()) * panel<T>, number = block;
-    uint32_t part = last_digit(block, p.parts), index = last_digit(block, p.blocks), a = last_digit(block, p.tile_sets());
+    const Sizes& of = p.of;
+    first = last_digit(block, of.panels) * panel<T>, number = block;
+    uint32_t part = last_digit(block, of.parts), index = last_digit(block, of.blocks), a = last_digit(block, of.sets);
     I = {block, a, index};
-    auto tiles = uint32_t(p.tile_sets() * p.blocks), parts = uint32_t(p.parts);
-    tile = part * tiles / parts, end = (part + 1) * tiles / parts;
+    uint32_t tiles = of.sets * of.blocks;
+    tile = part, end = part + 1;
+    if (tiles != of.parts) tile = part * tiles / of.parts, end = (part + 1) * tiles / of.parts;
     row = uint32_t(part * p.rows() + p.row({block, a, begin(p, I)}));
   }
 };
@@ -612,12 +625,12 @@ TCLR_DEVICE void gradient(const Gram<T>& p, const Work<T>& work, Anchors& anchor
   Tile<T> t(p);
   PanelSum<T, groups> dz(Tile<T>::width(p.ldz - work.first));
   BlockRows<T> rows(p, I);
-  bool again = p.whole();
+  bool again = p.of.whole;
   TCLR_ROLLED
   for (uint32_t k = work.tile; k < work.end; ++k) {
-    uint32_t b = k, index = last_digit(b, p.blocks);
+    uint32_t b = k, index = last_digit(b, p.of.blocks);
     Block J{I.g, b, index};
-    if (!p.whole() && !p.exists(I.a, J.a)) continue;
+    if (!p.of.whole && !p.exists(I.a, J.a)) continue;
     BlockRows<T> columns(p, J);
     products(p, rows, columns, t, again, [&] { anchors.read(I, J); });
     if (T by = anchors.rescale(); by != 1) dz.scale(by);

@@ -109,6 +109,11 @@ Objective<T> arrange(const ObjectiveCall& call, Arena& kept, Arena& memory) {
     for (int d = 0; d < 3; ++d) steps = steps && x.strides[d] % 4 == 0;
     if (steps && call.dtype == (sizeof(T) == 8 ? Dtype::f64 : Dtype::f32)) o.quads |= 1u << k;
   }
+  o.V = uint32_t(V), o.B = uint32_t(B), o.clips = uint32_t(clips), o.of_s = uint32_t(of_s), o.of_x = uint32_t(of_x);
+  for (int k = 0; k < o.count; ++k) {
+    const Sizes& of = o.problems[k].of;
+    o.sum_blocks += of.sum_blocks, o.term_blocks += of.term_blocks, o.gradient_blocks += of.gradient_blocks;
+  }
   T* z;
   kept.take(z, o.rows() * o.ldz());
   kept.take(o.norms, o.rows());
@@ -120,9 +125,9 @@ Objective<T> arrange(const ObjectiveCall& call, Arena& kept, Arena& memory) {
     kept.take(p.units, p.parts * p.tile_count());
     memory.take(p.neg, p.V * p.rows()), memory.take(p.pos, p.V * p.rows());
   }
-  kept.take(o.along_blocks, all_blocks<&Gram<T>::term_blocks>(o) + all_blocks<&Gram<T>::gradient_blocks>(o));
+  kept.take(o.along_blocks, int64_t(o.term_blocks) + o.gradient_blocks);
   memory.take(o.ticket, 1);
-  memory.take(o.sums, 2 * all_blocks<&Gram<T>::term_blocks>(o));
+  memory.take(o.sums, 2 * int64_t(o.term_blocks));
   return o;
 }
 
@@ -135,14 +140,13 @@ const char* objective_forward(const ObjectiveCall& call, Arena kept, Arena memor
     size_t of_problem = shared_of(o.problems[k], Made<T>::numbers);
     with_anchors = of_problem > with_anchors ? of_problem : with_anchors;
   }
-  int64_t term_blocks = all_blocks<&Gram<T>::term_blocks>(o);
-  int64_t gradient_blocks = call.gradient ? all_blocks<&Gram<T>::gradient_blocks>(o) : 0;
+  int64_t gradient_blocks = call.gradient ? o.gradient_blocks : 0;
   auto finish = finish_objective<T, panel<T> / 128>;
   if (call.D <= 128) finish = finish_objective<T, 1>;
   const char* error = launch(read_inputs<T>, (o.rows() * 32 + threads - 1) / threads, 0, stream, o);
   if (!error)
-    error = launch(sum_all_tiles<T>, all_blocks<&Gram<T>::sum_blocks>(o), tile, stream, o, tile_threads, true);
-  if (!error) error = launch(finish, term_blocks + gradient_blocks, with_anchors, stream, o, tile_threads, true);
+    error = launch(sum_all_tiles<T>, o.sum_blocks, tile, stream, o, tile_threads, true);
+  if (!error) error = launch(finish, o.term_blocks + gradient_blocks, with_anchors, stream, o, tile_threads, true);
   return error;
 }
 

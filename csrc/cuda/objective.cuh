@@ -40,6 +40,8 @@ struct Objective {
   Norm<T>* norms;             // of the rows of z
   T log_upstream[terms_of_objective];
   double *along_blocks;       // [blocks of finish_objective] of <z, dz>
+  uint32_t sum_blocks, term_blocks, gradient_blocks;  // of all problems
+  uint32_t V, B, clips, of_s, of_x;                   // sizes, and which rows of z are those of s and x
   double* sums;               // [2, term blocks] of terms, and of LL beside ic_local
   unsigned* ticket;           // 0 between launches
   unsigned quads;  // a bit an input: whether its rows are quads of T
@@ -66,9 +68,9 @@ struct Objective {
     }
   }
   TCLR_METHOD InputRow row(uint32_t row) const {
-    int k = 0;
-    for (; k < 2 && row >= rows_of(k); ++k) row -= uint32_t(rows_of(k));
-    uint32_t t = k == 0 ? 0 : last_digit(row, call.T), i = last_digit(row, call.B);
+    int k = (row >= of_s) + (row >= of_x);
+    row -= k == 0 ? 0 : k == 1 ? of_s : of_x;
+    uint32_t t = k == 0 ? 0 : last_digit(row, clips), i = last_digit(row, B);
     return {k, row, i, t};
   }
   TCLR_METHOD Source at(const InputRow& r) const {
@@ -79,18 +81,11 @@ struct Objective {
 };
 
 // The problem that a block works for; `block` becomes its number among the problem's.
-template <auto blocks, typename T>
-TCLR_DEVICE int problem_of(const Objective<T>& o, uint32_t& block) {
+template <typename T>
+TCLR_DEVICE int problem_of(const Objective<T>& o, uint32_t Sizes::*blocks, uint32_t& block) {
   int k = 0;
-  for (; k < o.count - 1 && block >= (o.problems[k].*blocks)(); ++k) block -= uint32_t((o.problems[k].*blocks)());
+  for (; k < o.count - 1 && block >= o.problems[k].of.*blocks; ++k) block -= o.problems[k].of.*blocks;
   return k;
-}
-
-template <auto blocks, typename T>
-constexpr int64_t all_blocks(const Objective<T>& o) {
-  int64_t n = 0;
-  for (int k = 0; k < o.count; ++k) n += (o.problems[k].*blocks)();
-  return n;
 }
 
 template <typename T>
@@ -131,7 +126,7 @@ TCLR_KERNEL read_inputs(TCLR_ARGUMENT Objective<T> o) {
 template <typename T>
 TCLR_KERNEL_OF(tile_threads, blocks_at_once<T>) sum_all_tiles(TCLR_ARGUMENT Objective<T> o) {
   uint32_t block = blockIdx.x;
-  const Gram<T>& p = o.problems[problem_of<&Gram<T>::sum_blocks>(o, block)];
+  const Gram<T>& p = o.problems[problem_of(o, &Sizes::sum_blocks, block)];
   wait_for_former();
   sums(p, block);
   let_next_start();
@@ -165,36 +160,39 @@ struct Pair {
   TCLR_METHOD T share(T of) const { return (of - high) - more; }
 };
 
-// An anchor among the problem's.
+// An anchor among the problem's; its sum with the set c is N * c further on.
 template <typename T>
 struct Anchor {
   const Gram<T>& p;
-  Place r;
+  uint32_t a, first;
 
-  TCLR_METHOD bool paired(int64_t c) const { return c != r.a && p.N > 1 && p.exists(r.a, c); }
-  TCLR_METHOD T neg(int64_t c) const { return p.neg[p.at(r.g, r.a, c, r.i)]; }
-  TCLR_METHOD T pos(int64_t c) const { return p.pos[p.at(r.g, r.a, c, r.i)]; }
-  TCLR_METHOD Pair<T> with(int64_t c) const { return {p.cross ? -INFINITY : neg(r.a), neg(c), pos(c)}; }
+  TCLR_METHOD Anchor(const Gram<T>& p, const Place& r)
+      : p(p), a(uint32_t(r.a)), first((uint32_t(r.g) * p.of.V + a) * p.of.V * p.of.N + uint32_t(r.i)) {}
+  TCLR_METHOD bool exists(uint32_t c) const { return !p.cross || (2 * a < p.of.V) != (2 * c < p.of.V); }
+  TCLR_METHOD bool paired(uint32_t c) const { return c != a && p.of.N > 1 && exists(c); }
+  TCLR_METHOD T neg(uint32_t c) const { return p.neg[first + c * p.of.N]; }
+  TCLR_METHOD T pos(uint32_t c) const { return p.pos[first + c * p.of.N]; }
+  TCLR_METHOD Pair<T> with(uint32_t c) const { return {p.cross ? -INFINITY : neg(a), neg(c), pos(c)}; }
 };
 
 // LL of one anchor, the sets being (v, t), v outermost; made by the lanes that share the anchor.
 template <typename T>
 struct LocalLocal {
-  int64_t mate;
+  uint32_t mate;
   T negatives, excess;
 
   TCLR_METHOD LocalLocal(const Anchor<T>& x, int lanes) {
-    int64_t a = x.r.a, V = x.p.V, lane = threadIdx.x % lanes;
+    uint32_t a = x.a, V = x.p.of.V, lane = threadIdx.x % lanes;
     mate = a < V / 2 ? a + V / 2 : a - V / 2;
     T top = -INFINITY, sum = 0;
     TCLR_ROLLED
-    for (int64_t c = lane; c < V; c += lanes) {
+    for (uint32_t c = lane; c < V; c += lanes) {
       T pos = x.pos(c);
       if (c != a && c != mate) top = pos > top || pos != pos ? pos : top;
     }
     top = largest_over_row(top, lanes);
     TCLR_ROLLED
-    for (int64_t c = lane; c < V; c += lanes)
+    for (uint32_t c = lane; c < V; c += lanes)
       if (c != a && c != mate) sum += exp(x.pos(c) - top);
     sum = sum_over_row(sum, lanes);
     negatives = top + log(sum), excess = negatives - x.pos(mate);
@@ -229,9 +227,9 @@ struct Made {
 
   // The logarithm of the coefficient of an anchor's sum over its own set.
   TCLR_METHOD T of_own_set(const Anchor<T>& x) const {
-    T all = -INFINITY, own = x.neg(x.r.a);
+    T all = -INFINITY, own = x.neg(x.a);
     TCLR_ROLLED
-    for (int64_t c = threadIdx.x % lanes; c < p.V; c += lanes) {
+    for (uint32_t c = threadIdx.x % lanes; c < p.of.V; c += lanes) {
       if (!x.paired(c)) continue;
       Pair<T> pair = x.with(c);
       all = log_add(all, log_sigmoid(pair.excess) + pair.share(own));
@@ -240,11 +238,11 @@ struct Made {
     return all + log_upstream;
   }
   // own, other: whether some of the anchors that are made at once meet their own set, and whether some meet another.
-  TCLR_METHOD void make(const Anchor<T>& x, int64_t c, bool own, bool other, T (&to)[numbers]) const {
+  TCLR_METHOD void make(const Anchor<T>& x, uint32_t c, bool own, bool other, T (&to)[numbers]) const {
     T neg = x.neg(c), of_neg = -INFINITY, less = -INFINITY, more = -INFINITY;  // of pos: what brings it near, and away
     if (own && !p.cross) {
       T all = of_own_set(x);
-      if (c == x.r.a) of_neg = all;
+      if (c == x.a) of_neg = all;
     }
     if (x.paired(c)) {
       Pair<T> pair = x.with(c);
@@ -255,17 +253,17 @@ struct Made {
       T g = log_ll + log_sigmoid(of_ll.excess);
       if (c == of_ll.mate)
         less = log_add(less, g);
-      else if (c != x.r.a)
+      else if (c != x.a)
         more = g + (x.pos(c) - of_ll.negatives);
     }
     to[0] = neg, to[1] = of_neg, to[2] = less, to[3] = more;
   }
   TCLR_METHOD void read(const Block& I, const Block& J) {
     T top = none;
-    bool own = p.whole() || I.a == J.a, other = p.whole() || I.a != J.a;
+    bool own = p.of.whole || I.a == J.a, other = p.of.whole || I.a != J.a;
     each_anchor<lanes>(p, I, J, [&](int slot, int r, bool valid, const Place& x, int64_t c) {
       T made[numbers];
-      make({p, x}, c, own, other, made);
+      make(Anchor<T>(p, x), uint32_t(c), own, other, made);
       if (!valid) return;
       for (int k = 1; k < numbers; ++k)
         if (made[k] > top && made[k] < INFINITY) top = made[k];
@@ -313,11 +311,11 @@ template <typename T>
 TCLR_DEVICE void term_of(const Objective<T>& o, int k, uint32_t item, double& of_pair, double& of_ll) {
   const Gram<T>& p = o.problems[k];
   if (item >= p.rows() * p.V) return;
-  int64_t i = last_digit(item, p.N), c = last_digit(item, p.V), a = last_digit(item, p.V);
-  Anchor<T> x{p, {item, a, i}};
+  uint32_t i = last_digit(item, p.of.N), c = last_digit(item, p.of.V), a = last_digit(item, p.of.V);
+  Anchor<T> x(p, {item, a, i});
   if (x.paired(c))
     of_pair = softplus(x.with(c).excess);
-  else if (c != a && p.exists(a, c))
+  else if (c != a && x.exists(c))
     of_pair = x.pos(c) - x.pos(c);
   else if (c == a && o.with_ll(o.kinds[k]))
     of_ll = softplus(LocalLocal<T>(x, 1).excess);
@@ -328,11 +326,11 @@ template <typename T>
 TCLR_DEVICE void write_terms(const Objective<T>& o, double* shared) {
   static_assert(tile_threads / 32 >= terms_of_objective);
   int term = threadIdx.x / 32;
-  int64_t all = all_blocks<&Gram<T>::term_blocks>(o), first = 0;
+  int64_t all = o.term_blocks, first = 0;
   const volatile double* sums = o.sums;
   double sum = 0;
   for (int k = 0; k < o.count; ++k) {
-    int64_t n = o.problems[k].term_blocks(), from = first + (o.kinds[k] == term ? 0 : all);
+    int64_t n = o.problems[k].of.term_blocks, from = first + (o.kinds[k] == term ? 0 : all);
     bool here = o.kinds[k] == term || (term == ll && o.with_ll(o.kinds[k]));
     for (int64_t b = threadIdx.x % 32; b < n && here; b += 32) sum += sums[from + b];
     first += n;
@@ -356,7 +354,7 @@ TCLR_DEVICE void add_terms(const Objective<T>& o, int64_t blocks) {
   double *shared = shared_memory<double>(), of_pairs = 0, of_ll = 0;
   auto* last = reinterpret_cast<unsigned*>(shared + 2 * warps);
   uint32_t block = blockIdx.x;
-  int k = problem_of<&Gram<T>::term_blocks>(o, block);
+  int k = problem_of(o, &Sizes::term_blocks, block);
   term_of(o, k, block * tile_threads + threadIdx.x, of_pairs, of_ll);
   of_pairs = sum_over_row(of_pairs, 32), of_ll = sum_over_row(of_ll, 32);
   if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = of_pairs, shared[warps + threadIdx.x / 32] = of_ll;
@@ -378,7 +376,7 @@ TCLR_DEVICE void add_terms(const Objective<T>& o, int64_t blocks) {
 
 template <typename T, int groups>
 TCLR_DEVICE void add_gradient(const Objective<T>& o, uint32_t block) {
-  int k = problem_of<&Gram<T>::gradient_blocks>(o, block);
+  int k = problem_of(o, &Sizes::gradient_blocks, block);
   const Gram<T>& p = o.problems[k];
   Work<T> work(p, block);
   Made<T> anchors(o, k);
@@ -399,8 +397,8 @@ TCLR_DEVICE void add_gradient(const Objective<T>& o, uint32_t block) {
 }
 
 template <typename T, int groups>
-TCLR_KERNEL_OF(tile_threads, blocks_at_once<T>) finish_objective(TCLR_ARGUMENT Objective<T> o) {
-  int64_t blocks = all_blocks<&Gram<T>::term_blocks>(o);
+TCLR_KERNEL_OF(tile_threads, (blocks_at_once<T, groups>)) finish_objective(TCLR_ARGUMENT Objective<T> o) {
+  int64_t blocks = o.term_blocks;
   wait_for_former();
   if (blockIdx.x < blocks)
     add_terms(o, blocks);
@@ -412,7 +410,7 @@ TCLR_KERNEL_OF(tile_threads, blocks_at_once<T>) finish_objective(TCLR_ARGUMENT O
 template <typename T>
 TCLR_DEVICE void write_tau(const Objective<T>& o, double* shared) {
   double sum = 0, tau = value_of(o.call.tau);
-  int64_t first = all_blocks<&Gram<T>::term_blocks>(o), n = all_blocks<&Gram<T>::gradient_blocks>(o);
+  int64_t first = o.term_blocks, n = o.gradient_blocks;
   for (int64_t k = threadIdx.x; k < n; k += threads) sum += o.along_blocks[first + k];
   sum = sum_over_row(sum, 32);
   if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = sum;
@@ -441,9 +439,11 @@ TCLR_KERNEL write_gradients(TCLR_ARGUMENT Objective<T> o) {
     Place place = o.place(o.kinds[k], r);
     if (place.a < 0) continue;
     reached = true;
-    Block I{place.g, p.whole() ? 0 : place.a, p.whole() ? 0 : uint32_t(place.i) / uint32_t(p.size)};
-    const double* units = p.units + ((I.g * p.tile_sets() + I.a) * p.blocks + I.index) * p.parts;
-    for (int64_t part = warp; part < p.parts; part += warps) {
+    const Sizes& of = p.of;
+    uint32_t tile = uint32_t(place.g);
+    if (!of.whole) tile = (tile * of.V + uint32_t(place.a)) * of.blocks + uint32_t(place.i) / of.size;
+    const double* units = p.units + int64_t(tile) * of.parts;
+    for (uint32_t part = warp; part < of.parts; part += warps) {
       int64_t at = part * p.rows() + p.row(place);
       double unit = units[part];
       along += p.along[at] * unit;
