@@ -51,7 +51,10 @@ BUGS = {
     "GL: the gradient of x from s": ("r.v + (r.input == 2 ? call.V : 0)", "r.v"),
     "the temperature's gradient halved": ("(2 * tau * tau)", "(4 * tau * tau)"),
     "missing barrier": ("wait_for_copies();\n    __syncthreads();\n    switch", "wait_for_copies();\n    switch"),
-    "copies not waited for": ("    wait_for_copies();\n    __syncthreads();\n    switch", "    __syncthreads();\n    switch"),
+    "copies not waited for": (
+        "    wait_for_copies();\n    __syncthreads();\n    switch",
+        "    __syncthreads();\n    switch",
+    ),
     "missing barrier before the products are read": (
         "j + 8 * y] = sum[x][y];\n  __syncthreads();",
         "j + 8 * y] = sum[x][y];",

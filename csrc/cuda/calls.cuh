@@ -37,8 +37,9 @@ Gram<T> describe(int64_t G, int64_t V, int64_t N, int64_t D, bool normalize, boo
   Problem tiles = p.tiles();
   p.parts = parts_of(tiles.V * tiles.blocks, p.gradient_blocks(), enough_tiles);
   auto few = [](int64_t n) { return uint32_t(n); };
-  p.of = {few(V), few(N), few(tiles.block), few(tiles.blocks), few(tiles.V), few(p.parts), few(p.panels()),
-          few(p.sum_blocks()), few(p.term_blocks()), few(p.gradient_blocks()), p.whole()};
+  p.of = {few(V),       few(N),          few(tiles.block),    few(tiles.blocks),    few(tiles.V),
+          few(p.parts), few(p.panels()), few(p.sum_blocks()), few(p.term_blocks()), few(p.gradient_blocks()),
+          p.whole()};
   return p;
 }
 
@@ -157,8 +158,8 @@ template <typename T>
 TCLR_KERNEL write_sets(TCLR_ARGUMENT Call<T> c) {
   SetRow row(c);
   double factor = 1 / value_of(c.p.tau);
-  double along = write_row(row.x, row.D, share(c.p, row.r), factor, row.set->gradient,
-                           (row.r.g * c.p.N + row.r.i) * c.p.D);
+  double along =
+      write_row(row.x, row.D, share(c.p, row.r), factor, row.set->gradient, (row.r.g * c.p.N + row.r.i) * c.p.D);
   if (row.D != 0 && threadIdx.x % 32 == 0) c.zdz[c.p.row(row.r)] = T(along * factor);
 }
 

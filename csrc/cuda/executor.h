@@ -8,7 +8,7 @@
 namespace tclr {
 constexpr int threads = 128;       // of a block
 constexpr int tile_threads = 256;  // of one that has tiles in the arithmetic of the rows' dtype
-}
+}  // namespace tclr
 
 #ifdef __CUDACC__
 

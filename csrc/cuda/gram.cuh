@@ -20,9 +20,9 @@ template <typename T>
 constexpr int panel = 1024 / sizeof(T);  // features in shared memory at once
 template <typename T, int groups = 1>
 constexpr int blocks_at_once = sizeof(T) == 8 ? 1 : 4 - groups;  // on a multiprocessor, as registers suffice for
-constexpr int lds = tile + 4;            // of the tile of S
-constexpr int per_row = tile_threads / tile;  // threads that share a row of it
-constexpr int quarters = tile_threads / 64;   // of the features, each by 64 threads, that S is the sum over
+constexpr int lds = tile + 4;                                    // of the tile of S
+constexpr int per_row = tile_threads / tile;                     // threads that share a row of it
+constexpr int quarters = tile_threads / 64;  // of the features, each by 64 threads, that S is the sum over
 template <typename T>
 constexpr T lowest = sizeof(T) == 8 ? T(-1.7e308) : T(-3.4e38);  // finite: no difference of it is NaN
 
@@ -48,9 +48,9 @@ TCLR_DEVICE uint32_t last_digit(uint32_t& number, uint32_t n) {
 // The sizes that the kernels on tiles decode the number of a block by: a multiplication of 64 bits takes several
 // instructions too. Those of a group that is one tile say that it has one set.
 struct Sizes {
-  uint32_t V, N, size, blocks;                          // rows of a tile, and tiles of a set
-  uint32_t sets, parts, panels;                         // of the tiles; the set they are of, and who makes what of them
-  uint32_t sum_blocks, term_blocks, gradient_blocks;    // of threads, for each step
+  uint32_t V, N, size, blocks;                        // rows of a tile, and tiles of a set
+  uint32_t sets, parts, panels;                       // of the tiles; the set they are of, and who makes what of them
+  uint32_t sum_blocks, term_blocks, gradient_blocks;  // of threads, for each step
   bool whole;
 };
 
@@ -69,9 +69,9 @@ struct Gram {
   double boost;                 // of the weights, beyond the unit of their group
   Order order;                  // of z
   Sizes of;
-  T inverse;                    // 1 / tau, where tau is a value
-  T* along;                     // [parts, rows] of <z, dz>, where the objective's parts have
-  double* units;                // [tiles, parts] units of their own
+  T inverse;      // 1 / tau, where tau is a value
+  T* along;       // [parts, rows] of <z, dz>, where the objective's parts have
+  double* units;  // [tiles, parts] units of their own
 
   // A group whose rows fit a tile is one tile; else each set is cut into blocks of rows.
   constexpr bool whole() const { return V * N <= tile; }
@@ -211,7 +211,10 @@ struct BlockRows {
   Span<T> of_set;
 
   TCLR_METHOD BlockRows(const Gram<T>& p, const Block& b)
-      : p(p), g(b.g), rows(count(p, b)), of_set{p.z + stored(p, {b.g, b.a, begin(p, b)}) * p.ldz, rows, p.order.of_row * p.ldz} {}
+      : p(p),
+        g(b.g),
+        rows(count(p, b)),
+        of_set{p.z + stored(p, {b.g, b.a, begin(p, b)}) * p.ldz, rows, p.order.of_row * p.ldz} {}
   TCLR_METHOD const T* at(int r) const {
     if (!p.of.whole) return of_set.at(r);
     uint32_t N = p.of.N, a = r / N;
@@ -232,8 +235,8 @@ TCLR_DEVICE void load(const Rows& x, int64_t first, int width, T* to, int ldp) {
     x.copy(r < x.rows ? r : 0, r < x.rows, first, width, to + r * ldp);
 }
 
-// Adds to the products of two tiles what a quarter of the features, from `k` on, gives. A warp has every other four rows;
-// a thread, of 8 eights x eights rows and columns, as many.
+// Adds to the products of two tiles what a quarter of the features, from `k` on, gives. A warp has every other four
+// rows; a thread, of 8 eights x eights rows and columns, as many.
 template <int eights, typename T>
 TCLR_DEVICE void add_products(T (&sum)[4][4], const Tile<T>& t, int k, int width) {
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -500,8 +503,7 @@ struct Given {
   T* table;
   double inverse_unit;
 
-  TCLR_METHOD Given(const Gram<T>& p, int64_t g)
-      : p(p), table(Tile<T>(p.ldz).end()), inverse_unit(1 / unit(p, g)) {}
+  TCLR_METHOD Given(const Gram<T>& p, int64_t g) : p(p), table(Tile<T>(p.ldz).end()), inverse_unit(1 / unit(p, g)) {}
   TCLR_METHOD const T* of(int slot, int r) const { return table + (slot * tile + r) * numbers; }
   TCLR_METHOD void read(const Block& I, const Block& J) {
     each_anchor<1>(p, I, J, [&](int slot, int r, bool valid, const Place& x, int64_t c) {
@@ -591,8 +593,8 @@ struct PanelSum {
     for (int q = 0; q < groups; ++q)
       for (int r = 0; r < 4; ++r)
         if (row + 8 * r < rows && q * 128 + feature < width)
-          *reinterpret_cast<Quad<T>*>(dz + (row + 8 * r) * ldz + q * 128 + feature) = {
-              {sum[q][r][0], sum[q][r][1], sum[q][r][2], sum[q][r][3]}};
+          *reinterpret_cast<Quad<T>*>(dz + (row + 8 * r) * ldz + q * 128 +
+                                      feature) = {{sum[q][r][0], sum[q][r][1], sum[q][r][2], sum[q][r][3]}};
   }
 };
 
@@ -671,8 +673,7 @@ TCLR_DEVICE Share<T> share(const Gram<T>& p, const Place& r) {
 // Writes factor times the gradient of one row, by 32 lanes; returns <z, dz>. Lanes without a row: D 0. What the first
 // features are made of stays in registers.
 template <typename T>
-TCLR_DEVICE double write_row(const Source& x, int64_t D, const Share<T>& from, double factor, void* to,
-                             int64_t first) {
+TCLR_DEVICE double write_row(const Source& x, int64_t D, const Share<T>& from, double factor, void* to, int64_t first) {
   constexpr int held = 8;
   bool normalize = from.p.normalize;
   Norm<T> norm = normalize && D != 0 ? from.p.norms[from.row] : Norm<T>{1, 1};

@@ -23,7 +23,8 @@ struct Copy {
 };
 
 using Group = std::vector<Copy>;
-inline std::vector<std::vector<Group>> groups(tile_threads, std::vector<Group>(1));  // of a thread, the last of them open
+inline std::vector<std::vector<Group>> groups(tile_threads,
+                                              std::vector<Group>(1));  // of a thread, the last of them open
 
 // What all lanes of this warp posted. No lane is two exchanges ahead of another: two places are enough.
 inline const Posted* exchange(const Posted& mine) {

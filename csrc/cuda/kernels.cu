@@ -8,7 +8,8 @@ namespace {
 // ---- one problem
 
 template <typename Path>
-TCLR_KERNEL_OF(Path::of_block, Path::at_once) sum_tiles(TCLR_ARGUMENT CallOf<Path> c) {
+TCLR_KERNEL_OF(Path::of_block, Path::at_once)
+sum_tiles(TCLR_ARGUMENT CallOf<Path> c) {
   Path::sum(c, blockIdx.x);
 }
 
@@ -25,7 +26,8 @@ TCLR_KERNEL make_coefficients(TCLR_ARGUMENT Call<T> c) {
 }
 
 template <typename Path>
-TCLR_KERNEL_OF(Path::of_block, Path::at_once) make_gradient(TCLR_ARGUMENT CallOf<Path> c) {
+TCLR_KERNEL_OF(Path::of_block, Path::at_once)
+make_gradient(TCLR_ARGUMENT CallOf<Path> c) {
   Path::add_gradient(c, blockIdx.x);
 }
 
@@ -144,8 +146,7 @@ const char* objective_forward(const ObjectiveCall& call, Arena kept, Arena memor
   auto finish = finish_objective<T, panel<T> / 128>;
   if (call.D <= 128) finish = finish_objective<T, 1>;
   const char* error = launch(read_inputs<T>, (o.rows() * 32 + threads - 1) / threads, 0, stream, o);
-  if (!error)
-    error = launch(sum_all_tiles<T>, o.sum_blocks, tile, stream, o, tile_threads, true);
+  if (!error) error = launch(sum_all_tiles<T>, o.sum_blocks, tile, stream, o, tile_threads, true);
   if (!error) error = launch(finish, o.term_blocks + gradient_blocks, with_anchors, stream, o, tile_threads, true);
   return error;
 }

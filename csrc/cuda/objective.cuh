@@ -36,15 +36,15 @@ struct Objective {
   ObjectiveCall call;
   int count = 0;
   Term kinds[3];
-  Gram<T> problems[3];        // which have one z: the unit rows of g, s, x
-  Norm<T>* norms;             // of the rows of z
+  Gram<T> problems[3];  // which have one z: the unit rows of g, s, x
+  Norm<T>* norms;       // of the rows of z
   T log_upstream[terms_of_objective];
-  double *along_blocks;       // [blocks of finish_objective] of <z, dz>
+  double* along_blocks;                               // [blocks of finish_objective] of <z, dz>
   uint32_t sum_blocks, term_blocks, gradient_blocks;  // of all problems
   uint32_t V, B, clips, of_s, of_x;                   // sizes, and which rows of z are those of s and x
-  double* sums;               // [2, term blocks] of terms, and of LL beside ic_local
-  unsigned* ticket;           // 0 between launches
-  unsigned quads;  // a bit an input: whether its rows are quads of T
+  double* sums;                                       // [2, term blocks] of terms, and of LL beside ic_local
+  unsigned* ticket;                                   // 0 between launches
+  unsigned quads;                                     // a bit an input: whether its rows are quads of T
 
   constexpr const Input& input(int k) const { return k == 0 ? call.g : k == 1 ? call.s : call.x; }
   constexpr int64_t rows_of(int k) const { return call.V * call.B * (k == 0 ? 1 : call.T); }
@@ -82,7 +82,7 @@ struct Objective {
 
 // The problem that a block works for; `block` becomes its number among the problem's.
 template <typename T>
-TCLR_DEVICE int problem_of(const Objective<T>& o, uint32_t Sizes::*blocks, uint32_t& block) {
+TCLR_DEVICE int problem_of(const Objective<T>& o, uint32_t Sizes::* blocks, uint32_t& block) {
   int k = 0;
   for (; k < o.count - 1 && block >= o.problems[k].of.*blocks; ++k) block -= o.problems[k].of.*blocks;
   return k;
@@ -124,7 +124,8 @@ TCLR_KERNEL read_inputs(TCLR_ARGUMENT Objective<T> o) {
 }
 
 template <typename T>
-TCLR_KERNEL_OF(tile_threads, blocks_at_once<T>) sum_all_tiles(TCLR_ARGUMENT Objective<T> o) {
+TCLR_KERNEL_OF(tile_threads, blocks_at_once<T>)
+sum_all_tiles(TCLR_ARGUMENT Objective<T> o) {
   uint32_t block = blockIdx.x;
   const Gram<T>& p = o.problems[problem_of(o, &Sizes::sum_blocks, block)];
   wait_for_former();
@@ -219,7 +220,9 @@ struct Made {
   T along = 0;     // <z, dz> as this thread has it, of one row
 
   TCLR_METHOD Made(const Objective<T>& o, int k)
-      : p(o.problems[k]), log_upstream(o.log_upstream[o.kinds[k]]), log_ll(o.log_upstream[ll]),
+      : p(o.problems[k]),
+        log_upstream(o.log_upstream[o.kinds[k]]),
+        log_ll(o.log_upstream[ll]),
         with_ll(o.with_ll(o.kinds[k])) {
     table = Tile<T>(p.ldz).end(), tops = table + p.slots() * tile * numbers;
   }
@@ -267,8 +270,8 @@ struct Made {
       if (!valid) return;
       for (int k = 1; k < numbers; ++k)
         if (made[k] > top && made[k] < INFINITY) top = made[k];
-      if (threadIdx.x % lanes == 0) *reinterpret_cast<Quad<T>*>(table + (slot * tile + r) * numbers) = {
-          {made[0], made[1], made[2], made[3]}};
+      if (threadIdx.x % lanes == 0)
+        *reinterpret_cast<Quad<T>*>(table + (slot * tile + r) * numbers) = {{made[0], made[1], made[2], made[3]}};
     });
     top = over_row(top, 32, [](T x, T y) { return y > x ? y : x; });
     if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32] = top;
@@ -397,7 +400,8 @@ TCLR_DEVICE void add_gradient(const Objective<T>& o, uint32_t block) {
 }
 
 template <typename T, int groups>
-TCLR_KERNEL_OF(tile_threads, (blocks_at_once<T, groups>)) finish_objective(TCLR_ARGUMENT Objective<T> o) {
+TCLR_KERNEL_OF(tile_threads, (blocks_at_once<T, groups>))
+finish_objective(TCLR_ARGUMENT Objective<T> o) {
   int64_t blocks = o.term_blocks;
   wait_for_former();
   if (blockIdx.x < blocks)
@@ -461,7 +465,8 @@ TCLR_KERNEL write_gradients(TCLR_ARGUMENT Objective<T> o) {
   for (int w = 0; w < warps; ++w) dz += shared[w * chunk + threadIdx.x];
   if (o.call.normalize) dz -= z * sum_over_warps(shared + warps * chunk, warps);
   int64_t clips = r.input == 0 ? 1 : o.call.T, to = ((r.v * o.call.B + r.i) * clips + r.t) * o.call.D + d;
-  put_value(o.input(r.input).gradient, o.call.dtype, to, reached && norm.rest != 0 ? dz * scale * double(1 / norm.scale) : 0);
+  put_value(o.input(r.input).gradient, o.call.dtype, to,
+            reached && norm.rest != 0 ? dz * scale * double(1 / norm.scale) : 0);
 }
 
 }  // namespace

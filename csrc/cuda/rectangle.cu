@@ -91,7 +91,8 @@ template <typename Way>
 using StepOf = Step<typename Way::Number>;
 
 template <typename Way, bool keyed>
-TCLR_KERNEL_OF(Way::Path::of_block, 1) sum_rectangle(TCLR_ARGUMENT StepOf<Way> s) {
+TCLR_KERNEL_OF(Way::Path::of_block, 1)
+sum_rectangle(TCLR_ARGUMENT StepOf<Way> s) {
   Way::template sum<keyed>(s, blockIdx.x);
 }
 
@@ -106,7 +107,8 @@ TCLR_KERNEL note_coefficients(TCLR_ARGUMENT Step<T> s) {
 }
 
 template <typename Way, bool keyed, int weighed>
-TCLR_KERNEL_OF(Way::Path::of_block, 1) make_rectangle_gradient(TCLR_ARGUMENT StepOf<Way> s) {
+TCLR_KERNEL_OF(Way::Path::of_block, 1)
+make_rectangle_gradient(TCLR_ARGUMENT StepOf<Way> s) {
   Way::template add_gradient<keyed, weighed>(s, blockIdx.x);
 }
 
