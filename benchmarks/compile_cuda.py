@@ -1,6 +1,7 @@
 """The CUDA kernels compiled with nvcc, without a GPU: python -m benchmarks.compile_cuda
 
-For sm_80, sm_90a and sm_100: registers, spills, instructions by class. Writes benchmarks/results/cuda-compiled.csv; a
+For sm_80, sm_90a and sm_100: registers, spills, instructions by class, among them those in float64, and how many
+barriers and calls of a division of 64-bit integers there are. Writes benchmarks/results/cuda-compiled.csv; a
 warning or a spill is an error. Shared memory is asked for at the launch: `shared` in csrc/cuda/.
 """
 
@@ -19,7 +20,13 @@ from benchmarks.rows import reason, writing
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "cuda-compiled.csv"
 TARGETS = "80", "90a", "100"
-COLUMNS = "target", "kernel", "status", "registers", "spills", *(f"{name}_instructions" for name in CLASSES)
+COUNTED = {f"{name}_instructions": pattern for name, (pattern, _) in CLASSES.items()} | {
+    "all_instructions": r"^\s+/\*[0-9a-f]{4,}\*/",
+    "double_instructions": r"\bD(?:FMA|MUL|ADD|SETP|MNMX)\b",
+    "barriers": r"\bBAR\.",
+    "long_divisions": r"\bCALL\b.*_(?:div|rem)_[su]64",
+}
+COLUMNS = "target", "kernel", "status", "registers", "spills", *COUNTED
 USED = re.compile(
     r"Function properties for (\S+)\s+\d+ bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\s+"
     r".*?Used (\d+) registers"
@@ -35,10 +42,10 @@ def demangled(names):
 
 def instructions(cubin):
     """Of every kernel, its instructions by class."""
-    text = subprocess.run([NVIDIA / "cuobjdump", "-sass", cubin], capture_output=True, text=True, check=True).stdout
-    functions = re.split(r"Function : (\S+)", text)[1:]
+    text = subprocess.run([NVIDIA / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True).stdout
+    functions = re.split(r"\.section\s+\.text\.(\w+)", text)[1:]
     return {
-        name: {f"{kind}_instructions": len(re.findall(pattern, sass)) for kind, (pattern, _) in CLASSES.items()}
+        name: {count: len(re.findall(pattern, sass, re.MULTILINE)) for count, pattern in COUNTED.items()}
         for name, sass in zip(functions[::2], functions[1::2], strict=True)
     }
 

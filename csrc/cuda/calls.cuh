@@ -34,8 +34,12 @@ Gram<T> describe(int64_t G, int64_t V, int64_t N, int64_t D, bool normalize, boo
   p.parts = p.boost = 1;
   p.inverse = T(1 / tau.value);
   p.order = {0, V * N, N, 0, 1, 1};
-  p.size = p.tiles().block, p.blocks = p.tiles().blocks;
-  p.parts = parts_of(p.tile_sets() * p.blocks, p.gradient_blocks(), enough_blocks / 2);
+  Problem tiles = p.tiles();
+  p.parts = parts_of(tiles.V * tiles.blocks, p.gradient_blocks(), enough_tiles);
+  auto few = [](int64_t n) { return uint32_t(n); };
+  p.of = {few(V),       few(N),          few(tiles.block),    few(tiles.blocks),    few(tiles.V),
+          few(p.parts), few(p.panels()), few(p.sum_blocks()), few(p.term_blocks()), few(p.gradient_blocks()),
+          p.whole()};
   return p;
 }
 
@@ -93,7 +97,7 @@ struct SetRow {
 // Shared memory of a tile and of what its anchors have, so many numbers each.
 template <typename T>
 size_t shared_of(const Gram<T>& p, int numbers) {
-  return Tile<T>::size(p.ldz) + sizeof(T) * (p.slots() * tile * numbers + threads / 32);
+  return Tile<T>::size(p.ldz) + sizeof(T) * (p.slots() * tile * numbers + tile_threads / 32);
 }
 
 // How a problem is computed: in the arithmetic of T on tiles of 32 rows, or on tensor cores. groups: of 128 features
@@ -102,6 +106,7 @@ template <typename T, int groups = panel<T> / 128>
 struct Plain {
   using Number = T;
   using Stored = Same<T>;
+  static constexpr int of_block = tile_threads, at_once = blocks_at_once<T, groups>;
 
   static void describe(Call<T>& c, Arena& arena) { arena.take(c.p.z, c.p.rows() * c.p.ldz); }
   TCLR_METHOD static T* rows(const Call<T>& c) { return c.p.z; }
@@ -121,6 +126,7 @@ template <typename E>
 struct OnTensorCores {
   using Number = float;
   using Stored = E;
+  static constexpr int of_block = threads, at_once = 1;
 
   static void describe(Call<float>& c, Arena& arena) {
     c.z.ldw = (c.p.D + 8 * in_word<E> - 1) / (8 * in_word<E>)*8;
@@ -155,8 +161,8 @@ template <typename T>
 TCLR_KERNEL write_sets(TCLR_ARGUMENT Call<T> c) {
   SetRow row(c);
   double factor = 1 / value_of(c.p.tau);
-  double along = write_row(row.x, row.D, share(c.p, row.r), factor, row.set->gradient,
-                           (row.r.g * c.p.N + row.r.i) * c.p.D);
+  double along =
+      write_row(row.x, row.D, share(c.p, row.r), factor, row.set->gradient, (row.r.g * c.p.N + row.r.i) * c.p.D);
   if (row.D != 0 && threadIdx.x % 32 == 0) c.zdz[c.p.row(row.r)] = T(along * factor);
 }
 

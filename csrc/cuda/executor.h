@@ -6,14 +6,17 @@
 #include <cstdint>
 
 namespace tclr {
-constexpr int threads = 128;  // of every block
-}
+constexpr int threads = 128;       // of a block
+constexpr int tile_threads = 256;  // of one that has tiles in the arithmetic of the rows' dtype
+}  // namespace tclr
 
 #ifdef __CUDACC__
 
 // one block a multiprocessor is enough: else ptxas spills for the sake of more of them
-#define TCLR_KERNEL static __global__ void __launch_bounds__(tclr::threads, 1)
+#define TCLR_KERNEL_OF(threads, blocks) static __global__ void __launch_bounds__(threads, blocks)
+#define TCLR_KERNEL TCLR_KERNEL_OF(tclr::threads, 1)
 #define TCLR_ARGUMENT const __grid_constant__
+#define TCLR_ROLLED _Pragma("unroll 1")  // before a loop of few rounds: code that runs once costs its fetching
 #define TCLR_DEVICE static __device__ __forceinline__
 #define TCLR_METHOD __device__ __forceinline__
 
@@ -21,7 +24,7 @@ namespace tclr {
 
 using Stream = cudaStream_t;
 
-constexpr int64_t enough_blocks = 512;  // to fill a device
+constexpr int64_t enough_blocks = 512, enough_tiles = 512;  // to fill a device
 
 template <typename T>
 TCLR_DEVICE T* shared_memory() {
@@ -47,7 +50,7 @@ TCLR_DEVICE void let_next_start() {
 // code was compiled for devices that have that.
 template <typename A>
 const char* launch(void (*kernel)(A), int64_t blocks, size_t shared, Stream stream, const A& argument,
-                   bool early = false) {
+                   int of_block = threads, bool early = false) {
   constexpr size_t always_there = 48 << 10;
   if (blocks == 0) return nullptr;
   if (blocks > 0x7fffffff) return "more blocks than a grid can hold";
@@ -61,7 +64,7 @@ const char* launch(void (*kernel)(A), int64_t blocks, size_t shared, Stream stre
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(unsigned(blocks)), config.blockDim = dim3(threads);
+    config.gridDim = dim3(unsigned(blocks)), config.blockDim = dim3(of_block);
     config.dynamicSmemBytes = shared, config.stream = stream;
     config.attrs = &attribute, config.numAttrs = early && compiled.ptxVersion >= 90;
     error = cudaLaunchKernelEx(&config, kernel, argument);

@@ -18,7 +18,11 @@ namespace {
 constexpr int tile = 32;  // rows and columns of a tile of S
 template <typename T>
 constexpr int panel = 1024 / sizeof(T);  // features in shared memory at once
-constexpr int lds = tile + 4;            // of the tile of S
+template <typename T, int groups = 1>
+constexpr int blocks_at_once = sizeof(T) == 8 ? 1 : 4 - groups;  // on a multiprocessor, as registers suffice for
+constexpr int lds = tile + 4;                                    // of the tile of S
+constexpr int per_row = tile_threads / tile;                     // threads that share a row of it
+constexpr int quarters = tile_threads / 64;  // of the features, each by 64 threads, that S is the sum over
 template <typename T>
 constexpr T lowest = sizeof(T) == 8 ? T(-1.7e308) : T(-3.4e38);  // finite: no difference of it is NaN
 
@@ -34,11 +38,21 @@ struct Order {
 
 // The last digit of a block's number in base n, taken off it. Numbers of blocks have 32 bits, and so has whatever they
 // are made of: a division of 64 bits would take a hundred instructions.
-TCLR_DEVICE uint32_t last_digit(uint32_t& number, int64_t n) {
+TCLR_DEVICE uint32_t last_digit(uint32_t& number, uint32_t n) {
+  if (n == 1) return 0;
   uint32_t before = number;
-  number /= uint32_t(n);
-  return before - number * uint32_t(n);
+  number /= n;
+  return before - number * n;
 }
+
+// The sizes that the kernels on tiles decode the number of a block by: a multiplication of 64 bits takes several
+// instructions too. Those of a group that is one tile say that it has one set.
+struct Sizes {
+  uint32_t V, N, size, blocks;                        // rows of a tile, and tiles of a set
+  uint32_t sets, parts, panels;                       // of the tiles; the set they are of, and who makes what of them
+  uint32_t sum_blocks, term_blocks, gradient_blocks;  // of threads, for each step
+  bool whole;
+};
 
 // One problem, and where its steps leave what the next ones read.
 template <typename T>
@@ -54,8 +68,10 @@ struct Gram {
   int64_t parts;                // of the sets that contribute to a row, so that few rows fill the device
   double boost;                 // of the weights, beyond the unit of their group
   Order order;                  // of z
-  int64_t size, blocks;         // rows of a tile and tiles of a set, or of a group that is one tile
-  T inverse;                    // 1 / tau, where tau is a value
+  Sizes of;
+  T inverse;      // 1 / tau, where tau is a value
+  T* along;       // [parts, rows] of <z, dz>, where the objective's parts have
+  double* units;  // [tiles, parts] units of their own
 
   // A group whose rows fit a tile is one tile; else each set is cut into blocks of rows.
   constexpr bool whole() const { return V * N <= tile; }
@@ -73,37 +89,40 @@ struct Gram {
   constexpr int64_t panels() const { return (ldz + panel<T> - 1) / panel<T>; }
 
   constexpr int64_t row_blocks() const { return (rows() * 32 + threads - 1) / threads; }
-  constexpr int64_t term_blocks() const { return (rows() * V + threads - 1) / threads; }
-  constexpr int64_t sum_blocks() const { return whole() ? G : G * V * V * blocks; }
+  constexpr int64_t term_blocks() const { return (rows() * V + tile_threads - 1) / tile_threads; }
+  constexpr int64_t sum_blocks() const { return whole() ? G : G * V * V * tiles().blocks; }
   constexpr int64_t finish_blocks() const { return (rows() * lanes() + threads - 1) / threads; }
-  constexpr int64_t tile_sets() const { return whole() ? 1 : V; }
-  constexpr int64_t tile_count() const { return G * tile_sets() * blocks; }
+  constexpr int64_t tile_count() const { return G * tiles().V * tiles().blocks; }
   constexpr int64_t gradient_blocks() const { return tile_count() * parts * panels(); }
-  constexpr int slots() const { return whole() ? int(V) : 2; }  // of anchors that a tile meets
+  constexpr int slots() const { return V * N <= tile ? int(V) : 2; }  // of anchors that a tile meets
   constexpr bool exists(int64_t a, int64_t c) const { return !cross || (a < (V + 1) / 2) != (c < (V + 1) / 2); }
   TCLR_METHOD T inverse_tau() const { return tau.data ? T(1 / value_of(tau)) : inverse; }
 };
 
-// Memory of a tile: two panels of rows, and S, as two sums over half of the features each.
+// Memory of a tile: two panels of rows, and S, as the sums over a quarter of the features each.
 template <typename T>
 struct Tile {
   int ldp;  // of the panels
   T *rows, *columns, *S;
 
   static constexpr int width(int64_t ldz) { return int(ldz < panel<T> ? ldz : panel<T>); }
-  static constexpr size_t size(int64_t ldz) { return sizeof(T) * tile * (2 * (width(ldz) + 4) + 2 * lds); }
+  static constexpr size_t size(int64_t ldz) { return sizeof(T) * tile * (2 * (width(ldz) + 4) + quarters * lds); }
   TCLR_METHOD explicit Tile(int64_t ldz) {
     ldp = width(ldz) + 4;
     rows = shared_memory<T>();
     columns = rows + tile * ldp;
     S = columns + tile * ldp;
   }
-  TCLR_METHOD T* end() const { return S + 2 * tile * lds; }
+  TCLR_METHOD T* end() const { return S + quarters * tile * lds; }
   // Of a group that is one tile: its rows are its columns.
   TCLR_METHOD Tile(const Gram<T>& p) : Tile(p.ldz) {
     if (p.whole()) columns = rows;
   }
-  TCLR_METHOD T product(int r, int j) const { return S[r * lds + j] + S[(tile + r) * lds + j]; }
+  TCLR_METHOD T product(int r, int j) const {
+    T sum = 0;
+    for (int k = 0; k < quarters; ++k) sum += S[(k * tile + r) * lds + j];
+    return sum;
+  }
 };
 
 template <typename T>
@@ -128,7 +147,10 @@ struct Same {  // rows kept in the arithmetic's own type
 template <typename E, typename T>
 TCLR_DEVICE void read_row(const Gram<T>& p, typename E::Element* z, int64_t ldz, int64_t row, const Source& x,
                           int64_t D) {
-  Norm<T> norm = p.normalize ? norm_of<T>(D, 32, [&](int64_t d) { return value_at<T>(x, d); }) : Norm<T>{1, 1};
+  auto each = [&](auto f) {
+    for (int64_t d = threadIdx.x % 32; d < D; d += 32) f(value_at<T>(x, d));
+  };
+  Norm<T> norm = p.normalize ? norm_of<T>(32, each) : Norm<T>{1, 1};
   if (D == 0) return;
   for (int64_t d = threadIdx.x % 32; d < ldz; d += 32)
     z[row * ldz + d] = E::of(d < D ? unit_value(value_at<T>(x, d), norm) : 0);
@@ -140,6 +162,7 @@ TCLR_DEVICE void read_row(const Gram<T>& p, typename E::Element* z, int64_t ldz,
 // Some features of a row into shared memory by a warp, zeros if there is none.
 template <typename T>
 TCLR_DEVICE void copy_features(const T* from, bool there, int width, T* to) {
+  TCLR_ROLLED
   for (int d = threadIdx.x % 32 * 4; d < width; d += 128)
     for (int k = 0; k < 4; k += 16 / sizeof(T))
       copy_async(reinterpret_cast<uint32_t*>(to + d + k), reinterpret_cast<const uint32_t*>(from + d + k), there);
@@ -154,7 +177,6 @@ struct Span {  // rows as they lie in memory, `step` elements apart
   TCLR_METHOD void copy(int r, bool there, int64_t first, int width, T* to) const {
     copy_features(at(r) + first, there, width, to);
   }
-  TCLR_METHOD bool complete(T*, int) const { return false; }
 };
 
 struct Block {  // of rows
@@ -162,22 +184,23 @@ struct Block {  // of rows
 };
 
 template <typename T>
-TCLR_DEVICE int64_t begin(const Gram<T>& p, const Block& b) {
-  return b.index * p.size;
+TCLR_DEVICE uint32_t begin(const Gram<T>& p, const Block& b) {
+  return uint32_t(b.index) * p.of.size;
 }
 
 template <typename T>
 TCLR_DEVICE int count(const Gram<T>& p, const Block& b) {
-  int64_t all = p.whole() ? p.V * p.N : p.N, rest = all - begin(p, b);
-  return int(rest < p.size ? rest : p.size);
+  uint32_t all = p.of.whole ? p.of.size : p.of.N, rest = all - begin(p, b);
+  return int(rest < p.of.size ? rest : p.of.size);
 }
 
 // The row of z that a row of the problem is.
 template <typename T>
 TCLR_DEVICE int64_t stored(const Gram<T>& p, const Place& r) {
-  auto a = uint32_t(r.a), outer = a / p.order.inner;
-  return p.order.first + r.g * p.order.of_group + outer * p.order.of_outer +
-         (a - outer * p.order.inner) * p.order.of_set + r.i * p.order.of_row;
+  auto outer = uint32_t(r.a);
+  uint32_t inner = last_digit(outer, p.order.inner);
+  return p.order.first + r.g * p.order.of_group + outer * p.order.of_outer + inner * p.order.of_set +
+         r.i * p.order.of_row;
 }
 
 // The rows of a block: of one set, or of the sets of a group.
@@ -188,34 +211,38 @@ struct BlockRows {
   Span<T> of_set;
 
   TCLR_METHOD BlockRows(const Gram<T>& p, const Block& b)
-      : p(p), g(b.g), rows(count(p, b)), of_set{p.z + stored(p, {b.g, b.a, begin(p, b)}) * p.ldz, rows, p.order.of_row * p.ldz} {}
+      : p(p),
+        g(b.g),
+        rows(count(p, b)),
+        of_set{p.z + stored(p, {b.g, b.a, begin(p, b)}) * p.ldz, rows, p.order.of_row * p.ldz} {}
   TCLR_METHOD const T* at(int r) const {
-    if (!p.whole()) return of_set.at(r);
-    uint32_t N = uint32_t(p.N), a = r / N;
+    if (!p.of.whole) return of_set.at(r);
+    uint32_t N = p.of.N, a = r / N;
     return p.z + stored(p, {g, a, r - a * N}) * p.ldz;
   }
   TCLR_METHOD void copy(int r, bool there, int64_t first, int width, T* to) const {
     copy_features(at(r) + first, there, width, to);
   }
-  TCLR_METHOD bool complete(T*, int) const { return false; }
 };
 
-TCLR_DEVICE int eights(int64_t rows) { return int(rows + 7) / 8; }
+// Of rows, two at least: fewer ways through the products.
+TCLR_DEVICE int eights(int64_t rows) { return rows < 9 ? 2 : int(rows + 7) / 8; }
 
 // Some features of rows, a row a warp, and zeros into what is left of every eight rows.
 template <typename Rows, typename T>
 TCLR_DEVICE void load(const Rows& x, int64_t first, int width, T* to, int ldp) {
-  for (int r = threadIdx.x / 32; r < eights(x.rows) * 8; r += threads / 32)
+  for (int r = threadIdx.x / 32; r < eights(x.rows) * 8; r += tile_threads / 32)
     x.copy(r < x.rows ? r : 0, r < x.rows, first, width, to + r * ldp);
 }
 
-// Adds to the products of two tiles what half of the features, from `k` on, give. A warp has every other four rows;
-// a thread, of 8 eights x eights rows and columns, as many.
+// Adds to the products of two tiles what a quarter of the features, from `k` on, gives. A warp has every other four
+// rows; a thread, of 8 eights x eights rows and columns, as many.
 template <int eights, typename T>
 TCLR_DEVICE void add_products(T (&sum)[4][4], const Tile<T>& t, int k, int width) {
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const T *rows = t.rows + (lane / 8 + warp % 2 * 4) * t.ldp, *columns = t.columns + lane % 8 * t.ldp;
-  for (; k < width; k += 8) {
+  TCLR_ROLLED
+  for (; k < width; k += 4 * quarters) {
     Quad<T> x[eights];
     for (int r = 0; r < eights; ++r) x[r] = quad(rows + 8 * r * t.ldp + k);
     for (int j = 0; j < eights; ++j) {
@@ -227,12 +254,11 @@ TCLR_DEVICE void add_products(T (&sum)[4][4], const Tile<T>& t, int k, int width
 }
 
 // The products of two blocks of rows, for t.product to give. The rows of I are already there if `again`; `meanwhile`
-// runs while they are fetched, and what it leaves in shared memory can be read afterwards. Rows that are not yet unit
-// rows when they are fetched say so when they complete themselves.
+// runs while they are fetched, and what it leaves in shared memory can be read afterwards.
 template <typename T, typename Rows, typename Meanwhile>
 TCLR_DEVICE void products(const Gram<T>& p, const Rows& I, const Rows& J, const Tile<T>& t, bool again,
                           Meanwhile meanwhile) {
-  int half = threadIdx.x / 64, most = eights(I.rows > J.rows ? I.rows : J.rows);
+  int quarter = threadIdx.x / 64, most = eights(I.rows > J.rows ? I.rows : J.rows);
   T sum[4][4] = {};
   for (int64_t d = 0; d < p.ldz; d += panel<T>) {
     int width = Tile<T>::width(p.ldz - d);
@@ -241,24 +267,19 @@ TCLR_DEVICE void products(const Gram<T>& p, const Rows& I, const Rows& J, const 
     if (d == 0) meanwhile();
     wait_for_copies();
     __syncthreads();
-    if (!again) I.complete(t.rows, t.ldp);
-    if (J.complete(t.columns, t.ldp)) __syncthreads();
     switch (most) {
-      case 1:
-        add_products<1>(sum, t, 4 * half, width);
-        break;
       case 2:
-        add_products<2>(sum, t, 4 * half, width);
+        add_products<2>(sum, t, 4 * quarter, width);
         break;
       case 3:
-        add_products<3>(sum, t, 4 * half, width);
+        add_products<3>(sum, t, 4 * quarter, width);
         break;
       default:
-        add_products<4>(sum, t, 4 * half, width);
+        add_products<4>(sum, t, 4 * quarter, width);
     }
     if (d + panel<T> < p.ldz) __syncthreads();
   }
-  int r = threadIdx.x % 32 / 8 + threadIdx.x / 32 % 2 * 4 + half * tile, j = threadIdx.x % 8;
+  int r = threadIdx.x % 32 / 8 + threadIdx.x / 32 % 2 * 4 + quarter * tile, j = threadIdx.x % 8;
   for (int x = 0; x < 4; ++x)
     for (int y = 0; y < 4; ++y) t.S[(r + 8 * x) * lds + j + 8 * y] = sum[x][y];
   __syncthreads();
@@ -267,7 +288,7 @@ TCLR_DEVICE void products(const Gram<T>& p, const Rows& I, const Rows& J, const 
 // Calls f(r, j, k) for the entries of a tile that this thread serves, the k-th of them; all of them are in one row.
 template <typename F>
 TCLR_DEVICE void each_entry(F f) {
-  for (int k = 0; k < tile / 4; ++k) f(threadIdx.x / 4, int(threadIdx.x % 4) + 4 * k, k);
+  for (int k = 0; k < tile / per_row; ++k) f(threadIdx.x / per_row, int(threadIdx.x % per_row) + per_row * k, k);
 }
 
 // S of two blocks of rows; `put(r, j, s)` is what the tile shall hold.
@@ -293,17 +314,19 @@ TCLR_DEVICE void add_exponential(T& largest, T& sum, T s) {
 }
 
 // neg and pos of one group, all of it in one tile. A thread makes them for a row and a set.
-template <typename T, typename RowsOf>
-TCLR_DEVICE void sums_of_group(const Gram<T>& p, int64_t g, RowsOf rows_of) {
+template <typename T>
+TCLR_DEVICE void sums_of_group(const Gram<T>& p, int64_t g) {
   Tile<T> t(p);
   T inverse_tau = p.inverse_tau();
-  auto all = rows_of(Block{g, 0, 0}, true);
+  BlockRows<T> all(p, {g, 0, 0});
   products(p, all, all, t, true, [] {});
-  auto N = uint32_t(p.N), V = uint32_t(p.V);
-  for (uint32_t k = threadIdx.x; k < V * N * V; k += threads) {
+  auto N = p.of.N, V = p.of.V;
+  TCLR_ROLLED
+  for (uint32_t k = threadIdx.x; k < V * N * V; k += tile_threads) {
     uint32_t row = k / V, c = k - row * V, a = row / N, i = row - a * N;
     bool exists = p.exists(a, c);
     T largest = lowest<T>, sum = 0;
+    TCLR_ROLLED
     for (uint32_t j = 0; j < N && exists; ++j)
       if (j != i) add_exponential(largest, sum, t.product(row, c * N + j) * inverse_tau);
     int64_t at = p.at(g, a, c, i);
@@ -311,26 +334,26 @@ TCLR_DEVICE void sums_of_group(const Gram<T>& p, int64_t g, RowsOf rows_of) {
   }
 }
 
-// neg and pos of one block of rows with one set. Four threads share a row. rows_of(block, whether it is the one block
-// of threads that has these rows first) gives the rows.
-template <typename T, typename RowsOf>
-TCLR_DEVICE void sums(const Gram<T>& p, uint32_t block, RowsOf rows_of) {
-  if (p.whole()) return sums_of_group(p, block, rows_of);
-  int64_t c = last_digit(block, p.V), index = last_digit(block, p.blocks), a = last_digit(block, p.V);
+// neg and pos of one block of rows with one set.
+template <typename T>
+TCLR_DEVICE void sums(const Gram<T>& p, uint32_t block) {
+  if (p.of.whole) return sums_of_group(p, block);
+  uint32_t c = last_digit(block, p.of.V), index = last_digit(block, p.of.blocks), a = last_digit(block, p.of.V);
   Block I{block, a, index};
   Tile<T> t(p);
   T inverse_tau = p.inverse_tau(), largest = lowest<T>, sum = 0;
-  int r = threadIdx.x / 4;
+  int r = threadIdx.x / per_row;
   int64_t i = begin(p, I) + r, at = p.at(I.g, a, c, i);
   bool valid = r < count(p, I), exists = p.exists(a, c), paired = exists && c != a;
-  if (valid && threadIdx.x % 4 == 0 && !paired) p.pos[at] = 0;
-  int64_t half = (p.V + 1) / 2, met_first = !p.cross ? a : a < half ? half : 0;
-  auto rows = rows_of(I, c == met_first);
-  for (int64_t b = 0; b < p.blocks && exists; ++b) {
+  bool one = valid && threadIdx.x % per_row == 0;
+  if (one && !paired) p.pos[at] = 0;
+  BlockRows<T> rows(p, I);
+  TCLR_ROLLED
+  for (int64_t b = 0; b < p.of.blocks && exists; ++b) {
     Block J{I.g, c, b};
-    products(p, rows, rows_of(J, false), t, b > 0, [] {});
+    products(p, rows, BlockRows<T>(p, J), t, b > 0, [] {});
     int64_t first = begin(p, J), columns = count(p, J);
-    T s[tile / 4], top = largest;
+    T s[tile / per_row], top = largest;
     each_entry([&](int r, int j, int k) {
       s[k] = t.product(r, j) * inverse_tau;
       if (valid && paired && first + j == i) p.pos[at] = s[k];
@@ -342,14 +365,9 @@ TCLR_DEVICE void sums(const Gram<T>& p, uint32_t block, RowsOf rows_of) {
       if (j < columns && first + j != i) sum += exp(s[k] - offset);
     });
   }
-  T top = over_row(largest, 4, [](T x, T y) { return y > x ? y : x; }), offset = top < INFINITY ? top : 0;
-  T all = sum_over_row(T(sum * exp(largest - offset)), 4);
-  if (valid && threadIdx.x % 4 == 0) p.neg[at] = offset + log(all);
-}
-
-template <typename T>
-TCLR_DEVICE void sums(const Gram<T>& p, uint32_t block) {
-  sums(p, block, [&](const Block& b, bool) { return BlockRows<T>(p, b); });
+  T top = over_row(largest, per_row, [](T x, T y) { return y > x ? y : x; }), offset = top < INFINITY ? top : 0;
+  T all = sum_over_row(T(sum * exp(largest - offset)), per_row);
+  if (one) p.neg[at] = offset + log(all);
 }
 
 // ---- coefficients
@@ -459,18 +477,21 @@ TCLR_DEVICE double unit(const Gram<T>& p, int64_t g) {
 
 // ---- gradient
 
-// Calls f(slot, r, anchor, set) for what the weights of a tile are made of: every row as an anchor with the set of the
-// columns (slot 0), and every column with that of the rows (slot 1); or every row of a group with every set (its slot).
-template <typename T, typename F>
+// Calls f(slot, r, valid, anchor, set) for what the weights of a tile are made of: every row as an anchor with the set
+// of the columns (slot 0), and every column with that of the rows (slot 1); or every row of a group with every set (its
+// slot). So many lanes of a warp serve each; not valid: there is no such row, and another one stands for it.
+template <int lanes, typename T, typename F>
 TCLR_DEVICE void each_anchor(const Gram<T>& p, const Block& I, const Block& J, F f) {
-  for (int k = threadIdx.x; k < p.slots() * tile; k += threads) {
-    int slot = k / tile, r = k % tile;
-    bool of_rows = slot == 0 || p.whole();
+  int slots = p.of.whole ? p.of.V : 2;
+  TCLR_ROLLED
+  for (int k = threadIdx.x; k < slots * tile * lanes; k += tile_threads) {
+    int slot = k / lanes / tile, r = k / lanes % tile;
+    bool of_rows = slot == 0 || p.of.whole;
     Block b{I.g, of_rows ? I.a : J.a, of_rows ? I.index : J.index};
-    if (r >= count(p, b)) continue;
-    uint32_t N = uint32_t(p.N), a = r / N;
-    Place x = p.whole() ? Place{b.g, a, r - a * N} : Place{b.g, b.a, begin(p, b) + r};
-    f(slot, r, x, p.whole() ? slot : of_rows ? J.a : I.a);
+    bool valid = r < count(p, b);
+    uint32_t of_group = valid ? r : 0, N = p.of.N, a = of_group / N;
+    Place x = p.of.whole ? Place{b.g, a, of_group - a * N} : Place{b.g, b.a, begin(p, b) + of_group};
+    f(slot, r, valid, x, p.of.whole ? slot : of_rows ? J.a : I.a);
   }
 }
 
@@ -482,11 +503,11 @@ struct Given {
   T* table;
   double inverse_unit;
 
-  TCLR_METHOD Given(const Gram<T>& p, int64_t g)
-      : p(p), table(Tile<T>(p.ldz).end()), inverse_unit(1 / unit(p, g)) {}
+  TCLR_METHOD Given(const Gram<T>& p, int64_t g) : p(p), table(Tile<T>(p.ldz).end()), inverse_unit(1 / unit(p, g)) {}
   TCLR_METHOD const T* of(int slot, int r) const { return table + (slot * tile + r) * numbers; }
   TCLR_METHOD void read(const Block& I, const Block& J) {
-    each_anchor(p, I, J, [&](int slot, int r, const Place& x, int64_t c) {
+    each_anchor<1>(p, I, J, [&](int slot, int r, bool valid, const Place& x, int64_t c) {
+      if (!valid) return;
       T* to = table + (slot * tile + r) * numbers;
       int64_t at = p.at(x.g, x.a, c, x.i);
       to[0] = p.neg[at], to[1] = T(p.g_neg[at] * inverse_unit), to[2] = T(p.g_pos[at] * inverse_unit);
@@ -508,13 +529,13 @@ template <typename T, typename Anchors>
 TCLR_DEVICE void weights(const Gram<T>& p, const Block& I, const Block& J, const Tile<T>& t, Anchors& anchors) {
   int rows = count(p, I), columns = count(p, J);
   T inverse_tau = p.inverse_tau();
-  auto N = uint32_t(p.N);
-  uint32_t row = threadIdx.x / 4, a = p.whole() ? row / N : 0, i = p.whole() ? row - a * N : begin(p, I) + row;
+  auto N = p.of.N;
+  uint32_t row = threadIdx.x / per_row, a = p.of.whole ? row / N : 0, i = p.of.whole ? row - a * N : begin(p, I) + row;
   each_entry([&](int r, int j, int) {
     T product = t.product(r, j), w = 0;
-    uint32_t c = p.whole() ? j / N : 0, of_column = p.whole() ? j - c * N : begin(p, J) + j;
-    bool same_set = p.whole() ? a == c : I.a == J.a;
-    int slot = p.whole() ? c : 0, back = p.whole() ? a : 1;
+    uint32_t c = p.of.whole ? j / N : 0, of_column = p.of.whole ? j - c * N : begin(p, J) + j;
+    bool same_set = p.of.whole ? a == c : I.a == J.a;
+    int slot = p.of.whole ? c : 0, back = p.of.whole ? a : 1;
     if (r < rows && j < columns) {
       if (i != of_column)
         w = anchors.negative(slot, r, product * inverse_tau) + anchors.negative(back, j, product * inverse_tau);
@@ -527,11 +548,12 @@ TCLR_DEVICE void weights(const Gram<T>& p, const Block& I, const Block& J, const
   __syncthreads();
 }
 
-// What a thread has of one panel of a gradient: every fourth row, and four features of every 128.
+// What a thread has of one panel of a gradient: every eighth row, and four features of every 128.
 template <typename T, int groups = panel<T> / 128>
 struct PanelSum {
-  int row = threadIdx.x % 32 / 8, feature = threadIdx.x / 32 * 32 + threadIdx.x % 8 * 4, width;
-  T sum[groups][8][4] = {};
+  int row = threadIdx.x % 32 / 8 + threadIdx.x / 128 * 4;
+  int feature = threadIdx.x % 128 / 32 * 32 + threadIdx.x % 8 * 4, width;
+  T sum[groups][4][4] = {};
 
   TCLR_METHOD explicit PanelSum(int width) : width(width) {}
   TCLR_METHOD void scale(T by) {
@@ -544,11 +566,12 @@ struct PanelSum {
 #pragma unroll
     for (int q = 0; q < groups; ++q) {  // else the sums would lie in memory
       if (q * 128 + feature >= width) continue;
+      TCLR_ROLLED
       for (int k = 0; k < columns; k += 4) {
         Quad<T> z[4];
         for (int e = 0; e < 4; ++e) z[e] = quad(t.columns + (k + e) * t.ldp + q * 128 + feature);
-        for (int r = 0; r < 2 * eights; ++r) {
-          Quad<T> w = quad(t.S + (row + 4 * r) * lds + k);
+        for (int r = 0; r < eights; ++r) {
+          Quad<T> w = quad(t.S + (row + 8 * r) * lds + k);
           for (int e = 0; e < 4; ++e)
             for (int x = 0; x < 4; ++x) sum[q][r][x] += w.x[e] * z[e].x[x];
         }
@@ -558,8 +581,6 @@ struct PanelSum {
   // Adds W z, W in the place of S, and z the panel of the columns.
   TCLR_METHOD void add(const Tile<T>& t, int64_t rows, int64_t columns) {
     switch (eights(rows)) {
-      case 1:
-        return add<1>(t, int(columns));
       case 2:
         return add<2>(t, int(columns));
       case 3:
@@ -570,10 +591,10 @@ struct PanelSum {
   }
   TCLR_METHOD void write(int64_t rows, int64_t ldz, T* dz) const {
     for (int q = 0; q < groups; ++q)
-      for (int r = 0; r < 8; ++r)
-        if (row + 4 * r < rows && q * 128 + feature < width)
-          *reinterpret_cast<Quad<T>*>(dz + (row + 4 * r) * ldz + q * 128 + feature) = {
-              {sum[q][r][0], sum[q][r][1], sum[q][r][2], sum[q][r][3]}};
+      for (int r = 0; r < 4; ++r)
+        if (row + 8 * r < rows && q * 128 + feature < width)
+          *reinterpret_cast<Quad<T>*>(dz + (row + 8 * r) * ldz + q * 128 +
+                                      feature) = {{sum[q][r][0], sum[q][r][1], sum[q][r][2], sum[q][r][3]}};
   }
 };
 
@@ -582,17 +603,20 @@ struct PanelSum {
 template <typename T>
 struct Work {
   Block I;
-  int64_t first, part;  // feature
-  uint32_t tile, end;   // of the tiles
-  int64_t row;          // of dz
+  uint32_t first;      // feature
+  uint32_t number;     // of the part of the tile, among all of them
+  uint32_t tile, end;  // of the tiles that it meets
+  uint32_t row;        // of dz: many parts are made of few rows alone
 
   TCLR_METHOD Work(const Gram<T>& p, uint32_t block) {
-    first = last_digit(block, p.panels()) * panel<T>, part = last_digit(block, p.parts);
-    int64_t index = last_digit(block, p.blocks), a = last_digit(block, p.tile_sets());
+    const Sizes& of = p.of;
+    first = last_digit(block, of.panels) * panel<T>, number = block;
+    uint32_t part = last_digit(block, of.parts), index = last_digit(block, of.blocks), a = last_digit(block, of.sets);
     I = {block, a, index};
-    auto tiles = uint32_t(p.tile_sets() * p.blocks), parts = uint32_t(p.parts);
-    tile = uint32_t(part) * tiles / parts, end = uint32_t(part + 1) * tiles / parts;
-    row = part * p.rows() + p.row({I.g, a, begin(p, I)});
+    uint32_t tiles = of.sets * of.blocks;
+    tile = part, end = part + 1;
+    if (tiles != of.parts) tile = part * tiles / of.parts, end = (part + 1) * tiles / of.parts;
+    row = uint32_t(part * p.rows() + p.row({block, a, begin(p, I)}));
   }
 };
 
@@ -603,11 +627,12 @@ TCLR_DEVICE void gradient(const Gram<T>& p, const Work<T>& work, Anchors& anchor
   Tile<T> t(p);
   PanelSum<T, groups> dz(Tile<T>::width(p.ldz - work.first));
   BlockRows<T> rows(p, I);
-  bool again = p.whole();
+  bool again = p.of.whole;
+  TCLR_ROLLED
   for (uint32_t k = work.tile; k < work.end; ++k) {
-    uint32_t b = k, index = last_digit(b, p.blocks);
+    uint32_t b = k, index = last_digit(b, p.of.blocks);
     Block J{I.g, b, index};
-    if (!p.whole() && !p.exists(I.a, J.a)) continue;
+    if (!p.of.whole && !p.exists(I.a, J.a)) continue;
     BlockRows<T> columns(p, J);
     products(p, rows, columns, t, again, [&] { anchors.read(I, J); });
     if (T by = anchors.rescale(); by != 1) dz.scale(by);
@@ -621,7 +646,7 @@ TCLR_DEVICE void gradient(const Gram<T>& p, const Work<T>& work, Anchors& anchor
     __syncthreads();
     again = true;
   }
-  dz.write(rows.rows, p.ldz, p.dz + work.row * p.ldz + work.first);
+  dz.write(rows.rows, p.ldz, p.dz + int64_t(work.row) * p.ldz + work.first);
 }
 
 // ---- rows again
@@ -648,8 +673,7 @@ TCLR_DEVICE Share<T> share(const Gram<T>& p, const Place& r) {
 // Writes factor times the gradient of one row, by 32 lanes; returns <z, dz>. Lanes without a row: D 0. What the first
 // features are made of stays in registers.
 template <typename T>
-TCLR_DEVICE double write_row(const Source& x, int64_t D, const Share<T>& from, double factor, void* to,
-                             int64_t first) {
+TCLR_DEVICE double write_row(const Source& x, int64_t D, const Share<T>& from, double factor, void* to, int64_t first) {
   constexpr int held = 8;
   bool normalize = from.p.normalize;
   Norm<T> norm = normalize && D != 0 ? from.p.norms[from.row] : Norm<T>{1, 1};

@@ -11,8 +11,10 @@
 #include <memory>
 #include <vector>
 
+#define TCLR_KERNEL_OF(threads, blocks) static void
 #define TCLR_KERNEL static void
 #define TCLR_ARGUMENT const
+#define TCLR_ROLLED
 #define TCLR_DEVICE static inline
 #define TCLR_METHOD
 
@@ -20,7 +22,7 @@ namespace tclr {
 
 using Stream = void*;
 
-constexpr int64_t enough_blocks = 8;  // so few that small problems are cut into parts of several tiles
+constexpr int64_t enough_blocks = 8, enough_tiles = 20;  // so few that parts of small problems have several tiles
 
 namespace host {
 
@@ -36,7 +38,8 @@ struct Fiber {
 };
 
 inline ucontext_t scheduler;
-inline std::vector<Fiber> fibers(threads);
+inline std::vector<Fiber> fibers(tile_threads);
+inline int of_block;  // threads of the blocks that run
 inline int current;
 inline unsigned char* shared;
 inline void (*body)();
@@ -121,21 +124,23 @@ inline int run_warp(int warp) {
 // Every thread up to its next barrier, or to its end; all of them must come to the same.
 inline bool run_to_barrier() {
   int done = 0;
-  for (int k = 0; k < threads / 32; ++k) done += run_warp(host::downwards ? threads / 32 - 1 - k : k);
-  if (done != 0 && done != threads) {
+  int warps = host::of_block / 32;
+  for (int k = 0; k < warps; ++k) done += run_warp(host::downwards ? warps - 1 - k : k);
+  if (done != 0 && done != host::of_block) {
     std::fprintf(stderr, "block %u: %d of %d threads ended before a barrier of the others\n", blockIdx.x, done,
-                 threads);
+                 host::of_block);
     std::abort();
   }
   return done == 0;
 }
 
 template <typename A>
-const char* launch(void (*kernel)(A), int64_t blocks, size_t shared, Stream, const A& argument, bool = false) {
+const char* launch(void (*kernel)(A), int64_t blocks, size_t shared, Stream, const A& argument, int of_block = threads,
+                   bool = false) {
   static thread_local void (*called)(A);
   static thread_local const A* with;
   if (blocks == 0) return nullptr;
-  called = kernel, with = &argument;
+  called = kernel, with = &argument, host::of_block = of_block;
   host::body = [] { called(*with); };
   ++host::launches;
   if (host::dry) return nullptr;
@@ -145,7 +150,7 @@ const char* launch(void (*kernel)(A), int64_t blocks, size_t shared, Stream, con
     std::unique_ptr<unsigned char[]> memory(new unsigned char[shared]);
     std::memset(memory.get(), 0xA5, shared);
     host::shared = memory.get();
-    for (host::Fiber& fiber : host::fibers) host::start(fiber);
+    for (int t = 0; t < of_block; ++t) host::start(host::fibers[t]);
     while (run_to_barrier()) {
     }
   }

@@ -10,8 +10,8 @@ struct Posted {  // by a lane, for the others of its warp to read
   uint32_t words[6];
 };
 
-inline std::vector<Posted> posted[2] = {std::vector<Posted>(threads), std::vector<Posted>(threads)};
-inline std::vector<int> exchanges(threads);
+inline std::vector<Posted> posted[2] = {std::vector<Posted>(tile_threads), std::vector<Posted>(tile_threads)};
+inline std::vector<int> exchanges(tile_threads);
 
 struct Copy {
   uint32_t* to;
@@ -23,7 +23,8 @@ struct Copy {
 };
 
 using Group = std::vector<Copy>;
-inline std::vector<std::vector<Group>> groups(threads, std::vector<Group>(1));  // of a thread, the last of them open
+inline std::vector<std::vector<Group>> groups(tile_threads,
+                                              std::vector<Group>(1));  // of a thread, the last of them open
 
 // What all lanes of this warp posted. No lane is two exchanges ahead of another: two places are enough.
 inline const Posted* exchange(const Posted& mine) {

@@ -11,7 +11,8 @@ namespace {
 // ---- one problem
 
 template <typename Path>
-TCLR_KERNEL sum_tiles(TCLR_ARGUMENT CallOf<Path> c) {
+TCLR_KERNEL_OF(Path::of_block, Path::at_once)
+sum_tiles(TCLR_ARGUMENT CallOf<Path> c) {
   if (!c.elsewhere()) Path::sum(c, blockIdx.x);
 }
 
@@ -28,7 +29,8 @@ TCLR_KERNEL make_coefficients(TCLR_ARGUMENT Call<T> c) {
 }
 
 template <typename Path>
-TCLR_KERNEL make_gradient(TCLR_ARGUMENT CallOf<Path> c) {
+TCLR_KERNEL_OF(Path::of_block, Path::at_once)
+make_gradient(TCLR_ARGUMENT CallOf<Path> c) {
   if (!c.elsewhere()) Path::add_gradient(c, blockIdx.x);
 }
 
@@ -62,7 +64,7 @@ const char* forward(const GramCall& call, void* memory, Stream stream) {
   Arena arena{static_cast<char*>(memory)};
   Call<T> c = arrange<Path>(call, false, arena);
   const char* error = over_sets(c, call, read_sets<Path>, 0, stream);
-  if (!error) error = launch(sum_tiles<Path>, Path::sum_blocks(c), Path::shared(c), stream, c);
+  if (!error) error = launch(sum_tiles<Path>, Path::sum_blocks(c), Path::shared(c), stream, c, Path::of_block);
   if (!error) error = launch(finish_terms<T>, c.p.finish_blocks(), 0, stream, c);
   return error;
 }
@@ -74,7 +76,7 @@ const char* backward(const GramCall& call, void* memory, Stream stream) {
   Call<T> c = arrange<Path>(call, true, arena);
   const char* error = over_sets(c, call, read_sets<Path>, 0, stream);
   if (!error) error = launch(make_coefficients<T>, c.p.finish_blocks(), 0, stream, c);
-  if (!error) error = launch(make_gradient<Path>, Path::gradient_blocks(c), Path::shared(c), stream, c);
+  if (!error) error = launch(make_gradient<Path>, Path::gradient_blocks(c), Path::shared(c), stream, c, Path::of_block);
   if (!error) error = over_sets(c, call, write_sets<T>, 0, stream);
   return error;
 }
@@ -102,8 +104,9 @@ const char* forward_on_hopper(const GramCall& call, void* memory, Stream stream)
   all.sums.neg = c.p.neg, all.sums.pos = c.p.pos;
   const char* error = hopper::over_rows({c, all.l, 0}, call, all.l.padded(), hopper::read_blocks, stream);
   if (!error) error = hopper::sum(all.sums, stream);
-  if (!error && call.tau.data) error = over_sets(c, call, read_sets<Other>, threads * sizeof(float), stream);
-  if (!error && call.tau.data) error = launch(sum_tiles<Other>, Other::sum_blocks(c), Other::shared(c), stream, c);
+  if (!error && call.tau.data) error = over_sets(c, call, read_sets<Other>, 0, stream);
+  if (!error && call.tau.data)
+    error = launch(sum_tiles<Other>, Other::sum_blocks(c), Other::shared(c), stream, c, Other::of_block);
   if (!error) error = launch(finish_terms<float>, c.p.finish_blocks(), 0, stream, c);
   return error;
 }
@@ -116,13 +119,12 @@ const char* backward_on_hopper(const GramCall& call, void* memory, Stream stream
   connect(c, call);
   all.factors.p = c.p;
   hopper::RowsCall rows{c, all.l, all.gradient.parts};
-  constexpr size_t shared = threads * sizeof(double);
   const char* error = hopper::over_rows(rows, call, all.l.padded(), hopper::read_blocks, stream);
-  if (!error) error = launch(make_coefficients<float>, c.p.finish_blocks(), shared, stream, c);
+  if (!error) error = launch(make_coefficients<float>, c.p.finish_blocks(), 0, stream, c);
   if (!error) error = hopper::add_gradient(all.factors, all.gradient, stream);
-  if (!error && call.tau.data) error = over_sets(c, call, read_sets<Other>, threads * sizeof(float), stream);
+  if (!error && call.tau.data) error = over_sets(c, call, read_sets<Other>, 0, stream);
   if (!error && call.tau.data)
-    error = launch(make_gradient<Other>, Other::gradient_blocks(c), Other::shared(c), stream, c);
+    error = launch(make_gradient<Other>, Other::gradient_blocks(c), Other::shared(c), stream, c, Other::of_block);
   if (!error) error = hopper::over_rows(rows, call, all.l.N, hopper::write_blocks, stream);
   return error;
 }
@@ -150,14 +152,16 @@ Objective<T> arrange(const ObjectiveCall& call, Arena& kept, Arena& memory) {
     add(o, ll, B, V, clips, {of_x, clips, B * clips, 0, 1, 1});
   if (call.weights[gl] != 0) add(o, gl, B, 2 * V, clips, {of_s, clips, B * clips, 0, 1, 1});
   for (int k = 0; k < terms_of_objective; ++k) o.log_upstream[k] = T(log(o.upstream(Term(k))));
-  auto has = [&](Term kind) { return call.weights[kind] != 0; };
-  int of_gl = o.count - 1;
-  o.keepers[0] = 0, o.keepers[1] = of_gl, o.keepers[2] = has(ic_local) || has(ll) ? int(has(ic_global)) : of_gl;
   for (int k = 0; k < 3; ++k) {
     const Input& x = o.input(k);
     bool steps = x.strides[3] == 1 && call.D % 4 == 0 && uintptr_t(x.data) % 16 == 0;
     for (int d = 0; d < 3; ++d) steps = steps && x.strides[d] % 4 == 0;
-    if (steps && call.dtype == (sizeof(T) == 8 ? Dtype::f64 : Dtype::f32)) o.vectors |= 1u << k;
+    if (steps && call.dtype == (sizeof(T) == 8 ? Dtype::f64 : Dtype::f32)) o.quads |= 1u << k;
+  }
+  o.V = uint32_t(V), o.B = uint32_t(B), o.clips = uint32_t(clips), o.of_s = uint32_t(of_s), o.of_x = uint32_t(of_x);
+  for (int k = 0; k < o.count; ++k) {
+    const Sizes& of = o.problems[k].of;
+    o.sum_blocks += of.sum_blocks, o.term_blocks += of.term_blocks, o.gradient_blocks += of.gradient_blocks;
   }
   T* z;
   kept.take(z, o.rows() * o.ldz());
@@ -166,13 +170,13 @@ Objective<T> arrange(const ObjectiveCall& call, Arena& kept, Arena& memory) {
     Gram<T>& p = o.problems[k];
     p.z = z;
     kept.take(p.dz, p.parts * p.rows() * p.ldz);
-    kept.take(o.along[k], p.parts * p.rows());
-    kept.take(o.units[k], p.parts * p.tile_count());
+    kept.take(p.along, p.parts * p.rows());
+    kept.take(p.units, p.parts * p.tile_count());
     memory.take(p.neg, p.V * p.rows()), memory.take(p.pos, p.V * p.rows());
   }
-  kept.take(o.along_blocks, all_blocks<&Gram<T>::gradient_blocks>(o));
+  kept.take(o.along_blocks, int64_t(o.term_blocks) + o.gradient_blocks);
   memory.take(o.ticket, 1);
-  memory.take(o.sums, 2 * all_blocks<&Gram<T>::term_blocks>(o));
+  memory.take(o.sums, 2 * int64_t(o.term_blocks));
   return o;
 }
 
@@ -185,17 +189,12 @@ const char* objective_forward(const ObjectiveCall& call, Arena kept, Arena memor
     size_t of_problem = shared_of(o.problems[k], Made<T>::numbers);
     with_anchors = of_problem > with_anchors ? of_problem : with_anchors;
   }
-  int64_t term_blocks = all_blocks<&Gram<T>::term_blocks>(o);
-  int64_t gradient_blocks = call.gradient ? all_blocks<&Gram<T>::gradient_blocks>(o) : 0;
+  int64_t gradient_blocks = call.gradient ? o.gradient_blocks : 0;
   auto finish = finish_objective<T, panel<T> / 128>;
   if (call.D <= 128) finish = finish_objective<T, 1>;
-  bool reads = call.D <= panel<T>;
-  for (int k = 0; k < o.count; ++k) reads = reads && o.problems[k].blocks <= 4;
-  const char* error = nullptr;
-  if (!reads) error = launch(read_inputs<T>, (o.rows() * 32 + threads - 1) / threads, 0, stream, o);
-  auto sum = reads ? sum_all_tiles<T, true> : sum_all_tiles<T, false>;
-  if (!error) error = launch(sum, all_blocks<&Gram<T>::sum_blocks>(o), tile, stream, o, !reads);
-  if (!error) error = launch(finish, term_blocks + gradient_blocks, with_anchors, stream, o, true);
+  const char* error = launch(read_inputs<T>, (o.rows() * 32 + threads - 1) / threads, 0, stream, o);
+  if (!error) error = launch(sum_all_tiles<T>, o.sum_blocks, tile, stream, o, tile_threads, true);
+  if (!error) error = launch(finish, o.term_blocks + gradient_blocks, with_anchors, stream, o, tile_threads, true);
   return error;
 }
 

@@ -5,9 +5,8 @@
 //   ll          G = the videos, V = the views,    N = the clips,  from x, where ic_local is not computed
 //   gl          G = the videos, V = the views of s, then those of x, cross
 //
-// Forward: read_inputs, unless rows are so few and short that sum_all_tiles reads them itself; finish_objective: some
-// of its blocks add up the terms, the others make parts of the gradient, each from the coefficients that it needs, which
-// it makes itself.
+// Forward: read_inputs, sum_all_tiles, finish_objective: some of its blocks add up the terms, the others make parts of
+// the gradient, each from the coefficients that it needs, which it makes itself.
 // Backward: write_gradients, which adds the parts up and multiplies by what comes from above before it divides by the
 // rows' norms: rows so short that their gradient is infinite but for that factor exist.
 //
@@ -22,7 +21,7 @@ namespace {
 using cuda::Input;
 using cuda::ObjectiveCall;
 
-constexpr int objective_launches = 3;  // forward and backward together, of few features and not many videos
+constexpr int objective_launches = 4;  // forward and backward together
 
 enum Term { ic_global, ic_local, ll, gl, terms_of_objective };
 
@@ -37,16 +36,15 @@ struct Objective {
   ObjectiveCall call;
   int count = 0;
   Term kinds[3];
-  Gram<T> problems[3];        // which have one z: the unit rows of g, s, x
-  Norm<T>* norms;             // of the rows of z
+  Gram<T> problems[3];  // which have one z: the unit rows of g, s, x
+  Norm<T>* norms;       // of the rows of z
   T log_upstream[terms_of_objective];
-  T* along[3];                // [parts, rows] of <z, dz>, in the units of dz
-  double* units[3];           // [tiles, parts] of dz
-  double *along_blocks;       // [gradient blocks] of <z, dz>
-  double* sums;               // [2, term blocks] of terms, and of LL beside ic_local
-  unsigned* ticket;           // 0 between launches
-  int keepers[3];             // the problem that keeps the unit rows of an input
-  unsigned vectors;           // a bit an input: whether its rows are quads of T
+  double* along_blocks;                               // [blocks of finish_objective] of <z, dz>
+  uint32_t sum_blocks, term_blocks, gradient_blocks;  // of all problems
+  uint32_t V, B, clips, of_s, of_x;                   // sizes, and which rows of z are those of s and x
+  double* sums;                                       // [2, term blocks] of terms, and of LL beside ic_local
+  unsigned* ticket;                                   // 0 between launches
+  unsigned quads;                                     // a bit an input: whether its rows are quads of T
 
   constexpr const Input& input(int k) const { return k == 0 ? call.g : k == 1 ? call.s : call.x; }
   constexpr int64_t rows_of(int k) const { return call.V * call.B * (k == 0 ? 1 : call.T); }
@@ -70,9 +68,9 @@ struct Objective {
     }
   }
   TCLR_METHOD InputRow row(uint32_t row) const {
-    int k = 0;
-    for (; k < 2 && row >= rows_of(k); ++k) row -= uint32_t(rows_of(k));
-    uint32_t t = k == 0 ? 0 : last_digit(row, call.T), i = last_digit(row, call.B);
+    int k = (row >= of_s) + (row >= of_x);
+    row -= k == 0 ? 0 : k == 1 ? of_s : of_x;
+    uint32_t t = k == 0 ? 0 : last_digit(row, clips), i = last_digit(row, B);
     return {k, row, i, t};
   }
   TCLR_METHOD Source at(const InputRow& r) const {
@@ -83,100 +81,69 @@ struct Objective {
 };
 
 // The problem that a block works for; `block` becomes its number among the problem's.
-template <auto blocks, typename T>
-TCLR_DEVICE int problem_of(const Objective<T>& o, uint32_t& block) {
+template <typename T>
+TCLR_DEVICE int problem_of(const Objective<T>& o, uint32_t Sizes::* blocks, uint32_t& block) {
   int k = 0;
-  for (; k < o.count - 1 && block >= (o.problems[k].*blocks)(); ++k) block -= uint32_t((o.problems[k].*blocks)());
+  for (; k < o.count - 1 && block >= o.problems[k].of.*blocks; ++k) block -= o.problems[k].of.*blocks;
   return k;
 }
 
-template <auto blocks, typename T>
-constexpr int64_t all_blocks(const Objective<T>& o) {
-  int64_t n = 0;
-  for (int k = 0; k < o.count; ++k) n += (o.problems[k].*blocks)();
-  return n;
-}
-
-// Rows of the inputs, which make themselves unit rows where they were fetched to, and are kept by one block of threads.
-template <typename T>
-struct InputRows {
-  const Objective<T>& o;
-  const Gram<T>& p;
-  int problem;
-  Block b;
-  int64_t rows;
-  bool first;
-
-  TCLR_METHOD InputRows(const Objective<T>& o, int problem, const Block& b, bool first)
-      : o(o), p(o.problems[problem]), problem(problem), b(b), rows(count(p, b)), first(first) {}
-  TCLR_METHOD Place place(int r) const {
-    if (!p.whole()) return {b.g, b.a, begin(p, b) + r};
-    uint32_t N = uint32_t(p.N), a = r / N;
-    return {b.g, a, r - a * N};
-  }
-  TCLR_METHOD void copy(int r, bool there, int64_t, int width, T* to) const {
-    InputRow row = o.row(uint32_t(stored(p, place(r))));
-    Source x = o.at(row);
-    if (o.vectors >> row.input & 1) return copy_features(static_cast<const T*>(x.data) + x.first, there, width, to);
-    for (int d = threadIdx.x % 32; d < width; d += 32) to[d] = there && d < p.D ? value_at<T>(x, d) : 0;
-  }
-  // Eight lanes have a row.
-  TCLR_METHOD bool complete(T* to, int ldp) const {
-    constexpr int lanes = 8;
-    for (int from = 0; from < rows; from += threads / lanes) {
-      int r = from + threadIdx.x / lanes, lane = threadIdx.x % lanes;
-      bool there = r < rows;
-      T* x = to + (there ? r : 0) * ldp;
-      Norm<T> norm{1, 1};
-      if (p.normalize) norm = norm_of<T>(there ? p.ldz : 0, lanes, [&](int64_t d) { return x[d]; });
-      if (!there) continue;
-      int64_t row = stored(p, place(r));
-      bool keeps = first && o.keepers[o.row(uint32_t(row)).input] == problem;
-      if (keeps && lane == 0) o.norms[row] = norm;
-      for (int d = lane; d < p.ldz; d += lanes) {
-        if (p.normalize) x[d] = unit_value(x[d], norm);
-        if (keeps) p.z[row * p.ldz + d] = x[d];
-      }
-    }
-    return true;
-  }
-};
-
 template <typename T>
 TCLR_KERNEL read_inputs(TCLR_ARGUMENT Objective<T> o) {
-  let_next_start();
   uint32_t row = blockIdx.x * (threads / 32) + threadIdx.x / 32;
   bool valid = row < o.rows();
-  Source x = o.at(o.row(valid ? row : 0));
-  Norm<T> norm{1, 1};
-  if (o.call.normalize)
-    norm = norm_of<T>(valid ? o.call.D : 0, 32, [&](int64_t d) { return value_at<T>(x, d); });
-  if (!valid) return;
-  T* z = o.problems[0].z + row * o.ldz();
-  for (int64_t d = threadIdx.x % 32; d < o.ldz(); d += 32)
-    z[d] = d < o.call.D ? unit_value(value_at<T>(x, d), norm) : 0;
-  if (threadIdx.x % 32 == 0) o.norms[row] = norm;
+  if (blockIdx.x == 0 && threadIdx.x == 0) *o.ticket = 0;
+  InputRow r = o.row(valid ? row : 0);
+  Source x = o.at(r);
+  bool quads = o.quads >> r.input & 1;
+  const T* vector = static_cast<const T*>(x.data) + x.first;
+  // calls f for the values of a lane's quads
+  auto each = [&](auto f) {
+    for (int64_t d = threadIdx.x % 32 * 4; d < o.ldz() && valid; d += 128) {
+      Quad<T> q;
+      if (quads)
+        q = quad(vector + d);
+      else
+        for (int e = 0; e < 4; ++e) q.x[e] = d + e < o.call.D ? value_at<T>(x, d + e) : 0;
+      f(q, d);
+    }
+  };
+  auto each_value = [&](auto f) {
+    each([&](const Quad<T>& q, int64_t) {
+      for (T x : q.x) f(x);
+    });
+  };
+  Norm<T> norm = o.call.normalize ? norm_of<T>(32, each_value) : Norm<T>{1, 1};
+  if (valid && threadIdx.x % 32 == 0) o.norms[row] = norm;
+  T first = 1 / norm.scale, second = norm.rest == 0 ? 0 : 1 / norm.rest;
+  each([&](Quad<T>& q, int64_t d) {
+    for (T& x : q.x) x = x * first * second;
+    *reinterpret_cast<Quad<T>*>(o.problems[0].z + row * o.ldz() + d) = q;
+  });
+  let_next_start();
 }
 
-// reads: the rows come from the inputs, and read_inputs did not run.
-template <typename T, bool reads>
-TCLR_KERNEL sum_all_tiles(TCLR_ARGUMENT Objective<T> o) {
-  let_next_start();
+template <typename T>
+TCLR_KERNEL_OF(tile_threads, blocks_at_once<T>)
+sum_all_tiles(TCLR_ARGUMENT Objective<T> o) {
   uint32_t block = blockIdx.x;
-  int k = problem_of<&Gram<T>::sum_blocks>(o, block);
+  const Gram<T>& p = o.problems[problem_of(o, &Sizes::sum_blocks, block)];
   wait_for_former();
-  if (blockIdx.x == 0 && threadIdx.x == 0) *o.ticket = 0;
-  if constexpr (reads)
-    sums(o.problems[k], block, [&](const Block& b, bool first) { return InputRows<T>(o, k, b, first); });
-  else
-    sums(o.problems[k], block);
+  sums(p, block);
+  let_next_start();
 }
 
 // ---- terms and coefficients
 
+// log(1 + exp(-|t|)), as exact as its sum with a logarithm is.
+template <typename T>
+TCLR_DEVICE T log_of_more(T t) {
+  return log(1 + exp(t > 0 ? -t : t));
+}
+
 template <typename T>
 TCLR_DEVICE T log_sigmoid(T t) {
-  return -softplus(-t);
+  return (t < 0 ? t : 0) - log_of_more(t);
 }
 
 // What a term of an anchor is made of: the sums over its own set and over the other one, and its positive.
@@ -187,39 +154,48 @@ struct Pair {
 
   TCLR_METHOD Pair(T own, T other, T pos) : high(own > other ? own : other) {
     T low = own > other ? other : own;
-    more = low == -INFINITY ? 0 : log1p(exp(low - high));
+    more = low == -INFINITY ? 0 : log_of_more(low - high);
     excess = (high - pos) + more;
   }
   // The logarithm of the share of one of the two.
   TCLR_METHOD T share(T of) const { return (of - high) - more; }
 };
 
-// An anchor among the problem's.
+// An anchor among the problem's; its sum with the set c is N * c further on.
 template <typename T>
 struct Anchor {
   const Gram<T>& p;
-  Place r;
+  uint32_t a, first;
 
-  TCLR_METHOD bool paired(int64_t c) const { return c != r.a && p.N > 1 && p.exists(r.a, c); }
-  TCLR_METHOD T neg(int64_t c) const { return p.neg[p.at(r.g, r.a, c, r.i)]; }
-  TCLR_METHOD T pos(int64_t c) const { return p.pos[p.at(r.g, r.a, c, r.i)]; }
-  TCLR_METHOD Pair<T> with(int64_t c) const { return {p.cross ? -INFINITY : neg(r.a), neg(c), pos(c)}; }
+  TCLR_METHOD Anchor(const Gram<T>& p, const Place& r)
+      : p(p), a(uint32_t(r.a)), first((uint32_t(r.g) * p.of.V + a) * p.of.V * p.of.N + uint32_t(r.i)) {}
+  TCLR_METHOD bool exists(uint32_t c) const { return !p.cross || (2 * a < p.of.V) != (2 * c < p.of.V); }
+  TCLR_METHOD bool paired(uint32_t c) const { return c != a && p.of.N > 1 && exists(c); }
+  TCLR_METHOD T neg(uint32_t c) const { return p.neg[first + c * p.of.N]; }
+  TCLR_METHOD T pos(uint32_t c) const { return p.pos[first + c * p.of.N]; }
+  TCLR_METHOD Pair<T> with(uint32_t c) const { return {p.cross ? -INFINITY : neg(a), neg(c), pos(c)}; }
 };
 
-// LL of one anchor, the sets being (v, t), v outermost.
+// LL of one anchor, the sets being (v, t), v outermost; made by the lanes that share the anchor.
 template <typename T>
 struct LocalLocal {
-  int64_t mate;
+  uint32_t mate;
   T negatives, excess;
 
-  TCLR_METHOD explicit LocalLocal(const Anchor<T>& x) : mate(x.r.a < x.p.V / 2 ? x.r.a + x.p.V / 2 : x.r.a - x.p.V / 2) {
+  TCLR_METHOD LocalLocal(const Anchor<T>& x, int lanes) {
+    uint32_t a = x.a, V = x.p.of.V, lane = threadIdx.x % lanes;
+    mate = a < V / 2 ? a + V / 2 : a - V / 2;
     T top = -INFINITY, sum = 0;
-    for (int64_t c = 0; c < x.p.V; ++c) {
+    TCLR_ROLLED
+    for (uint32_t c = lane; c < V; c += lanes) {
       T pos = x.pos(c);
-      if (c != x.r.a && c != mate) top = pos > top || pos != pos ? pos : top;
+      if (c != a && c != mate) top = pos > top || pos != pos ? pos : top;
     }
-    for (int64_t c = 0; c < x.p.V; ++c)
-      if (c != x.r.a && c != mate) sum += exp(x.pos(c) - top);
+    top = largest_over_row(top, lanes);
+    TCLR_ROLLED
+    for (uint32_t c = lane; c < V; c += lanes)
+      if (c != a && c != mate) sum += exp(x.pos(c) - top);
+    sum = sum_over_row(sum, lanes);
     negatives = top + log(sum), excess = negatives - x.pos(mate);
   }
 };
@@ -227,13 +203,14 @@ struct LocalLocal {
 template <typename T>
 TCLR_DEVICE T log_add(T x, T y) {
   T high = x > y ? x : y, low = x > y ? y : x;
-  return low == -INFINITY ? high : high + log1p(exp(low - high));
+  return low == -INFINITY ? high : high + log_of_more(low - high);
 }
 
 // The coefficients of a tile's anchors, made here.
 template <typename T>
 struct Made {
   static constexpr int numbers = 4;  // of an anchor: neg, and the logarithms of its coefficient and of two of pos
+  static constexpr int lanes = 4;    // that share an anchor
   static constexpr T none = lowest<T>;
   const Gram<T>& p;
   T log_upstream, log_ll;
@@ -243,7 +220,9 @@ struct Made {
   T along = 0;     // <z, dz> as this thread has it, of one row
 
   TCLR_METHOD Made(const Objective<T>& o, int k)
-      : p(o.problems[k]), log_upstream(o.log_upstream[o.kinds[k]]), log_ll(o.log_upstream[ll]),
+      : p(o.problems[k]),
+        log_upstream(o.log_upstream[o.kinds[k]]),
+        log_ll(o.log_upstream[ll]),
         with_ll(o.with_ll(o.kinds[k])) {
     table = Tile<T>(p.ldz).end(), tops = table + p.slots() * tile * numbers;
   }
@@ -251,45 +230,55 @@ struct Made {
 
   // The logarithm of the coefficient of an anchor's sum over its own set.
   TCLR_METHOD T of_own_set(const Anchor<T>& x) const {
-    T all = -INFINITY, own = x.neg(x.r.a);
-    for (int64_t c = 0; c < p.V; ++c) {
+    T all = -INFINITY, own = x.neg(x.a);
+    TCLR_ROLLED
+    for (uint32_t c = threadIdx.x % lanes; c < p.of.V; c += lanes) {
       if (!x.paired(c)) continue;
       Pair<T> pair = x.with(c);
       all = log_add(all, log_sigmoid(pair.excess) + pair.share(own));
     }
+    all = over_row(all, lanes, [](T x, T y) { return log_add(x, y); });
     return all + log_upstream;
   }
-  TCLR_METHOD void make(const Anchor<T>& x, int64_t c, T* to) const {
+  // own, other: whether some of the anchors that are made at once meet their own set, and whether some meet another.
+  TCLR_METHOD void make(const Anchor<T>& x, uint32_t c, bool own, bool other, T (&to)[numbers]) const {
     T neg = x.neg(c), of_neg = -INFINITY, less = -INFINITY, more = -INFINITY;  // of pos: what brings it near, and away
-    if (c == x.r.a && !p.cross) of_neg = of_own_set(x);
+    if (own && !p.cross) {
+      T all = of_own_set(x);
+      if (c == x.a) of_neg = all;
+    }
     if (x.paired(c)) {
       Pair<T> pair = x.with(c);
       less = log_upstream + log_sigmoid(pair.excess), of_neg = less + pair.share(neg);
     }
-    if (with_ll && c != x.r.a) {
-      LocalLocal<T> of_ll(x);
+    if (with_ll && other) {
+      LocalLocal<T> of_ll(x, lanes);
       T g = log_ll + log_sigmoid(of_ll.excess);
       if (c == of_ll.mate)
         less = log_add(less, g);
-      else
+      else if (c != x.a)
         more = g + (x.pos(c) - of_ll.negatives);
     }
     to[0] = neg, to[1] = of_neg, to[2] = less, to[3] = more;
   }
   TCLR_METHOD void read(const Block& I, const Block& J) {
     T top = none;
-    each_anchor(p, I, J, [&](int slot, int r, const Place& x, int64_t c) {
-      T* to = table + (slot * tile + r) * numbers;
-      make({p, x}, c, to);
+    bool own = p.of.whole || I.a == J.a, other = p.of.whole || I.a != J.a;
+    each_anchor<lanes>(p, I, J, [&](int slot, int r, bool valid, const Place& x, int64_t c) {
+      T made[numbers];
+      make(Anchor<T>(p, x), uint32_t(c), own, other, made);
+      if (!valid) return;
       for (int k = 1; k < numbers; ++k)
-        if (to[k] > top && to[k] < INFINITY) top = to[k];
+        if (made[k] > top && made[k] < INFINITY) top = made[k];
+      if (threadIdx.x % lanes == 0)
+        *reinterpret_cast<Quad<T>*>(table + (slot * tile + r) * numbers) = {{made[0], made[1], made[2], made[3]}};
     });
     top = over_row(top, 32, [](T x, T y) { return y > x ? y : x; });
     if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32] = top;
   }
   TCLR_METHOD T rescale() {
     T top = none, before = power;
-    for (int k = 0; k < threads / 32; ++k) top = tops[k] > top ? tops[k] : top;
+    for (int k = 0; k < tile_threads / 32; ++k) top = tops[k] > top ? tops[k] : top;
     if (top == none) return 1;
     top = ceil(top * T(1.4426950408889634));
     top = top > 1000 ? 1000 : top < -1000 ? -1000 : top;
@@ -314,9 +303,9 @@ struct Made {
 
 // ---- the sums of the terms
 
-TCLR_DEVICE double sum_over_warps(const double* x) {
+TCLR_DEVICE double sum_over_warps(const double* x, int warps) {
   double sum = 0;
-  for (int k = 0; k < threads / 32; ++k) sum += x[k];
+  for (int k = 0; k < warps; ++k) sum += x[k];
   return sum;
 }
 
@@ -325,26 +314,26 @@ template <typename T>
 TCLR_DEVICE void term_of(const Objective<T>& o, int k, uint32_t item, double& of_pair, double& of_ll) {
   const Gram<T>& p = o.problems[k];
   if (item >= p.rows() * p.V) return;
-  int64_t i = last_digit(item, p.N), c = last_digit(item, p.V), a = last_digit(item, p.V);
-  Anchor<T> x{p, {item, a, i}};
+  uint32_t i = last_digit(item, p.of.N), c = last_digit(item, p.of.V), a = last_digit(item, p.of.V);
+  Anchor<T> x(p, {item, a, i});
   if (x.paired(c))
     of_pair = softplus(x.with(c).excess);
-  else if (c != a && p.exists(a, c))
+  else if (c != a && x.exists(c))
     of_pair = x.pos(c) - x.pos(c);
   else if (c == a && o.with_ll(o.kinds[k]))
-    of_ll = softplus(LocalLocal<T>(x).excess);
+    of_ll = softplus(LocalLocal<T>(x, 1).excess);
 }
 
 // Of all blocks' sums, a term a warp; in the order of the blocks, whichever comes last.
 template <typename T>
 TCLR_DEVICE void write_terms(const Objective<T>& o, double* shared) {
-  static_assert(threads / 32 == terms_of_objective);
+  static_assert(tile_threads / 32 >= terms_of_objective);
   int term = threadIdx.x / 32;
-  int64_t all = all_blocks<&Gram<T>::term_blocks>(o), first = 0;
+  int64_t all = o.term_blocks, first = 0;
   const volatile double* sums = o.sums;
   double sum = 0;
   for (int k = 0; k < o.count; ++k) {
-    int64_t n = o.problems[k].term_blocks(), from = first + (o.kinds[k] == term ? 0 : all);
+    int64_t n = o.problems[k].of.term_blocks, from = first + (o.kinds[k] == term ? 0 : all);
     bool here = o.kinds[k] == term || (term == ll && o.with_ll(o.kinds[k]));
     for (int64_t b = threadIdx.x % 32; b < n && here; b += 32) sum += sums[from + b];
     first += n;
@@ -364,17 +353,18 @@ TCLR_DEVICE void write_terms(const Objective<T>& o, double* shared) {
 // Adds up the terms of some anchors; the last block to come here adds up what all of them found.
 template <typename T>
 TCLR_DEVICE void add_terms(const Objective<T>& o, int64_t blocks) {
-  constexpr int warps = threads / 32;
+  constexpr int warps = tile_threads / 32;
   double *shared = shared_memory<double>(), of_pairs = 0, of_ll = 0;
   auto* last = reinterpret_cast<unsigned*>(shared + 2 * warps);
   uint32_t block = blockIdx.x;
-  int k = problem_of<&Gram<T>::term_blocks>(o, block);
-  term_of(o, k, block * threads + threadIdx.x, of_pairs, of_ll);
+  int k = problem_of(o, &Sizes::term_blocks, block);
+  term_of(o, k, block * tile_threads + threadIdx.x, of_pairs, of_ll);
   of_pairs = sum_over_row(of_pairs, 32), of_ll = sum_over_row(of_ll, 32);
   if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = of_pairs, shared[warps + threadIdx.x / 32] = of_ll;
   __syncthreads();
   if (threadIdx.x == 0) {
-    o.sums[blockIdx.x] = sum_over_warps(shared), o.sums[blocks + blockIdx.x] = sum_over_warps(shared + warps);
+    o.sums[blockIdx.x] = sum_over_warps(shared, warps);
+    o.sums[blocks + blockIdx.x] = sum_over_warps(shared + warps, warps);
     __threadfence();
     *last = atomicAdd(o.ticket, 1u) == blocks - 1;
     if (*last) *o.ticket = 0;
@@ -387,40 +377,32 @@ TCLR_DEVICE void add_terms(const Objective<T>& o, int64_t blocks) {
 
 // ---- the gradient
 
-// Where a problem's unit of a block of rows is.
-template <typename T>
-TCLR_DEVICE int64_t unit_at(const Gram<T>& p, const Block& I, int64_t part) {
-  return ((I.g * p.tile_sets() + I.a) * p.blocks + I.index) * p.parts + part;
-}
-
 template <typename T, int groups>
-TCLR_DEVICE void add_gradient(const Objective<T>& o, uint32_t number) {
-  uint32_t block = number;
-  int k = problem_of<&Gram<T>::gradient_blocks>(o, block);
+TCLR_DEVICE void add_gradient(const Objective<T>& o, uint32_t block) {
+  int k = problem_of(o, &Sizes::gradient_blocks, block);
   const Gram<T>& p = o.problems[k];
   Work<T> work(p, block);
   Made<T> anchors(o, k);
   gradient<groups>(p, work, anchors);
-  // four threads have a row
-  T along = sum_over_row(anchors.along, 4);
-  int r = threadIdx.x / 4, rows = count(p, work.I);
-  T of_rows = threadIdx.x % 4 == 0 && r < rows ? along : 0;
-  if (work.first == 0 && threadIdx.x % 4 == 0 && r < rows) o.along[k][work.row + r] = along;
+  T along = sum_over_row(anchors.along, per_row);
+  int r = threadIdx.x / per_row;
+  bool first = work.first == 0 && threadIdx.x % per_row == 0 && r < count(p, work.I);
+  if (first) p.along[work.row + r] = along;
+  along = sum_over_row(first ? along : 0, 32);
   T* shared = shared_memory<T>();
-  of_rows = sum_over_row(of_rows, 32);
-  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = of_rows;
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = along;
   __syncthreads();
   if (threadIdx.x != 0) return;
   double sum = 0, unit = anchors.unit();
-  for (int w = 0; w < threads / 32; ++w) sum += shared[w];
-  o.along_blocks[number] = work.first == 0 ? sum * unit : 0;
-  if (work.first == 0) o.units[k][unit_at(p, work.I, work.part)] = unit;
+  for (int w = 0; w < tile_threads / 32; ++w) sum += shared[w];
+  o.along_blocks[blockIdx.x] = sum * unit;
+  if (work.first == 0) p.units[work.number] = unit;
 }
 
 template <typename T, int groups>
-TCLR_KERNEL finish_objective(TCLR_ARGUMENT Objective<T> o) {
-  let_next_start();
-  int64_t blocks = all_blocks<&Gram<T>::term_blocks>(o);
+TCLR_KERNEL_OF(tile_threads, (blocks_at_once<T, groups>))
+finish_objective(TCLR_ARGUMENT Objective<T> o) {
+  int64_t blocks = o.term_blocks;
   wait_for_former();
   if (blockIdx.x < blocks)
     add_terms(o, blocks);
@@ -432,13 +414,13 @@ TCLR_KERNEL finish_objective(TCLR_ARGUMENT Objective<T> o) {
 template <typename T>
 TCLR_DEVICE void write_tau(const Objective<T>& o, double* shared) {
   double sum = 0, tau = value_of(o.call.tau);
-  int64_t n = all_blocks<&Gram<T>::gradient_blocks>(o);
-  for (int64_t k = threadIdx.x; k < n; k += threads) sum += o.along_blocks[k];
+  int64_t first = o.term_blocks, n = o.gradient_blocks;
+  for (int64_t k = threadIdx.x; k < n; k += threads) sum += o.along_blocks[first + k];
   sum = sum_over_row(sum, 32);
   if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = sum;
   __syncthreads();
   double factor = value_of(o.call.upstream) / (2 * tau * tau);
-  if (threadIdx.x == 0) *static_cast<T*>(o.call.g_tau) = T(-sum_over_warps(shared) * factor);
+  if (threadIdx.x == 0) *static_cast<T*>(o.call.g_tau) = T(-sum_over_warps(shared, threads / 32) * factor);
 }
 
 // Some features of the gradient of a row: every warp adds up a quarter of its parts, then a thread writes a feature.
@@ -461,12 +443,14 @@ TCLR_KERNEL write_gradients(TCLR_ARGUMENT Objective<T> o) {
     Place place = o.place(o.kinds[k], r);
     if (place.a < 0) continue;
     reached = true;
-    Block I{place.g, p.whole() ? 0 : place.a, p.whole() ? 0 : uint32_t(place.i) / uint32_t(p.size)};
-    const double* units = o.units[k] + unit_at(p, I, 0);
-    for (int64_t part = warp; part < p.parts; part += warps) {
+    const Sizes& of = p.of;
+    uint32_t tile = uint32_t(place.g);
+    if (!of.whole) tile = (tile * of.V + uint32_t(place.a)) * of.blocks + uint32_t(place.i) / of.size;
+    const double* units = p.units + int64_t(tile) * of.parts;
+    for (uint32_t part = warp; part < of.parts; part += warps) {
       int64_t at = part * p.rows() + p.row(place);
       double unit = units[part];
-      along += o.along[k][at] * unit;
+      along += p.along[at] * unit;
       if (first + 4 * lane >= p.ldz) continue;
       const Quad<T>& dz = quad(p.dz + at * p.ldz + first + 4 * lane);
       for (int x = 0; x < 4; ++x) sum[x] += dz.x[x] * unit;
@@ -474,14 +458,15 @@ TCLR_KERNEL write_gradients(TCLR_ARGUMENT Objective<T> o) {
   }
   for (int x = 0; x < 4; ++x) shared[warp * chunk + 4 * lane + x] = sum[x];
   if (lane == 0) shared[warps * chunk + warp] = along;
-  double scale = value_of(o.call.upstream) / value_of(o.call.tau) / norm.rest;
+  double scale = value_of(o.call.upstream) / (value_of(o.call.tau) * norm.rest);
   __syncthreads();
   if (!valid) return;
   double dz = 0;
   for (int w = 0; w < warps; ++w) dz += shared[w * chunk + threadIdx.x];
-  if (o.call.normalize) dz -= z * sum_over_warps(shared + warps * chunk);
+  if (o.call.normalize) dz -= z * sum_over_warps(shared + warps * chunk, warps);
   int64_t clips = r.input == 0 ? 1 : o.call.T, to = ((r.v * o.call.B + r.i) * clips + r.t) * o.call.D + d;
-  put_value(o.input(r.input).gradient, o.call.dtype, to, reached && norm.rest != 0 ? dz * scale / norm.scale : 0);
+  put_value(o.input(r.input).gradient, o.call.dtype, to,
+            reached && norm.rest != 0 ? dz * scale * double(1 / norm.scale) : 0);
 }
 
 }  // namespace

@@ -36,7 +36,7 @@ struct PlainRectangle {
   static int64_t passing_tiles(const Step<T>& s) { return Cut{s.p.passing.V * s.p.passing.N, tile}.tiles(); }
   static int64_t panels(const Step<T>& s) { return s.p.resident.panels(); }
   static size_t shared(const Step<T>& s) {
-    size_t tiles = Tile<T>::size(s.p.resident.ldz), sums = threads * sizeof(Sums<T>);
+    size_t tiles = Tile<T>::size(s.p.resident.ldz), sums = tile_threads * sizeof(Sums<T>);
     return tiles > sums ? tiles : sums;
   }
   template <bool keyed>
@@ -91,7 +91,8 @@ template <typename Way>
 using StepOf = Step<typename Way::Number>;
 
 template <typename Way, bool keyed>
-TCLR_KERNEL sum_rectangle(TCLR_ARGUMENT StepOf<Way> s) {
+TCLR_KERNEL_OF(Way::Path::of_block, 1)
+sum_rectangle(TCLR_ARGUMENT StepOf<Way> s) {
   Way::template sum<keyed>(s, blockIdx.x);
 }
 
@@ -106,7 +107,8 @@ TCLR_KERNEL note_coefficients(TCLR_ARGUMENT Step<T> s) {
 }
 
 template <typename Way, bool keyed, int weighed>
-TCLR_KERNEL make_rectangle_gradient(TCLR_ARGUMENT StepOf<Way> s) {
+TCLR_KERNEL_OF(Way::Path::of_block, 1)
+make_rectangle_gradient(TCLR_ARGUMENT StepOf<Way> s) {
   Way::template add_gradient<keyed, weighed>(s, blockIdx.x);
 }
 
@@ -181,11 +183,11 @@ struct RectangleLaunches {
   }
 
   // In what counts the memory, nothing is launched.
-  void run(Kernel<T> kernel, int64_t blocks, size_t shared, const Step<T>& s) {
-    if (arena.base && !error) error = launch(kernel, blocks, shared, stream, s);
+  void run(Kernel<T> kernel, int64_t blocks, size_t shared, const Step<T>& s, int of_block = Path::of_block) {
+    if (arena.base && !error) error = launch(kernel, blocks, shared, stream, s, of_block);
   }
   void run_for_each(Kernel<T> kernel, int64_t count, const Step<T>& s) {
-    run(kernel, (count + threads - 1) / threads, 0, s);
+    run(kernel, (count + threads - 1) / threads, 0, s, threads);
   }
   void over(const Call<T>& c, const GramCall& of, void (*kernel)(Call<T>), size_t shared) {
     if (arena.base && !error) error = over_sets(c, of, kernel, shared, stream);

@@ -115,15 +115,15 @@ TCLR_DEVICE Exponentials<T>& negatives_of(Sums<T>& x) {
   return x.negatives;
 }
 
-// Four threads in a row found sums of the same anchor; the first of them writes them all, if they are of a row.
-template <typename S>
-TCLR_DEVICE void join_four(S mine, bool valid, S* to) {
+// So many threads in a row found sums of the same anchor; the first of them writes them all, if they are of a row.
+template <int sharing, typename S>
+TCLR_DEVICE void join(S mine, bool valid, S* to) {
   S* shared = shared_memory<S>();
   __syncthreads();
   shared[threadIdx.x] = mine;
   __syncthreads();
-  if (threadIdx.x % 4 != 0 || !valid) return;
-  for (int k = 1; k < 4; ++k) mine.merge(shared[threadIdx.x + k]);
+  if (threadIdx.x % sharing != 0 || !valid) return;
+  for (int k = 1; k < sharing; ++k) mine.merge(shared[threadIdx.x + k]);
   *to = mine;
 }
 
@@ -157,7 +157,7 @@ struct Anchor {
   }
 };
 
-// The sums of one tile of resident rows with one part of one passing set. Four threads share a row.
+// The sums of one tile of resident rows with one part of one passing set.
 template <typename T, bool keyed>
 TCLR_DEVICE void rectangle_sums(const Rectangle<T>& p, int64_t block) {
   const Gram<T>&R = p.resident, &Z = p.passing;
@@ -166,7 +166,7 @@ TCLR_DEVICE void rectangle_sums(const Rectangle<T>& p, int64_t block) {
   int64_t index = rest % rows.tiles(), g = rest / rows.tiles();
   Tile<T> t(R.ldz);
   T inverse_tau = T(1 / value_of(R.tau));
-  int r = threadIdx.x / 4;
+  int r = threadIdx.x / per_row;
   bool valid = r < rows.of(index);
   int64_t row = rows.begin(index) + (valid ? r : 0), last = rows.begin(index) + rows.of(index) - 1;
   Anchor<T, keyed> anchor(p, g, row / R.N, c, row % R.N, valid);
@@ -176,7 +176,7 @@ TCLR_DEVICE void rectangle_sums(const Rectangle<T>& p, int64_t block) {
   for (int64_t b = from; b < end && any; ++b) {
     Span<T> I = span(R, g, rows, index), J{Z.z + Z.row({g, c, columns.begin(b)}) * Z.ldz, columns.of(b), Z.ldz};
     scores(R, I, J, t, b > from, inverse_tau, [](int, int, T s) { return s; });
-    for (int k = threadIdx.x % 4; k < J.rows && exists; k += 4) {
+    for (int k = threadIdx.x % per_row; k < J.rows && exists; k += per_row) {
       int64_t j = columns.begin(b) + k;
       T s = t.S[r * lds + k];
       bool same_index = anchor.same_index(j), same_key = false;
@@ -189,7 +189,7 @@ TCLR_DEVICE void rectangle_sums(const Rectangle<T>& p, int64_t block) {
     }
   }
   auto* to = reinterpret_cast<SumsOf<T, keyed>*>(p.sums) + part * p.anchor_count();
-  join_four(anchor.sums, valid, to + anchor.at());
+  join<per_row>(anchor.sums, valid, to + anchor.at());
 }
 
 // The outputs of one anchor with one set, `k` being its place among them.

@@ -149,7 +149,7 @@ TCLR_DEVICE void rectangle_sums_on_tensor_cores(const Rectangle<float>& p, const
   meet<E>(sides, I, first + part_begin(part, tiles, p.parts), first + part_begin(part + 1, tiles, p.parts), -1, work);
   auto* to = reinterpret_cast<SumsOf<float, keyed>*>(p.sums) + part * p.anchor_count();
 #pragma unroll
-  for (int h = 0; h < 2; ++h) join_four(work.anchors[h].sums, work.anchors[h].valid, to + work.anchors[h].at());
+  for (int h = 0; h < 2; ++h) join<4>(work.anchors[h].sums, work.anchors[h].valid, to + work.anchors[h].at());
 }
 
 // ---- sums, and the mean of the columns
@@ -203,7 +203,7 @@ TCLR_DEVICE void rectangle_mean_on_tensor_cores(const Rectangle<float>& p, const
   auto* to = reinterpret_cast<Exponentials<float>*>(p.sums) + part * p.anchor_count() + first;
   for (int h = 0; h < 2; ++h) {
     int row = work.lane.row(2 * h);
-    join_four(work.sums[h], row < rows, to + (row < rows ? row : 0));
+    join<4>(work.sums[h], row < rows, to + (row < rows ? row : 0));
   }
   work.weighted.write(rows, R.ldz, R.ldz, R.dz + (part * R.rows() + first) * R.ldz);
 }

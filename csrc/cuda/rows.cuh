@@ -78,15 +78,12 @@ TCLR_DEVICE T value_at(const Source& x, int64_t d) {
   return value_at<T>(x.data, x.dtype, x.first + d * x.step);
 }
 
-// The norm of the D values of a row that `lanes` lanes share. Of a row that is not finite it is NaN,
-// and so are its unit row and its gradient. Zero lanes: `D` 0 for those without a row.
-template <typename T, typename Value>
-TCLR_DEVICE Norm<T> norm_of(int64_t D, int lanes, Value value) {
+// The norm of a row that `lanes` lanes share; each(f) calls f for every value of this lane, for none where there is no
+// row. Of a row that is not finite it is NaN, and so are its unit row and its gradient.
+template <typename T, typename Each>
+TCLR_DEVICE Norm<T> norm_of(int lanes, Each each) {
   T largest = 0, scale = 1, squares = 0;
-  for (int64_t d = threadIdx.x % lanes; d < D; d += lanes) {
-    T size = fabs(value(d));
-    largest = size > largest || size != size ? size : largest;
-  }
+  each([&](T x) { largest = fabs(x) > largest || x != x ? fabs(x) : largest; });
   largest = largest_over_row(largest, lanes);
   constexpr int least = sizeof(T) == 8 ? -1022 : -126;  // 1 / scale is finite
   if (largest > 0 && largest * 0 == 0) {
@@ -94,10 +91,7 @@ TCLR_DEVICE Norm<T> norm_of(int64_t D, int lanes, Value value) {
     scale = ldexp(T(1), exponent < least ? least : exponent);
   }
   T inverse = 1 / scale;
-  for (int64_t d = threadIdx.x % lanes; d < D; d += lanes) {
-    T x = value(d) * inverse;
-    squares += x * x;
-  }
+  each([&](T x) { squares += x * inverse * (x * inverse); });
   squares = sum_over_row(squares, lanes);
   return {scale, largest * 0 == 0 ? T(sqrt(squares)) : T(NAN)};
 }
