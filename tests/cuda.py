@@ -26,7 +26,7 @@ from .kernels import CSRC
 
 TORCH = Path(torch.__file__).parent
 # the least PyTorch that the binding shall load into; as in setup.py
-FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-DTCLR_HOST_EXECUTOR"]
+FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-DTCLR_HOST_EXECUTOR", "-DTCLR_HOPPER"]
 FLAGS += ["-DTORCH_TARGET_VERSION=0x020b000000000000ULL", f"-I{TORCH}/include"]
 
 # [G, V, N, D], each a regime of the blocks
