@@ -296,7 +296,7 @@ TCLR_KERNEL_OF(all_threads) sum_blocks(TCLR_ARGUMENT Sums s) {
 #ifdef TCLR_WARPGROUPS
   using Tiles = SumsTiles<chunks>;
   constexpr int block_bytes = chunks * chunk_bytes;
-  unsigned char* memory = swizzled_memory();
+  TCLR_SWIZZLED_MEMORY(memory);
   const Layout& l = s.l;
   if (!l.serves()) return;
   unsigned char *panels = memory, *ring = panels + s.panels * block_bytes;
@@ -545,7 +545,7 @@ TCLR_KERNEL_OF(all_threads) add_blocks(TCLR_ARGUMENT Gradient s) {
   using Tiles = GradientTiles<chunks>;
   constexpr int columns = Tiles::columns, halves = Tiles::halves, block_bytes = Tiles::block_bytes;
   constexpr int features = chunks * chunk_features;
-  unsigned char* memory = swizzled_memory();
+  TCLR_SWIZZLED_MEMORY(memory);
   const Layout& l = s.l;
   if (!l.serves()) return;
   unsigned char *own = memory, *ring = own + block_bytes;

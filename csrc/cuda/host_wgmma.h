@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #define TCLR_WARPGROUPS
+#define TCLR_SWIZZLED_MEMORY(name) unsigned char* name = host::shared
 
 struct alignas(8) float2 {
   float x, y;
@@ -29,8 +30,6 @@ static_assert(sizeof(host::Barrier) == sizeof(uint64_t));
 TCLR_DEVICE uint32_t shared_address(const void* p) {
   return uint32_t(static_cast<const unsigned char*>(p) - host::shared);
 }
-
-TCLR_DEVICE unsigned char* swizzled_memory() { return host::shared; }
 
 template <int count>
 void meet_first() {

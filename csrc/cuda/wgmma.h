@@ -37,14 +37,11 @@ TCLR_DEVICE uint64_t columns_of(uint32_t address) { return descriptor(address, c
 #define TCLR_WARPGROUPS  // the code of kernels that use them is for this target alone
 #endif
 
+// A block's shared memory, from a place on where a chunk may begin. What a function returned would cost registers.
+#define TCLR_SWIZZLED_MEMORY(name) extern __shared__ __align__(1024) unsigned char name[]
+
 namespace tclr {
 namespace {
-
-// A block's shared memory, from a place on where a chunk may begin.
-TCLR_DEVICE unsigned char* swizzled_memory() {
-  extern __shared__ __align__(1024) unsigned char chunks_in_memory[];
-  return chunks_in_memory;
-}
 
 // A barrier of a block's first `count` threads.
 template <int count>
