@@ -48,6 +48,30 @@ ON_TENSOR_CORES = {
 }
 
 
+class OnHopper(NamedTuple):
+    """A problem [G, V, N, D] on a Hopper of so few multiprocessors; in_memory: the temperature is a tensor."""
+
+    G: int
+    V: int
+    N: int
+    D: int
+    processors: int
+    dtype: torch.dtype = torch.bfloat16
+    cross: bool = False
+    tau: float = 0.1
+    in_memory: bool = False
+
+
+ON_HOPPER = {
+    "a ragged set is a super-block": OnHopper(1, 3, 300, 100, 3),
+    "super-blocks of one block, parts": OnHopper(1, 2, 200, 64, 64, torch.float16),
+    "two groups, three chunks, cross": OnHopper(2, 2, 130, 137, 2, torch.float16, cross=True),
+    "odd sets, cross": OnHopper(1, 3, 70, 64, 3, cross=True, tau=0.05, in_memory=True),
+    "four chunks, whole blocks": OnHopper(1, 2, 256, 256, 1, tau=0.02),
+    "left to tensor cores": OnHopper(1, 2, 70, 72, 2, tau=0.01, in_memory=True),
+}
+
+
 class Case(NamedTuple):
     """A rectangle of A sets of n rows and C sets of K columns.
 
@@ -137,7 +161,7 @@ def _run(command):
 
 
 class Host:
-    """A backend of one such library. executor: `launches()`, `run_downwards(bool)`."""
+    """A backend of one such library. executor: `launches()`, `run_downwards(bool)`, `be_hopper(processors)`, 0: be none."""
 
     loaded = 0
 
@@ -209,6 +233,25 @@ def deviations_on_tensor_cores(host):
         with unittest.mock.patch.object(native, "tf32_allowed", lambda: True):
             if kernels._deviation(host, sets, tau, normalize, cross, generator) > tolerance:
                 yield f"{name}, {dtype}, cross={cross}, normalize={normalize}, tau={tau}"
+    host.executor.run_downwards(False)
+
+
+def deviations_on_hopper(host):
+    """The same for Hopper's own kernels, or what ended their launch."""
+    generator = torch.Generator().manual_seed(0)
+    for k, (name, case) in enumerate(ON_HOPPER.items()):
+        shape = case.G, case.N, case.D
+        sets = [torch.randn(shape, generator=generator, dtype=torch.float64).to(case.dtype) for _ in range(case.V)]
+        sets[0][0, 5] = 0
+        tau = torch.tensor(case.tau, dtype=torch.float64) if case.in_memory else case.tau
+        host.executor.be_hopper(case.processors)
+        host.executor.run_downwards(k % 2)
+        try:
+            if (error := kernels._deviation(host, sets, tau, True, case.cross, generator)) > 1e-3:
+                yield f"{name}: {error:.0e}"
+        except RuntimeError as error:
+            yield f"{name}: {error}"
+    host.executor.be_hopper(0)
     host.executor.run_downwards(False)
 
 
@@ -334,7 +377,7 @@ def _objective_deviation(host, inputs, weights):
 
 if __name__ == "__main__":
     host = Host(sys.argv[1])
-    deviating = [*deviations(host), *deviations_on_tensor_cores(host)]
+    deviating = [*deviations(host), *deviations_on_tensor_cores(host), *deviations_on_hopper(host)]
     deviating += [*rectangle_deviations(host), *rectangle_deviations_on_tensor_cores(host)]
     print("\n".join(deviating) or "all agree")
     sys.exit(bool(deviating))
