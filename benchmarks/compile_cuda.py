@@ -1,7 +1,8 @@
 """The CUDA kernels compiled with nvcc, without a GPU: python -m benchmarks.compile_cuda
 
 For sm_80, sm_90a and sm_100: registers, spills, instructions by class. Writes benchmarks/results/cuda-compiled.csv; a
-warning or a spill is an error. Shared memory is asked for at the launch: `shared` in csrc/cuda/.
+warning, a spill beyond SPILLS, or products of warpgroups that wait for one another are an error. Shared memory is asked
+for at the launch: `shared` in csrc/cuda/.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from benchmarks.rows import reason, writing
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "cuda-compiled.csv"
 TARGETS = "80", "90a", "100"
+SPILLS = {"hopper::sum_blocks<3>": 16}  # bytes that a kernel may store and load for want of registers; of others, none
 COLUMNS = "target", "kernel", "status", "registers", "spills", *(f"{name}_instructions" for name in CLASSES)
 USED = re.compile(
     r"Function properties for (\S+)\s+\d+ bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\s+"
@@ -48,6 +50,8 @@ def rows(target):
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
         compiled = list(pool.map(lambda source: compile(target, source, Path(folder)), setup.CUDA_SOURCES))
     found = {name: facts for of_source in compiled for name, facts in of_source.items()}
+    if target != "90a":  # for which those for Hopper are empty
+        found = {name: facts for name, facts in found.items() if not name.startswith("hopper::")}
     yield from (dict(target=f"sm_{target}", kernel=name) | found[name] for name in sorted(found))
 
 
@@ -60,6 +64,8 @@ def compile(target, source, folder):
     if log.returncode != 0:
         print(log.stderr, file=sys.stderr)
         raise RuntimeError(f"nvcc ended with status {log.returncode}")
+    if waiting := serialized(log.stderr):
+        raise RuntimeError(waiting[0])
     counts = instructions(cubin)
     found = USED.findall(log.stderr.replace("\n", " "))
     names = demangled([name for name, *_ in found])
@@ -67,6 +73,11 @@ def compile(target, source, folder):
         names[name]: dict(registers=int(registers), spills=int(stores) + int(loads)) | counts[name]
         for name, stores, loads, registers in found
     }
+
+
+def serialized(log):
+    """What ptxas says of products of warpgroups that it makes wait for one another; it is no warning to -Werror."""
+    return re.findall(r".*wgmma.*serialized.*", log)
 
 
 def tried(target):
@@ -88,7 +99,7 @@ def main(arguments=None):
             for row in tried(target):
                 add(row)
                 print(" ".join(f"{k}={v}" for k, v in row.items()), flush=True)
-                if row["status"] != "ok" or row["spills"]:
+                if row["status"] != "ok" or row["spills"] > SPILLS.get(row["kernel"], 0):
                     wrong.append(row)
     for row in wrong:
         fault = f"{row['kernel']} spills" if row["status"] == "ok" else row["status"]

@@ -161,7 +161,10 @@ def _run(command):
 
 
 class Host:
-    """A backend of one such library. executor: `launches()`, `run_downwards(bool)`, `be_hopper(processors)`, 0: be none."""
+    """A backend of one such library.
+
+    executor: `launches()`, `run_downwards(bool)`, `be_hopper(processors)`, of so few multiprocessors or, of 0, none.
+    """
 
     loaded = 0
 

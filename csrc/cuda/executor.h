@@ -12,8 +12,7 @@ constexpr int threads = 128;  // of every block whose launch names no other numb
 #ifdef __CUDACC__
 
 // one block a multiprocessor is enough: else ptxas spills for the sake of more of them
-#define TCLR_KERNEL_OF(threads) static __global__ void __launch_bounds__(threads, 1)
-#define TCLR_KERNEL TCLR_KERNEL_OF(tclr::threads)
+#define TCLR_KERNEL static __global__ void __launch_bounds__(tclr::threads, 1)
 #define TCLR_ARGUMENT const __grid_constant__
 #define TCLR_DEVICE static __device__ __forceinline__
 #define TCLR_METHOD __device__ __forceinline__

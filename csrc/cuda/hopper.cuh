@@ -19,7 +19,6 @@ namespace tclr {
 namespace hopper {
 namespace {
 
-constexpr int computing = 256, all_threads = 384;  // of a block
 constexpr int most_features = 256, most_blocks_a_super = 16;
 constexpr size_t shared_limit = 227 << 10;
 constexpr double limit = 60;  // of 1 / tau, for exp S and its sums to stay within float's range
@@ -292,7 +291,7 @@ TCLR_DEVICE void share(float (&x)[32], bool upper, int lanes) {
 }
 
 template <int chunks>
-TCLR_KERNEL_OF(all_threads) sum_blocks(TCLR_ARGUMENT Sums s) {
+TCLR_WARPGROUP_KERNEL sum_blocks(TCLR_ARGUMENT Sums s) {
 #ifdef TCLR_WARPGROUPS
   using Tiles = SumsTiles<chunks>;
   constexpr int block_bytes = chunks * chunk_bytes;
@@ -540,7 +539,7 @@ struct GradientTiles {
 };
 
 template <int chunks>
-TCLR_KERNEL_OF(all_threads) add_blocks(TCLR_ARGUMENT Gradient s) {
+TCLR_WARPGROUP_KERNEL add_blocks(TCLR_ARGUMENT Gradient s) {
 #ifdef TCLR_WARPGROUPS
   using Tiles = GradientTiles<chunks>;
   constexpr int columns = Tiles::columns, halves = Tiles::halves, block_bytes = Tiles::block_bytes;

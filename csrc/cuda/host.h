@@ -12,7 +12,6 @@
 #include <new>
 #include <vector>
 
-#define TCLR_KERNEL_OF(threads) static void
 #define TCLR_KERNEL static void
 #define TCLR_ARGUMENT const
 #define TCLR_DEVICE static inline

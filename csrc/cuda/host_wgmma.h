@@ -1,10 +1,11 @@
-// The host's warpgroups, bulk copies and their barriers: see wgmma.h. Products are done as late as may be, when they are
-// waited for, and copies land one by one after the threads' turns, the newest first; or both at once where threads run
-// downwards.
+// The host's warpgroups, bulk copies and their barriers: see wgmma.h. Products are done as late as may be, when they
+// are waited for, and copies land one by one after the threads' turns, the newest first; or both at once where threads
+// run downwards.
 #pragma once
 #include <algorithm>
 
 #define TCLR_WARPGROUPS
+#define TCLR_WARPGROUP_KERNEL static void
 #define TCLR_SWIZZLED_MEMORY(name) unsigned char* name = host::shared
 
 struct alignas(8) float2 {
@@ -102,8 +103,8 @@ inline void run(const Product& p, size_t group, size_t index) {
   for (int k = 0; k < 16; ++k) {
     const Product& owner = products[threadIdx.x - t + k / 2 % 4].all[group][index];
     for (int h = 0; h < 2; ++h)
-      left[h][k] = p.fragments ? value<Half>(owner.fragments[k / 8 * 2 + h], k % 2)
-                               : entry(p.left, first + 8 * h, 2 * k);
+      left[h][k] =
+          p.fragments ? value<Half>(owner.fragments[k / 8 * 2 + h], k % 2) : entry(p.left, first + 8 * h, 2 * k);
   }
   for (int n = 0; n < p.columns; ++n) {
     int column = n / 2 * 8 + 2 * t + n % 2;

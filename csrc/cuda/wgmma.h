@@ -13,6 +13,7 @@
 namespace tclr {
 namespace {
 
+constexpr int computing = 256, all_threads = 384;  // of a block
 constexpr int chunk_rows = 128, chunk_features = 64, chunk_bytes = chunk_rows * chunk_features * 2;
 
 TCLR_DEVICE uint64_t descriptor(uint32_t address, int between_chunks) {
@@ -36,6 +37,8 @@ TCLR_DEVICE uint64_t columns_of(uint32_t address) { return descriptor(address, c
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define TCLR_WARPGROUPS  // the code of kernels that use them is for this target alone
 #endif
+
+#define TCLR_WARPGROUP_KERNEL static __global__ void __launch_bounds__(tclr::all_threads, 1)
 
 // A block's shared memory, from a place on where a chunk may begin. What a function returned would cost registers.
 #define TCLR_SWIZZLED_MEMORY(name) extern __shared__ __align__(1024) unsigned char name[]
