@@ -2,7 +2,8 @@
 
 For sm_80, sm_90a and sm_100: registers, spills, instructions by class, among them those in float64, and how many
 barriers and calls of a division of 64-bit integers there are. Writes benchmarks/results/cuda-compiled.csv; a
-warning or a spill is an error. Shared memory is asked for at the launch: `shared` in csrc/cuda/.
+warning, a spill beyond SPILLS, or products of warpgroups that wait for one another are an error. Shared memory is asked
+for at the launch: `shared` in csrc/cuda/.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from benchmarks.rows import reason, writing
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "cuda-compiled.csv"
 TARGETS = "80", "90a", "100"
+SPILLS = {"hopper::sum_blocks<3>": 16}  # bytes that a kernel may store and load for want of registers; of others, none
 COUNTED = {f"{name}_instructions": pattern for name, (pattern, _) in CLASSES.items()} | {
     "all_instructions": r"^\s+/\*[0-9a-f]{4,}\*/",
     "double_instructions": r"\bD(?:FMA|MUL|ADD|SETP|MNMX)\b",
@@ -55,6 +57,8 @@ def rows(target):
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
         compiled = list(pool.map(lambda source: compile(target, source, Path(folder)), setup.CUDA_SOURCES))
     found = {name: facts for of_source in compiled for name, facts in of_source.items()}
+    if target != "90a":  # for which those for Hopper are empty
+        found = {name: facts for name, facts in found.items() if not name.startswith("hopper::")}
     yield from (dict(target=f"sm_{target}", kernel=name) | found[name] for name in sorted(found))
 
 
@@ -67,6 +71,8 @@ def compile(target, source, folder):
     if log.returncode != 0:
         print(log.stderr, file=sys.stderr)
         raise RuntimeError(f"nvcc ended with status {log.returncode}")
+    if waiting := serialized(log.stderr):
+        raise RuntimeError(waiting[0])
     counts = instructions(cubin)
     found = USED.findall(log.stderr.replace("\n", " "))
     names = demangled([name for name, *_ in found])
@@ -74,6 +80,11 @@ def compile(target, source, folder):
         names[name]: dict(registers=int(registers), spills=int(stores) + int(loads)) | counts[name]
         for name, stores, loads, registers in found
     }
+
+
+def serialized(log):
+    """What ptxas says of products of warpgroups that it makes wait for one another; it is no warning to -Werror."""
+    return re.findall(r".*wgmma.*serialized.*", log)
 
 
 def tried(target):
@@ -95,7 +106,7 @@ def main(arguments=None):
             for row in tried(target):
                 add(row)
                 print(" ".join(f"{k}={v}" for k, v in row.items()), flush=True)
-                if row["status"] != "ok" or row["spills"]:
+                if row["status"] != "ok" or row["spills"] > SPILLS.get(row["kernel"], 0):
                     wrong.append(row)
     for row in wrong:
         fault = f"{row['kernel']} spills" if row["status"] == "ok" else row["status"]

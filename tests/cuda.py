@@ -26,7 +26,7 @@ from .kernels import CSRC
 
 TORCH = Path(torch.__file__).parent
 # the least PyTorch that the binding shall load into; as in setup.py
-FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-DTCLR_HOST_EXECUTOR"]
+FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-DTCLR_HOST_EXECUTOR", "-DTCLR_HOPPER"]
 FLAGS += ["-DTORCH_TARGET_VERSION=0x020b000000000000ULL", f"-I{TORCH}/include"]
 
 # [G, V, N, D], each a regime of the blocks
@@ -45,6 +45,30 @@ ON_TENSOR_CORES = {
     "a part of several sets": (1, 24, 64, 8),
     "two groups, two whole blocks a set": (2, 2, 128, 16),
     "two chunks of features": (1, 2, 66, 136),
+}
+
+
+class OnHopper(NamedTuple):
+    """A problem [G, V, N, D] on a Hopper of so few multiprocessors; in_memory: the temperature is a tensor."""
+
+    G: int
+    V: int
+    N: int
+    D: int
+    processors: int
+    dtype: torch.dtype = torch.bfloat16
+    cross: bool = False
+    tau: float = 0.1
+    in_memory: bool = False
+
+
+ON_HOPPER = {
+    "a ragged set is a super-block": OnHopper(1, 3, 300, 100, 3),
+    "super-blocks of one block, parts": OnHopper(1, 2, 200, 64, 64, torch.float16),
+    "two groups, three chunks, cross": OnHopper(2, 2, 130, 137, 2, torch.float16, cross=True),
+    "odd sets, cross": OnHopper(1, 3, 70, 64, 3, cross=True, tau=0.05, in_memory=True),
+    "four chunks, whole blocks": OnHopper(1, 2, 256, 256, 1, tau=0.02),
+    "left to tensor cores": OnHopper(1, 2, 70, 72, 2, tau=0.01, in_memory=True),
 }
 
 
@@ -137,7 +161,10 @@ def _run(command):
 
 
 class Host:
-    """A backend of one such library. executor: `launches()`, `run_downwards(bool)`."""
+    """A backend of one such library.
+
+    executor: `launches()`, `run_downwards(bool)`, `be_hopper(processors)`, of so few multiprocessors or, of 0, none.
+    """
 
     loaded = 0
 
@@ -215,6 +242,25 @@ def deviations_on_tensor_cores(host):
         with unittest.mock.patch.object(native, "tf32_allowed", lambda: True):
             if kernels._deviation(host, sets, tau, normalize, cross, generator) > tolerance:
                 yield f"{name}, {dtype}, cross={cross}, normalize={normalize}, tau={tau}"
+    host.executor.run_downwards(False)
+
+
+def deviations_on_hopper(host):
+    """The same for Hopper's own kernels, or what ended their launch."""
+    generator = torch.Generator().manual_seed(0)
+    for k, (name, case) in enumerate(ON_HOPPER.items()):
+        shape = case.G, case.N, case.D
+        sets = [torch.randn(shape, generator=generator, dtype=torch.float64).to(case.dtype) for _ in range(case.V)]
+        sets[0][0, 5] = 0
+        tau = torch.tensor(case.tau, dtype=torch.float64) if case.in_memory else case.tau
+        host.executor.be_hopper(case.processors)
+        host.executor.run_downwards(k % 2)
+        try:
+            if (error := kernels._deviation(host, sets, tau, True, case.cross, generator)) > 1e-3:
+                yield f"{name}: {error:.0e}"
+        except RuntimeError as error:
+            yield f"{name}: {error}"
+    host.executor.be_hopper(0)
     host.executor.run_downwards(False)
 
 
@@ -340,7 +386,7 @@ def _objective_deviation(host, inputs, weights):
 
 if __name__ == "__main__":
     host = Host(sys.argv[1])
-    deviating = [*deviations(host), *deviations_on_tensor_cores(host)]
+    deviating = [*deviations(host), *deviations_on_tensor_cores(host), *deviations_on_hopper(host)]
     deviating += [*rectangle_deviations(host), *rectangle_deviations_on_tensor_cores(host)]
     print("\n".join(deviating) or "all agree")
     sys.exit(bool(deviating))

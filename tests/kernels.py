@@ -211,14 +211,18 @@ def deviations(kernels, dtypes=(torch.float64, torch.float32)):
 
 def _deviation(kernels, sets, tau, normalize, cross, generator):
     exact = [z.detach().double().clone().requires_grad_() for z in sets]
-    wanted = reference.gram(exact, tau, normalize, cross)
+    rows = [reference.unit_rows(z) if normalize else z for z in exact]
+    wanted = reference.gram(rows, tau, False, cross)
     found = kernels.forward(sets, tau, normalize, cross)
     upstream = [torch.randn(x.shape, generator=generator, dtype=torch.float64).where(x.isfinite(), 0) for x in wanted]
-    sum((x.where(x.isfinite(), 0) * g).sum() for x, g in zip(wanted, upstream, strict=True)).backward()
+    total = sum((x.where(x.isfinite(), 0) * g).sum() for x, g in zip(wanted, upstream, strict=True))
+    wanted_dz = torch.autograd.grad(total, exact, retain_graph=True)
+    along = [(z * d).sum(-1).detach() for z, d in zip(rows, torch.autograd.grad(total, rows), strict=True)]
     _, neg, pos = found
-    dz, _ = kernels.backward(sets, tau, normalize, cross, neg, pos, *(g.to(neg.dtype) for g in upstream))
+    dz, zdz = kernels.backward(sets, tau, normalize, cross, neg, pos, *(g.to(neg.dtype) for g in upstream))
     unit = 2 * torch.finfo(sets[0].dtype).eps if sets[0].element_size() == 2 else 0
-    gradients = [_difference(d, z.grad) - unit for d, z in zip(dz, exact, strict=True)]
+    gradients = [_difference(d, w) - unit for d, w in zip(dz, wanted_dz, strict=True)]
+    gradients.append(_difference(zdz, torch.stack(along, 1)))  # the temperature's gradient is made of it
     return max(*(_difference(f, w.detach()) for f, w in zip(found, wanted, strict=True)), *gradients)
 
 

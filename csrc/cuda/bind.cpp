@@ -434,6 +434,7 @@ static const Init implement_all(StableLibrary::Kind::IMPL, implement, library, "
 TCLR_PUBLIC void run_downwards(bool downwards) { tclr::host::downwards = downwards; }
 TCLR_PUBLIC void run_dry(bool dry) { tclr::host::dry = dry; }
 TCLR_PUBLIC int launches() { return tclr::host::launches; }
+TCLR_PUBLIC void be_hopper(int processors) { tclr::host::hopper_processors = processors; }
 #else
 STABLE_TORCH_LIBRARY_IMPL(tclr_kernels, CUDA, m) { implement(m); }
 

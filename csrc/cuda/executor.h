@@ -1,12 +1,12 @@
 // Where a kernel runs: on a CUDA device, or, so that its very source is tested without one, on the host, block after
 // block, its threads as fibers that change places at every barrier. Kernels take one struct and use nothing else of
-// CUDA than what is here.
+// CUDA than what is here, in warp.h and in wgmma.h.
 #pragma once
 #include <cstddef>
 #include <cstdint>
 
 namespace tclr {
-constexpr int threads = 128;       // of a block
+constexpr int threads = 128;       // of every block whose launch names no other number
 constexpr int tile_threads = 256;  // of one that has tiles in the arithmetic of the rows' dtype
 }  // namespace tclr
 
@@ -30,6 +30,20 @@ template <typename T>
 TCLR_DEVICE T* shared_memory() {
   extern __shared__ __align__(16) unsigned char memory[];
   return reinterpret_cast<T*>(memory);
+}
+
+inline int attribute(cudaDeviceAttr name) {  // of the current device, 0 where that fails
+  int device = 0, value = 0;
+  return cudaGetDevice(&device) || cudaDeviceGetAttribute(&value, name, device) ? 0 : value;
+}
+
+inline bool on_hopper() {
+  return attribute(cudaDevAttrComputeCapabilityMajor) == 9 && attribute(cudaDevAttrComputeCapabilityMinor) == 0;
+}
+
+inline int processors() {
+  int count = attribute(cudaDevAttrMultiProcessorCount);
+  return count > 0 ? count : 1;
 }
 
 // Waits until the kernel before this one has ended and what it wrote can be read: of a kernel launched `early`.

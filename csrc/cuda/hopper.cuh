@@ -19,17 +19,10 @@ namespace tclr {
 namespace hopper {
 namespace {
 
-constexpr int computing = 256, all_threads = 384;  // of a block
 constexpr int most_features = 256, most_blocks_a_super = 16;
 constexpr size_t shared_limit = 227 << 10;
 constexpr double limit = 60;  // of 1 / tau, for exp S and its sums to stay within float's range
 constexpr float log2e = 1.4426950408889634f;
-
-TCLR_DEVICE float exp2_of(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 // Sizes that the launches share.
 struct Layout {
@@ -93,7 +86,7 @@ TCLR_DEVICE Eight eight_of(const Source& x, int d, int D) {
 // The values of so many neighbouring lanes joined, the same for all of them.
 template <typename T, typename Join>
 TCLR_DEVICE T over_lanes(T x, int lanes, Join join) {
-  for (int step = lanes / 2; step > 0; step /= 2) x = join(x, __shfl_xor_sync(0xffffffff, x, step));
+  for (int step = lanes / 2; step > 0; step /= 2) x = join(x, of_other_lane(x, step));
   return x;
 }
 
@@ -293,16 +286,16 @@ TCLR_DEVICE void share(float (&x)[32], bool upper, int lanes) {
 #pragma unroll
   for (int k = 0; k < half; ++k) {
     float mine = upper ? x[k + half] : x[k], theirs = upper ? x[k] : x[k + half];
-    x[k] = mine + __shfl_xor_sync(0xffffffff, theirs, lanes);
+    x[k] = mine + of_other_lane(theirs, lanes);
   }
 }
 
 template <int chunks>
-static __global__ void __launch_bounds__(all_threads, 1) sum_blocks(TCLR_ARGUMENT Sums s) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+TCLR_WARPGROUP_KERNEL sum_blocks(TCLR_ARGUMENT Sums s) {
+#ifdef TCLR_WARPGROUPS
   using Tiles = SumsTiles<chunks>;
   constexpr int block_bytes = chunks * chunk_bytes;
-  extern __shared__ __align__(1024) unsigned char memory[];
+  TCLR_SWIZZLED_MEMORY(memory);
   const Layout& l = s.l;
   if (!l.serves()) return;
   unsigned char *panels = memory, *ring = panels + s.panels * block_bytes;
@@ -392,8 +385,8 @@ static __global__ void __launch_bounds__(all_threads, 1) sum_blocks(TCLR_ARGUMEN
         else
           add_tile<false, true>(tile, scale, column, row, i0, j0, l.N, false);
         for (float& x : row) {
-          x += __shfl_xor_sync(0xffffffff, x, 1);
-          x += __shfl_xor_sync(0xffffffff, x, 2);
+          x += of_other_lane(x, 1);
+          x += of_other_lane(x, 2);
         }
         if (lane % 4 != 0) return;
         float* to = row_sums + (i - w.first_i) * chunk_rows + i_local;
@@ -448,7 +441,7 @@ static __global__ void __launch_bounds__(all_threads, 1) sum_blocks(TCLR_ARGUMEN
         int which = octet * 4 + k;
         of_warps[warp * chunk_rows + which / 2 * 8 + j_local + which % 2] = column[k];
       }
-      asm volatile("bar.sync 1, 256;" ::: "memory");  // of those that compute
+      meet_first<computing>();
       if (threadIdx.x < chunk_rows) {
         float all = 0;
 #pragma unroll
@@ -546,12 +539,12 @@ struct GradientTiles {
 };
 
 template <int chunks>
-static __global__ void __launch_bounds__(all_threads, 1) add_blocks(TCLR_ARGUMENT Gradient s) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+TCLR_WARPGROUP_KERNEL add_blocks(TCLR_ARGUMENT Gradient s) {
+#ifdef TCLR_WARPGROUPS
   using Tiles = GradientTiles<chunks>;
   constexpr int columns = Tiles::columns, halves = Tiles::halves, block_bytes = Tiles::block_bytes;
   constexpr int features = chunks * chunk_features;
-  extern __shared__ __align__(1024) unsigned char memory[];
+  TCLR_SWIZZLED_MEMORY(memory);
   const Layout& l = s.l;
   if (!l.serves()) return;
   unsigned char *own = memory, *ring = own + block_bytes;
@@ -698,23 +691,11 @@ static __global__ void __launch_bounds__(all_threads, 1) add_blocks(TCLR_ARGUMEN
 
 // ---- launches
 
-int64_t attribute(cudaDeviceAttr name) {  // of the current device, 0 where that fails
-  int device = 0, value = 0;
-  return cudaGetDevice(&device) || cudaDeviceGetAttribute(&value, name, device) ? 0 : value;
-}
-
-int64_t processors() { return attribute(cudaDevAttrMultiProcessorCount); }
-
 // As many blocks as multiprocessors, or fewer for fewer pieces of work.
 template <typename A>
 const char* launch_on_all(void (*kernel)(A), int64_t pieces, size_t shared, Stream stream, const A& argument) {
   int64_t blocks = pieces < processors() ? pieces : processors();
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
-  if (!error) {
-    kernel<<<dim3(unsigned(blocks)), dim3(all_threads), shared, stream>>>(argument);
-    error = cudaGetLastError();
-  }
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return launch(kernel, blocks, shared, stream, argument, all_threads);
 }
 
 // The size of super-blocks that keeps the busiest multiprocessor the least busy, in tiles; what a strip and a piece
@@ -785,8 +766,7 @@ bool serves(const GramCall& call) {
   // for 32 bits to hold a thread's number and an index of [G, V, V, N]
   bool few = call.G * call.V * (call.V > 32 ? call.V : 32) * (call.N + chunk_rows) < int64_t(1) << 31;
   bool bounded = call.tau.data || 1 / call.tau.value <= limit;
-  return half && call.normalize && sizes && few && bounded && attribute(cudaDevAttrComputeCapabilityMajor) == 9 &&
-         attribute(cudaDevAttrComputeCapabilityMinor) == 0;
+  return half && call.normalize && sizes && few && bounded && on_hopper();
 #else
   return false;
 #endif

@@ -10,8 +10,7 @@ struct Posted {  // by a lane, for the others of its warp to read
   uint32_t words[6];
 };
 
-inline std::vector<Posted> posted[2] = {std::vector<Posted>(tile_threads), std::vector<Posted>(tile_threads)};
-inline std::vector<int> exchanges(tile_threads);
+inline std::vector<Posted> posted[2] = {std::vector<Posted>(most_threads), std::vector<Posted>(most_threads)};
 
 struct Copy {
   uint32_t* to;
@@ -22,13 +21,28 @@ struct Copy {
   }
 };
 
-using Group = std::vector<Copy>;
-inline std::vector<std::vector<Group>> groups(tile_threads,
-                                              std::vector<Group>(1));  // of a thread, the last of them open
+// Groups of what a thread asked for, each done when it is waited for; the last of them is open.
+template <typename Work>
+struct Groups {
+  std::vector<std::vector<Work>> all{1};
 
-// What all lanes of this warp posted. No lane is two exchanges ahead of another: two places are enough.
+  void add(const Work& work) { all.back().push_back(work); }
+  void end() { all.emplace_back(); }
+  template <typename F>
+  void run_all_but(size_t count, F run) {
+    for (size_t k = 0; k + 1 + count < all.size(); ++k)
+      for (const Work& work : all[k]) run(work);
+  }
+  void forget_all_but(size_t count) {
+    if (all.size() > count + 1) all.erase(all.begin(), all.end() - count - 1);
+  }
+};
+
+inline std::vector<Groups<Copy>> groups(most_threads);
+
+// What all lanes of this warp posted. No lane is two meetings ahead of another: two places are enough.
 inline const Posted* exchange(const Posted& mine) {
-  std::vector<Posted>& place = posted[exchanges[threadIdx.x]++ % 2];
+  std::vector<Posted>& place = posted[of_warps[threadIdx.x / 32].phase];
   place[threadIdx.x] = mine;
   __syncwarp();
   return &place[threadIdx.x / 32 * 32];
@@ -79,35 +93,34 @@ uint32_t pair(float low, float high) {
 template <typename T>
 T of_other_lane(T x, int bits) {
   host::Posted mine{};
-  std::memcpy(mine.words, &x, sizeof(T));
-  const host::Posted* lanes = host::exchange(mine);
-  std::memcpy(&x, lanes[(threadIdx.x % 32) ^ bits].words, sizeof(T));
+  std::memcpy(mine.words, &x, sizeof x);
+  std::memcpy(&x, host::exchange(mine)[(threadIdx.x % 32) ^ bits].words, sizeof x);
   return x;
 }
 
-TCLR_DEVICE float exponential(float x) { return std::exp2(x * 1.44269504f); }
+TCLR_DEVICE float exp2_of(float x) { return std::exp2(x); }
+
+TCLR_DEVICE float exponential(float x) { return exp2_of(x * 1.44269504f); }
 
 // Done as late as may be, or at once where threads run downwards.
 TCLR_DEVICE void copy_async(uint32_t* to, const uint32_t* from, bool there) {
   host::Copy copy{to, there ? from : nullptr};
-  host::downwards ? copy.run() : host::groups[threadIdx.x].back().push_back(copy);
+  host::downwards ? copy.run() : host::groups[threadIdx.x].add(copy);
 }
 
-TCLR_DEVICE void end_group() { host::groups[threadIdx.x].emplace_back(); }
+TCLR_DEVICE void end_group() { host::groups[threadIdx.x].end(); }
 
 TCLR_DEVICE void wait_for_groups() {
   auto& groups = host::groups[threadIdx.x];
-  for (size_t k = 0; k + 2 < groups.size(); ++k)
-    for (const host::Copy& copy : groups[k]) copy.run();
-  groups.erase(groups.begin(), groups.end() - 2);
+  groups.run_all_but(1, [](const host::Copy& copy) { copy.run(); });
+  groups.forget_all_but(1);
 }
 
 TCLR_DEVICE void wait_for_copies() {
   auto& groups = host::groups[threadIdx.x];
-  for (host::Group& group : groups) {
-    for (const host::Copy& copy : group) copy.run();
-    group.clear();
-  }
+  end_group();
+  groups.run_all_but(0, [](const host::Copy& copy) { copy.run(); });
+  groups.forget_all_but(0);
 }
 
 }  // namespace tclr

@@ -1,9 +1,7 @@
 // The launches of the operation and of the objective.
 #include "calls.cuh"
-#include "objective.cuh"
-#ifdef __CUDACC__
 #include "hopper.cuh"
-#endif
+#include "objective.cuh"
 
 namespace tclr {
 namespace {
@@ -92,7 +90,6 @@ auto on_path(const GramCall& call, F f) {
   return call.D <= 128 ? f(Plain<float, 1>()) : f(Plain<float>());
 }
 
-#ifdef __CUDACC__
 // ---- on Hopper; a temperature on the device may be one that is left to the tensor cores' other kernels
 
 const char* forward_on_hopper(const GramCall& call, void* memory, Stream stream) {
@@ -128,7 +125,6 @@ const char* backward_on_hopper(const GramCall& call, void* memory, Stream stream
   if (!error) error = hopper::over_rows(rows, call, all.l.N, hopper::write_blocks, stream);
   return error;
 }
-#endif
 
 // ---- the objective
 
@@ -212,27 +208,21 @@ namespace cuda {
 
 size_t gram_memory(const GramCall& call, bool backward) {
   Arena arena{nullptr};
-#ifdef __CUDACC__
   if (hopper::serves(call)) {
     hopper::Arrangement(call, backward, arena);
     return arena.used;
   }
-#endif
   on_path(call, [&](auto path) { arrange<decltype(path)>(call, backward, arena); });
   return arena.used;
 }
 
 const char* gram_forward(const GramCall& call, void* memory, void* stream) {
-#ifdef __CUDACC__
   if (hopper::serves(call)) return forward_on_hopper(call, memory, static_cast<Stream>(stream));
-#endif
   return on_path(call, [&](auto path) { return forward<decltype(path)>(call, memory, static_cast<Stream>(stream)); });
 }
 
 const char* gram_backward(const GramCall& call, void* memory, void* stream) {
-#ifdef __CUDACC__
   if (hopper::serves(call)) return backward_on_hopper(call, memory, static_cast<Stream>(stream));
-#endif
   return on_path(call, [&](auto path) { return backward<decltype(path)>(call, memory, static_cast<Stream>(stream)); });
 }
 

@@ -84,12 +84,14 @@ TCLR_DEVICE T of_other_lane(T x, int bits) {
   return __shfl_xor_sync(0xffffffff, x, bits);
 }
 
-// exp x to float's precision for |x| < 100, and 0 for what is below
-TCLR_DEVICE float exponential(float x) {
+// 2^x to float's precision for |x| < 100, and 0 for what is far below
+TCLR_DEVICE float exp2_of(float x) {
   float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504f));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+
+TCLR_DEVICE float exponential(float x) { return exp2_of(x * 1.44269504f); }
 
 // Four words into shared memory, zeros if there are none; there once its group is waited for and a barrier is passed.
 TCLR_DEVICE void copy_async(uint32_t* to, const uint32_t* from, bool there) {

@@ -13,7 +13,44 @@
 namespace tclr {
 namespace {
 
+constexpr int computing = 256, all_threads = 384;  // of a block
 constexpr int chunk_rows = 128, chunk_features = 64, chunk_bytes = chunk_rows * chunk_features * 2;
+
+TCLR_DEVICE uint64_t descriptor(uint32_t address, int between_chunks) {
+  constexpr uint64_t swizzled_128_bytes = uint64_t(1) << 62, eight_rows = 1024 >> 4;
+  return uint64_t((address & 0x3ffff) >> 4) | uint64_t(between_chunks >> 4) << 16 | eight_rows << 32 |
+         swizzled_128_bytes;
+}
+
+// Of 64 rows or more, from the one at `address` on. Adding 2 moves it by 16 features, adding `next_chunk` by 64.
+TCLR_DEVICE uint64_t rows_of(uint32_t address) { return descriptor(address, 16); }
+constexpr int next_chunk = chunk_bytes >> 4;
+
+// Of 16 rows, from the one at `address` on, and all features of the chunks that follow one another from there.
+TCLR_DEVICE uint64_t columns_of(uint32_t address) { return descriptor(address, chunk_bytes); }
+
+}  // namespace
+}  // namespace tclr
+
+#ifdef __CUDACC__
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define TCLR_WARPGROUPS  // the code of kernels that use them is for this target alone
+#endif
+
+#define TCLR_WARPGROUP_KERNEL static __global__ void __launch_bounds__(tclr::all_threads, 1)
+
+// A block's shared memory, from a place on where a chunk may begin. What a function returned would cost registers.
+#define TCLR_SWIZZLED_MEMORY(name) extern __shared__ __align__(1024) unsigned char name[]
+
+namespace tclr {
+namespace {
+
+// A barrier of a block's first `count` threads.
+template <int count>
+TCLR_DEVICE void meet_first() {
+  asm volatile("bar.sync 1, %0;" ::"n"(count) : "memory");
+}
 
 TCLR_DEVICE void start_barrier(uint64_t* b, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(arrivals) : "memory");
@@ -71,19 +108,6 @@ template <int count>
 TCLR_DEVICE void wait_for_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(count) : "memory");
 }
-
-TCLR_DEVICE uint64_t descriptor(uint32_t address, int between_chunks) {
-  constexpr uint64_t swizzled_128_bytes = uint64_t(1) << 62, eight_rows = 1024 >> 4;
-  return uint64_t((address & 0x3ffff) >> 4) | uint64_t(between_chunks >> 4) << 16 | eight_rows << 32 |
-         swizzled_128_bytes;
-}
-
-// Of 64 rows or more, from the one at `address` on. Adding 2 moves it by 16 features, adding `next_chunk` by 64.
-TCLR_DEVICE uint64_t rows_of(uint32_t address) { return descriptor(address, 16); }
-constexpr int next_chunk = chunk_bytes >> 4;
-
-// Of 16 rows, from the one at `address` on, and all features of the chunks that follow one another from there.
-TCLR_DEVICE uint64_t columns_of(uint32_t address) { return descriptor(address, chunk_bytes); }
 
 // d = <rows of a, rows of b> of 16 features, added to d if `more`; a: 64 rows, b: as many as d has columns.
 
@@ -203,3 +227,7 @@ TCLR_DEVICE void multiply_columns(float (&d)[128], const uint32_t* a, uint64_t b
 
 }  // namespace
 }  // namespace tclr
+
+#else
+#include "host_wgmma.h"
+#endif
