@@ -13,10 +13,13 @@ namespace tclr {
 namespace {
 int64_t thread_count, slow_thread, hesitation = 200;  // microseconds
 
-// Threads of its own; the slow one hesitates before each of its tasks, while the others run ahead.
+// Threads of its own; the slow one, if there is one, takes the first task, and hesitates before each of its tasks,
+// while the others run ahead.
 void run(int64_t n, Task task, void* argument) {
   std::atomic<int64_t> next = 0;
   auto work = [&](int64_t thread) {
+    while (slow_thread >= 0 && slow_thread < thread_count && thread != slow_thread && next == 0)
+      std::this_thread::yield();
     for (int64_t i = next++; i < n; i = next++) {
       if (thread == slow_thread) std::this_thread::sleep_for(std::chrono::microseconds(hesitation));
       task(argument, i, thread);
@@ -34,7 +37,7 @@ int64_t call(const Kernels<T>& kernels, const GramInput& in, bool backward, void
   int64_t size = kernels.workspace(in, thread_count, backward);
   if (memory == nullptr) return size;
   T** b = (T**)blocks;
-  Executor executor{run, thread_count};
+  Executor executor{run, thread_count, 0};
   if (backward) {
     Gradient<T> gradients[64];
     for (int64_t a = 0; a < in.V; ++a) gradients[a] = {(T*)dz[a], in.N * in.D, in.D, false};
@@ -67,7 +70,7 @@ int64_t call(const Kernels<T>& kernels, const RectangleInput& in, Wanted wanted,
     c.along = (T*)others[A + C];
   }
   int64_t size = kernels.rectangle_workspace(in, c, thread_count);
-  if (memory != nullptr) kernels.rectangle(in, c, (T*)memory, Executor{run, thread_count});
+  if (memory != nullptr) kernels.rectangle(in, c, (T*)memory, Executor{run, thread_count, 0});
   return size;
 }
 }  // namespace

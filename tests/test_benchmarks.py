@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import accuracy, cases, oracle, processes, providers, rows, run, step, table
+from benchmarks import accuracy, busy, cases, oracle, processes, providers, rows, run, step, table
 
 CHEAP = [name for name, provider in providers.PROVIDERS.items() if not provider.compiled]
 
@@ -153,3 +153,25 @@ def test_several_processes_are_measured(pool):
     sent = processes.counted(pool, "tclr-kernels clip_loss, shares", n, torch.float32)
     assert sent["handed"] == 2 * n * D * 4 + 16 * 4 * n + 8 + 8 and sent["wire"] == 3 * sent["handed"]
     assert (sent["forward"], sent["backward"]) == (2, 2)
+
+
+def test_what_busy_processes_do_is_measured(capsys, tmp_path):
+    arguments = [
+        "busy",
+        "--case",
+        "nt_xent:40x128",
+        "--calls",
+        "20",
+        "--runs",
+        "1",
+        "--seconds",
+        "0.1",
+        "--processes",
+        "1",
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [*arguments, "--out", str(tmp_path / "busy.csv")])
+        busy.main()
+    ours, dense = rows.read(tmp_path / "busy.csv")
+    assert (ours["provider"], dense["provider"], dense["of_dense"], ours["calls"]) == ("native", "dense", "1.00", "20")
+    assert float(ours["of_dense"]) == pytest.approx(float(ours["rise"]) / float(dense["rise"]), rel=0.1)

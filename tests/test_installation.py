@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import importing
 from tclr_kernels import info
 
 ROOT = Path(__file__).parents[1]
@@ -160,3 +161,8 @@ def test_the_index_page_has_absolute_addresses_alone():
 def test_info_warns_of_a_pytorch_newer_than_those_tested(version, warned, monkeypatch):
     monkeypatch.setattr(torch, "__version__", version)
     assert (info.untested() is not None) == warned
+
+
+def test_the_import_takes_no_longer_than_it_may():
+    """Of the processor, beside `import torch`; the rows of benchmarks/importing.py have the seconds on the clock."""
+    assert min(importing.seconds()[1] for _ in range(2)) < 0.05  # the first may have to write the bytecode
