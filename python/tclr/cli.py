@@ -41,12 +41,10 @@ def pretrain(
     torchrun restarts goes on from last.pt. timeout: seconds that a process waits for the others before it gives up.
     """
     with processes.group(timeout):
-        with processes.telling():
-            job = processes.Job()
-        reached = max(processes.exchange(job.reached()))
-        if reached == "claimed":
+        job = processes.Job(out)
+        if (stage := job.stage()) == "claimed":
             resume, overwrite = True, False
-        elif reached == "claiming":  # ended before it had taken a step
+        elif stage == "claiming":  # they ended before the first step
             overwrite = not resume
         first, device, last = processes.rank() == 0, config.device(device), out / "last.pt"
         processes.from_first(lambda: checkpoint.vacant(out, resume=resume, overwrite=overwrite))
