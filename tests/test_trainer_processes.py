@@ -286,7 +286,7 @@ def note(path, *words):
         file.write(" ".join(map(str, words)) + "\n")
 
 
-def wait_for(condition, limit=30):
+def wait_for(condition, limit=120):
     deadline = time.monotonic() + limit
     while not condition():
         assert time.monotonic() < deadline
