@@ -564,6 +564,18 @@ def test_a_restart_goes_on_whatever_was_asked_for(dataset, tmp_path):
         cli.main(options(dataset, out, 3))
 
 
+def test_an_older_run_on_another_machine_s_disk_is_seen(dataset, tmp_path):
+    """It is not written over unasked, and where it is, nothing of it is gone on with."""
+    disks = [tmp_path / "disk0", tmp_path / "disk1"]
+    disks[1].mkdir()
+    (disks[1] / "last.pt").write_bytes(b"an older run's")
+    crowd = Crowd(2, lambda: cli.main(options(dataset, disks[processes.rank()], 2)), tmp_path)
+    assert crowd.ended() == [1, 1] and "disk1 is not empty" in crowd.messages()[1] and not disks[0].exists()
+    more = "--overwrite=true", "--recipe.lr=0.01"
+    Crowd(2, lambda: cli.main(options(dataset, disks[processes.rank()], 2, *more)), tmp_path).results()
+    assert steps_of(disks[0] / "last.pt") == 2 and not list(disks[1].iterdir())
+
+
 def torchrun(P, restarts, *arguments):
     program = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={P}"]
     program += [f"--max-restarts={restarts}", "--monitor-interval=0.1", "-m", "tclr.cli", *arguments]

@@ -168,12 +168,11 @@ class Job:
     def stage(self):
         """The last stage of all processes of this job, before they were started again."""
         with telling():
-            mine = self.STAGES[-1] if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) else self.STAGES[0]
             if self.store:
-                mine = max(
-                    (s for s in self.STAGES if self.store.check([self.key + s])), key=self.STAGES.index, default="new"
-                )
-        return max(exchange(mine), key=self.STAGES.index)
+                reached = [stage for stage in self.STAGES if self.store.check([self.key + stage])]
+            else:
+                reached = self.STAGES[-1:] if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) else ()
+        return max(("new", *(stage for stages in exchange(reached) for stage in stages)), key=self.STAGES.index)
 
     def note(self, stage):
         if self.store:
