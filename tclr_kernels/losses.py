@@ -408,26 +408,27 @@ def tclr(
         tau, B = distributed.shared(group, tau, x.device), group.rows
 
     release = form == "release"
-    scales = {  # of each term, times the sum over its anchors
-        "ic_global": 1 / (V * B),
-        "ic_local": 1 / (V * V * B),
-        "ll": 1 / (V * T if release else V * B),
-        "gl": 1 / (V * B if release else V * V * B),
+    counts = {  # by which the sum of a term's anchors is divided
+        "ic_global": V * B,
+        "ic_local": V * V * B,
+        "ll": V * T if release else V * B,
+        "gl": V * B if release else V * V * B,
     }
-    scales, weights = ([float(values[k]) for k in scales] for values in (scales, weights))
-    compose = functools.partial(_compose, backend, normalize, scales, weights)
+    counts, weights = list(counts.values()), [float(weights[k]) for k in counts]
+    compose = functools.partial(_compose, backend, normalize, counts, weights)
     offered = any(weights) and hasattr(backends.BACKENDS[name], "objective")
     if group is not None:
         return TCLRTerms(*compose(tau, g, s, x, keys, group))
     if keys is not None or torch.compiler.is_compiling() or not offered:
         return TCLRTerms(*compose(tau, g, s, x, keys))
+    scales = [1 / count for count in counts]
     return TCLRTerms(*objective(name, compose, normalize, scales, weights, tau, g, s, x))
 
 
 def _compose(
     backend: str | None,
     normalize: bool,
-    scales: list[float],
+    counts: list[int],
     weights: list[float],
     tau: float | Tensor,
     g: Tensor,
@@ -456,10 +457,10 @@ def _compose(
         inputs = [g.unsqueeze(1)], [x.transpose(1, 2).unsqueeze(2)], [x], [s, x]
         settings = dict(normalize=normalize, backend=backend)
         terms = [
-            total(z, tau, round(1 / scale), cross=len(z) == 2, **settings)
+            total(z, tau, count, cross=len(z) == 2, **settings)
             if weight
             else functools.reduce(torch.add, map(_zero, z))
-            for z, scale, weight in zip(inputs, scales, weights, strict=True)
+            for z, count, weight in zip(inputs, counts, weights, strict=True)
         ]
         return _weighted(weights, terms), *terms
     sums = [_zero(g), _zero(x), _zero(x), _zero(s) + _zero(x)]
@@ -477,7 +478,7 @@ def _compose(
     if process is not None:
         own = False, False, not with_ic_local, True  # which are sums over this process's videos alone
         sums = list(traced(distributed.Total, process, torch.stack(sums), own))
-    terms = [scale * x for scale, x in zip(scales, sums, strict=True)]
+    terms = [x * (1 / count) for count, x in zip(counts, sums, strict=True)]
     return _weighted(weights, terms), *terms
 
 

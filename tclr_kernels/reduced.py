@@ -67,7 +67,7 @@ def composed(name: str, settings: Settings, tau: float | Tensor, *inputs: Tensor
     else:
         sets = [z if z.dim() == 3 else z.reshape(-1, *z.shape[-2:]) for z in inputs]
     if not one_sided:
-        return total(sets, tau, round(count / factor), **how)
+        return total(sets, tau, count * round(1 / factor), **how)
     return ordered_sum(blocks(sets, tau, **how)[0][:, 0, 1]) * factor / count
 
 

@@ -243,8 +243,8 @@ def _empty_rectangle_backward(
 
 _settings = "Tensor[] sets, Tensor? tau, float tau_value, bool normalize, bool cross"
 _gradients = "Tensor neg, Tensor pos, Tensor? g_term, Tensor? g_neg, Tensor? g_pos"
-torch.library.define(f"{NAMESPACE}::gram_forward", f"({_settings}, int count=1) -> (Tensor, Tensor, Tensor)")
-torch.library.define(f"{NAMESPACE}::gram_backward", f"({_settings}, {_gradients}, int count=1) -> (Tensor, Tensor)")
+torch.library.define(f"{NAMESPACE}::gram_forward", f"({_settings}, SymInt count=1) -> (Tensor, Tensor, Tensor)")
+torch.library.define(f"{NAMESPACE}::gram_backward", f"({_settings}, {_gradients}, SymInt count=1) -> (Tensor, Tensor)")
 torch.library.impl(f"{NAMESPACE}::gram_forward", ("CPU", "CUDA"), _forward)
 torch.library.impl(f"{NAMESPACE}::gram_backward", ("CPU", "CUDA"), _backward)
 torch.library.register_fake(f"{NAMESPACE}::gram_forward", _empty_forward)
