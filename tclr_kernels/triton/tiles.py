@@ -1,6 +1,6 @@
 """The tiles of each kind of device: chosen ahead of time, so that a first call compiles and does not search.
 
-Hopper's were the fastest of those tried on an H100 and an H200 with Triton 3.6, where their comment says so. None spills
+Hopper's were the fastest of those tried on an H100 and an H200 with Triton 3.6, where a comment says so. None spills
 registers on sm_90 in a loop, in the cases that `python -m benchmarks.compile_triton` compiles.
 """
 
