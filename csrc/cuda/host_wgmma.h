@@ -1,6 +1,6 @@
 // The host's warpgroups, bulk copies and their barriers: see wgmma.h. Products are done as late as may be, when they
-// are waited for, and copies land one by one after the threads' turns, the newest first; or both at once where threads
-// run downwards.
+// are waited for, and copies land after the threads' turns, the newest first; or both at once where threads run
+// downwards.
 #pragma once
 #include <algorithm>
 
