@@ -411,7 +411,7 @@ GRADIENT = {torch.float64: 1e-11, torch.float32: 1e-4, torch.float16: 5e-3, torc
 
 
 def loss_bound(dtype, carried, D):
-    """C2 for a loss at 1 / tau = 10. With rows carried as float16, 1e-3 from 128 features on, and somewhat more from 64.
+    """C2 for a loss at 1 / tau = 10. With rows carried as float16, 1e-3 from 128 features on, and from 64 a bit more.
 
     A product of unit rows adds D roundings of numbers of about D^-1/2, each by up to 2^-12 of it: what they come to
     falls with the square root of D, and the largest of many has been seen at 1.1e-3 with 64 features.

@@ -212,7 +212,7 @@ def test_tiles_wider_than_high(enough, tau, cross, kernels, monkeypatch):
 
 def test_tf32_has_tiles_of_its_own_where_it_is_allowed(kernels, monkeypatch):
     tiny(kernels, monkeypatch, kinds=("tf32",))
-    sets = some_sets(1, 2, 37, 5)
+    sets = some_sets(1, 2, 12, 130)
     with pytest.raises(KeyError):
         tk.backends.triton.forward(sets, 0.1, True, False)
     monkeypatch.setattr(kernels.large, "tf32_allowed", lambda: True)
@@ -238,9 +238,23 @@ def tensor_cores(kernels, monkeypatch):
     monkeypatch.setattr(kernels.large, "tf32_allowed", lambda: True)
 
 
+def test_few_features_go_by_pairs_though_tf32_is_allowed(kernels, monkeypatch):
+    monkeypatch.setattr(kernels.large, "tf32_allowed", lambda: True)
+    assert deviation(tk.backends.triton, some_sets(1, 2, 40, 128), 0.1) < 1e-6
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-20, 1e20])
+def test_pairs_have_22_bits_of_unit_rows(scale, kernels):
+    rows = [scale * x * 10.0 ** torch.linspace(-8, 0, 40) for x in some_sets(1, 1, 30, 40)]
+    z, _, halves, lower = kernels.large.packed(rows, True, 64, 64)
+    assert halves.dtype == torch.float16 and lower == z.numel()
+    off = halves.double().sum(0) - 4096 * z.double()
+    assert (off.abs() <= 4096 * z.double().abs() * 2**-22 + 2**-25).all()
+
+
 def test_tf32_errs_no_more_than_rounded_operands_do(tensor_cores, monkeypatch):
     """Cut-off operands are all too small: without rounding them before, the loss is off by 2e-3."""
-    inputs = LOSSES["nt_xent"].inputs((300, 2, 128), torch.float32)
+    inputs = LOSSES["nt_xent"].inputs((64, 2, 130), torch.float32)
     mean = functools.partial(tk.nt_xent, temperature=0.1)
     found, gradients = run(functools.partial(mean, backend="triton"), inputs)
     exact = [x.double() for x in inputs]

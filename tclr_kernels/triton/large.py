@@ -777,7 +777,7 @@ def packed(sets: Sequence[Tensor], normalize: bool, DP: int, whole: int) -> Pack
     G, N, D = sets[0].shape
     V, NP = len(sets), cdiv(N, whole) * whole
     z = x.new_empty((G, V, NP, DP), dtype=carrier(x, normalize))
-    how = precision(z.dtype, normalize)
+    how = precision(z.dtype, normalize, DP)
     u, lower = (z.new_empty((2, *z.shape), dtype=torch.float16), z.numel()) if how == "pairs" else (z, 0)
     norms = x.new_empty((G, V, NP), dtype=torch.float64)
     BD = 1 << (DP - 1).bit_length()
@@ -789,18 +789,22 @@ def packed(sets: Sequence[Tensor], normalize: bool, DP: int, whole: int) -> Pack
     return Packed(z, norms, u, lower)
 
 
-def precision(carried: torch.dtype, normalize: bool) -> str:
-    """Of the products of packed rows: as Triton names it, or "pairs" of float16 for unit rows of float32."""
+def precision(carried: torch.dtype, normalize: bool, DP: int) -> str:
+    """Of the products of packed rows: as Triton names it, or "pairs" of float16 for unit rows of float32.
+
+    Where TF32 is allowed too, unless features are so many that it is faster, as it is not with 128 on an H100.
+    """
     if carried != torch.float32:
         return "ieee"
-    return "tf32" if tf32_allowed() else "pairs" if normalize else "ieee"
+    allowed = tf32_allowed()
+    return "pairs" if normalize and not (allowed and DP > 128) else "tf32" if allowed else "ieee"
 
 
 def of_tiles(z: Tensor, normalize: bool, tile: Tile) -> dict[str, Any]:
     """What the kernels that make tiles have in common."""
     return dict(
         ACC=accumulator(z),
-        PRECISION=precision(z.dtype, normalize),
+        PRECISION=precision(z.dtype, normalize, tile.DP),
         BM=tile.BM,
         BN=tile.BN,
         DP=tile.DP,
@@ -814,10 +818,14 @@ def of_tiles(z: Tensor, normalize: bool, tile: Tile) -> dict[str, Any]:
 def super_blocks(V: int, blocks: int, groups: int, enough: int) -> tuple[int, int]:
     """Blocks a super-block, and super-blocks a set: as few as keep the device busy, since each is a slot of every row.
 
-    blocks: of a set; enough: programs, of which a pair of super-blocks is one
+    blocks: of a set; enough: programs, of which a pair of super-blocks is one. A quarter of them will do for two blocks
+    in the place of one, whose columns would not stay for more than one or two tiles.
     """
-    wanted = math.isqrt(2 * enough // groups) + 1
-    size = max(1, V * blocks // wanted)
+
+    def of(programs):
+        return V * blocks // (math.isqrt(2 * programs // groups) + 1)
+
+    size = max(1, of(enough), min(2, of(enough // 4)))
     return size, cdiv(blocks, size)
 
 
@@ -859,8 +867,8 @@ def kind_of(sets: Sequence[Tensor], tau: float | Tensor, normalize: bool, cross:
 def tile_of(kernel: str, x: Tensor, normalize: bool, bounded: bool) -> Tile:
     """The table's tile of "sums" or "gradient". x: a set"""
     name = kernel if bounded else f"{kernel} unbounded"
-    carried = carrier(x, normalize)
-    return tiles.choose(table_of(x)[0], name, carried, x.shape[-1], precision(carried, normalize))
+    carried, D = carrier(x, normalize), x.shape[-1]
+    return tiles.choose(table_of(x)[0], name, carried, D, precision(carried, normalize, tiles.padded(D)))
 
 
 def forward(
@@ -884,7 +892,7 @@ def forward(
     whole = max(size for tile in chosen.values() for size in (tile.BM, tile.BN))
     z, _, *products = packed(sets, normalize, chosen[launches[0][0]].DP, whole)
     NP = z.shape[2]
-    blocks_a_super, supers_a_set = super_blocks(V, NP // whole, G, 8 * table_of(first)[1])
+    blocks_a_super, supers_a_set = super_blocks(V, NP // whole, G, 12 * table_of(first)[1])
     supers, left = V * supers_a_set, (V + 1) // 2 * supers_a_set
     dtype = torch.promote_types(first.dtype, torch.float32)
     term, neg, pos = (first.new_empty((G, V, V, N), dtype=dtype) for _ in range(3))

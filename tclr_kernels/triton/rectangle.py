@@ -601,7 +601,8 @@ def problem(
 def from_table(kernel: str, x: Tensor, normalize: bool, KEYS: bool) -> Tile:
     """x: a set"""
     name, dtype = f"{kernel} unbounded rectangle" + " keys" * KEYS, large.carrier(x, normalize)
-    tile = tiles.choose(large.table_of(x)[0], name, dtype, x.shape[-1], large.precision(dtype, normalize))
+    how = large.precision(dtype, normalize, tiles.padded(x.shape[-1]))
+    tile = tiles.choose(large.table_of(x)[0], name, dtype, x.shape[-1], how)
     if not KEYS:
         return tile
     # with keys there is more to hold for each similarity
