@@ -322,10 +322,8 @@ def local_local(
     checks.flag("symmetric", symmetric)
     tau = _tau(temperature, logit_scale, normalize, reduction, x1, group)
     if _is_plain(reduction, group=group):
-        settings = dict(factor=0.5) if symmetric else dict(one_sided=True)
-        return reduced(
-            [x1, x2], tau, backend, normalize, False, count=len(x1) if reduction == "mean" else 1, **settings
-        )
+        count, factor = len(x1) if reduction == "mean" else 1, 0.5 if symmetric else 1.0
+        return reduced([x1, x2], tau, backend, normalize, False, one_sided=not symmetric, factor=factor, count=count)
     _agree(group, x1, backend)
     term = _terms([x1, x2], tau, normalize, False, backend)
     return _reduce_videos(term / 2 if symmetric else term[:, 0, 1], reduction, group)
