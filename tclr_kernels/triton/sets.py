@@ -98,6 +98,8 @@ def launch(kernel: Any, programs: int, *arguments: Any, **settings: Any) -> None
     held = _held.get(alike)
     if held is None:
         compiled = kernel[(programs,)](*arguments, **settings, **COMPILER_OPTIONS)
+        if compiled is None:  # a hook of the compiler wanted nothing compiled
+            return
         constants = [settings[name] for name in kernel.arg_names[len(arguments) :]]
         what = compiled.function, compiled.packed_metadata, None, None, None  # no hooks, and no data for them
         _held[alike] = compiled, what, constants
@@ -113,8 +115,10 @@ def _modes(kernel: Any) -> tuple[Hashable, ...] | None:
     That is where functions are to be called at every launch, as profilers have them, or at every look for a kernel.
     """
     runtime, compilation = knobs.runtime, knobs.compilation
-    watched = runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls or kernel.pre_run_hooks
-    if watched or not HOLDS or runtime.add_stages_inspection_hook is not None:
+    if not HOLDS or kernel.pre_run_hooks or runtime.add_stages_inspection_hook is not None:
+        return None
+    # chains of functions, unless someone put a function in their place
+    if getattr(runtime.launch_enter_hook, "calls", True) or getattr(runtime.launch_exit_hook, "calls", True):
         return None
     return runtime.debug, compilation.instrumentation_mode, getattr(compilation, "fpsan_homomorphic_casts", None)
 

@@ -182,8 +182,8 @@ def gradient(
         span = BN * max(1, 4096 // BN)
         launch(
             weights_kernel, k * (n // BM) * cdiv(m, span), s, w, number, limit, alpha, exponents, V, N, NP,
-            groups.start, rows.start, columns.start, n, m, span, blocks, PRECISION=precision(z.dtype, True), BM=BM,
-            BN=BN, **how,
+            groups.start, rows.start, columns.start, n, m, span, blocks, BM=BM, BN=BN,
+            PRECISION=precision(z.dtype, True, DP), **how,
         )  # fmt: skip
         product(w, right, wide, dz[groups, rows])
     BK = min(DP & -DP, 256)
