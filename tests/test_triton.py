@@ -212,7 +212,7 @@ def test_tiles_wider_than_high(enough, tau, cross, kernels, monkeypatch):
 
 def test_tf32_has_tiles_of_its_own_where_it_is_allowed(kernels, monkeypatch):
     tiny(kernels, monkeypatch, kinds=("tf32",))
-    sets = some_sets(1, 2, 12, 130)
+    sets = some_sets(1, 2, 20, 130)
     with pytest.raises(KeyError):
         tk.backends.triton.forward(sets, 0.1, True, False)
     monkeypatch.setattr(kernels.large, "tf32_allowed", lambda: True)
