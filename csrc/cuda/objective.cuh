@@ -400,7 +400,7 @@ TCLR_DEVICE void add_gradient(const Objective<T>& o, uint32_t block) {
 }
 
 template <typename T, int groups>
-TCLR_KERNEL_OF(tile_threads, (blocks_at_once<T, groups>))
+TCLR_KERNEL_OF(tile_threads, groups > 1 ? 1 : blocks_at_once<T>)
 finish_objective(TCLR_ARGUMENT Objective<T> o) {
   int64_t blocks = o.term_blocks;
   wait_for_former();
