@@ -107,6 +107,7 @@ struct Plain {
   using Number = T;
   using Stored = Same<T>;
   static constexpr int of_block = tile_threads, at_once = blocks_at_once<T, groups>;
+  static constexpr int sums_at_once = blocks_at_once<T, 2>;
 
   static void describe(Call<T>& c, Arena& arena) { arena.take(c.p.z, c.p.rows() * c.p.ldz); }
   TCLR_METHOD static T* rows(const Call<T>& c) { return c.p.z; }
@@ -126,7 +127,7 @@ template <typename E>
 struct OnTensorCores {
   using Number = float;
   using Stored = E;
-  static constexpr int of_block = threads, at_once = 1;
+  static constexpr int of_block = threads, at_once = 1, sums_at_once = 1;
 
   static void describe(Call<float>& c, Arena& arena) {
     c.z.ldw = (c.p.D + 8 * in_word<E> - 1) / (8 * in_word<E>)*8;

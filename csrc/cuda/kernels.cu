@@ -9,7 +9,7 @@ namespace {
 // ---- one problem
 
 template <typename Path>
-TCLR_KERNEL_OF(Path::of_block, Path::at_once)
+TCLR_KERNEL_OF(Path::of_block, Path::sums_at_once)
 sum_tiles(TCLR_ARGUMENT CallOf<Path> c) {
   if (!c.elsewhere()) Path::sum(c, blockIdx.x);
 }

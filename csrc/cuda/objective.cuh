@@ -124,7 +124,7 @@ TCLR_KERNEL read_inputs(TCLR_ARGUMENT Objective<T> o) {
 }
 
 template <typename T>
-TCLR_KERNEL_OF(tile_threads, blocks_at_once<T>)
+TCLR_KERNEL_OF(tile_threads, (blocks_at_once<T, 2>))
 sum_all_tiles(TCLR_ARGUMENT Objective<T> o) {
   uint32_t block = blockIdx.x;
   const Gram<T>& p = o.problems[problem_of(o, &Sizes::sum_blocks, block)];
@@ -400,7 +400,7 @@ TCLR_DEVICE void add_gradient(const Objective<T>& o, uint32_t block) {
 }
 
 template <typename T, int groups>
-TCLR_KERNEL_OF(tile_threads, (blocks_at_once<T, groups>))
+TCLR_KERNEL_OF(tile_threads, groups > 1 ? 1 : blocks_at_once<T>)
 finish_objective(TCLR_ARGUMENT Objective<T> o) {
   int64_t blocks = o.term_blocks;
   wait_for_former();
