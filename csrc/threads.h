@@ -58,7 +58,7 @@ const T* const_data(const Tensor& x) {
 // Whether a problem is small enough that its rows and similarities stay in memory from the forward to the backward.
 inline bool keeps(const GramInput& in) {
   int64_t rows = in.V * in.N;
-  return rows <= 512 && double(in.G * rows) * double(in.D + rows) < 1 << 20;
+  return rows <= 1024 && double(in.G * rows) * double(in.D + rows) < 1 << 21;
 }
 
 // Whether gradients may be multiplied by what comes from above: where all are finite, and not all near underflow.
