@@ -4,13 +4,11 @@ import csv
 
 from . import rows
 
-FLOPS = 790e12  # a second: what cuBLAS reaches on an H100 with large products of bfloat16 (measured, random numbers)
-PREFACE = """Times are device times in microseconds, loss and gradient together, of a CUDA graph's replays: the median of
-several. "Three products" are the matrix products that the usual form needs, by cuBLAS, and nothing else. The floor is
-the time of our own products (5 M^2 D operations for NT-Xent, half of them for CLIP) at {:.0f} TFLOP/s, which cuBLAS
-reaches there. "Eager" is the time as a caller sees it who calls the loss and waits for the gradient.""".format(
-    FLOPS / 1e12
-)
+FLOPS = 790e12  # a second, of large products of bfloat16 by cuBLAS on an H100, with random numbers
+PREFACE = f"""Times are device times in microseconds, loss and gradient together, of a CUDA graph's replays: the median
+of several. "Three products" are the matrix products that the usual form needs, by cuBLAS, and nothing else. The floor
+is the time of our own products (5 M^2 D operations for NT-Xent, half of them for CLIP) at {FLOPS / 1e12:.0f} TFLOP/s,
+which cuBLAS reaches there. "Eager" is the time as a caller sees it who calls the loss and waits for the gradient."""
 
 
 def read(kind):

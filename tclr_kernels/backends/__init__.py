@@ -109,9 +109,7 @@ def choose(
     return backend
 
 
-def _order(
-    device: torch.device, rows: int, features: int, dtype: torch.dtype | None, unit_rows: bool
-) -> Iterable[str]:
+def _order(device: torch.device, rows: int, features: int, dtype: torch.dtype | None, unit_rows: bool) -> Iterable[str]:
     on_hopper = unit_rows and device.type == "cuda" and _is_hopper(device)
     kinds = (device.type, "hopper") if on_hopper else (device.type,)
     for regime in REGIMES:
