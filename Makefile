@@ -1,6 +1,6 @@
 # make demo | test | test-all | test-core | test-oldest | test-triton | test-triton-versions | triton-compiled |
-# cuda-compiled | lint | bench | selftest | wheel | wheel-check | clean. Every target sets up what it needs, once, in
-# $(VENV).
+# cuda-compiled | lint | docs | bench | selftest | wheel | wheel-check | clean. Every target sets up what it needs,
+# once, in $(VENV).
 #
 # The install is editable, so the package the tests import, the one the benchmarks import and the one in this folder
 # are the same files, with the compiled libraries beside them: a copy in site-packages would be shadowed by this folder.
@@ -21,7 +21,7 @@ export TCLR_KERNELS_REQUIRE_NATIVE := 0
 endif
 
 .PHONY: demo test test-all test-core test-oldest test-triton test-triton-versions triton-compiled cuda-compiled
-.PHONY: torch-headers lint bench plots selftest setup wheel wheel-check clean
+.PHONY: torch-headers lint docs bench plots selftest setup wheel wheel-check clean
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -93,6 +93,12 @@ lint: $(VENV)/.lint
 	$(BIN)/python -m tests.typed
 	$(BIN)/clang-format --dry-run --Werror $(filter %.cpp %.h %.inl %.cu %.cuh,$(SOURCES))
 
+# the documentation, to build/site; a warning, such as one of a link that leads nowhere, is an error
+docs: setup $(VENV)/.docs
+	$(BIN)/python -m docs.figures
+	$(BIN)/python -m sphinx -q -W --keep-going -d build/doctrees docs build/site
+	@echo "open build/site/index.html"
+
 setup: $(VENV)/.installed $(VENV)/.native-$(NATIVE)
 
 $(BIN)/python:
@@ -128,6 +134,10 @@ $(VENV)/.native-0: ;
 
 $(VENV)/.lint: pyproject.toml $(VENV)/.torch
 	TCLR_KERNELS_REQUIRE_NATIVE=0 $(BIN)/python -m pip install --quiet --no-build-isolation -e '.[lint]'
+	@touch $@
+
+$(VENV)/.docs: pyproject.toml $(VENV)/.torch
+	TCLR_KERNELS_REQUIRE_NATIVE=0 $(BIN)/python -m pip install --quiet --no-build-isolation -e '.[docs]'
 	@touch $@
 
 # for any Python and any PyTorch from 2.11 on; with the CUDA kernels where TCLR_KERNELS_CUDA=1 and nvcc is. An error
