@@ -25,7 +25,7 @@ html_theme, html_title, html_math_renderer = "furo", "tclr-kernels", "svg"
 html_static_path, html_css_files = ["site.css"], ["site.css"]
 html_copy_source = False
 autodoc_member_order = "bysource"
-autodoc_inherit_docstrings, autodoc_preserve_defaults = False, True
+autodoc_inherit_docstrings = False
 autodoc_type_aliases = {name: name for name in ("Temperature", "Negatives", "Group", "Shares", "Reduction")}
 python_use_unqualified_type_names = True
 maximum_signature_line_length = 80
@@ -69,26 +69,27 @@ def read_docstring(app, what, name, obj, options, lines):
     """A docstring of this project as reStructuredText: formulas are indented, arguments are lines "name: text"."""
     result, kind = [], "text"
     for line in lines:
-        starts = ARGUMENTS.match(line)
-        indented = line.startswith(" ")
+        starts, before = ARGUMENTS.match(line), kind
         if not line.strip():
-            kind = "text" if kind == "argument" else kind
+            kind = "text" if kind != "formula" else kind
         elif starts:
             result += ["", escaped(starts[1])]
             line, kind = f"    {escaped(line[starts.end() :])}", "argument"
+        elif line.startswith("- "):
+            line, kind = escaped(line), "item"
+        elif line.startswith(" ") and kind in ("text", "formula"):
+            result += ["", ".. code-block:: text", ""] if kind == "text" else []
+            kind = "formula"
         elif line.startswith(("Returns ", "Raises ", "Source: ")):
             result.append("")
             line, kind = escaped(line), "text"
-        elif indented and kind != "argument":
-            if kind != "formula":
-                result += ["", "::", ""]
-            kind = "formula"
         elif kind == "argument":
             line = f"    {escaped(line.strip())}"
         else:
-            if kind == "formula":
-                result.append("")
-            line, kind = escaped(line), "text"
+            kind = kind if line.startswith(" ") else "text"
+            line = escaped(line)
+        if before == "formula" and kind == "text":
+            result.append("")
         result.append(line)
     lines[:] = [*result, ""]
 
