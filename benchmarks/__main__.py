@@ -36,11 +36,13 @@ def answer(options):
 
         run(options.results, options.case, options.provider, options.seconds, not options.no_memory)
     elif options.command == "plot":
-        from .plot import draw, draw_accuracy
+        from .plot import draw, draw_accuracy, draw_headline
 
-        for path in options.results or rows.files():
+        paths = options.results or rows.files()
+        for path in paths:
             print(draw(path))
         print(draw_accuracy())
+        print(draw_headline(rows.newest(paths)))
     elif options.command == "table":
         from .table import markdown, write
 

@@ -65,6 +65,11 @@ def files():
     return sorted(RESULTS.glob("cpu-*.csv")) + sorted(RESULTS.glob("gpu-*.csv"))
 
 
+def newest(paths):
+    """The file with the latest row."""
+    return max(paths, key=lambda path: max(row["date"] for row in read(path)))
+
+
 def read(path):
     """The rows of a file, as dicts of strings; none where there is no file."""
     if not path.exists():
