@@ -6,6 +6,7 @@ here every colour but gamma is one 3x3 matrix a clip, a whole batch at once on a
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,21 +14,46 @@ import torch.nn.functional as F
 LUMA = torch.tensor([0.299, 0.587, 0.114])
 
 
-class Augment:
+class Random:
+    """Draws numbers for a batch of clips.
+
+    share: (own, batch) where the clips are of the videos `own`, a range, of a batch of so many: numbers are drawn for
+    the whole batch, and those of the own videos are returned, so that they do not depend on who has which videos. Clips
+    come as [2 views, videos, clips a view].
+    """
+
+    def __init__(self, generator, share=None):
+        self.generator, self.share = generator, share
+
+    def _drawn(self, draw, N, *shape):
+        """draw(shape, generator=) for N clips."""
+        if self.share is None:
+            return draw((N, *shape), generator=self.generator)
+        own, batch = self.share
+        clips = N // (2 * len(own))
+        whole = draw((2 * batch * clips, *shape), generator=self.generator)
+        return whole.unflatten(0, (2, batch, clips))[:, own.start : own.stop].flatten(0, 2)
+
+    def _uniform(self, low, high, *shape):
+        return low + (high - low) * self._drawn(torch.rand, *shape)
+
+    def _happens(self, probability, *shape):
+        return self._drawn(torch.rand, *shape) < probability
+
+
+class Augment(Random):
     """Clips uint8 [N, F, 3, H, W] -> float in [0, 1], [N, F, 3, side, side]: random crop, colours, an erased rectangle.
 
     No flip: which way things move is what there is to learn.
     """
 
-    def __init__(self, side, generator, *, smallest_crop=0.7, grayscale=0.3, erase=0.5):
-        self.side, self.generator = side, generator
+    def __init__(self, side, generator, *, smallest_crop=0.7, grayscale=0.3, erase=0.5, share=None):
+        super().__init__(generator, share)
+        self.side = side
         self.smallest_crop, self.grayscale, self.erase = smallest_crop, grayscale, erase
 
     def __call__(self, clips, views=1):
         return self._erased(self._recoloured(self._cropped(torch.cat([clips] * views).float() / 255)))
-
-    def _uniform(self, low, high, *shape):
-        return low + (high - low) * torch.rand(shape, generator=self.generator)
 
     def _cropped(self, clips):
         """A square of side U[smallest, 1] anywhere in the frame, resized. [N, F, 3, H, W] -> [N, F, 3, side, side]"""
@@ -43,7 +69,7 @@ class Augment:
         """Contrast, saturation, hue and grayscale, each linear in RGB: one 3x3 matrix a clip; then brightness."""
         N = len(clips)
         matrix = hue_rotation(self._uniform(-math.pi, math.pi, N))
-        saturation = self._uniform(0.6, 1.4, N) * (torch.rand(N, generator=self.generator) >= self.grayscale)
+        saturation = self._uniform(0.6, 1.4, N) * ~self._happens(self.grayscale, N)
         gray = LUMA.expand(3, 3)
         matrix = (saturation[:, None, None] * torch.eye(3) + (1 - saturation)[:, None, None] * gray) @ matrix
         matrix = self._uniform(0.6, 1.4, N)[:, None, None] * matrix
@@ -54,7 +80,7 @@ class Augment:
         """Half the clips lose a rectangle of a quarter to a half of the side, set to gray."""
         N, pixel = len(clips), torch.arange(self.side)
         start = self._uniform(0, 0.75, N, 2) * self.side
-        extent = self._uniform(0.25, 0.5, N, 2) * self.side * (torch.rand(N, 1, generator=self.generator) < self.erase)
+        extent = self._uniform(0.25, 0.5, N, 2) * self.side * self._happens(self.erase, N, 1)
         within = (pixel >= start[..., None]) & (pixel < (start + extent)[..., None])
         hole = within[:, 0, :, None] & within[:, 1, None, :]
         return clips.masked_fill_(hole[:, None, None], 0.5)
@@ -93,7 +119,7 @@ class Strengths:
         return [(name, getattr(self, name)) for name in ("contrast", "hue", "saturation", "brightness", "gamma")]
 
 
-class ReleaseAugment:
+class ReleaseAugment(Random):
     """Clips uint8 [N, F, 3, H, W] on any device -> float in [0, 1], [N, F, 3, side, side], as in the official release.
 
     In its order: a square anywhere in the frame (the release never sees the columns right of the height: a bug),
@@ -104,8 +130,9 @@ class ReleaseAugment:
     Parameters are drawn on the CPU by `generator`: the same on every device.
     """
 
-    def __init__(self, side, generator, strengths=Strengths()):  # noqa: B008 (frozen)
-        self.side, self.generator, self.strengths = side, generator, strengths
+    def __init__(self, side, generator, strengths=Strengths(), *, share=None):  # noqa: B008 (frozen)
+        super().__init__(generator, share)
+        self.side, self.strengths = side, strengths
 
     def __call__(self, clips, views=1):
         """Several views of the same clips come out one view after the other: [views N, F, 3, side, side]"""
@@ -122,12 +149,6 @@ class ReleaseAugment:
         for n in (gamma != 1).nonzero().flatten().tolist():
             coloured[n].pow_(gamma[n].item())
         return coloured.masked_fill_(holes.to(clips.device, non_blocking=True), 0.5).transpose(1, 2)
-
-    def _uniform(self, low, high, *shape):
-        return low + (high - low) * torch.rand(shape, generator=self.generator)
-
-    def _happens(self, probability, N):
-        return torch.rand(N, generator=self.generator) < probability
 
     def _factor(self, name, N):
         """1 + U[-far, far] where the operation happens, 1 elsewhere: [N]"""
@@ -146,7 +167,7 @@ class ReleaseAugment:
         saturation, brightness = self._factor("saturation", N), self._factor("brightness", N)
         gray, gamma = self._happens(self.strengths.grayscale, N), self._factor("gamma", N)
         drop = self._happens(self.strengths.drop_channel, N) & ~gray
-        dropped = F.one_hot(torch.randint(3, (N,), generator=self.generator), 3) * drop[:, None]
+        dropped = F.one_hot(self._drawn(partial(torch.randint, 3), N), 3) * drop[:, None]
         saturation = torch.where(gray, 0, saturation)[:, None, None]
         matrix = saturation * torch.eye(3) + (1 - saturation) * LUMA.expand(3, 3)
         matrix = (contrast * brightness)[:, None, None] * matrix @ hue_rotation(2 * math.pi * hue)

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
+from . import processes
+
 STOPPED = 128 + signal.SIGTERM  # the shell's exit status of a process that ended at SIGTERM
 
 
@@ -33,17 +35,27 @@ def save(path, **state):
         torch.save(state, file)
 
 
-def load(path):
+def load(path, content=None, **more):
     """What `save` wrote; a file that holds anything but tensors and plain values is refused, not run.
 
-    Raises ValueError with the reason in one sentence.
+    content: the file, where it was read already. Raises ValueError with the reason in one sentence.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(content or path, map_location="cpu", weights_only=True, **more)
     except Exception as error:  # a damaged file raises errors of every kind
         if isinstance(error, OSError) and error.filename is not None:
             raise
         raise ValueError(f"{path}: {refusal(error)}") from None  # torch's own message advises to run the file's code
+
+
+def newest(path):
+    """What `save` wrote last on the disk of any process, the same for all of them; None where none has such a file."""
+    return processes.newest(path, steps, lambda content: load(path, content))
+
+
+def steps(path):
+    """How many steps the run has taken whose checkpoint this is; 0 of weights alone. The weights are not read."""
+    return load(path, mmap=True).get("done", 0)
 
 
 def refusal(error):

@@ -3,8 +3,10 @@
 import csv
 import dataclasses
 import json
+import os
 import sys
 import time
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
@@ -13,7 +15,7 @@ import torch
 from jsonargparse import auto_cli
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from . import ablation, checkpoint, config, dryrun, evaluate, models, report, train
+from . import ablation, checkpoint, config, dryrun, evaluate, models, processes, report, train
 from . import finetune as tuning
 from . import linear as probe
 from .clips import ClipPlan
@@ -32,38 +34,43 @@ def pretrain(
     device: str = "auto",
     resume: bool = False,
     overwrite: bool = False,
+    timeout: float = processes.TIMEOUT,
 ):
     """Pretrains without labels; leaves config.yaml, last.pt, metrics.jsonl and TensorBoard's events in `out`.
 
-    Under torchrun, every process takes its share of each batch and contrasts it within itself.
+    Under torchrun every process takes its share of each batch, and the losses contrast the whole batch. A run that
+    torchrun restarts goes on from last.pt. timeout: seconds that a process waits for the others before it gives up.
     """
-    first = train.rank() == 0
-    if train.ranks() > 1:
-        torch.distributed.init_process_group()
-    device, last = config.device(device), out / "last.pt"
-    checkpoint.vacant(out, resume=resume, overwrite=overwrite)
-    videos = config.open_videos(data, data.train, clips.window, out, recipe.seed)
-    run = train.Run(config.build(net, recipe.seed), videos, clips, recipe, device, net=net, data=data)
-    if resume and last.exists():
-        restore(run, last)
-    if train.ranks() > 1:
-        torch.distributed.barrier()  # the folder changes when every process has restored from it
-    if first:
-        checkpoint.claim(out, resume=resume, overwrite=overwrite)
-        if overwrite:
-            last.unlink(missing_ok=True)
-        config.write(out / "config.yaml", dict(data=data, net=net, clips=clips, recipe=recipe, device=device))
-    with Log(out if first else None, recipe, run.steps, run.done) as log:
-        train.carry_on(run, log, file=last)
-    if first:
-        print("reading: " + ", ".join(f"{count} {what}" for what, count in videos.counts.items()))
+    with processes.group(timeout):
+        if any(processes.exchange(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))):
+            resume, overwrite = True, False
+        first, device, last = processes.rank() == 0, config.device(device), out / "last.pt"
+        processes.from_first(lambda: checkpoint.vacant(out, resume=resume, overwrite=overwrite))
+        videos = config.open_videos(data, data.train, clips.window, out, recipe.seed)
+        run = train.Run(config.build(net, recipe.seed), videos, clips, recipe, device, net=net, data=data)
+        if resume:
+            restore(run, last)
+        log, settings = Log(out if first else None, recipe, run.steps, run.done), dict(data=data, net=net, clips=clips)
+        with ExitStack() as stack:
+            with processes.together():  # the folder changes when every process has restored from it
+                if first:
+                    checkpoint.claim(out, resume=resume, overwrite=overwrite)
+                    if overwrite:
+                        last.unlink(missing_ok=True)
+                    config.write(out / "config.yaml", dict(**settings, recipe=recipe, **train.where(device)))
+                stack.enter_context(log)
+            train.carry_on(run, log, file=last)
+        processes.say("reading: " + ", ".join(f"{count} {what}" for what, count in videos.tally().items()))
 
 
 def restore(run, file):
-    state = checkpoint.load(file)
+    state = checkpoint.newest(file)
+    if state is None:
+        return
     if "done" not in state:
         raise SystemExit(f"{file} holds weights alone: wanted the checkpoint of a pretraining to resume")
-    state.setdefault("settings", config.saved_settings(file.parent))  # earlier versions kept them in config.yaml alone
+    if "settings" not in state:  # earlier versions kept them in config.yaml alone
+        state["settings"] = processes.from_first(lambda: config.saved_settings(file.parent))
     run.restore(state)
 
 
@@ -114,58 +121,71 @@ class Log:
 
 def retrieval(run: Path, evaluation: Evaluation = Evaluation(), data: OtherData | None = None, device: str = "auto"):  # noqa: B008
     """Nearest neighbours by the backbone's features, gallery = train, query = test: R@1, 5, 10, 20, and a picture."""
-    gallery, queries = both(run, data, evaluation, device)
-    ranks = evaluate.ranking(gallery.clips, queries.clips, evaluation.clips)
-    figures = {f"r{k}": evaluate.recall(ranks, gallery.labels, queries.labels, k) for k in KS}
-    chosen = torch.linspace(0, len(queries.labels) - 1, min(8, len(queries.labels))).long().tolist()
-    result(run, "retrieval", gallery.hash, figures)  # before the picture, whose failure loses no figures
-    report.plot_gallery(queries.videos, gallery.videos, ranks, chosen, run / "gallery.png")
-    return figures
+
+    def measured(gallery, queries):
+        ranks = evaluate.ranking(gallery.clips, queries.clips, evaluation.clips)
+        figures = {f"r{k}": evaluate.recall(ranks, gallery.labels, queries.labels, k) for k in KS}
+        chosen = torch.linspace(0, len(queries.labels) - 1, min(8, len(queries.labels))).long().tolist()
+        result(run, "retrieval", gallery.hash, figures)  # before the picture, whose failure loses no figures
+        report.plot_gallery(queries.videos, gallery.videos, ranks, chosen, run / "gallery.png")
+        return figures
+
+    return of_features(run, data, evaluation, device, measured)
 
 
 def linear(run: Path, evaluation: Evaluation = Evaluation(), data: OtherData | None = None, device: str = "auto",  # noqa: B008
            share: float = 1.0, seed: int = 0):  # fmt: skip
     """Accuracy of one linear layer on the frozen backbone's features; share: of the labels, balanced over classes."""
-    gallery, queries = both(run, data, evaluation, device)
-    layer = fitted(gallery, share, seed)
-    figures = dict(accuracy=probe.accuracy(layer, queries.clips, queries.labels, evaluation.clips), share=share)
-    name = "linear" if share == 1 else f"linear-{share:g}"
-    tuning.save(run / f"{name}.pt", layer, gallery.videos.classes, evaluation, backbone=gallery.weights)
-    return result(run, name, gallery.hash, figures)
+
+    def measured(gallery, queries):
+        layer = fitted(gallery, share, seed)
+        figures = dict(accuracy=probe.accuracy(layer, queries.clips, queries.labels, evaluation.clips), share=share)
+        name = "linear" if share == 1 else f"linear-{share:g}"
+        tuning.save(run / f"{name}.pt", layer, gallery.videos.classes, evaluation, backbone=gallery.weights)
+        return result(run, name, gallery.hash, figures)
+
+    return of_features(run, data, evaluation, device, measured)
 
 
 def multiclip(run: Path, evaluation: Evaluation = Evaluation(), data: OtherData | None = None, device: str = "auto"):  # noqa: B008
     """Retrieval and linear accuracy against 1 .. all clips a video."""
-    gallery, queries = both(run, data, evaluation, device)
-    layer, curve = fitted(gallery), {}
-    for clips in range(1, evaluation.clips + 1):
-        ranks = evaluate.ranking(gallery.clips, queries.clips, clips)
-        curve[clips] = dict(
-            r1=evaluate.recall(ranks, gallery.labels, queries.labels, 1),
-            linear=probe.accuracy(layer, queries.clips, queries.labels, clips),
-        )
-    result(run, "multiclip", gallery.hash, dict(by_clips=curve))
-    report.plot_curves(curve, run / "multiclip.png")
-    return dict(by_clips=curve)
+
+    def measured(gallery, queries):
+        layer, curve = fitted(gallery), {}
+        for clips in range(1, evaluation.clips + 1):
+            ranks = evaluate.ranking(gallery.clips, queries.clips, clips)
+            curve[clips] = dict(
+                r1=evaluate.recall(ranks, gallery.labels, queries.labels, 1),
+                linear=probe.accuracy(layer, queries.clips, queries.labels, clips),
+            )
+        result(run, "multiclip", gallery.hash, dict(by_clips=curve))
+        report.plot_curves(curve, run / "multiclip.png")
+        return dict(by_clips=curve)
+
+    return of_features(run, data, evaluation, device, measured)
 
 
 def confusion(run: Path, evaluation: Evaluation = Evaluation(), data: OtherData | None = None, device: str = "auto",  # noqa: B008
               classes: list[str] | None = None):  # fmt: skip
     """The confusion matrix of the linear layer, of all or of the chosen classes."""
-    gallery, queries = both(run, data, evaluation, device)
-    names = gallery.videos.classes
-    unknown = sorted(set(classes or []) - set(names))
-    if unknown:
-        raise SystemExit(f"classes: found {', '.join(unknown)}, wanted some of {', '.join(names)}")
-    found = probe.predictions(fitted(gallery), queries.clips, evaluation.clips)
-    counts = torch.zeros(len(names), len(names), dtype=torch.long)
-    counts.index_put_((queries.labels, found), torch.tensor(1), accumulate=True)
-    chosen = [names.index(name) for name in classes or names]
-    result(run, "confusion", gallery.hash, dict(classes=names, counts=counts.tolist()))
-    report.plot_confusion(counts[chosen][:, chosen], [names[i] for i in chosen], run / "confusion.png")
-    return dict(classes=names, counts=counts.tolist())
+
+    def measured(gallery, queries):
+        names = gallery.videos.classes
+        unknown = sorted(set(classes or []) - set(names))
+        if unknown:
+            raise SystemExit(f"classes: found {', '.join(unknown)}, wanted some of {', '.join(names)}")
+        found = probe.predictions(fitted(gallery), queries.clips, evaluation.clips)
+        counts = torch.zeros(len(names), len(names), dtype=torch.long)
+        counts.index_put_((queries.labels, found), torch.tensor(1), accumulate=True)
+        chosen = [names.index(name) for name in classes or names]
+        result(run, "confusion", gallery.hash, dict(classes=names, counts=counts.tolist()))
+        report.plot_confusion(counts[chosen][:, chosen], [names[i] for i in chosen], run / "confusion.png")
+        return dict(classes=names, counts=counts.tolist())
+
+    return of_features(run, data, evaluation, device, measured)
 
 
+@processes.single("finetune")
 def finetune(run: Path, evaluation: Evaluation = Evaluation(), data: OtherData | None = None, device: str = "auto",  # noqa: B008
              share: float = 1.0, epochs: int = 16, batch: int = 16, lr: float = 1e-4, seed: int = 0):  # fmt: skip
     """Trains backbone and classifier on the labels, or a share of them; accuracy with all clips a video."""
@@ -185,6 +205,7 @@ def finetune(run: Path, evaluation: Evaluation = Evaluation(), data: OtherData |
     return result(run, name, config.digest(data, evaluation, share, settings), figures)
 
 
+@processes.single("classify")
 def classify(run: Path, classifier: str = "finetune", data: OtherData | None = None, device: str = "auto"):
     """Accuracy of a classifier that `finetune` or `linear` left in the run, on the test part of its data or of other.
 
@@ -214,6 +235,7 @@ def classify(run: Path, classifier: str = "finetune", data: OtherData | None = N
     return result(run, f"classify-{classifier}", config.digest(data, e, classifier), dict(accuracy=accuracy))
 
 
+@processes.single("export")
 def export(run: Path, file: Path, format: Literal["torch", "safetensors"] = "safetensors"):
     """The backbone's weights alone, under torchvision's names."""
     weights = {name: value.contiguous() for name, value in embedder_of(run).backbone.state_dict().items()}
@@ -227,6 +249,7 @@ def export(run: Path, file: Path, format: Literal["torch", "safetensors"] = "saf
     print(f"{len(weights)} tensors to {file}")
 
 
+@processes.single("load")
 def load(
     out: Path,
     file: Path,
@@ -247,11 +270,13 @@ def load(
     print(f"{file} to {out}" + f"; not in it, so as drawn: {', '.join(missing)}" * bool(missing))
 
 
+@processes.single("report")
 def page(run: Path):
     """One self-contained HTML page of a run's figures and pictures: report.html."""
     print(report.shown(str(report.page(run))))
 
 
+@processes.single("data check")
 def check(dataset: str, root: Path, part: str = "train", split: int = 1, out: Path = Path("data_check.csv"),  # noqa: B008
           window: int = 64):  # fmt: skip
     """Lists missing, unreadable and short videos, and those of another size; exits 1 where one cannot be read."""
@@ -260,10 +285,15 @@ def check(dataset: str, root: Path, part: str = "train", split: int = 1, out: Pa
     check.main(dataset, root, part, split, out=out, window=window)
 
 
-def both(run, data, evaluation, device):
-    """Features of both parts, of the pretraining's data or of other."""
-    data, embedder = config.data_of(run, data), embedder_of(run)
-    return [features(run, embedder, data, part, evaluation, config.device(device)) for part in (data.train, data.test)]
+@processes.group()
+def of_features(run, data, evaluation, device, measured):
+    """measured(features of the training part, of the test part), of the pretraining's data or of other.
+
+    Several processes share the extraction; the first one calls `measured`, and all return what it does.
+    """
+    device, data, embedder = config.device(device), config.data_of(run, data), embedder_of(run)
+    parts = [features(run, embedder, data, part, evaluation, device) for part in (data.train, data.test)]
+    return processes.from_first(lambda: measured(*parts))
 
 
 def fitted(gallery, share=1.0, seed=0):

@@ -63,16 +63,23 @@ class ClipPlan:
         return windows[:, :: self.stride], windows.unflatten(1, (self.local_clips, self.frames)).flatten(0, 1)
 
 
-def random_windows(videos, chosen, plan, generator, threads=None):
+def random_windows(videos, chosen, plan, generator, threads=None, own=None):
     """The windows of each chosen video that `plan` asks for: [B, window, 3, H, W], or [2 B, ...] for independent ones.
 
     videos: a set of videos, or the frames themselves, a list of [F, 3, H, W]. Every start is drawn before anything is
     read, so that `threads`, a concurrent.futures.Executor that reads several videos at once, changes no bit. All the
     clips of a video are cut from what is read of it at once. Of two windows, the first of all videos come first.
+    own: a range of places in `chosen`; what is drawn is as without it, but only these videos are read.
     """
     if not hasattr(videos, "read"):
         videos = Loaded(None, videos, None)
-    starts = [random_starts(videos.length(i) - plan.window, plan, generator) for i in chosen]
+    own = range(len(chosen)) if own is None else own
+    # A start takes one number of the generator, however long the video is, so nobody opens another process's videos;
+    # but a distance with a decay takes as many as there are starts.
+    known = range(len(chosen)) if plan.decay is not None else own
+    latest = [videos.length(i) - plan.window if place in known else 0 for place, i in enumerate(chosen)]
+    starts = [random_starts(each, plan, generator) for each in latest]
+    chosen, starts = ([each[place] for place in own] for each in (chosen, starts))
     positions = [(torch.tensor(some)[:, None] + torch.arange(plan.window)).flatten() for some in starts]
     windows = list((threads.map if threads else map)(videos.read, chosen, positions))
     if plan.windows_drawn == 2:

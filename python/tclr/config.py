@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 import yaml
 
-from . import annotations, checkpoint, models, train, videos
+from . import annotations, checkpoint, models, processes, train, videos
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,13 @@ def saved_settings(run):
 def read_run(run):
     """(net, data) of a pretraining's folder, as its config.yaml has them."""
     path = Path(run) / "config.yaml"
-    if not path.exists():
-        raise SystemExit(f"{path} is not there: wanted the folder of a pretraining")
-    plain = yaml.safe_load(path.read_text())
+
+    def text():
+        if not path.exists():
+            raise SystemExit(f"{path} is not there: wanted the folder of a pretraining")
+        return path.read_text()
+
+    plain = yaml.safe_load(processes.from_first(text))
     return Net(**plain["net"]), Data(**plain["data"])
 
 
@@ -97,17 +101,21 @@ def data_of(run, other=None):
 def open_videos(data, part, shortest, out=None, seed=0, classes=None):
     """The videos of one part; those that cannot be read are replaced and listed in `out`/bad_videos.csv.
 
+    Of several processes, all open them together, and the first one keeps the list.
+
     Labels stand for the classes of the training part, or for `classes` where they are given. Raises
     ValueError, naming two of them, where sizes differ and `data.size` does not bring them to one.
     """
     if data.size is not None and (len(data.size) != 2 or min(data.size) < 1):
         raise ValueError(f"data.size: found {data.size}, wanted [H, W] of at least 1")
-    train = part if classes else data.train
-    listing = annotations.read(data.dataset, data.root, part, data.split, train=train, classes=classes)
-    print(f"{data.dataset}, {part}: " + ", ".join(f"{count} {what}" for what, count in listing.counts.items()))
+    names_classes = part if classes else data.train
+    with processes.telling():
+        listing = annotations.read(data.dataset, data.root, part, data.split, train=names_classes, classes=classes)
+    processes.say(f"{data.dataset}, {part}: " + ", ".join(f"{n} {what}" for what, n in listing.counts.items()))
     size = tuple(data.size) if data.size else None
-    bad = out / "bad_videos.csv" if out else None
+    bad = out / "bad_videos.csv" if out and processes.rank() == 0 else None
     found = videos.Files(listing, shortest=shortest, size=size, seed=seed, bad_videos=bad)
+    processes.same(**{f"data, {part}": f"{len(found)} videos, {train.listing_digest(found)[:8]}"})
     if size is None:
         videos.check_sizes(found)
     return found
@@ -128,7 +136,14 @@ def build(net, seed):
 
 
 def device(name):
-    """The device by its name; "auto": a GPU where there is one."""
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """The device by its name; "auto": a GPU where there is one. Each process of several has a GPU of its own."""
+    with processes.telling():
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cuda" and processes.ranks() > 1:
+            name = processes.gpu()
+    processes.same(device=torch.device(name).type)
+    if torch.device(name).type == "cuda" and processes.ranks() > 1:
+        processes.one_gpu_each(name)
+        torch.cuda.set_device(name)
+    return name

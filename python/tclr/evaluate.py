@@ -3,18 +3,26 @@
 import torch
 import torch.nn.functional as F
 
+from . import processes
 from .augment import centre_crop
 from .clips import read_even_clips, spread
+from .processes import rank, ranks
 
 
 @torch.no_grad()
 def clip_features(describe, videos, *, clips, frames, stride, side, device="cpu"):
-    """Features of evenly spaced clips. describe: [N, F, 3, side, side] -> [N, C]; returns [videos, clips, C]"""
-    features = []
-    for start in range(0, len(videos), 16):
-        some = range(start, min(start + 16, len(videos)))
-        some = torch.cat([read_even_clips(videos, i, clips, frames, stride) for i in some])
-        features.append(describe(centre_crop(some.to(device), side)).float().cpu())
+    """Features of evenly spaced clips. describe: [N, F, 3, side, side] -> [N, C]; returns [videos, clips, C]
+
+    Several processes take turns, 16 videos each, so that every batch is one that a single process would compute as well.
+    """
+    parts, features = [range(len(videos))[start : start + 16] for start in range(0, len(videos), 16)], []
+    for first in range(0, len(parts), ranks()):
+        own = None
+        with processes.telling():
+            for some in parts[first + rank() : first + rank() + 1]:
+                some = torch.cat([read_even_clips(videos, i, clips, frames, stride) for i in some])
+                own = describe(centre_crop(some.to(device), side)).float().cpu()
+        features += [each for each in processes.exchange(own) if each is not None]
     return torch.cat(features).unflatten(0, (len(videos), clips))
 
 

@@ -8,7 +8,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from . import checkpoint, config, evaluate, index
+from . import checkpoint, config, evaluate, index, processes
+from .videos import share_findings
 
 CODE = "augment", "clips", "decode", "evaluate", "features", "index", "models", "videos"  # from a file to its features
 
@@ -26,10 +27,9 @@ class Features:
 
 def embedder_of(run, seed=0):
     """The pretrained embedder of a run's folder, or the one it starts from where nothing was trained yet."""
-    file = Path(run) / "last.pt"
-    if not file.exists():
+    state = checkpoint.newest(Path(run) / "last.pt")
+    if state is None:
         return config.build(config.read_run(run)[0], seed).eval()
-    state = checkpoint.load(file)
     net = config.Net(**state["settings"]["net"]) if "settings" in state else config.read_run(run)[0]
     embedder = config.build(net, seed).eval()
     embedder.load_state_dict(state["embedder"])
@@ -43,10 +43,12 @@ def weights_hash(embedder):
     return digest.hexdigest()
 
 
+@processes.telling()
 def features(run, embedder, data, part, evaluation, device="cpu", classes=None):
     """Features of every video of `part`, from the run's cache where nothing that they depend on has changed since.
 
-    classes: what labels stand for, in place of the classes of the data's training part.
+    classes: what labels stand for, in place of the classes of the data's training part. Several processes share the
+    work, the first one has the cache, and all get the features.
     """
     run, e = Path(run), evaluation
     videos = config.open_labelled(data, part, (e.frames - 1) * e.stride + 1, run, classes)
@@ -55,17 +57,24 @@ def features(run, embedder, data, part, evaluation, device="cpu", classes=None):
     weights = weights_hash(embedder)
     key = config.digest(weights, code_hash(*CODE), *settings, read, digits=64)
     path, labels = run / "features" / f"{key}.safetensors", config.digest(videos.labels.tolist(), digits=64)
-    clips = cached(path, len(videos), labels)
+    clips = processes.from_first(lambda: cached(path, len(videos), labels))
     if clips is None:
         describe = evaluate.backbone_features(embedder.to(device).backbone, e.pooled)
         plan = dict(clips=e.clips, frames=e.frames, stride=e.stride, side=e.side, device=device)
         clips = evaluate.clip_features(describe, videos, **plan).contiguous()
-        if files(videos) != read:
-            raise ValueError(f"{data.root}: found videos of {part} that changed while they were read, wanted none")
-        path.parent.mkdir(exist_ok=True)
-        with checkpoint.whole(path, shared=True) as file:
-            file.write(save(dict(clips=clips), metadata=dict(labels=labels if videos.bad else "any")))
+        share_findings(videos)
+        with processes.together():
+            if files(videos) != read:
+                raise ValueError(f"{data.root}: found videos of {part} that changed while they were read, wanted none")
+        processes.from_first(lambda: keep(path, clips, labels if videos.bad else "any"))
     return Features(clips, videos.labels, videos, key[:8], weights)
+
+
+def keep(path, clips, labels):
+    """Writes features to the cache."""
+    path.parent.mkdir(exist_ok=True)
+    with checkpoint.whole(path, shared=True) as file:
+        file.write(save(dict(clips=clips), metadata=dict(labels=labels)))
 
 
 def files(videos):

@@ -1,13 +1,15 @@
 """Pretraining without labels: the paper's algorithm.
 
 What a step draws (its videos, windows and augmentations) is a function of the seed and of the step's number alone: a
-run that goes on from a checkpoint, in the middle of an epoch too, draws what the uninterrupted one would have.
+run that goes on from a checkpoint, in the middle of an epoch too, draws what the uninterrupted one would have. Nor does
+it depend on how many processes share each batch: all draw for the whole batch, and read and augment their own part.
 """
 
 import dataclasses
 import hashlib
 import math
 import os
+import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -15,16 +17,19 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from torch import distributed, nn
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import tclr_kernels as tk
 from tclr_kernels import backends
 from tclr_kernels.losses import FORMS
 
-from . import checkpoint
+from . import checkpoint, processes
 from .augment import Augment, ReleaseAugment
 from .clips import ClipPlan, random_windows
 from .models import Projector
+from .processes import rank, ranks
+from .videos import share_findings
 
 IC_ONLY = dict(ic_global=1.0, ll=0.0, gl=0.0)
 AUGMENTS = {"demo": Augment, "release": ReleaseAugment}
@@ -47,7 +52,7 @@ class Recipe:
     steps: how many, or 0 for `epochs` times the steps of an epoch. schedule: "cosine" warms up over `warmup` steps;
     "plateau" is the release's, five epochs of warm-up, then a tenth after 9 epochs without a new best mean loss.
     accumulate: batches a step, each contrasted within itself. learn_temperature: `temperature` is where it starts.
-    queue: how many embeddings of earlier global clips are further negatives of ic_global; each process keeps its own.
+    queue: how many embeddings of earlier global clips are further negatives of ic_global.
     readers: threads that decode the next batch while one is trained on; 0 for videos in memory.
     """
 
@@ -92,13 +97,16 @@ def pretrain(embedder, videos, plan: ClipPlan, recipe: Recipe, record, progress=
     """Trains `embedder` in place. videos: the protocol of videos.py; record(step=, total=, ...) follows each step.
 
     file: the checkpoint, read if it is there and written every `checkpoint_every` steps, at the end and on SIGTERM,
-    after which the process exits with 143; of several processes, the first writes and all read. A setting that differs
-    from the checkpoint's is applied, or refused by a ValueError that names it. A loss that is not finite raises
-    FloatingPointError with the videos' names.
+    after which the process exits with 143. A setting that differs from the checkpoint's is applied, or refused by a
+    ValueError that names it. A loss that is not finite raises FloatingPointError with the videos' names.
+
+    In a process group of torch.distributed each process calls this with the same arguments and trains on its share of
+    every batch. Their losses contrast the whole batch, so the run is that of one process up to rounding. The first one
+    writes; a signal to any of them, and an error of any, ends all.
     """
     run = Run(embedder, videos, plan, recipe, device)
-    if file and file.exists():
-        run.restore(checkpoint.load(file))
+    if file and (state := checkpoint.newest(file)):
+        run.restore(state)
     carry_on(run, record, progress, file=file)
 
 
@@ -107,11 +115,16 @@ def carry_on(run, record, progress=iter, *, file=None):
     run.embedder.train()
     with checkpoint.StopRequest() if file else nullcontext(False) as stop:
         for step in progress(range(run.done, run.steps)):
-            record(step=step, **run.step())
+            terms = run.step()
+            with processes.telling():
+                record(step=step, **terms)
+            stopped = any(processes.exchange(bool(stop)))  # all save and leave at the same step, whoever got the signal
             finished = run.done == run.steps
-            if file and rank() == 0 and (stop or finished or run.done % run.recipe.checkpoint_every == 0):
-                checkpoint.save(file, **run.state())
-            if stop:
+            if file and (stopped or finished or run.done % run.recipe.checkpoint_every == 0):
+                with processes.together():
+                    if rank() == 0:
+                        checkpoint.save(file, **run.state())
+            if stopped:
                 raise SystemExit(checkpoint.STOPPED)
     run.embedder.eval()
 
@@ -120,15 +133,18 @@ class Run:
     """A pretraining at some step: everything that a checkpoint holds; `more` are settings to keep, such as net=Net()"""
 
     def __init__(self, embedder, videos, plan, recipe, device, **more):
-        check(recipe, plan, device)
-        self.embedder, self.videos, self.device = embedder.to(device), videos, device
-        self.plan, self.recipe = plan, recipe
+        self.plan, self.recipe, self.videos, self.device = plan, recipe, videos, device
         self.settings = {name: dataclasses.asdict(each) for name, each in dict(more, clips=plan, recipe=recipe).items()}
-        self.epoch_steps, self.steps = length(recipe, videos)
+        with processes.telling():
+            check(recipe, plan, device)
+            self.epoch_steps, self.steps = length(recipe, videos)
+            self.embedder = synchronised(embedder, device).to(device)
+        self.compare()
         self.done = 0
         self.ahead = Ahead(recipe.readers) if recipe.readers else None
         temperature = nn.Parameter(torch.tensor(recipe.temperature)) if recipe.learn_temperature else recipe.temperature
-        settings = dict(form=recipe.form, weights=recipe.weights, backend=recipe.backend)
+        self.group = "world" if ranks() > 1 else None
+        settings = dict(form=recipe.form, weights=recipe.weights, backend=recipe.backend, group=self.group)
         self.queue = None
         if recipe.queue:
             settings["weights"] = {**(recipe.weights or {}), "ic_global": 0.0}  # `objective` adds that term
@@ -140,23 +156,27 @@ class Run:
         kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[recipe.optimizer]
         self.optimizer = kind(self.parameters, recipe.lr, weight_decay=recipe.weight_decay)
         self.plateau = Plateau()
-        self.scaler = torch.amp.GradScaler(device, enabled=recipe.amp == "fp16")
+        self.scaler = torch.amp.GradScaler(torch.device(device).type, enabled=recipe.amp == "fp16")
         self.local = any(weight for name, weight in weights(recipe).items() if name != "ic_global")
-        self.embed = torch.compile(embed) if recipe.compile else embed
+        self.views = averaging(Views(self.embedder, torch.compile(embed) if recipe.compile else embed), device)
+
+    def compare(self):
+        """Raises ValueError, in all processes, where they were not started alike."""
+        settings = {name: value for name, value in flat(self.settings).items() if name != "data.root"}
+        here = dict(device=torch.device(self.device).type, torch=torch.__version__, tclr_kernels=tk.__version__)
+        here |= dict(TCLR_KERNELS_CHECK=os.environ.get("TCLR_KERNELS_CHECK"))
+        processes.same(**settings, **here, videos=f"{len(self.videos)}, {listing_digest(self.videos)[:8]}")
 
     def step(self):
         """One step of the optimizer; returns the terms, averaged over its batches."""
         self.optimizer.param_groups[0]["lr"] = self.recipe.lr * self.factor()
         self.optimizer.zero_grad()
-        sums = Counter()
-        for part in range(self.recipe.accumulate):
-            terms = self.backward(part)
-            for name, term in terms._asdict().items():
-                sums[name] += term.item() / self.recipe.accumulate
+        batches = [self.backward(part) for part in range(self.recipe.accumulate)]
+        sums = self.judged(batches)
         self.scaler.unscale_(self.optimizer)
-        average_gradients(self.parameters)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        processes.average_statistics(self.embedder, len(self.share) / self.recipe.batch)
         if self.recipe.learn_temperature:
             self.loss.temperature.data.clamp_(min=0.01)
             sums["temperature"] = self.loss.temperature.item()
@@ -167,48 +187,80 @@ class Run:
         return dict(sums)
 
     def backward(self, part):
-        """The terms of one batch, their gradients added to what is there."""
+        """The terms of one batch, their gradients added to what is there, and at the step's last averaged."""
         recipe = self.recipe
-        if self.ahead:
-            following = divmod(self.done * recipe.accumulate + part + 1, recipe.accumulate)
-            following = following if following[0] < self.steps else None
-            chosen, windows, generator = self.ahead.take(self.read, (self.done, part), following)
-        else:
-            chosen, windows, generator = self.read(self.done, part)
-        windows = windows.to(self.device)
-        augment = AUGMENTS[recipe.augment](recipe.side, generator)
-        with torch.autocast(torch.device(self.device).type, AMP.get(recipe.amp), enabled=recipe.amp != "off"):
-            g, s, x = self.embed(self.embedder, windows, self.plan, augment, local=self.local)
-        terms = self.objective(g.float(), s.float(), x.float())
-        if not math.isfinite(terms.total.item()):
-            names = ", ".join(self.videos.names[i] for i in chosen)
-            raise FloatingPointError(f"step {self.done}: the loss is {terms.total.item()}; its batch: {names}")
-        self.scaler.scale(terms.total / recipe.accumulate).backward()
-        return terms
+        with processes.telling():
+            windows, generator = self.taken(part)
+            windows = windows.to(self.device)
+        share_findings(self.videos)
+        augment = AUGMENTS[recipe.augment](recipe.side, generator, share=(self.share, recipe.batch))
+        with self.views.no_sync() if part + 1 < recipe.accumulate and ranks() > 1 else nullcontext():
+            with torch.autocast(torch.device(self.device).type, AMP.get(recipe.amp), enabled=recipe.amp != "off"):
+                g, s, x = self.views(windows, self.plan, augment, self.local)
+            terms = self.objective(g.float(), s.float(), x.float())
+            self.scaler.scale(terms.total / recipe.accumulate).backward()
+        return {name: term.detach() for name, term in terms._asdict().items()}
+
+    def judged(self, batches):
+        """The terms of a step, averaged over its batches; FloatingPointError where one is not finite.
+
+        They are read once a step. Every process has the same; nonetheless each takes those of the first, and looks for
+        numbers that are not finite in those of all.
+        """
+        own = torch.stack([torch.stack([*terms.values()]) for terms in batches]).tolist()
+        found = processes.exchange(own)
+        for part in range(self.recipe.accumulate):
+            totals = [each[part][0] for each in found]
+            if bad := [total for total in totals if not math.isfinite(total)]:
+                names = ", ".join(self.videos.names[i] for i in self.whole_batch(self.done, part))
+                raise FloatingPointError(f"step {self.done}: the loss is {bad[0]}; its batch: {names}")
+        sums = Counter()
+        for values in found[0]:
+            for name, value in zip(batches[0], values, strict=True):
+                sums[name] += value / self.recipe.accumulate
+        return sums
 
     def objective(self, g, s, x):
         """The terms of a batch; with a queue, ic_global has the earlier global clips as further negatives."""
-        terms = self.loss(g, s, x)
+        spread = dict(shares=[len(each) for each in shares(self.recipe.batch)]) if self.group else {}
+        terms = self.loss(g, s, x, **spread)
         if self.queue is None:
             return terms
-        ic = tk.nt_xent(*g, self.loss.temperature, negatives=self.queue, backend=self.recipe.backend)
-        self.queue.enqueue(g)
+        spread |= dict(group=self.group)
+        ic = tk.nt_xent(*g, self.loss.temperature, negatives=self.queue, backend=self.recipe.backend, **spread)
+        self.queue.enqueue(g, **spread)
         weight = (self.recipe.weights or {}).get("ic_global", 1.0)
         return terms._replace(total=terms.total + weight * ic, ic_global=ic)
 
+    def taken(self, part):
+        """What `read` gives for a batch of this step, read ahead where there are readers."""
+        if not self.ahead:
+            return self.read(self.done, part)
+        following = divmod(self.done * self.recipe.accumulate + part + 1, self.recipe.accumulate)
+        return self.ahead.take(self.read, (self.done, part), following if following[0] < self.steps else None)
+
     def read(self, step, part, threads=None):
-        """A batch's videos, its windows, and the generator that draws its augmentations."""
-        generator = drawn(self.recipe.seed, "step", step, part, rank())
-        chosen = self.batch(step, part)
-        return chosen, random_windows(self.videos, chosen, self.plan, generator, threads), generator
+        """The windows of this process's share of a batch, and the generator that draws the batch's augmentations."""
+        generator = drawn(self.recipe.seed, "step", step, part, 0)
+        chosen = self.whole_batch(step, part)
+        return random_windows(self.videos, chosen, self.plan, generator, threads, self.share), generator
 
     def batch(self, step, part):
-        """The videos of a batch: an epoch's random order, cut; its remainder is left out, and each rank has a share."""
+        """The videos of this process's share of a batch."""
+        return self.whole_batch(step, part)[self.share.start : self.share.stop]
+
+    def whole_batch(self, step, part):
+        """The videos of a batch: an epoch's random order, cut; its remainder is left out."""
         recipe = self.recipe
         epoch, within = divmod(step, self.epoch_steps)
         order = torch.randperm(len(self.videos), generator=drawn(recipe.seed, "epoch", epoch))
         start = (within * recipe.accumulate + part) * recipe.batch
-        return order[start : start + recipe.batch].tolist()[rank() :: ranks()]
+        return order[start : start + recipe.batch].tolist()
+
+    @property
+    def share(self):
+        """The places in a batch of the videos that are this process's."""
+        return shares(self.recipe.batch)[rank()]
 
     def factor(self):
         """Of the learning rate, at this step."""
@@ -318,6 +370,8 @@ def check(recipe, plan, device):
             f"recipe.weights: found {found} beside clips.windows 'independent', wanted 0 for both: "
             "they compare clips of the same frames"
         )
+    if recipe.batch < ranks():
+        raise ValueError(f"recipe.batch: found {recipe.batch} videos for {ranks()} processes, wanted one each at least")
     backends.choose(recipe.backend, torch.device(device))
 
 
@@ -372,28 +426,55 @@ def embed(embedder, windows, plan, augment, *, local=True):
     return g, s, x.unflatten(0, (2, B, T))
 
 
+def shares(batch):
+    """The places in a batch of each process's videos, as ranges. Joined in the order of processes they are the batch."""
+    ends = [number * batch // ranks() for number in range(ranks() + 1)]
+    return [range(first, last) for first, last in zip(ends, ends[1:], strict=False)]
+
+
+class Views(nn.Module):
+    """`embed` as a module, which is what averages gradients wants."""
+
+    def __init__(self, embedder, embed):
+        super().__init__()
+        self.embedder, self.embed = embedder, embed
+
+    def forward(self, windows, plan, augment, local):
+        return self.embed(self.embedder, windows, plan, augment, local=local)
+
+
+def averaging(module, device):
+    """The module, whose parameters' gradients are averaged over the processes in its backward.
+
+    find_unused_parameters: for networks that leave some unused, and because PyTorch then never regroups the gradients
+    after the first step. An all-reduce adds by a number's place in its group, so that only thus a run that was
+    interrupted keeps the bits of one that was not.
+    """
+    if ranks() == 1:
+        return module
+    warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
+    ids = [torch.device(device).index or 0] if torch.device(device).type == "cuda" else None
+    return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False, find_unused_parameters=True)
+
+
+def synchronised(embedder, device):
+    """The network; on GPUs its batch normalisation is over the batches of all processes. PyTorch has none for CPUs."""
+    if ranks() > 1 and torch.device(device).type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(embedder)
+    return embedder
+
+
+def where(device):
+    """Of what a run's figures depend on beside its settings: {name: value} for config.yaml."""
+    if ranks() == 1:
+        return dict(device=device)
+    kind = torch.device(device).type
+    statistics = "of all processes" if kind == "cuda" else "of each process's share of a batch"
+    return dict(device=kind, processes=ranks(), batch_statistics=statistics)
+
+
 def warm_cosine(step, warmup, steps):
     """The learning rate's factor: a linear rise over `warmup` steps, then half a cosine down to 0."""
     if step < warmup:
         return (step + 1) / (warmup + 1)
     return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
-
-
-def rank():
-    return int(os.environ.get("RANK", 0))
-
-
-def ranks():
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def average_gradients(parameters):
-    """The mean over all processes of `torchrun`, in one transfer; each process contrasts its own share of the batch."""
-    if ranks() == 1:
-        return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    distributed.all_reduce(flat)
-    flat /= ranks()
-    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient))

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from . import annotations, decode
+from . import annotations, decode, processes
 
 
 @dataclass
@@ -61,6 +61,7 @@ class Files:
         self._order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
         self._place = {i: place for place, i in enumerate(self._order)}
         self.bad, self._frames, self._padded, self._lock = {}, {}, set(), threading.Lock()
+        self._news = []
 
     def __len__(self):
         return len(self.entries)
@@ -79,7 +80,7 @@ class Files:
             try:
                 result = function(j)
             except decode.Unreadable as error:
-                self._report(j, str(error))
+                self._report(self.names[j], str(error))
                 continue
             if j != i:
                 self._count("replaced")
@@ -114,35 +115,80 @@ class Files:
                 self.counts["padded"] += 1
         return frames if self.size is None else covered(frames, self.size)
 
+    def findings(self):
+        """The bad videos that this process met since the last call: [(name, reason), ...]"""
+        with self._lock:
+            found, self._news = self._news, []
+        return found
+
+    def learn(self, findings):
+        """Takes the bad videos that another process met as met here."""
+        for name, reason in findings:
+            self._report(name, reason, own=False)
+
+    def tally(self):
+        """`counts` of all processes together."""
+        with self._lock:
+            mine = self.counts.copy(), self._padded.copy()
+        counts, padded = zip(*processes.exchange(mine), strict=True)
+        total = {name: sum(each[name] for each in counts) for name in dict.fromkeys(name for c in counts for name in c)}
+        of_videos = dict(missing=self.counts["missing"], unreadable=len(self.bad), padded=len(set().union(*padded)))
+        return total | {name: count for name, count in of_videos.items() if name in total}
+
     def _count(self, what):
         with self._lock:
             self.counts[what] += 1
 
-    def _report(self, j, reason):
+    def _report(self, name, reason, own=True):
         """Counts a bad video when it is first met, and lists it unless an earlier run or another set has."""
         with self._lock:
-            if self.names[j] in self.bad:
+            if name in self.bad:
                 return
-            self.bad[self.names[j]] = reason
+            if own:
+                self._news.append((name, reason))
+            self.bad[name] = reason
             self.counts["unreadable"] += 1
-            if self.bad_videos and self.names[j] not in _listed(self.bad_videos):
+            if self.bad_videos and name not in _listed(self.bad_videos):
                 fresh = not self.bad_videos.exists()
                 with open(self.bad_videos, "a", newline="", errors="surrogateescape") as file:
-                    csv.writer(file).writerows([["video", "reason"]] * fresh + [[self.names[j], reason]])
+                    csv.writer(file).writerows([["video", "reason"]] * fresh + [[name, reason]])
+
+
+def share_findings(videos):
+    """Every process learns which bad videos the others met, so that the first one lists them all."""
+    files = isinstance(videos, Files)
+    for findings in processes.exchange(videos.findings() if files else []):
+        if files:
+            videos.learn(findings)
 
 
 def check_sizes(found, threads=8):
-    """Raises ValueError where two readable videos of the set `found` differ in size: batches need one size."""
+    """Raises ValueError where two readable videos of the set `found` differ in size: batches need one size.
+
+    Each process looks at its part of the videos; the error is the same in all.
+    """
+    paths = list(dict.fromkeys(entry.path for entry in found.entries))
+    with processes.telling():
+        own = _first_sizes(found.root, paths, range(processes.rank(), len(paths), processes.ranks()), threads)
+    seen = {}
+    for size, place in sorted((each for some in processes.exchange(own) for each in some.items()), key=lambda x: x[1]):
+        seen.setdefault(size, paths[place])
+    if len(seen) > 1:
+        named = " and ".join(f"{path} of {h} x {w}" for (h, w), path in list(seen.items())[:2])
+        raise ValueError(f"data.size: found none, but {named}, wanted one size: set data.size = [H, W]")
+
+
+def _first_sizes(root, paths, places, threads):
+    """{(H, W): place} of the first two sizes that readable videos at these places have."""
     seen = {}
     with ThreadPoolExecutor(threads) as pool:
-        paths = dict.fromkeys(entry.path for entry in found.entries)
-        for path, size in zip(paths, pool.map(lambda path: _size(found.root / path), paths), strict=True):
-            if size and size not in seen and _readable(found.root / path):
-                seen[size] = path
+        for place, size in zip(places, pool.map(lambda place: _size(root / paths[place]), places), strict=True):
+            if size and size not in seen and _readable(root / paths[place]):
+                seen[size] = place
             if len(seen) > 1:
                 pool.shutdown(wait=False, cancel_futures=True)
-                named = " and ".join(f"{path} of {h} x {w}" for (h, w), path in seen.items())
-                raise ValueError(f"data.size: found none, but {named}, wanted one size: set data.size = [H, W]")
+                break
+    return seen
 
 
 def _size(path):

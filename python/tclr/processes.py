@@ -1,0 +1,193 @@
+"""What the processes that `torchrun` starts do together. The trainer reduces first and then decides.
+
+Anything that one process may find for itself (a file, a signal, an error, a number) is first exchanged, and every
+process then makes the same decision from the same values. Without `torchrun`, or outside `group`, there is one process,
+and each function does what it does for one.
+"""
+
+import functools
+import io
+import os
+import socket
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+
+import torch
+from torch import distributed
+
+TIMEOUT = 1800.0  # seconds
+
+
+def launched():
+    """How many processes `torchrun` started."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank():
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def ranks():
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+@contextmanager
+def group(timeout=TIMEOUT):
+    """Joins the processes of `torchrun`. timeout: seconds after which one that waits for the others gives up.
+
+    Also a decorator. Where a group is there already, or a single process, it does nothing. After an error the group is
+    left as it is: the process ends, and the others, which may wait for it, get an error from that.
+    """
+    if not 0 < timeout < float("inf"):
+        raise ValueError(f"timeout: found {timeout}, wanted a number of seconds above 0")
+    if launched() == 1 or distributed.is_initialized():
+        yield
+        return
+    nccl = torch.cuda.is_available() and distributed.is_nccl_available()
+    backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
+    distributed.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    yield
+    distributed.destroy_process_group()
+
+
+@contextmanager
+def single(what):
+    """Refuses more than one process. Also a decorator."""
+    if launched() > 1:
+        raise SystemExit(f"{what}: found {launched()} processes, wanted one: start it without torchrun")
+    yield
+
+
+def exchange(value):
+    """The values of all processes, in their order. Where one failed instead (see `telling`), all raise an error."""
+    if ranks() == 1:
+        return [value]
+    return _exchange(None, value)
+
+
+def _exchange(failed, value):
+    found = [None] * ranks()
+    distributed.all_gather_object(found, (failed, value))
+    for number, (other, _) in enumerate(found):
+        if other and not failed:
+            raise _told(SystemExit(1) if other == "SystemExit" else RuntimeError(_elsewhere(number, other)))
+    return [each for _, each in found]
+
+
+def _elsewhere(number, failed):
+    return f"process {number} of {ranks()} ended with {failed}: see its own message"
+
+
+def _told(error):
+    """Marks an error that every process knows of."""
+    error.told = True
+    return error
+
+
+@contextmanager
+def telling():
+    """An error in its body is told to the other processes, which raise one at their next `exchange`.
+
+    So the body must not be left between an `exchange` and something else that all processes take part in, such as a
+    loss or a backward: the others would wait there for this one.
+    """
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        if ranks() > 1 and not getattr(error, "told", False):
+            _told(error)
+            with suppress(RuntimeError):  # the others may have ended
+                _exchange(type(error).__name__, None)
+        raise
+
+
+@contextmanager
+def together():
+    """As `telling`; behind it, no process goes on before all have come so far."""
+    with telling():
+        yield
+    exchange(None)
+
+
+def from_first(function):
+    """What function() gives in the first process, which alone calls it, for all of them."""
+    with together():
+        value = [function() if rank() == 0 else None]
+    if ranks() > 1:
+        distributed.broadcast_object_list(value, src=0)
+    return value[0]
+
+
+def say(text):
+    """Prints, once for all processes."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
+def same(**facts):
+    """Raises ValueError, in all processes, where a fact is not the same in each."""
+    first, *others = exchange(facts)
+    for number, other in enumerate(others, 1):
+        for name, value in first.items():
+            if other.get(name) != value:
+                found = f"{value!r} in process 0 and {other.get(name)!r} in process {number}"
+                raise _told(ValueError(f"{name}: found {found}, wanted the same in all {ranks()}"))
+
+
+def newest(file, age, load):
+    """load(file) of the newest file of that name on any process's disk, in all processes; None where none has it.
+
+    age(file): a number, larger for a newer one. Processes on several machines need no disk in common.
+    """
+    if ranks() == 1:
+        return load(file) if file.exists() else None
+    with telling():
+        mine = age(file) if file.exists() else None
+    ages = exchange(mine)
+    found = [number for number, each in enumerate(ages) if each is not None]
+    if not found:
+        return None
+    source = max(found, key=lambda number: (ages[number], -number))
+    with telling():
+        content = bytearray(file.read_bytes() if rank() == source else b"")
+    size = exchange(len(content))[source]
+    content = content or bytearray(size)
+    distributed.broadcast(torch.frombuffer(content, dtype=torch.uint8), src=source)
+    with together():
+        return load(io.BytesIO(content))
+
+
+@torch.no_grad()
+def average_statistics(module, weight):
+    """Replaces the floating-point buffers of a module by their means over the processes, each with its weight.
+
+    So the running statistics of batch normalisation are the same everywhere. Of equal values the mean is that value.
+    """
+    buffers = [each for each in module.buffers() if each.is_floating_point()]
+    if ranks() == 1 or not buffers:
+        return
+    flat = torch.cat([each.flatten().double() for each in buffers]) * weight
+    every = flat.new_empty(ranks() * len(flat))
+    distributed.all_gather_into_tensor(every, flat)
+    total = functools.reduce(torch.add, every.split(len(flat)))  # in their order, so that all get the same bits
+    for each, mean in zip(buffers, total.split([each.numel() for each in buffers]), strict=True):
+        each.copy_(mean.view_as(each))
+
+
+def gpu():
+    """The GPU of this process, cuda:LOCAL_RANK, or the only one it is allowed to see."""
+    count, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
+    if 1 < count <= local or count == 0:
+        raise ValueError(f"device: found {count} GPUs for local process {local}, wanted one for each process")
+    return f"cuda:{local if count > 1 else 0}"
+
+
+def one_gpu_each(device):
+    """Raises ValueError, in all processes, where two of them would compute on one GPU."""
+    with telling():
+        mine = socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid)
+    found = exchange(mine)
+    for number, each in enumerate(found):
+        if (first := found.index(each)) != number:
+            on = f"processes {first} and {number} on one GPU of {each[0]}"
+            raise _told(ValueError(f"device: found {on}, wanted a GPU for each: device cuda, and as many GPUs"))
