@@ -35,8 +35,8 @@ PREFACE = """# Benchmarks
 - Memory (MiB) is the peak beyond the inputs, in a process of its own.
 - "PyTorch, fastest form" normalises the rows, multiplies once, masks the diagonal in place and calls the fused
   cross-entropy. "Gain" is the time of the fastest other implementation divided by ours.
-- "Its three matrix products alone" and "the arithmetic alone" are not losses but limits to compare with: the products of
-  the usual form without anything else, and the multiply-adds and exponentials that this library needs, without memory.
+- "Its three matrix products alone" and "the arithmetic alone" are not losses but limits to compare with: the products
+  of the usual form alone, and the multiply-adds and exponentials that this library needs, without memory.
 - Errors are those of the loss, divided by max(1, loss), and of the gradient, divided by its largest entry."""
 
 
@@ -77,7 +77,7 @@ def heading(every, more=""):
     said = {name: ", ".join(sorted({row[name] for row in every if row[name]})) for name in rows.COLUMNS}
     return (
         f"## {said['cpu']}, {said['threads']} threads, {said['isa']}{more}\n\n"
-        f"torch {said['torch']}, Python {said['python']}, tclr-kernels {said['tclr_kernels']} at commit {said['commit']}, "
+        f"torch {said['torch']}, Python {said['python']}, tclr-kernels {said['tclr_kernels']}, {said['commit']}, "
         f"{said['date']}. float32, forward and backward, unless a table says otherwise."
     )
 

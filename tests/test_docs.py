@@ -172,7 +172,7 @@ def test_the_readme_fits():
 @pytest.mark.full
 @pytest.mark.skipif(importlib.util.find_spec("sphinx") is None, reason="needs Sphinx: make docs")
 def test_the_documentation_builds_without_a_warning(tmp_path):
-    command = [sys.executable, "-m", "sphinx", "-q", "-W", "-d", tmp_path / "doctrees", ROOT / "docs", tmp_path / "site"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    folders = ["-d", tmp_path / "doctrees", ROOT / "docs", tmp_path / "site"]
+    done = subprocess.run([sys.executable, "-m", "sphinx", "-q", "-W", *folders], capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr, done.stderr
     assert (tmp_path / "site" / "index.html").exists()
