@@ -102,7 +102,16 @@ def test_evaluations(run):
         assert (run / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
     cli.main(["report", "--run", str(run)])
     page = (run / "report.html").read_text()
-    assert page.count("data:image/png") == 3 and "retrieval" in page and "http" not in page
+    assert page.count("data:image/png") == 4 and "http" not in page
+    for wanted in (
+        "R@1",
+        f"{100 * recall['r1']:.1f} %",
+        f"{100 * accuracy:.1f} %",
+        "Environment",
+        "threads",
+        "Training",
+    ):
+        assert wanted in page
 
 
 def test_real_footage(tmp_path, capsys):

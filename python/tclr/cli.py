@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from . import ablation, checkpoint, config, dryrun, evaluate, models, processes, report, train
 from . import finetune as tuning
 from . import linear as probe
+from . import page as pages
 from .clips import ClipPlan
 from .config import Data, Evaluation, Net, OtherData
 from .features import embedder_of, features
@@ -63,6 +64,7 @@ def pretrain(
                     if overwrite:
                         last.unlink(missing_ok=True)
                     config.write(out / "config.yaml", dict(**settings, recipe=recipe, **train.where(device)))
+                    config.write_environment(out / "environment.json", device)
                 stack.enter_context(log)
             train.carry_on(run, log, file=last)
         processes.say("reading: " + ", ".join(f"{count} {what}" for what, count in videos.tally().items()))
@@ -120,7 +122,7 @@ class Log:
         if self.told is None or now - self.told > 10:
             self.told = now
             left = f"{timedelta(seconds=round(task.time_remaining))} left" if task.time_remaining else ""
-            shown = *(f"{name} {value:.4f}" for name, value in terms.items()), pace, left
+            shown = *(f"{name} {value:.4g}" for name, value in terms.items()), pace, left
             self.bar.console.print(f"step {step}: " + ", ".join(filter(None, shown)), highlight=False, soft_wrap=True)
 
 
@@ -202,7 +204,7 @@ def finetune(run: Path, evaluation: Evaluation = Evaluation(), data: OtherData |
     losses = []
     settings = dict(epochs=epochs, batch=batch, lr=lr, seed=seed)
     chosen = tuning.subset(trained.labels, share, seed)
-    record = lambda **row: (losses.append(row["loss"]), print(row, flush=True))  # noqa: E731
+    record = lambda **row: (losses.append(row["loss"]), print(epoch_of(epochs, **row), flush=True))  # noqa: E731
     tuning.finetune(model, trained, chosen, evaluation, **settings, device=device, record=record)
     name = "finetune" if share == 1 else f"finetune-{share:g}"
     tuning.save(run / f"{name}.pt", model, trained.classes, evaluation)
@@ -278,7 +280,7 @@ def load(
 @processes.single("report")
 def page(run: Path):
     """Writes report.html: results, curves, pictures and settings of a run, in one file."""
-    print(report.shown(str(report.page(run))))
+    print(report.shown(str(pages.write(run))))
 
 
 @processes.single("data check")
@@ -301,6 +303,10 @@ def of_features(run, data, evaluation, device, measured):
     return processes.from_first(lambda: measured(*parts))
 
 
+def epoch_of(epochs, epoch, loss):
+    return f"epoch {epoch + 1} of {epochs}: loss {loss:.4g}"
+
+
 def fitted(gallery, share=1.0, seed=0):
     chosen = tuning.subset(gallery.labels, share, seed)
     return probe.fit(gallery.clips[chosen], gallery.labels[chosen], len(gallery.videos.classes))
@@ -315,8 +321,10 @@ def result(run, name, digest, figures):
     with table.open("a", newline="") as file:
         rows = [(name, digest, what, value) for what, value in figures.items() if isinstance(value, (int, float))]
         csv.writer(file).writerows([("evaluation", "hash", "figure", "value")] * fresh + rows)
-    shown = {what: value for what, value in figures.items() if isinstance(value, (int, float))}
-    print(f"{name}: " + ", ".join(f"{what} {value:.4g}" for what, value in shown.items()))
+    named = [
+        f"{pages.FIGURES[what][0]} {pages.value_of(what, x)}" for what, x in figures.items() if what in pages.FIGURES
+    ]
+    print(f"{name}: " + (", ".join(named) or f"{run / name}.json"))
     return figures
 
 
