@@ -34,14 +34,14 @@ test: setup
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests --sample 16 $(ARGS) || [ $$? -eq 5 ]
 
 # Everything, in about two hours: what is marked full, all that is interpreted, every version of Triton.
-test-all: setup
+test-all: setup $(VENV)/.peers
 	$(BIN)/python -m pytest $(PARALLEL) tests --full $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests --full $(ARGS) || [ $$? -eq 5 ]
 	$(MAKE) test-triton-versions
 
 # what depends on PyTorch's version, for the oldest and the newest: make test-core TORCH=torch==2.11.0 VENV=.venv-2.11
 CORE := candidates queue objective parity behaviour promises gradients definitions modules dispatch installation \
-	stable_abi distributed distributed_training distributed_faults
+	stable_abi distributed distributed_training distributed_faults compat
 test-core: setup
 	$(BIN)/python -m pytest $(PARALLEL) $(CORE:%=tests/test_%.py) $(ARGS)
 
@@ -117,10 +117,11 @@ $(VENV)/.installed: pyproject.toml $(VENV)/.torch
 	TCLR_KERNELS_REQUIRE_NATIVE=0 $(BIN)/python -m pip install --quiet --no-build-isolation -e '.[train,test]'
 	@touch $@
 
-# the second two without what they depend on: torchvision would bring a torch of its own, and their losses do not use it
+# all but the first without what they depend on: torchvision would bring a torch of its own, and their losses do not
+# use it
 $(VENV)/.peers: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet pytorch-metric-learning
-	$(BIN)/python -m pip install --quiet --no-deps lightly open_clip_torch
+	$(BIN)/python -m pip install --quiet --no-deps lightly open_clip_torch sentence-transformers
 	@touch $@
 
 # build_ext in place rather than by pip: its objects are kept, so that only what changed is compiled again

@@ -61,10 +61,14 @@ def peak_memory_here(key, name):
     warm_up = cases.WARM_UP[case.loss]._replace(dtype=case.dtype, mode=case.mode)
     provider.step(warm_up, warm_up.inputs())()  # loads libraries and starts threads, which are no part of the step
     inputs = case.inputs()
+    return peak_of(provider.step(case, inputs), compiles=provider.backend == "inductor")
+
+
+def peak_of(step, compiles=False):
+    """MiB that a step takes beyond what this process holds; compiles: once before, which does not count."""
     _give_back()
     before = _resident("VmRSS")
-    step = provider.step(case, inputs)
-    if provider.backend == "inductor":
+    if compiles:
         step()
         _give_back()
     with open("/proc/self/clear_refs", "w") as file:

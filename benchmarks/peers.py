@@ -57,6 +57,25 @@ def open_clip(tau):
     return dict(clip=lambda a, b: loss(F.normalize(a), F.normalize(b), 1 / tau))
 
 
+def ranking():
+    """The MultipleNegativesRankingLoss of sentence-transformers, without its models and what they import."""
+    hollow(*(f"sentence_transformers{x}" for x in ("", ".base", ".base.losses", ".sentence_transformer")))
+    hollow("sentence_transformers.sentence_transformer.losses")
+    utilities = _stand_in("sentence_transformers.util")
+    utilities.cos_sim = lambda a, b: F.normalize(a, p=2, dim=1).mm(F.normalize(b, p=2, dim=1).transpose(0, 1))
+    utilities.get_rank, utilities.all_gather_with_grad, utilities.similarity_fct_name = int, None, None
+    forward = _stand_in("sentence_transformers.base.losses.merged_forward")
+    forward.embed_columns = lambda model, columns: [model(x)["sentence_embedding"] for x in columns]
+    _stand_in("sentence_transformers.sentence_transformer.model").SentenceTransformer = None
+    name = "sentence_transformers.sentence_transformer.losses.multiple_negatives_ranking"
+    return importlib.import_module(name).MultipleNegativesRankingLoss
+
+
+def _stand_in(name):
+    """A module that is imported from, but not needed."""
+    return sys.modules.setdefault(name, types.ModuleType(name))
+
+
 def flex_attention(tau):
     """NT-Xent by FlexAttention's log-sum-exp: each row attends to all others."""
     from torch.nn.attention import flex_attention as flex

@@ -1,0 +1,210 @@
+"""The contrastive losses of lightly 1.6 (`from lightly.loss import ...`) and the SupConLoss of its repository.
+
+With `gather_distributed=True` each loss is that of the rows of all processes, the same value on each; lightly returns
+the value of a process's own rows. The gradient, averaged over the processes, is the same. A negative temperature, which
+lightly takes, is a ValueError.
+
+Source: https://github.com/lightly-ai/lightly
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import candidates, checks, distributed, general, losses
+from ..distributed import Group, Shares
+from . import shared
+
+Weights = Callable[[Tensor, Tensor], Tensor]
+SMALLEST = 1e-8  # temperature
+
+
+class _Loss(nn.Module):
+    temperature: float | Tensor
+    gather_distributed: bool
+
+    def __init__(self, temperature: float | Tensor, gather_distributed: bool) -> None:
+        super().__init__()
+        shared.temperature(temperature, SMALLEST)
+        if gather_distributed and not torch.distributed.is_available():
+            raise ValueError("gather_distributed: found True, wanted False: this PyTorch has no torch.distributed")
+        self.temperature = temperature
+        self.gather_distributed = gather_distributed
+
+    @property
+    def _group(self) -> str | None:
+        return "world" if self.gather_distributed else None
+
+
+class NTXentLoss(_Loss):
+    """NT-Xent of two views, as `nt_xent`; with a memory bank MoCo's loss, as `info_nce` with a queue.
+
+        l_i = -log h(a_i, b_i) / sum_j [ 1[j != i] h(a_i, a_j) + h(a_i, b_j) ],  and so for b_i
+        l_i = -log h(a_i, b_i) / ( h(a_i, b_i) + sum_m h(a_i, bank_m) )          with a memory bank
+
+    memory_bank_size: 0, or (rows, D). The bank takes the second view after each loss whose first view requires a
+    gradient; as in lightly, the rows of a batch that do not fit before its end are dropped. With gather_distributed
+    it takes the rows of all processes; the loss is then still that of a process's own rows.
+    forward(out0, out1): [N, D] each. Returns the mean over the rows. Raises ValueError as lightly does.
+    Source: SimCLR, https://arxiv.org/abs/2002.05709; MoCo, https://arxiv.org/abs/1911.05722.
+    """
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.5,
+        memory_bank_size: int | Sequence[int] = 0,
+        gather_distributed: bool = False,
+    ) -> None:
+        super().__init__(temperature, gather_distributed)
+        self.memory_bank: MemoryBank = MemoryBank(memory_bank_size)
+
+    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        out0, out1 = shared.rows(dict(out0=out0, out1=out1), group=self._group)
+        if not self.memory_bank.size[0]:
+            return shared.as_given(losses.nt_xent(out0, out1, self.temperature, group=self._group), out0)
+        shared.width("memory_bank", self.memory_bank.bank, out0)
+        bank = self.memory_bank.bank.to(out0.dtype, copy=True)
+        loss = losses.info_nce(out0, out1, self.temperature, negatives=bank, in_batch=False)
+        if out0.requires_grad:
+            self.memory_bank.enqueue(shared.everybody(F.normalize(out1.detach(), dim=1), group=self._group))
+        return shared.as_given(loss, out0)
+
+
+class MemoryBank(nn.Module):
+    """The rows of earlier batches, written as lightly's MemoryBankModule writes them. bank: [rows, D]
+
+    size: 0 for none, or (rows, D). Raises ValueError for negative sizes, and for a number of rows without D.
+    """
+
+    bank: Tensor
+    bank_ptr: Tensor  # where the next rows go, on the device: reading it here would wait for the device
+
+    def __init__(self, size: int | Sequence[int]) -> None:
+        super().__init__()
+        self.size: tuple[int, ...] = (size,) if isinstance(size, int) else tuple(size)
+        if min(self.size, default=-1) < 0 or (self.size != (0,) and len(self.size) != 2):
+            raise ValueError(f"memory_bank_size: found {size!r}, wanted 0 or a pair (rows, D) of integers >= 0")
+        self.register_buffer("bank", F.normalize(torch.randn(self.size), dim=-1), persistent=False)
+        self.register_buffer("bank_ptr", torch.zeros(1, dtype=torch.int64), persistent=False)
+
+    @torch.no_grad()
+    def enqueue(self, rows: Tensor) -> None:
+        """Writes rows [n, D] in the place of the oldest ones, up to the end of the bank."""
+        size, n = len(self.bank), len(rows)
+        room = size - self.bank_ptr
+        kept = torch.minimum(torch.arange(n, device=rows.device), room - 1)  # what has no room repeats the last row
+        self.bank.index_copy_(0, self.bank_ptr + kept, rows[kept].to(self.bank.dtype))
+        self.bank_ptr.copy_((self.bank_ptr + n).where(n < room, 0))
+
+
+class DCLLoss(_Loss):
+    """Decoupled contrastive loss: NT-Xent whose denominator leaves the positive out.
+
+        l_i = -w_i S(a_i, b_i) + log sum_(j != i) [ exp S(a_i, a_j) + exp S(a_i, b_j) ],  and so for b_i
+
+    This is the paper's loss, and lightly's from 1.5.21 on. Until 1.5.20 lightly added a logarithm for each view,
+    log sum exp S(a_i, a_j) + log sum exp S(a_i, b_j): `two_logarithms=True`. The negatives of each view then pull with
+    the same total weight however near they are, and the value is about twice as large.
+
+    weight_fn: the weights w [N] of (out0, out1), normalised, and then of (out1, out0). With gather_distributed too, it
+    is given a process's own rows.
+    forward(out0, out1): [N, D] each. Returns the mean over the rows; -inf without negatives, as lightly does.
+    Source: https://arxiv.org/abs/2110.06848, equation 6.
+    """
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.1,
+        weight_fn: Weights | None = None,
+        gather_distributed: bool = False,
+        *,
+        two_logarithms: bool = False,
+    ) -> None:
+        super().__init__(temperature, gather_distributed)
+        checks.flag("two_logarithms", two_logarithms)
+        self.weight_fn: Weights | None = weight_fn
+        self.two_logarithms: bool = two_logarithms
+
+    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        out0, out1 = shared.rows(dict(out0=out0, out1=out1), group=self._group)
+        weights = None
+        if self.weight_fn:
+            a, b = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
+            weights = torch.stack([self.weight_fn(a, b), self.weight_fn(b, a)])
+        loss = _decoupled(out0, out1, self.temperature, weights, self.two_logarithms, group=self._group)
+        return shared.as_given(loss, out0)
+
+
+@distributed.collective
+def _decoupled(
+    out0: Tensor,
+    out1: Tensor,
+    temperature: float | Tensor,
+    weights: Tensor | None,
+    two_logarithms: bool,
+    *,
+    group: Group = None,
+    shares: Shares = None,
+) -> Tensor:
+    """weights: [2, N], of the positives with the rows of each view as anchors"""
+    tau = losses._tau(temperature, None, True, "mean", out0, group)
+    parts = candidates.contrast([out0, out1], tau, True, False, None, process=group)
+    neg, pos = (losses._own(x, group)[0] for x in (parts.neg, parts.pos))  # [2, 2, N]
+    negatives = neg.sum(1) if two_logarithms else general.log_add(neg[:, 0], neg[:, 1])
+    positives = pos.sum(1)  # a view has none with itself, which reads 0
+    terms = negatives - (positives if weights is None else positives * weights)
+    return losses._reduce(terms, "mean", 2 * losses._rows(out0, group), group, parts=True)
+
+
+def negative_mises_fisher_weights(out0: Tensor, out1: Tensor, sigma: float = 0.5) -> Tensor:
+    """The weights of DCLW: 2 - N softmax_i(<a_i, b_i> / sigma), without a gradient.
+
+    out0, out1: [N, D], normalised. Returns [N].
+    Source: https://arxiv.org/abs/2110.06848, section 3.3.
+    """
+    similarity = (out0.detach() * out1.detach()).sum(1) / sigma
+    return 2 - len(out0) * similarity.softmax(0)
+
+
+class DCLWLoss(DCLLoss):
+    """`DCLLoss` whose positives have the weights `negative_mises_fisher_weights` with sigma."""
+
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.1,
+        sigma: float = 0.5,
+        gather_distributed: bool = False,
+        *,
+        two_logarithms: bool = False,
+    ) -> None:
+        weights = functools.partial(negative_mises_fisher_weights, sigma=sigma)
+        super().__init__(temperature, weights, gather_distributed, two_logarithms=two_logarithms)
+
+
+class SupConLoss(_Loss):
+    """Supervised contrast of two views, as `sup_con`, times the temperature if `rescale`.
+
+        l_i = -1/|P(i)| sum_(p in P(i)) log h(z_i, z_p) / sum_(j != i) h(z_i, z_j)
+
+    forward(out0, out1, labels=None): [N, D] each; labels [N] of any dtype. Without labels it is NT-Xent. With
+    gather_distributed, labels are gathered too (lightly raises an error there).
+    Source: https://arxiv.org/abs/2004.11362, equation 2.
+    """
+
+    def __init__(
+        self, temperature: float | Tensor = 0.5, gather_distributed: bool = False, rescale: bool = True
+    ) -> None:
+        super().__init__(temperature, gather_distributed)
+        self.rescale: bool = rescale
+
+    def forward(self, out0: Tensor, out1: Tensor, labels: Tensor | None = None) -> Tensor:
+        out0, out1 = shared.rows(dict(out0=out0, out1=out1), group=self._group)
+        if labels is None:
+            loss = losses.nt_xent(out0, out1, self.temperature, group=self._group)
+        else:
+            keys = shared.keys("labels", labels, out0, group=self._group)
+            loss = losses.sup_con(torch.cat([out0, out1]), keys.repeat(2), self.temperature, group=self._group)
+        return shared.as_given(loss * self.temperature if self.rescale else loss, out0)

@@ -1,0 +1,83 @@
+"""The contrastive loss of open_clip (`from open_clip.loss import ClipLoss`).
+
+Source: https://github.com/mlfoundations/open_clip
+"""
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from .. import losses
+from . import shared
+
+
+class ClipLoss(nn.Module):
+    """The loss of CLIP, as `clip_loss` of rows that are not normalised again.
+
+        l_i = -log exp(s <a_i, b_i>) / sum_j exp(s <a_i, b_j>),  and so for b_i among the a_j
+
+    world_size: over this many processes it is the loss of the rows of all, the same value on each, and its gradient,
+    averaged over them, is that of a single process: whatever `local_loss` and `gather_with_grad` say. Without
+    `gather_with_grad`, open_clip's is not; a warning at construction says so. `rank` is kept, and torch.distributed's
+    is used. `cache_labels` changes nothing: there are no labels to keep.
+    forward(image_features, text_features, logit_scale, logit_bias=None, output_dict=False): features [N, D];
+    logit_scale: a number > 0 or a tensor of one element, not its logarithm; logit_bias: adds the same to every logit,
+    which changes neither the loss nor a gradient, and its own gradient is 0. Returns the mean over the 2 N rows,
+    {"contrastive_loss": mean} if output_dict.
+    Raises NotImplementedError for use_horovod, and ValueError where world_size is not that of torch.distributed.
+    Source: https://arxiv.org/abs/2103.00020, figure 3.
+    """
+
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+    ) -> None:
+        super().__init__()
+        if use_horovod:
+            shared.no_place("use_horovod", use_horovod, "False: the processes must be torch.distributed's")
+        if world_size > 1 and not gather_with_grad:
+            warnings.warn(
+                "gather_with_grad: found False. The gradient is the whole one nevertheless; open_clip's lacks the part "
+                "that comes from the rows of other processes. A learning rate tuned with it may be too high.",
+                stacklevel=2,
+            )
+        self.local_loss: bool = local_loss
+        self.gather_with_grad: bool = gather_with_grad
+        self.cache_labels: bool = cache_labels
+        self.rank: int = rank
+        self.world_size: int = world_size
+        self.use_horovod: bool = use_horovod
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        group = self._group()
+        image, text = shared.rows(dict(image_features=image_features, text_features=text_features), group=group)
+        if group is None and isinstance(logit_scale, Tensor) and image.dtype in (torch.float32, torch.float64):
+            # for a small batch, a product takes less time than the way of a tensor through the kernels
+            image, logit_scale = image * logit_scale.to(image.dtype), 1.0
+        loss = losses.clip_loss(image, text, logit_scale=logit_scale, normalize=False, group=group)
+        if isinstance(logit_bias, Tensor):  # a parameter that gets no gradient stops DistributedDataParallel
+            loss = loss + 0 * logit_bias.sum()
+        loss = shared.as_given(loss, image)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+    def _group(self) -> str | None:
+        if self.world_size == 1:
+            return None
+        there = torch.distributed.is_available() and torch.distributed.is_initialized()
+        found = torch.distributed.get_world_size() if there else 1
+        if found != self.world_size:
+            raise ValueError(f"world_size: found {self.world_size}, wanted {found}, the processes of torch.distributed")
+        return "world"
