@@ -15,7 +15,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")]
 PAGES += sorted(path for path in (ROOT / "docs").glob("*.md"))
-BLOCK = re.compile(r"```python\n(.*?)```(?:\n+((?: {4}[^\n]*\n)+))?", re.DOTALL)
+BLOCK = re.compile(r"```(python|diff)\n(.*?)```(?:\n+((?: {4}[^\n]*\n)+))?", re.DOTALL)
 OF_PROCESSES = ROOT / "docs" / "processes.md"  # whose loops run in test_distributed_training.py
 STARTS = "make", "tclr", "python", ".venv/bin/python", "pip", "pytest", "torchrun", "accelerate", "bash", "cd"
 COMMAND = re.compile(rf"^ {{4}}((?:[A-Z_]+=\S+ )*(?:{'|'.join(map(re.escape, STARTS))}) .*)$", re.MULTILINE)
@@ -26,10 +26,12 @@ def name(path):
 
 
 def blocks(page):
-    return BLOCK.findall(page.read_text())
+    """(code, the indented text behind it) of every block; of a diff, the new lines."""
+    for kind, code, output in BLOCK.findall(page.read_text()):
+        yield "".join(re.findall(r"^\+(.*\n)", code, re.MULTILINE)) if kind == "diff" else code, output
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page) and page != OF_PROCESSES], ids=name)
+@pytest.mark.parametrize("page", [page for page in PAGES if any(blocks(page)) and page != OF_PROCESSES], ids=name)
 def test_the_code_of_a_page_runs_as_pasted(page, capsys):
     """Block after block in one session; an indented text right after a block that prints is what it prints."""
     names = {"__name__": "pasted"}
