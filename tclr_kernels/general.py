@@ -262,7 +262,7 @@ class RectangleBackward(Once, torch.autograd.Function):
         n_anchors: int,
         *tensors: Tensor,
     ) -> tuple[Tensor | None, ...]:
-        """wanted: whether tau, the rows, the columns need a gradient. tensors: what the weights are made of, the sets."""
+        """wanted: whether tau, rows, columns need a gradient. tensors: what the weights are made of, then the sets."""
         of_tau, of_rows, of_columns = wanted
         anchors, sets = list(tensors[:n_anchors]), tensors[n_anchors:]
         rows, columns = sets[:n_rows], sets[n_rows:]
@@ -291,7 +291,7 @@ class MeanBackward(Once, torch.autograd.Function):
     def forward(
         name: str, normalize: bool, tau: float | Tensor, x: Tensor, mean: Tensor, neg: Tensor, g_neg: Tensor
     ) -> tuple[Tensor | None, Tensor]:
-        """The gradients of tau (if it is a tensor) and of the rows x [G, n, D], from the weighted mean of the columns."""
+        """The gradients of tau (if a tensor) and of the rows x [G, n, D], from the weighted mean of the columns."""
         g = g_neg.masked_fill(neg == -torch.inf, 0)[:, 0, 0, :, None]
         z, dz = x.double(), g * mean / tau
         if normalize:

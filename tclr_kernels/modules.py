@@ -20,8 +20,8 @@ class _Loss(nn.Module):
     """A loss with its settings.
 
     temperature: a float; an `nn.Parameter` of one element, which is learnt; or a tensor of one element without
-    gradient, which becomes a buffer. Any other tensor that requires a gradient is a ValueError: the module would keep the
-    autograd graph of one step for all later ones, and the optimizer would not find the tensor.
+    gradient, which becomes a buffer. Any other tensor that requires a gradient is a ValueError: the module would keep
+    the autograd graph of one step for all later ones, and the optimizer would not find the tensor.
     group: "world" is looked up at each call, so a module can be made before the process group, and can be pickled.
 
     `forward` also takes labels, negatives, shares, and `logit_scale` if no temperature was given here.
