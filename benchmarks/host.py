@@ -1,8 +1,8 @@
-"""What a call of the Triton backend costs on the host, without a GPU: python -m benchmarks.host
+"""Measures what a call of the Triton backend costs on the host, without a GPU: python -m benchmarks.host
 
-Triton's own just-in-time compiler runs with the stand-in driver of tests/standin.py, whose launches do nothing: counted
-are the launches and the other device operations of a forward and a backward, timed is all that Python and PyTorch do
-for them after the first call. The driver's own launch, a few microseconds each, is not in it.
+Triton runs with the pretended driver of tests/standin.py, whose launches do nothing. This counts the launches and the
+other device operations of a forward and a backward pass, and times all that Python and PyTorch do for them after the
+first call. The launch by a real driver, a few microseconds each, is not included.
 """
 
 import statistics

@@ -1,4 +1,4 @@
-"""Time and memory against the number of rows, errors against the temperature: from the result rows alone."""
+"""Plots time and memory against the number of rows, and errors against the temperature, from the result rows."""
 
 import matplotlib
 
@@ -65,7 +65,7 @@ def draw_headline(path):
 
 
 def draw_accuracy():
-    """Writes accuracy.png: a panel a dtype."""
+    """Writes accuracy.png, with a panel for each dtype."""
     found = rows.read(accuracy.path())
     dtypes = list(dict.fromkeys(row["dtype"] for row in found))
     figure, panels = plt.subplots(1, len(dtypes), figsize=(11, 4.2), layout="constrained", sharey=True)
