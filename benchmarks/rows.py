@@ -62,7 +62,8 @@ def default_path():
 
 def files():
     """The result files of all devices."""
-    return sorted(RESULTS.glob("cpu-*.csv")) + sorted(RESULTS.glob("gpu-*.csv"))
+    found = sorted(RESULTS.glob("cpu-*.csv")) + sorted(RESULTS.glob("gpu-*.csv"))
+    return [path for path in found if not path.name.startswith("gpu-steps-")]  # which gpu.sh writes of its own steps
 
 
 def newest(paths):

@@ -44,7 +44,9 @@ def markdown(paths):
     """The README's table: NT-Xent on the machine that was measured last."""
     if not paths:
         return "Not measured yet."
-    return nt_xent(scaling_of(rows.read(rows.newest(paths))), IN_README)
+    every = rows.read(rows.newest(paths))
+    where = "{cpu}, {threads} threads, {isa}, torch {torch}".format_map(every[0])
+    return f"{nt_xent(scaling_of(every), IN_README)}\n\n{where}; float32, forward and backward."
 
 
 def summary(every):
