@@ -1,4 +1,4 @@
-"""THE dispatch: `backend=` argument, then TCLR_KERNELS_BACKEND, then the first backend that serves the device."""
+"""Chooses the backend: the argument `backend=`, else TCLR_KERNELS_BACKEND, else the first that works on the device."""
 
 import math
 import os
@@ -14,18 +14,18 @@ BACKENDS = {"native": native, "triton": triton, "reference": reference}  # in th
 
 
 class Regime(NamedTuple):
-    """Problems on a kind of device, up to so many rows V N of all groups together and so many features D."""
+    """Problems of a limited size on a kind of device, and the order in which backends are tried for them."""
 
     device: str
     dtypes: tuple[torch.dtype, ...]  # of the rows; empty: any
-    rows: float
-    features: float
+    rows: float  # at most, of all groups and sets together
+    features: float  # at most
     order: tuple[str, ...]
 
 
-# By default the first regime that holds the problem decides, and elsewhere the order of BACKENDS. On a GPU they are
-# predictions, not measured: few rows are a matter of launches, which native has cheaper, many of tensor cores, of which
-# Triton has the faster instructions; native has any for half precision.
+# The first regime that includes a problem decides; without one, the order of BACKENDS. The regimes are predictions, not
+# measured: with few rows the launches count, which cost less with native; with many rows the tensor cores count, and
+# Triton uses their faster instructions.
 HALF = torch.bfloat16, torch.float16
 REGIMES = (
     Regime("cuda", HALF, 4096, 1024, ("native", "triton", "reference")),
@@ -35,27 +35,27 @@ REGIMES = (
 
 
 def available_backends(device: torch.device | str | None = None) -> dict[str, str | None]:
-    """Which backends serve a device.
+    """Tells which backends work on a device.
 
     device: a torch.device or its name; None is the current default device.
-    Returns a dict: backend name -> None if it is usable there, else the reason why it is not.
+    Returns a dict from the name of each backend to None if it works there, else to the reason why it does not.
     """
     device = torch.get_default_device() if device is None else torch.device(device)
     return {name: _why_not(name, device) for name in BACKENDS}
 
 
 def _why_not(name: str, device: torch.device) -> str | None:
-    """Why a backend does not serve a device; None where it does."""
+    """The reason why a backend does not work on a device; None if it does."""
     return BACKENDS[name].why_not(device)
 
 
-# what torch.compiler.assume_constant_result does, which takes two seconds to import the compiler: it asks for the
-# answer and does not trace how it is found, by looking for files and devices
+# The same as torch.compiler.assume_constant_result, which would import the compiler: that takes two seconds. With it,
+# torch.compile takes the answer, and does not trace how files and devices are looked for.
 _why_not._dynamo_marked_constant = True
 
 
 def missing(device: torch.device) -> dict[str, str]:
-    """The backends that should have kernels for a device and cannot serve it. Returns a dict: name -> the reason."""
+    """The backends that should have kernels for a device and do not work there: {name: reason}."""
     belonging = (name for name, backend in BACKENDS.items() if hasattr(backend, "belongs") and backend.belongs(device))
     return {name: reason for name in belonging if (reason := _why_not(name, device)) is not None}
 
@@ -64,7 +64,7 @@ _warned = set()
 
 
 def _warn_of_missing(device_type: str) -> None:
-    """Says once why the reference backend is the default on a device that should have kernels."""
+    """Warns once that the reference backend is used on a device that should have kernels, and says why."""
     if device_type not in _warned:
         _warned.add(device_type)
         for name, reason in missing(torch.device(device_type)).items():
@@ -77,7 +77,7 @@ _warn_of_missing._dynamo_marked_constant = True  # as above
 def choose(
     backend: str | None, device: torch.device, rows: int = 0, features: int = 0, dtype: torch.dtype | None = None
 ) -> str:
-    """The backend's name. One named by argument or environment must serve the device; only the default falls back."""
+    """The name of the backend. If the argument or the environment names one that does not work, it is an error."""
     source = "backend" if backend is not None else "TCLR_KERNELS_BACKEND"
     backend = backend if backend is not None else os.environ.get("TCLR_KERNELS_BACKEND") or None
     if backend is None:
