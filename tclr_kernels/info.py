@@ -1,4 +1,4 @@
-"""Shows versions and which backends work here: python -m tclr_kernels.info [--shape G V N D] [--device D] [--dtype T]"""
+"""Shows versions and usable backends: python -m tclr_kernels.info [--shape G V N D] [--device D] [--dtype T]"""
 
 import argparse
 import math

@@ -1,4 +1,4 @@
-"""Checks the installed package on this machine, in less than a minute: python -m tclr_kernels.selftest [--device cpu]"""
+"""Checks the installed package here, in less than a minute: python -m tclr_kernels.selftest [--device cpu]"""
 
 import argparse
 import contextlib
