@@ -149,7 +149,7 @@ def _with_temperature(function: Callable[..., Tensor], backend: str, tau: Tensor
     return function(*inputs, temperature=tau, backend=backend)
 
 
-def d1_zero_row(backend: str, device: str) -> None:
+def zero_row(backend: str, device: str) -> None:
     """A row of zeros has gradient 0, and everything else stays finite."""
     for dtype in (torch.float32, torch.float16):
         a, b = views([(6, 16)] * 2, dtype, device)
@@ -159,7 +159,7 @@ def d1_zero_row(backend: str, device: str) -> None:
         expect(bool(torch.isfinite(torch.cat([da, db])).all() and torch.isfinite(loss)), f"{dtype}: not finite")
 
 
-def d2_scales(backend: str, device: str) -> None:
+def scales(backend: str, device: str) -> None:
     """Rows scaled by 1e-38 to 1e38 give the same loss."""
     for scale in (1e-38, 1e-30, 1e-19, 1e19, 1e30, 1e37):
         inputs = views([(9, 16)] * 2, torch.float32, device, scale)
@@ -170,7 +170,7 @@ def d2_scales(backend: str, device: str) -> None:
             compare("nt_xent", inputs, {}, backend)
 
 
-def d3_nan(backend: str, device: str) -> None:
+def nan(backend: str, device: str) -> None:
     """NaN and Inf affect only the loss and gradients of their own video. TCLR_KERNELS_CHECK=1 names the row."""
     for bad in (math.nan, math.inf):
         x1, x2 = views([(3, 4, 8)] * 2, torch.float32, device)
@@ -183,7 +183,7 @@ def d3_nan(backend: str, device: str) -> None:
             raises(ValueError, ["x1", "[1, 2]"], tk.local_local, x1, x2, backend=backend)
 
 
-def d4_dtypes(backend: str, device: str) -> None:
+def dtypes(backend: str, device: str) -> None:
     """The loss is float32 (float64 for float64 inputs); gradients have the dtype of the inputs."""
     for dtype in TOLERANCE:
         loss, grads = run(tk.nt_xent, views([(5, 8)] * 2, dtype, device), backend=backend)
@@ -191,7 +191,7 @@ def d4_dtypes(backend: str, device: str) -> None:
         expect(loss.dtype == wanted and grads[0].dtype == dtype, f"{dtype}: loss {loss.dtype}, grad {grads[0].dtype}")
 
 
-def d5_temperature(backend: str, device: str) -> None:
+def temperature(backend: str, device: str) -> None:
     """A temperature that is a tensor gives the same loss, and has a gradient; a wrong one is an error that names it."""
     a, b = views([(5, 8)] * 2, torch.float32, device)
     tau = torch.tensor(0.25, dtype=torch.float64, requires_grad=True)
@@ -204,7 +204,7 @@ def d5_temperature(backend: str, device: str) -> None:
         raises((ValueError, TypeError), ["temperature"], tk.nt_xent, a, b, temperature=wrong, backend=backend)
 
 
-def d6_empty(backend: str, device: str) -> None:
+def empty(backend: str, device: str) -> None:
     """B = 0, T = 0 and D = 0 are errors that name the argument."""
     for shape in ((0, 8), (3, 0)):
         raises(ValueError, ["a"], tk.nt_xent, *views([shape] * 2, torch.float32, device), backend=backend)
@@ -213,14 +213,14 @@ def d6_empty(backend: str, device: str) -> None:
         raises(ValueError, ["x1"], tk.local_local, x, x, backend=backend)
 
 
-def d7_one_row(backend: str, device: str) -> None:
+def one_row(backend: str, device: str) -> None:
     """With B = 1, loss and gradients are exactly 0."""
     for function, dtype in itertools.product((tk.nt_xent, tk.clip_loss), TOLERANCE):
         loss, grads = run(function, views([(1, 8)] * 2, dtype, device), backend=backend)
         expect(loss == 0 and all((g == 0).all() for g in grads), f"{function.__name__} {dtype}: loss {loss}")
 
 
-def d8_misuse(backend: str, device: str) -> None:
+def misuse(backend: str, device: str) -> None:
     """Different dtypes, devices, shapes or types are errors that name both arguments."""
     a, b = views([(5, 8)] * 2, torch.float32, device)
     for wrong, words in (
@@ -237,7 +237,7 @@ def d8_misuse(backend: str, device: str) -> None:
         raises((ValueError, TypeError), words, tk.nt_xent, a, wrong, backend=backend)
 
 
-def d9_deterministic(backend: str, device: str) -> None:
+def deterministic(backend: str, device: str) -> None:
     """The same bits on every run; on the CPU with any number of threads."""
     inputs = views([(300, 64)] * 2, torch.float32, device)
     threads = torch.get_num_threads()
@@ -252,7 +252,7 @@ def d9_deterministic(backend: str, device: str) -> None:
         torch.set_num_threads(threads)
 
 
-def d10_second_derivative(backend: str, device: str) -> None:
+def second_derivative(backend: str, device: str) -> None:
     """Second derivatives are exact with the reference, and an error that names it with other backends."""
     a, b = (x.requires_grad_() for x in views([(4, 3)] * 2, torch.float64, device))
     call = functools.partial(tk.nt_xent, temperature=0.5, backend=backend)
@@ -266,16 +266,16 @@ def d10_second_derivative(backend: str, device: str) -> None:
 CHECKS: dict[str, Check] = {
     **{f"parity {str(dtype)[6:]}": functools.partial(parity, dtype) for dtype in TOLERANCE},
     "gradcheck": gradcheck,
-    "D1 zero row": d1_zero_row,
-    "D2 rows 1e-38 .. 1e38": d2_scales,
-    "D3 NaN and Inf": d3_nan,
-    "D4 dtypes": d4_dtypes,
-    "D5 temperature": d5_temperature,
-    "D6 empty": d6_empty,
-    "D7 one row": d7_one_row,
-    "D8 misuse": d8_misuse,
-    "D9 deterministic": d9_deterministic,
-    "D10 second derivative": d10_second_derivative,
+    "zero row": zero_row,
+    "rows 1e-38 .. 1e38": scales,
+    "NaN and Inf": nan,
+    "dtypes": dtypes,
+    "temperature": temperature,
+    "empty": empty,
+    "one row": one_row,
+    "misuse": misuse,
+    "deterministic": deterministic,
+    "second derivative": second_derivative,
 }
 
 

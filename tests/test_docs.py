@@ -178,3 +178,14 @@ def test_the_documentation_builds_without_a_warning(tmp_path):
     done = subprocess.run([sys.executable, "-m", "sphinx", "-q", "-W", *folders], capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr, done.stderr
     assert (tmp_path / "site" / "index.html").exists()
+
+
+@pytest.mark.parametrize("page", [ROOT / "docs" / "promises.md", ROOT / "docs" / "promises-trainer.md"], ids=name)
+def test_every_test_that_a_page_names_exists(page):
+    tests = {
+        each for path in (ROOT / "tests").glob("test_*.py") for each in re.findall(r"def (test_\w+)", path.read_text())
+    }
+    named = re.findall(r"`(test_\w+)(\.\.\.|\[[^`]*)?`", page.read_text())
+    assert len(named) > 5
+    for each, more in named:
+        assert each in tests or more == "..." and any(test.startswith(each) for test in tests), each
