@@ -1,4 +1,4 @@
-"""Fixtures. A test with the argument `backend` runs for every backend of the CPU; with `kernels`, without the reference.
+"""Fixtures. A test with the argument `backend` runs for each backend of the CPU; with `kernels`, not for the reference.
 
 TRITON_INTERPRET=1 runs only the tests of the Triton backend, at small sizes, in Triton's interpreter.
 TCLR_KERNELS_TEST_CUDA=1 adds the CUDA kernels, run on the CPU, as a backend and makes it the default.
