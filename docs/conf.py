@@ -23,7 +23,7 @@ suppress_warnings = ["myst.header"]  # a generated page may go from the first to
 default_role = "py:obj"
 html_theme, html_title, html_math_renderer = "furo", "tclr-kernels", "svg"
 html_static_path, html_css_files = ["site.css"], ["site.css"]
-html_copy_source = False
+html_copy_source, pygments_dark_style = False, "github-dark"
 autodoc_member_order = "bysource"
 autodoc_inherit_docstrings = False
 autodoc_type_aliases = {name: name for name in ("Temperature", "Negatives", "Group", "Shares", "Reduction")}
@@ -34,6 +34,7 @@ REPOSITORY = "https://github.com/tclr-kernels/tclr-kernels/blob/main"
 FROM_ROOT = {"README.md": "index", "CONTRIBUTING.md": "contributing", "CHANGELOG.md": "changelog"}
 LINK = re.compile(r"(?<=\]\()(?!https?:|#|mailto:)([^)#\s]+)")
 ARGUMENTS = re.compile(r"([a-z_]\w*(?:, [a-z_]\w*)*(?: \[[^]]*\])?(?:, [a-z_]\w*(?: \[[^]]*\])?)*): (?=\S)")
+TALL = 150  # pixels: no formula of these pages has more than three lines
 log = logging.getLogger(__name__)
 
 
@@ -104,6 +105,8 @@ def draw_formula(self, node):
     """A formula as SVG in the colour of the text, which needs no font, no JavaScript and no other server."""
     inline, source = isinstance(node, nodes.math), node.astext().strip()
     formula = ziamath.Latex(source, size=17 if inline else 19, color="currentColor", inline=inline)
+    if formula.getsize()[1] > TALL:  # ziamath stretches \left( around some sums without end
+        log.warning("the formula %s is drawn %d pixels high", source, formula.getsize()[1])
     label = f'<svg role="img" aria-label="{html.escape(source)}" '
     svg = formula.svg().replace("<svg ", f'{label} style="vertical-align:{formula.getyofst():.1f}px" ', 1)
     self.body.append(svg if inline else f'<div class="formula">{svg}</div>')
