@@ -205,7 +205,7 @@ def test_any_term_alone_with_accumulation_and_amp(videos, amp):
 
 
 def test_two_processes_keep_the_same_weights(videos, tmp_path):
-    """Each contrasts its half of the batch; their gradients are averaged, so their parameters stay bitwise equal."""
+    """Their parameters stay bitwise equal, but are not those of one: batches are normalised by halves."""
 
     def worker(rank):
         os.environ.update(RANK=str(rank), WORLD_SIZE="2")

@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import json
-import os
 import sys
 import time
 from contextlib import ExitStack
@@ -48,23 +47,29 @@ def pretrain(
     torchrun restarts goes on from last.pt. timeout: seconds that a process waits for the others before it gives up.
     """
     with processes.group(timeout):
-        if any(processes.exchange(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))):
+        job = processes.Job(out)
+        if (stage := job.stage()) == "claimed":
             resume, overwrite = True, False
+        elif stage == "claiming":  # they ended before the first step
+            overwrite = not resume
         first, device, last = processes.rank() == 0, config.device(device), out / "last.pt"
         processes.from_first(lambda: checkpoint.vacant(out, resume=resume, overwrite=overwrite))
         videos = config.open_videos(data, data.train, clips.window, out, recipe.seed)
         run = train.Run(config.build(net, recipe.seed), videos, clips, recipe, device, net=net, data=data)
-        if resume:
-            restore(run, last)
+        with processes.together():  # the folder changes when every process has restored from it
+            if resume:
+                restore(run, last)
         log, settings = Log(out if first else None, recipe, run.steps, run.done), dict(data=data, net=net, clips=clips)
         with ExitStack() as stack:
-            with processes.together():  # the folder changes when every process has restored from it
+            with processes.together():
                 if first:
+                    job.note("claiming")
                     checkpoint.claim(out, resume=resume, overwrite=overwrite)
                     if overwrite:
                         last.unlink(missing_ok=True)
                     config.write(out / "config.yaml", dict(**settings, recipe=recipe, **train.where(device)))
                     config.write_environment(out / "environment.json", device)
+                    job.note("claimed")
                 stack.enter_context(log)
             train.carry_on(run, log, file=last)
         processes.say("reading: " + ", ".join(f"{count} {what}" for what, count in videos.tally().items()))

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import tclr_kernels as tk
 
-from . import evaluate, motions, report, train, videos
+from . import evaluate, motions, processes, report, train, videos
 from .clips import ClipPlan
 from .models import TinyResNet3d
 
@@ -171,4 +171,5 @@ def claim(out, overwrite):
 
 
 if __name__ == "__main__":
-    Demo(arguments()).run()
+    with processes.single("demo"):
+        Demo(arguments()).run()

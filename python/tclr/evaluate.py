@@ -13,7 +13,7 @@ from .processes import rank, ranks
 def clip_features(describe, videos, *, clips, frames, stride, side, device="cpu"):
     """Features of evenly spaced clips. describe: [N, F, 3, side, side] -> [N, C]; returns [videos, clips, C]
 
-    Several processes take turns, 16 videos each, so that every batch is one that a single process would compute as well.
+    Several processes, all of which call it, take turns, 16 videos each: every batch is one of a single process.
     """
     parts, features = [range(len(videos))[start : start + 16] for start in range(0, len(videos), 16)], []
     for first in range(0, len(parts), ranks()):

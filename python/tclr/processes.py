@@ -9,6 +9,8 @@ import functools
 import io
 import os
 import socket
+import time
+import uuid
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
@@ -44,17 +46,50 @@ def group(timeout=TIMEOUT):
         yield
         return
     nccl = torch.cuda.is_available() and distributed.is_nccl_available()
-    backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
-    distributed.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    backend, where = "cpu:gloo,cuda:nccl" if nccl else "gloo", {}
+    if store := agents_store(timeout):
+        where = dict(store=met(store, timeout), rank=int(os.environ["RANK"]), world_size=launched())
+    distributed.init_process_group(backend, timeout=timedelta(seconds=timeout), **where)
     yield
     distributed.destroy_process_group()
+
+
+def agents_store(timeout=TIMEOUT):
+    """The store of torchrun's agents, which outlives the processes that they restart; None where there is none."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return distributed.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=timeout))
+
+
+def met(store, timeout):
+    """A part of the agents' store for the processes of this start alone.
+
+    With the whole of it a process may read the address of one that was killed before, and wait for it
+    (https://github.com/pytorch/pytorch/issues/135712). Process 0 offers a new name; the others answer with names of
+    their own, until those are in what process 0 has received under that name.
+    """
+    own, name = int(os.environ["RANK"]), uuid.uuid4().hex
+    if own == 0:
+        store.set("tclr/offer", name)
+        answers = [store.get(f"tclr/{name}/{other}").decode() for other in range(1, launched())]
+        store.set(f"tclr/{name}/received", " ".join(answers))
+        return distributed.PrefixStore(name, store)
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        offer = store.get("tclr/offer").decode()
+        store.set(f"tclr/{offer}/{own}", name)
+        if store.check([f"tclr/{offer}/received"]) and name in store.get(f"tclr/{offer}/received").decode().split():
+            return distributed.PrefixStore(offer, store)
+        time.sleep(0.02)
+    raise TimeoutError(f"process 0 did not start within {timeout} s, as process {own} did")
 
 
 @contextmanager
 def single(what):
     """Refuses more than one process. Also a decorator."""
-    if launched() > 1:
-        raise SystemExit(f"{what}: found {launched()} processes, wanted one: start it without torchrun")
+    if (found := max(launched(), ranks())) > 1:
+        raise SystemExit(f"{what}: found {found} processes, wanted one: start it without torchrun")
     yield
 
 
@@ -118,6 +153,33 @@ def from_first(function):
     return value[0]
 
 
+class Job:
+    """What `torchrun` remembers of a run's folder while it restarts the processes: the last stage they came to.
+
+    TORCHELASTIC_RESTART_COUNT does not say so: it is another number on another machine, 0 where the number of machines
+    has changed, and above 0 also for processes that ended before they did anything.
+    """
+
+    STAGES = "new", "claiming", "claimed"
+
+    def __init__(self, folder):
+        self.store, self.key = agents_store(), f"tclr/{folder.resolve()}"
+
+    def stage(self):
+        """The last stage of all processes of this job, before they were started again."""
+        with telling():
+            mine = self.STAGES[-1] if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) else self.STAGES[0]
+            if self.store:
+                mine = max(
+                    (s for s in self.STAGES if self.store.check([self.key + s])), key=self.STAGES.index, default="new"
+                )
+        return max(exchange(mine), key=self.STAGES.index)
+
+    def note(self, stage):
+        if self.store:
+            self.store.set(self.key + stage, "")
+
+
 def say(text):
     """Prints, once for all processes."""
     if rank() == 0:
@@ -148,13 +210,11 @@ def newest(file, age, load):
     if not found:
         return None
     source = max(found, key=lambda number: (ages[number], -number))
-    with telling():
-        content = bytearray(file.read_bytes() if rank() == source else b"")
-    size = exchange(len(content))[source]
-    content = content or bytearray(size)
-    distributed.broadcast(torch.frombuffer(content, dtype=torch.uint8), src=source)
     with together():
-        return load(io.BytesIO(content))
+        content = [file.read_bytes() if rank() == source else None]
+    distributed.broadcast_object_list(content, src=source)
+    with together():
+        return load(io.BytesIO(content[0]))
 
 
 @torch.no_grad()
@@ -167,9 +227,9 @@ def average_statistics(module, weight):
     if ranks() == 1 or not buffers:
         return
     flat = torch.cat([each.flatten().double() for each in buffers]) * weight
-    every = flat.new_empty(ranks() * len(flat))
-    distributed.all_gather_into_tensor(every, flat)
-    total = functools.reduce(torch.add, every.split(len(flat)))  # in their order, so that all get the same bits
+    every = [torch.empty_like(flat) for _ in range(ranks())]
+    distributed.all_gather(every, flat)
+    total = functools.reduce(torch.add, every)  # in their order, so that all get the same bits
     for each, mean in zip(buffers, total.split([each.numel() for each in buffers]), strict=True):
         each.copy_(mean.view_as(each))
 

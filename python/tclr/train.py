@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import math
 import os
-import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -158,7 +157,8 @@ class Run:
         self.plateau = Plateau()
         self.scaler = torch.amp.GradScaler(torch.device(device).type, enabled=recipe.amp == "fp16")
         self.local = any(weight for name, weight in weights(recipe).items() if name != "ic_global")
-        self.views = averaging(Views(self.embedder, torch.compile(embed) if recipe.compile else embed), device)
+        self.embed = torch.compile(embed) if recipe.compile else embed
+        self.views = averaging(Views(self.embedder, self.embed).to(device), device)
 
     def compare(self):
         """Raises ValueError, in all processes, where they were not started alike."""
@@ -427,17 +427,18 @@ def embed(embedder, windows, plan, augment, *, local=True):
 
 
 def shares(batch):
-    """The places in a batch of each process's videos, as ranges. Joined in the order of processes they are the batch."""
+    """The places in a batch of each process's videos, as ranges: joined in the order of processes, the batch."""
     ends = [number * batch // ranks() for number in range(ranks() + 1)]
     return [range(first, last) for first, last in zip(ends, ends[1:], strict=False)]
 
 
 class Views(nn.Module):
-    """`embed` as a module, which is what averages gradients wants."""
+    """`embed` as a module, as DistributedDataParallel wants it."""
 
     def __init__(self, embedder, embed):
         super().__init__()
         self.embedder, self.embed = embedder, embed
+        self.unused = nn.Parameter(torch.zeros(()))  # there always is one, of which `averaging` is not to warn
 
     def forward(self, windows, plan, augment, local):
         return self.embed(self.embedder, windows, plan, augment, local=local)
@@ -446,15 +447,18 @@ class Views(nn.Module):
 def averaging(module, device):
     """The module, whose parameters' gradients are averaged over the processes in its backward.
 
-    find_unused_parameters: for networks that leave some unused, and because PyTorch then never regroups the gradients
-    after the first step. An all-reduce adds by a number's place in its group, so that only thus a run that was
-    interrupted keeps the bits of one that was not.
+    The first process's weights are those of all from the start. find_unused_parameters: for networks that leave some
+    unused, and because PyTorch then never regroups the gradients after the first step. An all-reduce adds by a number's
+    place in its group, so that only thus a run that was interrupted keeps the bits of one that was not.
     """
     if ranks() == 1:
         return module
-    warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
-    ids = [torch.device(device).index or 0] if torch.device(device).type == "cuda" else None
-    return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False, find_unused_parameters=True)
+    ids = None
+    if (device := torch.device(device)).type == "cuda":
+        ids = [torch.cuda.current_device() if device.index is None else device.index]
+    module = DistributedDataParallel(module, device_ids=ids, find_unused_parameters=True)
+    module.broadcast_buffers = False  # every step averages them; as an argument, its name depends on PyTorch's version
+    return module
 
 
 def synchronised(embedder, device):

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 
 from . import annotations, decode, processes
 
+COUNTS = "missing", "unreadable", "replaced", "padded", "decoded", "held"  # of `Files`
+
 
 @dataclass
 class Loaded:
@@ -127,13 +129,13 @@ class Files:
             self._report(name, reason, own=False)
 
     def tally(self):
-        """`counts` of all processes together."""
+        """`counts` of all processes together, those that are not 0."""
         with self._lock:
             mine = self.counts.copy(), self._padded.copy()
         counts, padded = zip(*processes.exchange(mine), strict=True)
-        total = {name: sum(each[name] for each in counts) for name in dict.fromkeys(name for c in counts for name in c)}
-        of_videos = dict(missing=self.counts["missing"], unreadable=len(self.bad), padded=len(set().union(*padded)))
-        return total | {name: count for name, count in of_videos.items() if name in total}
+        total = {name: sum(each[name] for each in counts) for name in COUNTS}
+        total |= dict(missing=self.counts["missing"], unreadable=len(self.bad), padded=len(set().union(*padded)))
+        return {name: count for name, count in total.items() if count}
 
     def _count(self, what):
         with self._lock:

@@ -1,0 +1,64 @@
+"""Processes that are started together, as torchrun starts them, without its cost: forked, over gloo.
+
+    Crowd(3, function, tmp_path).results()
+
+calls function() in each of 3 processes that form torch.distributed's group.
+"""
+
+import multiprocessing
+import os
+import time
+import traceback
+import uuid
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+LIMIT = 120  # seconds that anything may take
+
+
+class Crowd:
+    """size: how many; function(): what each does; folder: where they meet and leave their results."""
+
+    def __init__(self, size, function, folder):
+        self.folder = folder / f"crowd-{uuid.uuid4().hex[:8]}"
+        self.folder.mkdir()
+        context = multiprocessing.get_context("fork")
+        self.children = [context.Process(target=self._play, args=(rank, size, function)) for rank in range(size)]
+        for child in self.children:
+            child.start()
+
+    def _play(self, rank, size, function):
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
+        meet = dict(init_method=f"file://{self.folder}/meet", rank=rank, world_size=size)
+        dist.init_process_group("gloo", timeout=timedelta(seconds=LIMIT), **meet)
+        try:
+            result = function()
+        except BaseException:
+            (self.folder / f"{rank}.txt").write_text(traceback.format_exc())
+            raise
+        torch.save(result, self.folder / f"{rank}.pt")
+
+    def ended(self, limit=LIMIT):
+        """The exit codes. A process that does not end within the limit is killed, and fails the test."""
+        deadline = time.monotonic() + limit
+        for child in self.children:
+            child.join(max(0, deadline - time.monotonic()))
+        late = [rank for rank, child in enumerate(self.children) if child.is_alive()]
+        for child in self.children:
+            child.kill()
+            child.join()
+        assert not late, f"processes {late} did not end within {limit} s"
+        return [child.exitcode for child in self.children]
+
+    def results(self, limit=LIMIT):
+        """What function() returned in each process."""
+        codes = self.ended(limit)
+        assert not any(codes), self.messages()
+        return [torch.load(self.folder / f"{rank}.pt", weights_only=False) for rank in range(len(self.children))]
+
+    def messages(self):
+        """The traceback of each process, "" of one that ended without."""
+        files = [self.folder / f"{rank}.txt" for rank in range(len(self.children))]
+        return [file.read_text() if file.exists() else "" for file in files]
