@@ -1,4 +1,4 @@
-"""The drop-ins of `tclr_kernels.compat` against their originals: python -m benchmarks.dropins [page | time CASE | ...]
+"""The drop-ins of `tclr_kernels.compat` against their originals; `make .venv/.peers` installs these.
 
     python -m benchmarks.dropins            times and peak memory of all cases, to benchmarks/results/dropins-*.csv
     python -m benchmarks.dropins 0.1        the same in 0.1 s a case and size instead of 3 s
@@ -31,12 +31,12 @@ COLUMNS = (
 
 
 class Case(NamedTuple):
-    """Two makers of a loss, and the inputs of so many rows; largest: the most rows that the original is given."""
+    """Two makers of a loss, and the inputs of so many rows."""
 
     original: object
     ours: object
     inputs: object
-    largest: int = 4096
+    sizes: tuple = SIZES
 
     def step(self, side, size):
         loss, (leaves, more) = getattr(self, side)(), self.inputs(size)
@@ -176,8 +176,8 @@ CASES = {
     "open_clip ClipLoss": Case(
         original(peers.open_clip, "open_clip.loss", "ClipLoss"), ours("open_clip", "ClipLoss"), scaled_views
     ),
-    # its matrix has a row for every positive pair and a column for every negative one
-    "pytorch-metric-learning NTXentLoss": Case(*metric_learning("NTXentLoss"), indexed, largest=512),
+    # its matrix has a row for every positive pair and a column for every negative one: 4 GiB at 1,024 rows
+    "pytorch-metric-learning NTXentLoss": Case(*metric_learning("NTXentLoss"), indexed, sizes=(80, 128, 256)),
     "pytorch-metric-learning SupConLoss": Case(*metric_learning("SupConLoss"), classes),
     "solo-learn simclr_loss_func": Case(lambda: simclr_of_solo, lambda: compat.solo.simclr_loss_func, indexed),
     "SupContrast SupConLoss": Case(lambda: sup_con_of_its_authors, ours("sup_contrast", "SupConLoss"), labelled_views),
@@ -189,15 +189,12 @@ CASES = {
 
 
 def timed(name, size, seconds):
-    case = CASES[name]
-    sides = ["ours"] if size > case.largest else ["original", "ours"]
-    steps = {side: case.step(side, size) for side in sides}
+    steps = {side: CASES[name].step(side, size) for side in ("original", "ours")}
     times = measure.interleaved(steps, {side: measure.once(step)[0] for side, step in steps.items()}, seconds)
     middle = {side: 1e3 * statistics.median(taken) for side, taken in times.items()}
     row = {f"{side}_ms": f"{x:.4g}" for side, x in middle.items()}
-    if "original" in middle:
-        row["ratio"] = f"{middle['original'] / middle['ours']:.3g}"
-    return row | {"runs": len(times["ours"])} | {f"{side}_mb": memory(name, side, size) for side in sides}
+    row |= {"ratio": f"{middle['original'] / middle['ours']:.3g}", "runs": len(times["ours"])}
+    return row | {f"{side}_mb": memory(name, side, size) for side in steps}
 
 
 def memory(name, side, size):
@@ -235,8 +232,7 @@ def table(path):
         if row["status"] != "ok":
             yield f"| {row['drop_in']} | {int(row['rows']):,} | {row['status']} | | | | |"
             continue
-        times = (f"{row[key]} ms" if row[key] else "not run" for key in ("original_ms", "ours_ms"))
-        cells = *times, row["ratio"], row["original_mb"] or "not run", row["ours_mb"]
+        cells = f"{row['original_ms']} ms", f"{row['ours_ms']} ms", row["ratio"], row["original_mb"], row["ours_mb"]
         yield f"| {row['drop_in']} | {int(row['rows']):,} | {' | '.join(cells)} |"
 
 
@@ -256,8 +252,8 @@ def main(arguments):
         seconds, here = float(arguments[0]) if arguments else 3.0, rows.here()
         made = (
             dict(drop_in=name, rows=size) | here | rows.attempted(functools.partial(timed, name, size, seconds))
-            for name in CASES
-            for size in SIZES
+            for name, case in CASES.items()
+            for size in case.sizes
         )
         rows.write(results(), COLUMNS, made)
         print("\n".join(table(results())))

@@ -430,6 +430,7 @@ RANKING = C.sentence_transformers.MultipleNegativesRankingLoss
 FAULTS = {  # a call, its error, and what the message names: the argument, what was found, what is wanted
     "lightly, temperature": (lambda: C.lightly.NTXentLoss(1e-9), ValueError, "temperature: found 1e-09, wanted"),
     "lightly, negative": (lambda: C.lightly.DCLLoss(-1.0), ValueError, "temperature: found -1.0, wanted"),
+    "lightly, no number": (lambda: C.lightly.SupConLoss("0.1"), TypeError, "temperature: found '0.1', wanted"),
     "lightly, rows": (lambda: C.lightly.NTXentLoss()(x(4, 3), x(5, 3)), ValueError, r"out0 .*\[4, 3\] .*out1 \[5, 3\]"),
     "lightly, dimensions": (lambda: C.lightly.DCLLoss()(x(2, 4, 3), x(2, 4, 3)), ValueError, "out0: found 3 dim"),
     "lightly, labels": (lambda: C.lightly.SupConLoss()(x(4, 3), x(4, 3), x(8)), ValueError, r"labels: found .*\[8\]"),
@@ -637,6 +638,9 @@ MANY = {  # of this rank's rows; gather: whether there are others
     "lightly.SupConLoss": lambda a, b, n, gather: C.lightly.SupConLoss(0.2, gather)(a, b, n),
     "lightly.SupConLoss, no labels": lambda a, b, n, gather: C.lightly.SupConLoss(0.2, gather)(a, b),
     "open_clip.ClipLoss": lambda a, b, n, gather: C.open_clip.ClipLoss(True, world_size=4 if gather else 1)(a, b, 3.0),
+    "open_clip.ClipLoss, gathering": lambda a, b, n, gather: C.open_clip.ClipLoss(
+        gather_with_grad=True, rank=dist.get_rank() if gather else 0, world_size=4 if gather else 1
+    )(a, b, torch.tensor(3.0)),
     "solo.simclr_loss_func": lambda a, b, n, gather: C.solo.simclr_loss_func(torch.cat([a, b]), n.repeat(2), 0.2),
     "ranking": lambda a, b, n, gather: of_columns(RANKING(encode, gather_across_devices=gather))(a, b),
     "ranking, hard": lambda a, b, n, gather: of_columns(RANKING(encode, gather_across_devices=gather))(a, b, b.flip(1)),

@@ -19,16 +19,16 @@ from ..distributed import Group, Shares
 from . import shared
 
 Weights = Callable[[Tensor, Tensor], Tensor]
-SMALLEST = 1e-8  # temperature
+SMALLEST = 1e-8  # temperature that lightly takes where it checks it
 
 
 class _Loss(nn.Module):
     temperature: float | Tensor
     gather_distributed: bool
 
-    def __init__(self, temperature: float | Tensor, gather_distributed: bool) -> None:
+    def __init__(self, temperature: float | Tensor, gather_distributed: bool, smallest: float = 0.0) -> None:
         super().__init__()
-        shared.temperature(temperature, SMALLEST)
+        shared.temperature(temperature, smallest)
         if gather_distributed and not torch.distributed.is_available():
             raise ValueError("gather_distributed: found True, wanted False: this PyTorch has no torch.distributed")
         self.temperature = temperature
@@ -58,7 +58,7 @@ class NTXentLoss(_Loss):
         memory_bank_size: int | Sequence[int] = 0,
         gather_distributed: bool = False,
     ) -> None:
-        super().__init__(temperature, gather_distributed)
+        super().__init__(temperature, gather_distributed, SMALLEST)
         self.memory_bank: MemoryBank = MemoryBank(memory_bank_size)
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class NTXentLoss(_Loss):
         if not self.memory_bank.size[0]:
             return shared.as_given(losses.nt_xent(out0, out1, self.temperature, group=self._group), out0)
         shared.width("memory_bank", self.memory_bank.bank, out0)
-        bank = self.memory_bank.bank.to(out0.dtype, copy=True)
+        bank = self.memory_bank.bank.to(out0.device, out0.dtype, copy=True)  # the module may have stayed on the CPU
         loss = losses.info_nce(out0, out1, self.temperature, negatives=bank, in_batch=False)
         if out0.requires_grad:
             self.memory_bank.enqueue(shared.everybody(F.normalize(out1.detach(), dim=1), group=self._group))
@@ -93,10 +93,10 @@ class MemoryBank(nn.Module):
     @torch.no_grad()
     def enqueue(self, rows: Tensor) -> None:
         """Writes rows [n, D] in the place of the oldest ones, up to the end of the bank."""
-        size, n = len(self.bank), len(rows)
+        size, n, rows = len(self.bank), len(rows), rows.to(self.bank)
         room = size - self.bank_ptr
         kept = torch.minimum(torch.arange(n, device=rows.device), room - 1)  # what has no room repeats the last row
-        self.bank.index_copy_(0, self.bank_ptr + kept, rows[kept].to(self.bank.dtype))
+        self.bank.index_copy_(0, self.bank_ptr + kept, rows[kept])
         self.bank_ptr.copy_((self.bank_ptr + n).where(n < room, 0))
 
 
@@ -197,7 +197,7 @@ class SupConLoss(_Loss):
     def __init__(
         self, temperature: float | Tensor = 0.5, gather_distributed: bool = False, rescale: bool = True
     ) -> None:
-        super().__init__(temperature, gather_distributed)
+        super().__init__(temperature, gather_distributed, SMALLEST)
         self.rescale: bool = rescale
 
     def forward(self, out0: Tensor, out1: Tensor, labels: Tensor | None = None) -> Tensor:

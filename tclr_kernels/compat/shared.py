@@ -15,10 +15,10 @@ LARGEST = torch.iinfo(torch.int64).max
 
 
 def temperature(value: float | Tensor, smallest: float = 0.0) -> None:
-    """Raises ValueError for a number that is negative or too small; of a tensor, the value is not read."""
-    if isinstance(value, numbers.Real) and not (value > 0 and value >= smallest):
-        wanted = f">= {smallest}" if smallest else "> 0"
-        raise ValueError(f"temperature: found {value!r}, wanted a number {wanted}")
+    """Raises TypeError or ValueError for what is no temperature; of a tensor, the value is not read."""
+    checks.temperature(value)
+    if isinstance(value, numbers.Real) and value < smallest:
+        raise ValueError(f"temperature: found {value!r}, wanted a number >= {smallest}")
 
 
 def no_place(argument: str, found: object, wanted: str) -> NoReturn:
