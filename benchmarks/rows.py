@@ -62,8 +62,7 @@ def default_path():
 
 def files():
     """The result files of all devices."""
-    found = sorted(RESULTS.glob("cpu-*.csv")) + sorted(RESULTS.glob("gpu-*.csv"))
-    return [path for path in found if not path.name.startswith("gpu-steps-")]  # which gpu.sh writes of its own steps
+    return sorted(RESULTS.glob("cpu-*.csv")) + sorted(RESULTS.glob("gpu-*.csv"))
 
 
 def newest(paths):

@@ -45,7 +45,7 @@ def test_the_code_of_a_page_runs_as_pasted(page, capsys):
 
 def commands(page):
     """(command without its comment, its words), of every line of a page that is a command."""
-    for line in COMMAND.findall(page.read_text()):
+    for line in COMMAND.findall(re.sub(r"\\\n +", "", page.read_text())):
         for command in re.sub(r"\s+#.*", "", line).split(" && "):
             words = shlex.split(command)
             while "=" in words[0]:
@@ -60,7 +60,7 @@ EVERY = sorted({command: words for page in PAGES for command, words in commands(
 def test_a_command_of_a_page_exists(command, words, monkeypatch):
     """Every program is known, and takes these arguments. Those that need no data run elsewhere: see the docstrings."""
     known = {"make": made, "tclr": parsed, "pip": installed, "python": started, "bash": file_exists, "cd": nothing}
-    known |= {"torchrun": file_exists, "accelerate": file_exists, "pytest": collected}
+    known |= {"torchrun": launched, "accelerate": launched, "pytest": collected}
     known[Path(words[0]).name](words[1:], monkeypatch)
 
 
@@ -123,6 +123,13 @@ def started(words, _):
     assert any(path.is_file() for path in found) or importlib.util.find_spec(words[1])
     if words[1] == "tclr_kernels.info":
         subprocess.run([sys.executable, *words], cwd=ROOT, check=True, capture_output=True)
+
+
+def launched(words, monkeypatch):
+    """torchrun or accelerate: the script is there, or the trainer takes the arguments."""
+    if "tclr.cli" in words:
+        parsed(words[words.index("tclr.cli") + 1 :], monkeypatch)
+    file_exists(words, monkeypatch)
 
 
 def collected(words, _):

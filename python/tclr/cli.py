@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import os
 import sys
 import time
 from contextlib import ExitStack
