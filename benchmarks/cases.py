@@ -1,4 +1,4 @@
-"""The one table of cases: each stands for a regime."""
+"""The table of benchmark cases. Each case says why it is there: which kind of problem it stands for."""
 
 from typing import NamedTuple
 
@@ -6,26 +6,26 @@ import torch
 
 
 class Case(NamedTuple):
-    """A loss at a size."""
+    """A loss and its inputs."""
 
     loss: str
-    rows: int  # M of the Gram matrix, or of all of them together
+    rows: int  # of the Gram matrix, or of all Gram matrices together
     shapes: tuple  # of the inputs
-    regime: str
+    regime: str  # what the case stands for
     dtype: torch.dtype = torch.float32
     mode: str = "forward+backward"
     tau: float = 0.1
-    constant: int = 0  # so many of the inputs, the last ones, take no gradient
+    constant: int = 0  # how many of the inputs, counted from the last, need no gradient
 
     @property
     def key(self):
-        """Its name on the command line: "nt_xent:512x128"; the dtype and the mode only where they are unusual."""
+        """The name on the command line: "nt_xent:512x128", with dtype and mode if they are not the usual ones."""
         short = {torch.float32: "", torch.bfloat16: ":bf16", torch.float16: ":fp16"}[self.dtype]
         return f"{self.loss}:{self.shape.split()[-1]}{short}" + (":forward" if self.mode == "forward" else "")
 
     @property
     def entries(self):
-        """Of all its Gram matrices together."""
+        """The number of entries of all Gram matrices together."""
         if self.loss in ("local_local", "global_local"):
             B, T, _ = self.shapes[0]
             return B * (2 * T) ** 2
@@ -35,11 +35,11 @@ class Case(NamedTuple):
 
     @property
     def shape(self):
-        """The inputs' shapes as text: "512x128 512x128"."""
+        """The shapes of the inputs as text: "512x128 512x128"."""
         return " ".join("x".join(map(str, shape)) for shape in self.shapes)
 
     def inputs(self):
-        """Leaves that require grad, the same on every run; those of one shape share a part, as views of a video do."""
+        """The inputs, the same on every run. Inputs of one shape are correlated, as two views of a video are."""
         learnt = len(self.shapes) - self.constant
         return [_view(i, shape).to(self.dtype).requires_grad_(i < learnt) for i, shape in enumerate(self.shapes)]
 

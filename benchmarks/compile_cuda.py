@@ -43,7 +43,7 @@ def demangled(names):
 
 
 def instructions(cubin):
-    """Of every kernel, its instructions by class."""
+    """The number of instructions of each kind, for every kernel."""
     text = subprocess.run([NVIDIA / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True).stdout
     functions = re.split(r"\.section\s+\.text\.(\w+)", text)[1:]
     return {
@@ -53,7 +53,7 @@ def instructions(cubin):
 
 
 def rows(target):
-    """One row a kernel. Those that both sources have, which read and write rows, are the same in both."""
+    """A row for each kernel. Some kernels, which read and write rows, are in both sources and are listed once."""
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
         compiled = list(pool.map(lambda source: compile(target, source, Path(folder)), setup.CUDA_SOURCES))
     found = {name: facts for of_source in compiled for name, facts in of_source.items()}
@@ -63,7 +63,7 @@ def rows(target):
 
 
 def compile(target, source, folder):
-    """Of every kernel of a source, by name: its registers, its spills, and its instructions by class."""
+    """For every kernel of a source: its registers, its spills, and its instructions by kind."""
     cubin = folder / f"{source.stem}.cubin"
     flags = [*setup.NVCC_FLAGS, f"-arch=sm_{target}", "-Werror", "all-warnings", "-Xptxas", "-v", "-cubin"]
     command = [setup.nvcc(), *flags, source, "-o", cubin]
@@ -88,7 +88,7 @@ def serialized(log):
 
 
 def tried(target):
-    """The rows of a target, or one with the error that it ended with."""
+    """The rows of a target, or one row with the error."""
     try:
         yield from (dict(row, status="ok") for row in rows(target))
     except Exception as error:

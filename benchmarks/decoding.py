@@ -1,14 +1,14 @@
-"""python -m benchmarks.decoding: videos a second from file to clips, the trainer's way and the official release's.
+"""python -m benchmarks.decoding: how many videos a second the trainer and the official code read and augment.
 
-The release decodes every file by OpenCV from its first frame to its last, and augments frame by frame on the host with
-torchvision's functions on PIL images, in the worker processes of a data loader; those functions are written out here,
-as torchvision does them. The trainer reads the 64-frame window alone, and augments clip by clip, in threads. Both work
-on two videos at a time, each with one PyTorch thread. The index of each file is there before (index_cpu_ms: what
-making it takes). OpenCV decodes each file on several threads, so where others use the machine too it gets a larger
-share of it than the trainer does; one_thread_ratio is against OpenCV on one decoding thread for each file. With
---before, the trainer as it was at another commit is measured too, in the same rounds.
-Rounds of all alternate; what is written is the median. The columns with cpu go by the processor's time that all
-threads and processes took, which other work on the machine hardly changes.
+The official code decodes every file with OpenCV, from the first frame to the last, and augments frame by frame with
+torchvision's functions on PIL images, in the workers of a data loader. Those functions are written out here. The
+trainer reads only the 64-frame window and augments clip by clip, in threads. Both work on two videos at a time, each
+with one PyTorch thread. The index of each file exists already; index_cpu_ms is the time to make it.
+
+OpenCV decodes each file with several threads, so on a busy machine it gets a larger share of the CPU than the trainer.
+one_thread_ratio compares with OpenCV on one decoding thread for each file. The columns with cpu use the CPU time of all
+threads and processes, which other work on the machine hardly changes. With --before, the trainer at another commit is
+measured too. All take turns, and the rows have the medians.
 """
 
 import argparse
@@ -81,7 +81,7 @@ def write_files(folder, count, kind, key_frames_every):
 
 
 def release_window(path, decoding=()):
-    """Every frame of the file, of which a window is kept. decoding: options of OpenCV."""
+    """Decodes every frame of a file and keeps a window. decoding: options of OpenCV."""
     capture, frames = cv2.VideoCapture(path, cv2.CAP_FFMPEG, decoding), []
     while True:
         found, frame = capture.read()
@@ -99,7 +99,7 @@ def release_clips(path, decoding=()):
 
 
 def draw():
-    """The parameters of a clip, in the release's ranges."""
+    """The augmentation parameters of a clip, in the ranges of the official code."""
     side = int(random.uniform(0.6, 1) * HEIGHT)
     names = dict(contrast=0.125, hue=0.3, saturation=0.3, brightness=0.3, gray=0.175, flip=0.5, erase=0.5)
     drawn = {name: random.random() < p for name, p in names.items()}
@@ -109,7 +109,7 @@ def draw():
 
 
 def augmented(frame, parameters):
-    """One frame, BGR as OpenCV has it: float [3, 112, 112]"""
+    """Augments one frame, in OpenCV's order blue-green-red: float [3, 112, 112]"""
     drawn, factors, (left, top, side), turn = parameters
     image = Image.fromarray(frame).crop((left, top, left + side, top + side)).resize((SIDE, SIDE), Image.BILINEAR)
     if drawn["contrast"]:
@@ -135,7 +135,7 @@ def augmented(frame, parameters):
 
 
 def release_work(case, decoding, path):
-    """In a worker process; what it made stays there, so that carrying it over is not counted against the release."""
+    """Runs in a worker process. The clips stay there, so the official code is not charged for sending them back."""
     started = time.process_time()
     assert len({"window": release_window, "clips": release_clips}[case](path, decoding))
     return time.process_time() - started
@@ -147,7 +147,7 @@ def release_round(case, pool, paths, decoding=()):
 
 
 def trainer_work(case, found, i, seed):
-    """In a thread of its own: the window, read once, and all ten clips from it."""
+    """Runs in a thread: reads the window once and makes all ten clips from it."""
     generator = torch.Generator().manual_seed(seed)
     windows = clips.random_windows(found, [i], PLAN, generator)
     if case == "clips":
@@ -165,7 +165,7 @@ def trainer_round(case, pool, found, seeds):
 
 
 def timed(work, count):
-    """(videos a second, videos in a second of the processor)"""
+    """(videos a second, videos for each second of CPU time)"""
     started = time.perf_counter()
     busy = work()
     return count / (time.perf_counter() - started), count / busy
@@ -178,7 +178,7 @@ def index_work(path):
 
 
 def measure(case, folder, decoder, before, rounds, processes, threads):
-    """The row of a case, over all files of a folder. before: the module `videos` of another commit, or None."""
+    """The row of a case, from all files of a folder. before: the module `videos` of another commit, or None."""
     listing = annotations.read("folder", folder, "all")
     found = videos.Files(listing, decoder=decoder)
     paths = [str(folder / name) for name in found.names]
@@ -206,7 +206,7 @@ def measure(case, folder, decoder, before, rounds, processes, threads):
 
 
 def package_at(commit, folder):
-    """The trainer's module `videos` as it was at a commit, under another name."""
+    """The trainer's module `videos` at a commit, imported under another name."""
     archive = subprocess.run(["git", "archive", commit, "python/tclr"], cwd=rows.ROOT, capture_output=True, check=True)
     subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
     (Path(folder) / "python/tclr").rename(Path(folder) / "tclr_before")

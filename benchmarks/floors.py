@@ -1,4 +1,4 @@
-"""Limits, timed like providers: the dense matrix products alone, and the arithmetic that no kernel can undercut."""
+"""Lower limits to compare with: the matrix products alone, and the arithmetic that every kernel must do."""
 
 import ctypes
 import functools
@@ -11,7 +11,7 @@ import torch
 
 
 def products(inputs):
-    """The three dense matrix products of NT-Xent's forward and backward, into memory that is already there."""
+    """The three dense matrix products of NT-Xent's forward and backward, into memory allocated before."""
     z = torch.cat([x.detach() for x in inputs])
     S, dz = z.new_empty(len(z), len(z)), torch.empty_like(z)
 
@@ -24,7 +24,7 @@ def products(inputs):
 
 
 def arithmetic(inputs):
-    """4 D M^2 flop and M^2 exponentials, with no memory: what NT-Xent costs where both use the matrix's symmetry."""
+    """4 D M^2 flop and M^2 exponentials, in registers: what NT-Xent costs if the symmetry of the matrix is used."""
     M, D = 2 * len(inputs[0]), inputs[0].shape[1]
     run, threads = _library().arithmetic, torch.get_num_threads()
     return lambda: run(ctypes.c_double(2 * D * M * M), ctypes.c_double(M * M), threads)

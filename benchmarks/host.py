@@ -1,10 +1,10 @@
-"""What a call costs on the host, without a GPU: python -m benchmarks.host
+"""Measures what a call costs on the host, without a GPU: python -m benchmarks.host
 
-The Triton backend: its own just-in-time compiler runs with the stand-in driver of tests/standin.py, whose launches do
-nothing. The native backend's CUDA kernels: their binding, with the host's executor of csrc/cuda/host.h, whose launches
-do nothing either; by one call ("native"), and as it is composed ("native, composed"). Counted are the launches and
-PyTorch's device operations of a forward and a backward, timed is all that Python and PyTorch do for them after the
-first call. The driver's own launch, a few microseconds each, is not in it.
+The Triton backend runs with the pretended driver of tests/standin.py, whose launches do nothing. The native backend's
+CUDA kernels run through their binding with the host's executor of csrc/cuda/host.h, whose launches do nothing either:
+by one call ("native"), and as the loss is composed ("native, composed"). This counts the launches and the other device
+operations of a forward and a backward pass, and times all that Python and PyTorch do for them after the first call. The
+launch by a real driver, a few microseconds each, is not included.
 """
 
 import contextlib

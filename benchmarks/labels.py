@@ -1,7 +1,7 @@
-"""What labels cost: python -m benchmarks.labels
+"""Measures what labels cost: python -m benchmarks.labels
 
-NT-Xent of 4,096 rows, D = 128, forward and backward, without labels and with labels of so many classes; "own": each
-row's own index, the same loss as without. All take turns in one run.
+NT-Xent of 4,096 rows, D = 128, forward and backward, without labels and with labels of several numbers of classes.
+"own" gives each row its index as its label, which is the same loss as without labels. All take turns in one run.
 """
 
 import statistics
@@ -18,7 +18,7 @@ COLUMNS = "labels", "p50_ms", "ratio", "runs", "cpu", "threads", "torch", "commi
 
 
 def steps():
-    """A function of nothing for each kind of labels."""
+    """For each kind of labels, a function that makes one step."""
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(N, D, generator=generator).requires_grad_() for _ in range(2))
     labels = {"none": None, "own": torch.arange(N)}

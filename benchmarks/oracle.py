@@ -1,4 +1,4 @@
-"""What is right: every loss in float64, from the definition. A provider is compared with it before it is timed."""
+"""The correct results: every loss in float64, by its definition. Providers are checked with it before being timed."""
 
 from typing import NamedTuple
 
@@ -6,13 +6,13 @@ import torch
 
 from .providers import ours
 
-LARGEST = 8192  # rows that the reference holds in float64 (0.5 GB a copy); beyond, a sample of the gradient's rows
-# of max(1, loss), and of the gradient's largest entry
+LARGEST = 8192  # rows whose matrix the reference holds in float64 (0.5 GB); of more, a sample of the gradient counts
+# allowed errors, relative to max(1, loss) and to the largest entry of the gradient
 TOLERANCE = {torch.float32: (1e-5, 1e-4), torch.float16: (1e-5, 5e-3), torch.bfloat16: (1e-5, 2e-2)}
 
 
 class Truth(NamedTuple):
-    """The loss, and the gradient of the inputs' rows that are compared: None for all of them."""
+    """The loss, and the gradient of those rows of the inputs that are compared. rows None: all rows."""
 
     loss: torch.Tensor
     grads: list
@@ -20,7 +20,7 @@ class Truth(NamedTuple):
 
 
 def truth(case, inputs):
-    """The float64 result for the inputs as they are. inputs: tensors of the case's shapes"""
+    """The result in float64 for the given inputs, which are tensors of the case's shapes."""
     wide = [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
     if case.entries <= LARGEST**2 or case.loss not in ("nt_xent", "clip"):
         backend = (
@@ -32,7 +32,7 @@ def truth(case, inputs):
 
 
 def _sampled(a, b, tau, cross, chunk=256):
-    """NT-Xent or CLIP of all rows, and its gradient for evenly spaced rows of each side. a, b: [N, D]"""
+    """NT-Xent or CLIP of all rows a, b: [N, D], and its gradient for evenly spaced rows of each."""
     N, M = len(a), 2 * len(a)
     x = torch.cat([a, b])
     norm = x.norm(dim=1, keepdim=True)
@@ -52,7 +52,7 @@ def _sampled(a, b, tau, cross, chunk=256):
 
 
 def _scores(z, rows, tau, cross):
-    """The similarities of some rows with all, -inf with what is no candidate: [len(rows), M]"""
+    """The similarities of some rows with all rows: [len(rows), M], -inf for those that are not candidates."""
     S = z[rows] @ z.T / tau
     if cross:
         first = torch.arange(len(z)) < len(z) // 2
@@ -62,7 +62,7 @@ def _scores(z, rows, tau, cross):
 
 
 def errors(result, right):
-    """The loss's error relative to max(1, loss), and the gradient's to its largest entry. result: (loss, gradients)"""
+    """The errors of a result (loss, gradients): of the loss, over max(1, loss); of the gradient, over its maximum."""
     loss, grads = result
     of_loss = (loss.double() - right.loss).abs() / right.loss.abs().clamp(min=1)
     if grads is None:
@@ -74,6 +74,6 @@ def errors(result, right):
 
 
 def holds(loss_error, grad_error, dtype):
-    """Whether a result from inputs of a dtype is right; a nan is not."""
+    """Whether the errors are small enough for inputs of a dtype. NaN is not."""
     of_loss, of_grad = TOLERANCE[dtype]
     return loss_error <= of_loss and grad_error <= of_grad

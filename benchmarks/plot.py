@@ -1,4 +1,4 @@
-"""Time and memory against the number of rows, errors against the temperature: from the result rows alone."""
+"""Plots time and memory against the number of rows, and errors against the temperature, from the result rows."""
 
 import matplotlib
 
@@ -39,8 +39,33 @@ def draw(path):
     return save(figure, path.with_suffix(".png"))
 
 
+def draw_headline(path):
+    """Writes headline.png, the README's picture: NT-Xent's times from a result file, and its gradient's errors."""
+    found = [row for row in rows.read(path) if rows.is_scaling(row) and row["p50_ms"]]
+    errors = [row for row in rows.read(accuracy.path()) if row["dtype"] == "float32"]
+    figure, (time, error) = plt.subplots(1, 2, figsize=(10, 3.9), layout="constrained")
+    for name in ("written", "lightly", "dense", "compile", "native"):
+        mine = sorted((row for row in found if row["provider"] == name), key=lambda row: int(row["rows"]))
+        line(time, mine, "p50_ms", PROVIDERS[name].label, STYLE[name])
+    for name in ("pml", "written", "lightly", "dense", "native"):
+        mine = [row for row in errors if row["provider"] == name]
+        points = [(float(row["tau"]), 100 * float(row["grad_error"])) for row in mine]
+        error.plot(*zip(*points, strict=True), label=PROVIDERS[name].label, markersize=5, **STYLE[name])
+    finish(time, "milliseconds, forward + backward")
+    cpu, threads, isa = (found[0][column] for column in ("cpu", "threads", "isa"))
+    time.set(title=f"Speed ({cpu}, {threads} threads, {isa})", xlabel="rows")
+    error.axhline(100, color="#666666", linewidth=1, linestyle="--")
+    error.annotate("100 %: nothing is right", (1, 100), (0, 4), textcoords="offset points", ha="right", fontsize=9)
+    error.set(xscale="log", yscale="log", ylim=(2e-5, 500), xlabel="temperature")
+    error.set(title="Error of the gradient in float32", ylabel="% of the gradient's largest entry")
+    error.grid(alpha=0.3, which="both", linewidth=0.5)
+    time.legend(fontsize=8)
+    error.legend(fontsize=8, loc="center right")
+    return save(figure, rows.RESULTS / "headline.png")
+
+
 def draw_accuracy():
-    """Writes accuracy.png: a panel a dtype."""
+    """Writes accuracy.png, with a panel for each dtype."""
     found = rows.read(accuracy.path())
     dtypes = list(dict.fromkeys(row["dtype"] for row in found))
     figure, panels = plt.subplots(1, len(dtypes), figsize=(11, 4.2), layout="constrained", sharey=True)

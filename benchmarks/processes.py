@@ -1,12 +1,12 @@
-"""Losses over several processes, by gloo on this machine: python -m benchmarks.processes exact | sent | compute | speed
+"""Losses over several processes, with gloo on this machine: python -m benchmarks.processes COMMAND
 
-exact    value and gradient of this library and of others, against the same library's loss in a single process
-sent     the collectives and bytes of one step, counted as PyTorch is asked for them
-compute  the time of a rank's own work at P = 1, 2, 4, 8 shares of one batch, without any communication
-speed    two processes of one thread against one process of one and of two threads
+exact    compares value and gradient with those of the same library's loss in a single process
+sent     counts the collectives and bytes of one step, from the calls to PyTorch
+compute  times the work of one rank for P = 1, 2, 4, 8 shares of one batch, without communication
+speed    times two processes of one thread each, and one process of one and of two threads
+page     writes the tables of `exact` and `sent` to docs/processes.md
 
-Each writes benchmarks/results/processes-<command>.csv; the last two want a quiet machine. `page` writes the tables of
-the first two into docs/processes.md.
+Each measurement writes benchmarks/results/processes-<command>.csv. `compute` and `speed` need a quiet machine.
 """
 
 import functools
@@ -95,7 +95,7 @@ LEARNS_SCALE = "tclr-kernels", "open_clip"  # the others take no tensor as tempe
 
 
 def inputs(n, P, dtype):
-    """Rows of all ranks, correlated, and a weight: [2, P n, D], [D, D]"""
+    """The rows of all ranks, in two correlated views, and a weight: [2, P n, D], [D, D]"""
     common, *own = torch.randn(3, P * n, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return torch.stack([common + x for x in own]).to(dtype), torch.eye(D, dtype=dtype).requires_grad_()
 
@@ -104,7 +104,7 @@ def inputs(n, P, dtype):
 
 
 def step(provider, n, P, alone):
-    """The value, and the gradients of a weight and of the scale: of one rank, or of a single process."""
+    """The value, and the gradients of a weight and of the scale, on one rank or in a single process."""
     x, w = inputs(n, P, torch.float64)
     scale = torch.tensor(1 / TAU, dtype=torch.float64, requires_grad=True)
     if not alone:
@@ -152,7 +152,7 @@ def exact():
 
 
 class Counter(TorchDispatchMode):
-    """Counts collectives; handed: the bytes given to them; wire: what a rank sends of them round a ring of P."""
+    """Counts collectives. handed: the bytes given to them. wire: the bytes that a rank sends if P ranks form a ring."""
 
     def __init__(self, P):
         super().__init__()
@@ -176,7 +176,7 @@ class Counter(TorchDispatchMode):
             self.wire += 2 * size * (self.P - 1) / self.P
         elif name == "send":
             self.wire += size
-        else:  # reduce_scatter, alltoall: all but one's own part
+        else:  # reduce_scatter, alltoall: everything but the rank's own part
             self.wire += size * (self.P - 1) / self.P
 
 
@@ -225,7 +225,7 @@ def sent(n=32):
 
 
 class Alone(distributed.Process):
-    """The first of P ranks with equal shares, whose others have the same rows: nothing is sent."""
+    """A pretended first rank of P. The others have the same rows, so nothing is sent."""
 
     def __init__(self, P, n):
         self.name, self.rank, self.size, self.devices = "", 0, P, ["cpu"]
@@ -245,7 +245,7 @@ def compute(N=4096, seconds=20.0):
         z = [x.clone().requires_grad_() for x in torch.randn(2, N // P, D)]
         if P == 1:
             return functools.partial(loss_and_gradient, tk.nt_xent, *z)
-        alone = tk.nt_xent.__wrapped__  # without the look for a group
+        alone = tk.nt_xent.__wrapped__  # the loss itself, without the decorator for groups
         return lambda: loss_and_gradient(lambda a, b: alone(a, b, group=Alone(P, N // P)), *z)
 
     steps = {P: step(P) for P in (1, 2, 4, 8)}
@@ -271,7 +271,7 @@ def seconds_of_rank(group, n, runs):
 
 
 def speed(N=4096, runs=7, rounds=5):
-    """In turns, so that a slow minute is everybody's."""
+    """Times steps in turns, so that a slow minute of the machine affects all of them."""
     z = [x.clone().requires_grad_() for x in torch.randn(2, N, D)]
     times = {(1, 1): [], (1, 2): [], (2, 1): []}
     with Pool(2) as pool:
@@ -324,7 +324,7 @@ TABLES = {"exact": table_exact, "sent": table_sent}
 
 
 def page():
-    """docs/processes.md with its tables made of the committed rows."""
+    """The text of docs/processes.md, with its tables made from the committed rows."""
     text = PAGE.read_text()
     for name, table in TABLES.items():
         before, begin, rest = text.partition(f"<!-- {name}:begin -->\n")

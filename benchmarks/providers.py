@@ -1,4 +1,4 @@
-"""THE table of providers: every way to compute a case's loss that is compared here."""
+"""The table of providers: all implementations that the benchmarks compare."""
 
 import functools
 from collections.abc import Callable
@@ -12,17 +12,18 @@ from . import baselines, floors, peers
 
 
 class Provider(NamedTuple):
-    """A way to compute some of the losses.
+    """An implementation of some of the losses.
 
-    losses: loss -> a function from the inputs and tau to its value. A peer's are made from tau by one that may raise.
-    floors: loss -> a function from the inputs to a step that is part of the work, whose result is not compared.
+    losses: {loss: function of the inputs and tau}; for other libraries, a function that makes this dict for a tau and
+    may raise.
+    floors: {loss: function of the inputs that returns a step}, of lower limits, whose result is not compared.
     """
 
     label: str
     backend: str
     losses: dict | Callable = {}
     floors: dict = {}
-    largest: int = 8192  # its Gram matrices' side, if they were one; beyond, they do not fit an ordinary machine
+    largest: int = 8192  # rows of one Gram matrix as large as all that it holds; more do not fit an ordinary machine
     compiled: bool = False
 
     def serves(self, case):
@@ -32,7 +33,7 @@ class Provider(NamedTuple):
         )
 
     def step(self, case, inputs):
-        """A function of nothing that computes the case once: the loss and, unless only values count, its gradients."""
+        """A function that computes the case once: the loss and, unless the mode is "forward", its gradients."""
         if case.loss in self.floors:
             return self.floors[case.loss](inputs)
         if isinstance(self.losses, dict):
@@ -40,7 +41,7 @@ class Provider(NamedTuple):
         else:
             loss = self.losses(case.tau)[case.loss]
         if self.compiled:
-            torch.compiler.reset()  # a case must not pass the guards of those before it
+            torch.compiler.reset()  # each case is compiled anew, and never reuses the code of an earlier one
             loss = torch.compile(loss, dynamic=False)
         return _forward(loss, inputs) if case.mode == "forward" else _both(loss, inputs)
 
@@ -66,7 +67,7 @@ def _both(loss, inputs):
 
 
 def ours(backend):
-    """This library by one of its backends."""
+    """This library with one of its backends."""
 
     def by(function):
         return lambda *inputs, tau: function(*inputs, temperature=tau, backend=backend)
@@ -136,5 +137,5 @@ PROVIDERS = {
 
 
 def serving(case):
-    """The providers of a case, by name."""
+    """The providers that compute a case, by name."""
     return {name: p for name, p in PROVIDERS.items() if p.serves(case)}

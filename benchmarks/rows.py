@@ -1,4 +1,4 @@
-"""The result rows: one tidy CSV a device, from which every plot, table and README number comes."""
+"""Reads and writes the result rows, a CSV file for each device. All plots and numbers of the pages come from them."""
 
 import contextlib
 import csv
@@ -24,7 +24,7 @@ KEY = "case", "provider", "shape", "dtype", "mode"
 
 
 def here():
-    """The columns that say where and with what a row was taken."""
+    """The columns that say on which machine and with which versions a row was measured."""
     versions = info.versions()
     facts = info.build_facts()
     return {
@@ -41,7 +41,7 @@ def here():
 
 
 def commit():
-    """The commit, with a + where the sources that count differ from it."""
+    """The commit, with a + if the sources that matter have uncommitted changes."""
     sources = ["--", "tclr_kernels", "csrc", "benchmarks/*.py", "setup.py"]
     changed = _git("status", "--porcelain", "--untracked-files=no", *sources)
     return _git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
@@ -53,7 +53,7 @@ def _git(*arguments):
 
 
 def default_path():
-    """results/<cpu>.csv, with the instruction set in use: one CPU name covers several generations."""
+    """results/<cpu>.csv, with the instruction set in its name, since one CPU name covers several generations."""
     name = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\(\w+\)|@.*", "", info.cpu_model().lower())).strip("-")
     facts = info.build_facts()
     isa = f"{facts['isa']}-" if facts else ""
@@ -65,8 +65,13 @@ def files():
     return sorted(RESULTS.glob("cpu-*.csv")) + sorted(RESULTS.glob("gpu-*.csv"))
 
 
+def newest(paths):
+    """The file with the latest row."""
+    return max(paths, key=lambda path: max(row["date"] for row in read(path)))
+
+
 def read(path):
-    """The rows of a file, as dicts of strings; none where there is no file."""
+    """The rows of a file, as dicts of strings; none if there is no file."""
     if not path.exists():
         return []
     with open(path, newline="") as file:
@@ -75,9 +80,9 @@ def read(path):
 
 @contextlib.contextmanager
 def writing(path, columns):
-    """Gives a function that adds one row to a new file at once, so that an interrupted run keeps the rows it has made.
+    """Yields a function that adds one row to a new file at once, so that an interrupted run keeps its rows.
 
-    Columns that a row lacks stay empty, and what it has beyond the columns is left out.
+    Missing columns stay empty; unknown ones are left out.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as file:
@@ -93,7 +98,7 @@ def writing(path, columns):
 
 
 def attempted(make, *arguments):
-    """The row that a function makes, with the status "ok", or else with the error as its only column, the status."""
+    """The row that a function returns, with the status "ok". If it raises, a row with the error as its status."""
     try:
         return {"status": "ok"} | make(*arguments)
     except Exception as error:
@@ -106,7 +111,7 @@ def reason(error):
 
 
 def write(path, columns, made):
-    """Puts rows in the place of those of a file; whatever happens, the file holds either the old ones or the new."""
+    """Replaces the rows of a file. Whatever happens, the file has either the old rows or the new ones."""
     unfinished = path.with_suffix(".unfinished")
     with writing(unfinished, columns) as add:
         for row in made:
@@ -115,14 +120,14 @@ def write(path, columns, made):
 
 
 def is_scaling(row):
-    """Whether a row is of the cases that differ in their number of rows alone."""
+    """Whether a row belongs to the series of NT-Xent cases that differ only in the number of rows."""
     return (row["case"], row["dtype"], row["mode"]) == ("nt_xent", "float32", "forward+backward") and row[
         "shape"
     ].endswith("x128")
 
 
 def add(path, new):
-    """Writes new rows; each takes the place of the one with the same case, provider, shape, dtype and mode."""
+    """Adds rows to a file; each replaces the one with the same case, provider, shape, dtype and mode."""
     rows = {tuple(row[k] for k in KEY): row for row in read(path)}
     rows.update({tuple(row[k] for k in KEY): row for row in new})
     write(path, COLUMNS, sorted(rows.values(), key=lambda row: (row["case"], int(row["rows"]))))

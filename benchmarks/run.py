@@ -1,4 +1,4 @@
-"""Checks, times and weighs every provider of every case, and writes the rows."""
+"""Checks every provider of every case, measures its time and memory, and writes the rows."""
 
 import os
 from collections.abc import Callable
@@ -7,11 +7,11 @@ from typing import NamedTuple
 from . import cases, measure, oracle, rows
 from .providers import serving
 
-WEIGHED = "native", "dense", "compile", "lightly"  # each takes a process
+WEIGHED = "native", "dense", "compile", "lightly"  # whose memory is measured, each in a process of its own
 
 
 def run(path, keys=None, providers=None, seconds=1.0, memory=True):
-    """Runs the cases and writes each row as soon as it is made. keys, providers: names to keep; None for all."""
+    """Measures cases and writes their rows as they are made. keys, providers: the names to measure; None for all."""
     if os.getloadavg()[0] > 0.5:
         print(f"warning: the load is {os.getloadavg()[0]:.1f}; times from a busy machine are no results")
     place = rows.here()
@@ -25,7 +25,7 @@ def run(path, keys=None, providers=None, seconds=1.0, memory=True):
 
 
 class Tried(NamedTuple):
-    """A provider's first run: its row so far, its step if that may be timed, and the seconds it took."""
+    """The first run of a provider: its row so far, its step if it is right, and the seconds that it took."""
 
     row: dict
     step: Callable | None = None
@@ -33,7 +33,7 @@ class Tried(NamedTuple):
 
 
 def measured(case, providers, seconds, memory):
-    """The rows of a case: every provider is checked, those that are right are timed in turns and weighed."""
+    """The rows of a case: all providers are checked; those that are right are timed in turns."""
     try:
         inputs = case.inputs()
         right = oracle.truth(case, inputs)
@@ -57,12 +57,12 @@ def measured(case, providers, seconds, memory):
 
 
 def checked(case, provider, inputs, right):
-    """Runs a provider once and compares its result with the right one; returns Tried."""
+    """Runs a provider once and compares its result with the correct one. Returns Tried."""
     try:
         step = provider.step(case, inputs)
         seconds, result = measure.once(step)
         found = None if case.loss in provider.floors else oracle.errors(result, right)
-    except Exception as error:  # a peer that cannot: its row says so
+    except Exception as error:  # another library that cannot compute this: its row has the error
         return Tried({"status": rows.reason(error)})
     if found is None:
         return Tried({"status": "floor"}, step, seconds)

@@ -1,7 +1,7 @@
-"""python -m benchmarks.step: the loss's share of a pretraining step, and what the official release's would take.
+"""python -m benchmarks.step: the share of a pretraining step that the loss takes, here and in the official code.
 
-A step is augmentation, backbone and head forward and backward, and the loss between them; decoding is left out. The
-losses see the same embeddings, and their rounds alternate; what is written is the median.
+A step is augmentation, backbone and head, forward and backward, with the loss between them. Decoding is left out. Both
+losses get the same embeddings and take turns. The rows have the medians.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from . import baselines, rows
 sys.path.insert(0, str(rows.ROOT / "python"))
 from tclr import augment, clips, config, train  # noqa: E402
 
-CASES = {  # net, clips, videos a batch, pixels of a frame, and of a clip
+CASES = {  # network, clips, videos a batch, size of a frame, side of a clip
     "tiny net, 8 frames of 32 x 32": (config.Net("tiny", width=8), clips.ClipPlan(8, 4), 32, (40, 40), 32),
     "R3D-18, 16 frames of 112 x 112": (config.Net("r3d18"), clips.ClipPlan(16, 4), 2, (128, 171), 112),
 }

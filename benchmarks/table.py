@@ -1,4 +1,4 @@
-"""The README's tables and the results page, from the result rows alone."""
+"""The README's table and the results page, from the result rows alone."""
 
 from pathlib import Path
 
@@ -6,8 +6,9 @@ from . import accuracy, rows
 from .providers import PROVIDERS
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
-SHOWN = "native", "dense", "compile", "written", "lightly", "products", "floor"  # in the README
-LIMITS = "products", "floor"  # no loss, only part of its work
+SHOWN = "native", "dense", "compile", "written", "lightly", "products", "floor"  # on the page
+IN_README = "native", "dense", "compile", "lightly"
+LIMITS = "products", "floor"  # part of a loss's work, for comparison: no loss
 OURS = "native", "reference"
 ROWS = "Time and memory against rows"
 ACCURACY = "Gradient error against temperature", accuracy.path().with_suffix(".png")  # the same on every device
@@ -24,26 +25,45 @@ NAMES = {
     "moco": "MoCo, a queue",
     "tclr_release": "TCLR objective, release's form",
 }
+PREFACE = """# Benchmarks
+
+`make bench` measures, `python -m benchmarks page` writes this page from the rows under `benchmarks/results/`.
+
+- Each result is compared with float64 before it is timed. What is wrong gets no time.
+- The implementations of a case take turns in one process. A time is the median; the tables of every row also give the
+  20th and the 80th percentile.
+- Memory (MiB) is the peak beyond the inputs, in a process of its own.
+- "PyTorch, fastest form" normalises the rows, multiplies once, masks the diagonal in place and calls the fused
+  cross-entropy. "Gain" is the time of the fastest other implementation divided by ours.
+- "Its three matrix products alone" and "the arithmetic alone" are not losses but limits to compare with: the products
+  of the usual form alone, and the multiply-adds and exponentials that this library needs, without memory.
+- Errors are those of the loss, divided by max(1, loss), and of the gradient, divided by its largest entry."""
 
 
 def markdown(paths):
-    """The README's tables of all devices."""
-    parts = [summary(path) for path in paths] + picture(*ACCURACY)
-    return "\n\n".join(parts) if paths else "Not measured yet."
+    """The README's table: NT-Xent on the machine that was measured last."""
+    if not paths:
+        return "Not measured yet."
+    every = rows.read(rows.newest(paths))
+    where = "{cpu}, {threads} threads, {isa}, torch {torch}".format_map(every[0])
+    return f"{nt_xent(scaling_of(every), IN_README)}\n\n{where}; float32, forward and backward."
 
 
-def summary(path):
-    """The README's tables of one result file."""
-    every = rows.read(path)
-    scaling = {size: found for size, found in by_case(every).items() if rows.is_scaling(next(iter(found.values())))}
+def summary(every):
+    """The times of each loss beside the fastest of the others, from the rows of one file."""
+    scaling = scaling_of(every)
     others = {size: found for size, found in by_case(every).items() if size not in scaling}
-    parts = [heading(every), nt_xent(scaling), other_losses(others)]
-    return "\n\n".join(parts + picture(ROWS, path.with_suffix(".png")))
+    return [nt_xent(scaling, SHOWN), other_losses(others)]
 
 
-def picture(title, path, results="benchmarks/results"):
-    """The line that shows a picture, in a list; none where it was not drawn. results: as the page sees the folder"""
-    return [f"![{title}]({results}/{path.name})"] if path.exists() else []
+def scaling_of(every):
+    """The cases of NT-Xent that differ in their number of rows alone."""
+    return {size: found for size, found in by_case(every).items() if rows.is_scaling(next(iter(found.values())))}
+
+
+def picture(title, path):
+    """The line that shows a picture on the page, in a list; an empty list if it was not drawn."""
+    return [f"![{title}](../benchmarks/results/{path.name})"] if path.exists() else []
 
 
 def by_case(every):
@@ -54,25 +74,25 @@ def by_case(every):
     return cases
 
 
-def heading(every):
+def heading(every, more=""):
     """Where the rows were taken, and with what."""
     said = {name: ", ".join(sorted({row[name] for row in every if row[name]})) for name in rows.COLUMNS}
     return (
-        f"**{said['cpu']}, {said['threads']} threads, {said['isa']}** (torch {said['torch']}, Python {said['python']}, "
-        f"tclr-kernels {said['tclr_kernels']} at {said['commit']}, {said['date']}; float32, forward + backward, "
-        "unless said otherwise)"
+        f"## {said['cpu']}, {said['threads']} threads, {said['isa']}{more}\n\n"
+        f"torch {said['torch']}, Python {said['python']}, tclr-kernels {said['tclr_kernels']}, {said['commit']}, "
+        f"{said['date']}. float32, forward and backward, unless a table says otherwise."
     )
 
 
-def nt_xent(scaling):
-    """A line a size: times, the gain over the fastest other, and the memory beside the fastest form's."""
-    labels = [PROVIDERS[name].label for name in SHOWN]
+def nt_xent(scaling, names):
+    """A line for each size: times, the gain over the fastest other, and the memory beside the fastest form's."""
+    labels = [PROVIDERS[name].label for name in names]
     head = ["NT-Xent, rows (D = 128)", *(f"{label}, ms" for label in labels), "gain", "MiB", "MiB, fastest form"]
     lines = []
     for found in scaling.values():
         memory = [found.get(name, {}).get("peak_mb") or "-" for name in ("native", "dense")]
         rows_of = int(next(iter(found.values()))["rows"])
-        lines.append([f"{rows_of:,}", *(time(found.get(name)) for name in SHOWN), gain(found), *memory])
+        lines.append([f"{rows_of:,}", *(time(found.get(name)) for name in names), gain(found), *memory])
     return grid(head, lines)
 
 
@@ -92,20 +112,14 @@ def other_losses(cases):
 
 def page(paths):
     """Every row of every device, as one page of Markdown."""
-    parts = [
-        "# Benchmarks",
-        "Written by `python -m benchmarks page` from the rows under `benchmarks/results/`, which `make bench` takes. "
-        "Each result was compared with float64 before it was timed: a provider that is not right has no time. "
-        "The providers of a case take turns in one process; a time is the median, with the 20th and 80th percentile; "
-        "memory is the peak beyond the inputs, in a process of its own. Errors are of the loss, relative to "
-        "max(1, loss), and of the gradient, relative to its largest entry.",
-    ]
+    parts = [PREFACE, *picture(*ACCURACY)]
     for path in paths:
         every = rows.read(path)
-        parts += [heading(every)]
-        parts += picture(ROWS, path.with_suffix(".png"), "../benchmarks/results")
-        parts += [case_table(key, found) for key, found in by_case(every).items()]
-    return "\n\n".join(parts + picture(*ACCURACY, "../benchmarks/results")) + "\n"
+        parts += [heading(every), *picture(ROWS, path.with_suffix(".png")), *summary(every)]
+    for path in paths:
+        every = rows.read(path)
+        parts += [heading(every, ": every row"), *(case_table(key, found) for key, found in by_case(every).items())]
+    return "\n\n".join(parts) + "\n"
 
 
 def case_table(key, found):

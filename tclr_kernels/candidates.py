@@ -1,8 +1,8 @@
-"""What a loss is made of where its candidates are not the plain ones: labels, and negatives beyond the sets.
+"""Losses with labels or with further negatives, composed of calls of `general.py`.
 
-All of it is composed of `general.py`, in the dtype of its results; losses round to the inputs' dtype at the end. Where
-several calls use the inputs and the temperature, these are widened to float32, because their gradients are added: in
-float16, that of a short row may be inf - inf.
+Results have the dtype of `general.py`, and losses round them at the end. If several calls use the same inputs, these
+are converted to float32 first, because autograd adds the gradients of the calls: in float16, those of a short row can
+be inf and -inf, and their sum NaN.
 """
 
 import functools
@@ -22,7 +22,7 @@ Negatives = Tensor | NegativeQueue
 
 
 def given(name: str, negatives: Negatives | None, anchors: Tensor, process: Process | None = None) -> Further | None:
-    """The negatives of anchors [..., N, D], checked: [K, D] or [..., K, D]; of a queue, a copy of its rows."""
+    """Checks the further negatives, [K, D] or [..., K, D], of anchors [..., N, D]. Of a queue, copies the rows."""
     if negatives is None:
         return None
     queue = isinstance(negatives, NegativeQueue)
@@ -31,10 +31,10 @@ def given(name: str, negatives: Negatives | None, anchors: Tensor, process: Proc
 
 
 class Contrast(NamedTuple):
-    """Log-sum-exps of the anchors of sets [G, N, D], of the dtype of `general.rectangle`'s results.
+    """Log-sum-exps for the anchors of sets [G, N, D], in the dtype of `general.rectangle`.
 
-    neg, pos: [G, V, V, N], as `symmetric.py` defines them, but that neg is without the anchor's own label.
-    further: of the negatives beyond the sets, [G, V, N], or None.
+    neg, pos: [G, V, V, N], as in `symmetric.py`, but neg leaves out the anchor's own label.
+    further: the log-sum-exp of the further negatives, [G, V, N], or None.
     """
 
     neg: Tensor
@@ -42,11 +42,11 @@ class Contrast(NamedTuple):
     further: Tensor | None
 
     def terms(self, cross: bool, decoupled: bool) -> Tensor:
-        """Each row against each other set: [G, V, V, N], 0 where a set would meet itself."""
+        """The terms of each row against each other set: [G, V, V, N], 0 for a set with itself."""
         return general.terms(self.neg, self.pos, cross, self.further, decoupled)
 
     def joint_terms(self, decoupled: bool) -> Tensor:
-        """Each row against all sets together, its positives summed: [G, V, N]"""
+        """The terms of each row against all sets together, with its positives added up: [G, V, N]"""
         sets = torch.arange(self.pos.shape[1], device=self.pos.device)
         itself = (sets[:, None] == sets)[:, :, None]
         positive = self.pos.masked_fill(itself, -torch.inf).logsumexp(2)
@@ -64,10 +64,11 @@ def contrast(
     negatives: Sequence[Further | None] | None = None,
     process: Process | None = None,
 ) -> Contrast:
-    """The sets [..., N, D] against each other and against further negatives.
+    """Compares sets [..., N, D] with each other and with further negatives.
 
-    labels: integers [N] or [..., N]. negatives: those of all anchors, or for each set its own or None.
-    process: this one's part in a group; then the results are of all anchors of all processes.
+    labels: integers [N] or [..., N].
+    negatives: a list of one, for all anchors, or of one (or None) for each set.
+    process: this process's part in a group. The results are then those of the anchors of all processes.
     """
     *_, N, D = sets[0].shape
     keys = None if labels is None else checks.keys("labels", labels, sets[0])
@@ -99,12 +100,12 @@ def everything(
     keys: Tensor | None = None,
     process: Process | None = None,
 ) -> tuple[Tensor, ...]:
-    """What `general.rectangle` gives for all rows of sets [G, N, D] against each other; keys: [G, N]"""
+    """The outputs of `general.rectangle` for all rows of sets [G, N, D] against each other. keys: labels [G, N]"""
     if process is not None:
         return _of_all(process, sets, tau, normalize, cross, backend, keys)[0]
     G, N, D = sets[0].shape
     name = backends.choose(backend, sets[0].device, G * len(sets) * N, D, sets[0].dtype)
-    of_rows = keys if keys is None else keys.view(G, N)  # torch.compile takes no tensor twice
+    of_rows = keys if keys is None else keys.view(G, N)  # torch.compile refuses the same tensor as two inputs
     return general.rectangle(general.Settings(name, normalize, cross, 0), tau, (of_rows, keys), [], sets)
 
 
@@ -121,7 +122,7 @@ def _of_all(
     """The outputs for all anchors of all processes, and the log-sum-exp of their further negatives."""
     *leading, n, D = sets[0].shape
     G = math.prod(leading)
-    backends.choose(backend, sets[0].device)  # raises what there is to raise while the other processes can be told
+    backends.choose(backend, sets[0].device)  # raises its errors now, while the other processes can still be told
     process.agree(sets[0], len(sets), negatives or ())
     name = backends.choose(backend, sets[0].device, G * len(sets) * process.rows, D, sets[0].dtype)
     sets = [z.reshape(G, n, D) for z in sets]
@@ -130,7 +131,7 @@ def _of_all(
 
 
 def log_sum(anchors: Tensor, negatives: Tensor, tau: float | Tensor, normalize: bool, backend: str | None) -> Tensor:
-    """The log-sum-exp of anchors [G, ..., D] against negatives, [K, D] or a group's own [..., K, D]: [G, ...]"""
+    """The log-sum-exp of anchors [G, ..., D] against negatives, [K, D] or [..., K, D] for each group: [G, ...]"""
     groups, D = 1 if negatives.dim() == 2 else len(anchors), anchors.shape[-1]
     rows, columns = (z.to(anchors.dtype).reshape(groups, -1, D) for z in (anchors, negatives))
     size = rows.shape[:-1].numel() + columns.shape[:-1].numel()
@@ -148,12 +149,12 @@ def partners(
     backend: str | None,
     process: Process | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Rows [..., N, D] that have no other candidates than their partners in b and further negatives.
+    """For rows a [..., N, D] whose only candidates are their partners in b and further negatives, as in MoCo.
 
-    Returns the log-sum-exp of the negatives, and the partners' similarities: [..., N].
+    Returns the log-sum-exp of the negatives and the similarities of the partners, both [..., N].
     """
     if process is not None:
-        backends.choose(backend, a.device)  # as above
+        backends.choose(backend, a.device)  # raises its errors now, as above
         process.agree(a, 2, [negatives])
     tau, a, b = map(distributed.widened, (tau, a, b))
     in_pairs = [z.reshape(a.shape[:-1].numel(), 1, z.shape[-1]) for z in (a, b)]

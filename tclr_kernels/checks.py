@@ -1,4 +1,4 @@
-"""Checks at the edge, made once: each error names the argument, what was found and what is wanted."""
+"""Checks of the arguments of public functions. Each error names the argument, what was found and what is wanted."""
 
 import math
 import numbers
@@ -16,8 +16,8 @@ DTYPES = torch.float64, torch.float32, torch.bfloat16, torch.float16
 def embeddings(dims: str, empty: bool = False, /, **tensors: Tensor) -> list[Tensor]:
     """The tensors, checked to be embeddings of one shape, dtype and device.
 
-    dims: the dimensions' names, in brackets the leading ones that may be any number: "... N D"; empty: whether there
-    may be no rows, as on one of many processes.
+    dims: the names of the dimensions, such as "... N D", where "..." stands for any number of leading ones.
+    empty: whether a tensor may have no rows, as on one of many processes.
     """
     return _alike(dims, tensors, empty)
 
@@ -58,9 +58,9 @@ def _one_device(first: str, a: Tensor, name: str, x: Tensor) -> None:
 
 
 def saveable(*tensors: Tensor) -> list[Tensor]:
-    """The tensors; those made in inference mode copied, where autograd, which saves no such tensor, may need them.
+    """The tensors, with copies of those made in inference mode, which autograd cannot save for the backward pass.
 
-    torch.compile cannot ask a tensor for that: there PyTorch's own error says what to do.
+    torch.compile cannot ask a tensor how it was made; there, PyTorch's own error says what to do.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return list(tensors)
@@ -68,7 +68,7 @@ def saveable(*tensors: Tensor) -> list[Tensor]:
 
 
 def sets(given: Sequence[Tensor]) -> list[Tensor]:
-    """The sets of the operation: V >= 1 tensors [G, N, D] of one shape, dtype and device, perhaps empty."""
+    """The sets of the operation: V >= 1 tensors [G, N, D] of one shape, dtype and device. They may be empty."""
     if isinstance(given, torch.Tensor) or not isinstance(given, Sequence) or not given:
         found = f"a tensor of shape {list(given.shape)}" if isinstance(given, torch.Tensor) else repr(given)
         raise TypeError(f"sets: found {found}, wanted a list or tuple of at least one tensor [G, N, D]")
@@ -76,7 +76,7 @@ def sets(given: Sequence[Tensor]) -> list[Tensor]:
 
 
 def sides(empty: bool = False, /, **tensors: Tensor) -> list[Tensor]:
-    """The two sides of a rectangle: rows [..., n, D], and columns [K, D] or [..., K, D] with the same leading ones.
+    """The sides of a rectangle: rows [..., n, D], and columns [K, D] or [..., K, D] with the same leading dimensions.
 
     empty: whether there may be no rows or columns, as on one of many processes.
     """
@@ -97,7 +97,7 @@ def sides(empty: bool = False, /, **tensors: Tensor) -> list[Tensor]:
 
 
 def queued(keys: Tensor, queue: Tensor, empty: bool = False) -> Tensor:
-    """New rows of a queue [size, D]: [..., n, D], of any dtype; empty: as for `embeddings`."""
+    """New rows for a queue [size, D]: [..., n, D], of any dtype. empty: as for `embeddings`."""
     _embedding("keys", keys, ["...", "n", "D"], _check_values(), empty)
     _one_device("the queue", queue, "keys", keys)
     if keys.shape[-1] != queue.shape[-1]:
@@ -106,10 +106,10 @@ def queued(keys: Tensor, queue: Tensor, empty: bool = False) -> Tensor:
 
 
 def stacked(name: str, value: Tensor | Sequence[Tensor]) -> Tensor:
-    """Views as one tensor [V, ...], given so, or as a list or tuple of V tensors of one shape."""
+    """Views as one tensor [V, ...], from such a tensor or from a list or tuple of V tensors of one shape."""
     views = [x for x in value if isinstance(x, torch.Tensor)] if isinstance(value, (list, tuple)) else []
     if not views:
-        return value  # a tensor, or what the next check names
+        return value  # a tensor, or something that the next check refuses
     dims = " ".join(f"d{k}" for k in range(views[0].dim()))
     return torch.stack(_alike(dims, {f"{name}[{k}]": x for k, x in enumerate(value)}))
 
@@ -122,13 +122,13 @@ def pair(name: str, value: object) -> tuple[Any, Any]:
 
 
 def keys(name: str, value: object, beside: Tensor) -> Tensor:
-    """Labels of the rows of a tensor [..., N, D], as int64 [..., N]; given so, or as [N] for all groups."""
+    """Labels of the rows of a tensor [..., N, D], as int64 [..., N]. They may be given as [N], for all groups."""
     shape = beside.shape[:-1]
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: found {value!r}, wanted a tensor of {_wanted_keys(shape)}")
     if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{name}: found dtype {value.dtype}, wanted {_wanted_keys(shape)}")
-    if value.dtype == torch.uint64:  # of which large values would turn negative, and read as no label
+    if value.dtype == torch.uint64:  # large values would become negative in int64, which means "no label"
         raise TypeError(f"{name}: found dtype {value.dtype}, wanted int64 or a narrower type of integers")
     if value.shape != shape and value.shape != shape[-1:]:  # torch.compile cannot trace `in` here
         raise ValueError(f"{name}: found shape {list(value.shape)}, wanted {_wanted_keys(shape)}")
@@ -162,7 +162,7 @@ def span(name: str, value: object, size: int) -> tuple[int, int]:
 
 
 def beside(name: str, value: object, rows: Tensor) -> Tensor:
-    """A floating-point number for each of the rows [..., n, D], on their device: [..., n]"""
+    """A floating-point tensor [..., n] on the device of the rows [..., n, D]."""
     wanted = f"a floating-point tensor of shape {list(rows.shape[:-1])}"
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         raise TypeError(f"{name}: found {value!r}, wanted {wanted}")
@@ -173,7 +173,7 @@ def beside(name: str, value: object, rows: Tensor) -> Tensor:
 
 
 def same_dtype(**tensors: Tensor) -> list[Tensor]:
-    """The tensors in one dtype: under autocast the one they promote to, elsewhere a mixture is an error."""
+    """The tensors in one dtype. Under autocast they are promoted to one; elsewhere different dtypes are an error."""
     (first, a), *others = tensors.items()
     dtype = a.dtype
     for name, x in others:
@@ -184,23 +184,23 @@ def same_dtype(**tensors: Tensor) -> list[Tensor]:
 
 
 def autocast_type(device: torch.device) -> str:
-    """The device type whose autocast applies: the CPU's where there is none of its own, as for meta."""
+    """The device type whose autocast applies: that of the CPU for devices without autocast, such as meta."""
     return device.type if torch.amp.is_autocast_available(device.type) else "cpu"
 
 
-autocast_type._dynamo_marked_constant = True  # PyTorch 2.11 cannot trace what it calls; see tf32_allowed below
+autocast_type._dynamo_marked_constant = True  # PyTorch 2.11 cannot trace this function; see tf32_allowed below
 
 
 def tf32_allowed() -> bool:
-    """Whether the user lets CUDA devices round products of float32 to TF32; by either of PyTorch's ways to say so.
+    """Whether float32 products may use TF32 on CUDA devices, by PyTorch's own settings, old and new.
 
-    `torch.get_float32_matmul_precision` and `allow_tf32` raise where the newer way was used.
+    (`torch.get_float32_matmul_precision` and `allow_tf32` raise an error if the new setting was used.)
     """
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-# what torch.compiler.assume_constant_result does, which takes two seconds to import the compiler: a compiled function
-# keeps the answer, unless the older way changes it, which the compiler guards
+# The same as torch.compiler.assume_constant_result, which would import the compiler: that takes two seconds. A compiled
+# function keeps the answer, until the old setting changes, which the compiler guards.
 tf32_allowed._dynamo_marked_constant = True
 
 
@@ -229,10 +229,10 @@ def _embedding(name: str, x: object, dims: Sequence[str], check_values: bool, em
 
 
 def temperature(value: object, device: torch.device | None = None, name: str = "temperature") -> float | Tensor:
-    """The temperature as the losses use it: a float > 0, or a 0-d floating-point tensor, whose value is not read.
+    """The temperature as the losses use it: a float > 0, or a 0-d floating-point tensor. Its value is not read.
 
-    value: a number > 0, or a tensor of one element, of any shape, on the CPU or the inputs' device.
-    name: of the argument, for errors.
+    value: a number > 0, or a tensor of one element, of any shape, on the CPU or the device of the inputs.
+    name: the name of the argument in errors.
     """
     wanted = "a finite float > 0 or a floating-point tensor of one element"
     if isinstance(value, torch.Tensor):
@@ -256,16 +256,16 @@ def temperature(value: object, device: torch.device | None = None, name: str = "
         raise TypeError(f"{name}: found {value!r}, wanted {wanted}")
     try:
         number = float(value)
-    except OverflowError:  # of an integer
+    except OverflowError:  # a huge integer
         number = math.inf
-    # comparisons alone, which torch.compile can trace where the float may change from call to call
+    # only comparisons: torch.compile can trace these for a float that changes from call to call
     if not 0 < number < math.inf or 1 / number == math.inf:
         raise ValueError(f"{name}: found {value}, wanted {wanted}")
     return number
 
 
 class Default(float):
-    """The value of an argument that was not given."""
+    """A default value, which can be told from the same number given by the user."""
 
 
 DEFAULT = 0.1
@@ -273,13 +273,13 @@ TEMPERATURE: float = Default(DEFAULT)
 
 
 def scaled(given: object, logit_scale: object, device: torch.device) -> float | Tensor:
-    """The temperature of a call that takes a temperature or a logit scale: 1 / logit_scale where that is given."""
+    """The temperature of a call that takes either a temperature or a logit scale, which is 1 / temperature."""
     if logit_scale is None:
         return temperature(given, device)
     if not isinstance(given, Default):
         raise ValueError(f"logit_scale: found {logit_scale!r} beside temperature {given!r}, wanted one of them")
     scale = temperature(logit_scale, device, "logit_scale")
-    if isinstance(scale, torch.Tensor):  # of which float16 would round the inverse
+    if isinstance(scale, torch.Tensor):  # in a wider dtype, since float16 would round the inverse
         scale = scale.to(
             torch.float64 if scale.device.type == "cpu" else torch.promote_types(scale.dtype, torch.float32)
         )
@@ -287,7 +287,7 @@ def scaled(given: object, logit_scale: object, device: torch.device) -> float | 
 
 
 def kept_temperature(value: object) -> float | Tensor:
-    """The temperature as a module keeps it: as it was given, unless it would bring the graph of one step along."""
+    """The temperature as a module keeps it. A tensor with the autograd graph of one step is refused."""
     number = temperature(value)
     if not isinstance(value, torch.Tensor):
         return value if isinstance(value, Default) else number
@@ -320,7 +320,7 @@ def flag(name: str, value: object) -> None:
 
 
 def weights(given: Mapping[str, float] | None, defaults: dict[str, float]) -> dict[str, float]:
-    """The defaults, with the given weights in their place."""
+    """The default weights, updated with the given ones."""
     if given is None:
         return defaults
     if not isinstance(given, Mapping):

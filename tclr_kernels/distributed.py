@@ -1,12 +1,13 @@
-"""The loss of a batch that is spread over processes: the same bits on every rank, and the gradient of one process.
+"""The loss of a batch that is spread over processes (ranks): the same bits on every rank, the gradient of one process.
 
-Rank r has rows o_r .. o_r + n_r of the whole batch, which is the concatenation of all shares in the order of ranks.
-The rows are gathered once. A rank computes its own anchors against all columns and gathers what they give, so that
-every rank adds the same numbers in the same order. In the backward it makes the gradient of its own rows from the
-values and upstream gradients of all anchors; no gradient is sent.
+The whole batch is the concatenation of the ranks' shares. Rank r has its rows o_r .. o_r + n_r. In the forward pass,
+the rows are gathered once; each rank compares its own anchors with the rows of all ranks, and the results (a few
+numbers for each anchor) are gathered. So every rank adds up the same numbers in the same order. In the backward pass,
+each rank computes the gradient of its own rows, from the results and upstream gradients of all anchors. No gradients of
+rows are sent.
 
-The gradient of rank r is that of the sum over the ranks of what they return. Where gradients are averaged over the
-ranks afterwards, as DistributedDataParallel does, that is the gradient of a single process with the whole batch.
+The gradient on each rank is that of the sum of all ranks' results. Averaged over the ranks, as
+DistributedDataParallel does, it is the gradient of a single process with the whole batch.
 """
 
 import functools
@@ -34,9 +35,10 @@ T = TypeVar("T")
 
 
 class Further(NamedTuple):
-    """Negatives beyond the sets: [K, D] or [..., K, D].
+    """Further negatives: [K, D] or [..., K, D].
 
-    everywhere: each process has the same, as of a queue; sent_as: the dtype of what is sent, if not that of the rows.
+    everywhere: whether every process has the same ones, as those of a queue.
+    sent_as: the dtype in which they are sent, if it is not that of the rows.
     """
 
     rows: Tensor
@@ -45,7 +47,7 @@ class Further(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What a rank tells the others of its call, in integers."""
+    """What a rank tells the others about its call, as integers."""
 
     failed: int = 0
     rows: int = 0
@@ -60,7 +62,7 @@ class Facts(NamedTuple):
     gradients: int = 0
 
 
-ALIKE = {  # the facts that must not differ, as errors name them
+ALIKE = {  # the facts that must be equal on all ranks, and their names in errors
     "settings": "the loss or its settings",
     "shares": "shares, the rows of each rank",
     "dtype": "dtype",
@@ -69,22 +71,22 @@ ALIKE = {  # the facts that must not differ, as errors name them
     "leading": "the leading dimensions",
     "gradients": "which inputs require a gradient",
 }
-READABLE = "width", "sets", "dtype"  # whose values mean something to a reader; the others are digests
+READABLE = "width", "sets", "dtype"  # errors show their values; the other facts are hashes
 
 
 class Process:
-    """This rank's part in one call of a loss. The shares, rows of each rank, are known once the ranks have agreed."""
+    """This rank's part in one call of a loss. `shares`, the rows of each rank, are known after `agree`."""
 
     name: str  # of the group
     rank: int
     size: int
     devices: list[str]
     promised: Shares
-    exchanges: bool  # whether the ranks compare what they have
+    exchanges: bool  # whether the ranks compare their facts
     agreed: bool
-    dtype: torch.dtype  # of the rows that are given, and sent
+    dtype: torch.dtype  # of the rows, which are sent in it
     shares: list[int]
-    negatives: list[list[int]]  # of each rank, for the first and for the second tensor of them
+    negatives: list[list[int]]  # the number on each rank, for the first and the second tensor of negatives
     call: tuple[str, dict[str, object]]  # the loss and its arguments, until the ranks have agreed
 
     def __init__(self, group: "dist.ProcessGroup", promised: Shares) -> None:
@@ -105,11 +107,11 @@ class Process:
 
     @property
     def rows(self) -> int:
-        """Of all ranks."""
+        """The number of rows of all ranks."""
         return sum(self.shares)
 
     def begin(self, name: str, arguments: dict[str, object]) -> None:
-        """Notes the call, and refuses what no loss over many processes takes."""
+        """Keeps the arguments of the call, and checks those that depend on nothing else."""
         self.call = name, arguments
         for argument, value in arguments.items():
             if any(map(_is_dtensor, _tensors(value))):
@@ -123,9 +125,9 @@ class Process:
             )
 
     def agree(self, like: Tensor, sets: int, negatives: Sequence[Further | None] = ()) -> None:
-        """All ranks compare what they have, and learn everybody's shares; done once a call. like: [..., n, D]
+        """Compares the facts of all ranks and learns their shares; only the first call does anything. like: [..., n, D]
 
-        Whatever of this rank may be wrong must be found before, since the others then wait for its rows.
+        All checks of this rank's arguments must come before, because afterwards the others wait for its rows.
         """
         if self.agreed:
             return
@@ -168,12 +170,12 @@ class Process:
         )
 
     def fail(self) -> None:
-        """Tells the other ranks that this one raises an error, where they ask."""
+        """Tells the other ranks, if they compare facts, that this one raises an error."""
         if self.exchanges and not self.agreed:
             self._exchange(Facts(failed=1))
 
     def _exchange(self, mine: Facts) -> list[Facts]:
-        """The facts of all ranks, by the group's backend for the CPU if it has one, since they are read on the host."""
+        """The facts of all ranks. They are read on the host, so they are sent on the CPU if the group can."""
         self.agreed = True
         device = "cpu" if "cpu" in self.devices else self.devices[0]
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
@@ -196,15 +198,15 @@ class Process:
                 raise ValueError(f"negatives: found K = {found} on the ranks, wanted one value beside shares")
 
     def all_gather(self, x: Tensor) -> Tensor:
-        """The ranks' tensors, of one shape, joined along the first dimension."""
+        """The tensors of all ranks, which have one shape, concatenated along the first dimension."""
         call = torch.ops._c10d_functional
         return call.wait_tensor(call.all_gather_into_tensor(x.contiguous(), self.size, self.name))
 
     def gather(self, x: Tensor, dim: int, counts: Sequence[int]) -> Tensor:
-        """The ranks' tensors, of so many entries along a dimension, joined along it in the order of ranks."""
+        """The tensors of all ranks, concatenated along a dimension, in which rank r has counts[r] entries."""
         largest = max(*counts, 1)
         x = x.movedim(dim, 0)
-        if len(x) < largest:  # never empty: gloo dies of it
+        if len(x) < largest:  # pads also an empty tensor, on which gloo would abort
             x = torch.cat([x, x.new_zeros(largest - len(x), *x.shape[1:])])
         together = self.all_gather(x)
         if min(counts) == largest:
@@ -213,14 +215,14 @@ class Process:
         return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)]).movedim(0, dim)
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum over the ranks in float64, added in their order, so that all get the same bits."""
+        """The sum over the ranks in float64, added in their order, so that all ranks get the same bits."""
         return functools.reduce(torch.add, self.all_gather(x.double()[None]).unbind(0)).to(x.dtype)
 
 
 def collective(function: Callable[P, T]) -> Callable[P, T]:
-    """A loss with the arguments `group` and `shares`: in its body `group` is this rank's Process, or None.
+    """Decorator of a loss with the arguments `group` and `shares`. In its body, `group` is this rank's Process or None.
 
-    An error of this rank before the ranks have agreed is told to the others, so that all of them raise one.
+    If this rank raises an error before the ranks have agreed, the others are told and raise one too.
     """
     parameters = inspect.signature(function).parameters
     names, defaults = list(parameters), {name: x.default for name, x in parameters.items() if x.default is not x.empty}
@@ -250,13 +252,13 @@ def _untraced(call: Callable[..., T], arguments: tuple[Any, ...], settings: dict
     return torch.compiler.disable(call)(*arguments, **settings)
 
 
-# what torch.compiler.disable does, which takes two seconds to import the compiler
+# the same as torch.compiler.disable, which would import the compiler: that takes two seconds
 _untraced._torchdynamo_disable = True
 _untraced._torchdynamo_disable_msg = "without `shares` the ranks tell each other on the host how many rows they have"
 
 
 def check_group(group: Group) -> None:
-    """Raises TypeError or ValueError for what is no group."""
+    """Raises TypeError or ValueError if the argument is not a group."""
     wanted = 'None, "world", a torch.distributed.ProcessGroup or a DeviceMesh of one dimension'
     if group is None or (isinstance(group, str) and group == "world"):
         return
@@ -270,7 +272,7 @@ def check_group(group: Group) -> None:
 
 
 def _process(group: Group, shares: Shares) -> Process | None:
-    """This rank's part; None for a process by itself."""
+    """This rank's part in a call; None if the process is alone."""
     if group is None:
         raise ValueError(f"shares: found {shares!r} without a group, wanted None")
     check_group(group)
@@ -286,7 +288,7 @@ def _process(group: Group, shares: Shares) -> Process | None:
 
 
 def _devices(name: str) -> list[str]:
-    """The types of the devices whose tensors the group of that name sends."""
+    """The types of the devices whose tensors a group can send."""
     return [device.type for device in dist.distributed_c10d._resolve_process_group(name)._device_types]
 
 
@@ -294,12 +296,12 @@ _devices._dynamo_marked_constant = True  # see `checks.tf32_allowed`
 
 
 def _is_dtensor(x: Tensor) -> bool:
-    module = sys.modules.get("torch.distributed.tensor")  # it takes long to import, and is there where a DTensor is
+    module = sys.modules.get("torch.distributed.tensor")  # slow to import; if there is a DTensor, it is imported
     return module is not None and isinstance(x, module.DTensor)
 
 
 def _tensors(value: object) -> list[Tensor]:
-    """The tensors of an argument: itself, or those of a list, or of a queue."""
+    """The tensors in an argument: a tensor, a list of them, or a queue."""
     if isinstance(value, torch.Tensor):
         return [value]
     if isinstance(value, nn.Module):
@@ -308,15 +310,15 @@ def _tensors(value: object) -> list[Tensor]:
 
 
 def _digest(*values: object) -> int:
-    """A number that is the same on all ranks where the values are."""
+    """A hash of values that is the same on all ranks."""
     return int.from_bytes(hashlib.sha256(repr(values).encode()).digest()[:7], "big")
 
 
 def _plain(value: object) -> object:
-    """What of an argument is to be the same on all ranks, so that its repr is too."""
+    """The part of an argument that must be equal on all ranks, in a form with a reproducible repr."""
     if isinstance(value, torch.Tensor):
-        return "a tensor", value.dim()  # negatives may be of all groups or of each
-    if isinstance(value, nn.Module):  # a queue, which is the same on all ranks
+        return "a tensor", value.dim()  # its dimensions tell negatives of all groups from those of each
+    if isinstance(value, nn.Module):  # a queue
         return [list(x.shape) for x in value.buffers()]
     if isinstance(value, Mapping):
         return sorted((key, _plain(x)) for key, x in value.items())
@@ -333,10 +335,12 @@ def contrast(
     sets: Sequence[Tensor],
     negatives: Sequence[Further | None] | None = None,
 ) -> tuple[tuple[Tensor, ...], Tensor | None]:
-    """What `general.rectangle` gives for all anchors of all ranks, and the log-sum-exp of their further negatives.
+    """The outputs of `general.rectangle` for the anchors of all ranks, and the log-sum-exp of their further negatives.
 
-    sets: this rank's rows, [G, n, D] each; keys: their labels, [G, n]; negatives: for all sets, or one for each set.
-    Returns the outputs, [G, V, V, N], and [G, V, N] or None.
+    sets: this rank's rows, [G, n, D] each.
+    keys: their labels, [G, n].
+    negatives: a list of one, for all sets, or of one (or None) for each set.
+    Returns the outputs, [G, V, V, N], and the log-sum-exp, [G, V, N], or None.
     """
     all_keys = None if keys is None else process.gather(keys, -1, process.shares)
     if negatives is not None:
@@ -347,7 +351,7 @@ def contrast(
 
 
 def gathered(process: Process, sets: Sequence[Tensor]) -> list[Tensor]:
-    """The rows of all ranks: sets [G, n, D] as [G, N, D]. They are sent in the dtype in which they were given."""
+    """The rows of all ranks: from sets [G, n, D] to [G, N, D]. They are sent in the dtype that the user gave."""
     rows = torch.stack(list(sets)).detach().to(process.dtype)
     return list(process.gather(rows, -2, process.shares).to(sets[0].dtype).unbind(0))
 
@@ -360,7 +364,7 @@ def beyond(
     columns: Sequence[Tensor],
     negatives: Sequence[Further | None],
 ) -> Tensor:
-    """The log-sum-exp of all anchors' further negatives: [G, V, N]; columns: the rows of all ranks"""
+    """The log-sum-exp of the further negatives of all anchors: [G, V, N]. columns: the rows of all ranks."""
     settings = settings._replace(first=-1, cross=False)
     parts = []
     for k, further in enumerate(negatives):
@@ -380,14 +384,14 @@ def beyond(
 
 
 def widened(x: Any) -> Any:
-    """A tensor in float32 at least; a number as it is."""
+    """A tensor of half precision in float32; anything else unchanged."""
     return x.to(torch.promote_types(x.dtype, torch.float32)) if isinstance(x, torch.Tensor) else x
 
 
 class Blocks(torch.autograd.Function):
-    """What `general.rectangle` gives for all anchors of all ranks, [G, V, V, N], from this rank's rows.
+    """The outputs of `general.rectangle` for the anchors of all ranks, [G, V, V, N].
 
-    columns: the rows of all ranks, gathered; keys: the same with this rank's keys.
+    The sets are first this rank's rows, then the rows of all ranks; likewise row_keys and column_keys.
     """
 
     @staticmethod
@@ -434,10 +438,10 @@ class Blocks(torch.autograd.Function):
 
 
 class Negatives(torch.autograd.Function):
-    """The log-sum-exp of all anchors' similarities to extra negatives: [G, A, 1, N] of A row sets [G, N, D].
+    """The log-sum-exp of further negatives for the anchors of all ranks: [G, A, 1, N], from A sets of rows.
 
-    mine, everybody: the negatives of this rank and of all ranks, [1 or G, K, D]; the same where each rank has all.
-    sets: this rank's rows, then those of all ranks.
+    mine, everybody: the negatives of this rank and of all ranks, [1 or G, K, D]. A queue is the same tensor twice.
+    sets: this rank's rows, then the rows of all ranks.
     """
 
     @staticmethod
@@ -486,14 +490,14 @@ class Negatives(torch.autograd.Function):
 
 
 def _one_set(sets: Sequence[Tensor], columns: Tensor) -> Tensor:
-    """Sets [G, n, D] as one of as many groups as the columns have: [G, A n, D] or [1, G A n, D]"""
+    """A sets [G, n, D] as one set with as many groups as the columns: [G, A n, D] or [1, G A n, D]"""
     return torch.stack(list(sets), 1).reshape(len(columns), -1, sets[0].shape[-1])
 
 
 class Total(torch.autograd.Function):
-    """The sums [k] that a loss returns. own: which of them this rank has a part of; of the others it has the whole.
+    """The sums [k] that a loss returns. own: for each, whether this rank has only its part of the sum, or all of it.
 
-    Backward: what arrives at all ranks, added up.
+    Backward: the sum of the upstream gradients of all ranks.
     """
 
     @staticmethod
@@ -514,7 +518,7 @@ class Total(torch.autograd.Function):
 
 
 class Own(torch.autograd.Function):
-    """This rank's anchors of all, along the last dimension. Backward: what arrives at every rank's own."""
+    """Takes this rank's anchors from those of all ranks, last dimension. Backward: gathers the upstream gradients."""
 
     @staticmethod
     def forward(process: Process, x: Tensor) -> Tensor:
@@ -531,7 +535,7 @@ class Own(torch.autograd.Function):
 
 
 class Everybody(torch.autograd.Function):
-    """The numbers of all ranks' anchors, along the last dimension. Backward: those of this rank's own."""
+    """Gathers the numbers of all ranks' anchors, last dimension. Backward: takes those of this rank's anchors."""
 
     @staticmethod
     def forward(process: Process, x: Tensor) -> Tensor:
@@ -548,12 +552,12 @@ class Everybody(torch.autograd.Function):
 
 
 def shared(process: Process, tau: float | Tensor, device: torch.device) -> float | Tensor:
-    """The temperature on the rows' device, which the group serves; its gradient is the whole one on every rank."""
+    """The temperature, on the device of the rows. Its gradient is the whole one on every rank."""
     return traced(MeanGradient, process, tau.to(device)) if isinstance(tau, torch.Tensor) else tau
 
 
 class MeanGradient(torch.autograd.Function):
-    """The temperature; its gradient is the mean over the ranks, the same on each."""
+    """The identity. Backward: the mean of the upstream gradients of all ranks, the same on each."""
 
     @staticmethod
     def forward(process: Process, tau: Tensor) -> Tensor:

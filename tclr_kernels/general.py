@@ -1,9 +1,12 @@
-"""The operation in its general form: some rows against some columns, with positives told by labels.
+"""The general operation below the losses: some rows against some columns, with labels.
 
-For A sets of n rows and C sets of K columns in each of G groups, S[(a,i),(c,j)] = sim(r_(a,i), z_(c,j)). A candidate
-(c,j) of the anchor (a,i) has the same index where the rows are the columns first .. first + n and j = first + i, and
-the same key where column_key_j = row_key_i >= 0. It is itself where it has the same index and c = a, and positive
-where it has the same key and is not itself.
+There are G independent groups, each with A sets of n rows and C sets of K columns, and the similarities
+S[(a,i),(c,j)] = sim(r_(a,i), z_(c,j)). A candidate (c,j) of the anchor (a,i)
+
+- has the same index, if the rows are the columns first .. first + n and j = first + i;
+- has the same key (label), if column_key_j = row_key_i >= 0;
+- is the anchor itself, if it has the same index and c = a;
+- is a positive, if it has the same key and is not the anchor itself.
 
     neg[g,a,c,i]     = log sum exp S over the candidates with neither the same index nor the same key
     pos[g,a,c,i]     = S of the candidate with the same index, c != a
@@ -11,7 +14,7 @@ where it has the same key and is not itself.
     spread[g,a,c,i]  = pos_lse - 1/P sum S over the positives;             0 where P = 0
     pairs[g,a,c,i]   = sum softplus(negatives[g,a,c,i] - S) over the positives
 
-The gradient, with those that arrive at the outputs called g_*:
+The gradient, where g_* are the upstream gradients of the outputs:
 
     W[(a,i),(c,j)] = g_neg exp(S - neg)                                     of a candidate in neg
                    = g_pos_lse exp(S - pos_lse) + g_spread (exp(S - pos_lse) - 1/P) - g_pairs sigmoid(negatives - S)
@@ -19,21 +22,22 @@ The gradient, with those that arrive at the outputs called g_*:
     and g_pos more for the same index, c != a
     dr_(a,i) = 1/tau sum_(c,j) W z_(c,j),     dz_(c,j) = 1/tau sum_(a,i) W r_(a,i),     dL/dtau = -<r, dr> / tau
 
-A kernel backend has three functions for it. Sets are lists of tensors [G, n, D]; no rows mean that they are the
-columns, in which case the kernels use the symmetry; first is -1 where no candidate has the anchor's index.
+A backend has three functions for this. Sets are lists of tensors [G, n, D]. An empty list of rows means that the rows
+are the columns, and the kernels use the symmetry. first is -1 if no candidate has the index of an anchor.
 
     rectangle(rows, columns, tau, normalize, cross, first, row_keys, column_keys, mean)
-        -> neg, pos, pos_lse, spread, count: [G, A, C, n] float64, and the mean of the columns, weighted by
-           exp(S - neg), if it is asked for: [G, n, D]; what does not exist without keys, or is not asked for, is empty
+        -> neg, pos, pos_lse, spread, count: float64 [G, A, C, n]. If `mean` is True, also the mean of the columns with
+           weights exp(S - neg), [G, n, D]. Without keys, and without `mean`, these outputs are empty tensors.
     pairs(rows, columns, tau, normalize, cross, first, row_keys, column_keys, negatives)
-        -> pairs, and its derivative by the negatives
+        -> pairs, and their derivative with respect to the negatives
     rectangle_backward(rows, columns, tau, normalize, cross, first, row_keys, column_keys, of_rows, of_columns,
                        for_rows, for_columns) -> dr of each set, dz of each set, <r, dr> of each row
-        of_rows: what the weights are made of with the rows as anchors, float64 [G, A, C, n]: neg, g_neg, g_pos; with
-        keys also pos_lse, g_pos_lse, g_spread, count; or, for pairs, negatives, g_pairs. of_columns: the same with the
-        columns as anchors, [G, C, A, K]. Either may be empty. dr and dz hold the weights of both, and are empty if not
-        asked for; without dr, the last output is <z, dz> of the columns. Rows that are the columns: of_rows, for_rows
-        alone; dr holds both sides, as in `symmetric.py`.
+        of_rows: what the weights W of the rows as anchors are made of, float64 [G, A, C, n]: neg, g_neg, g_pos; with
+        keys also pos_lse, g_pos_lse, g_spread, count; for pairs, negatives and g_pairs.
+        of_columns: the same for the columns as anchors, [G, C, A, K]. Either list may be empty.
+        for_rows, for_columns: which of dr and dz to compute, from the weights of both; the other is empty. Without dr,
+        the last output is <z, dz> of the columns.
+        If the rows are the columns, only of_rows and for_rows count, and dr has both sides, as in `symmetric.py`.
 """
 
 from collections.abc import Sequence
@@ -48,7 +52,7 @@ from .symmetric import Eager, Once, ordered_sum, traced, wants_gradient
 
 
 class Settings(NamedTuple):
-    """What a call has beside its tensors; first: the rows' place among the columns, or -1."""
+    """The arguments of a call other than its tensors. first: where the rows begin among the columns, or -1."""
 
     name: str
     normalize: bool
@@ -56,14 +60,14 @@ class Settings(NamedTuple):
     first: int = -1
 
 
-Keys = tuple[Tensor | None, Tensor | None]  # of the rows [G, n] and of the columns [G, K], int64; negative: no key
+Keys = tuple[Tensor | None, Tensor | None]  # labels of the rows [G, n] and of the columns [G, K], int64; < 0: none
 NO_KEYS: Keys = (None, None)
 
 
 def rectangle(
     settings: Settings, tau: float | Tensor, keys: Keys, rows: Sequence[Tensor], columns: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    """neg, pos and, with keys, pos_lse, spread, count: [G, A, C, n], float64 where kernels compute."""
+    """neg, pos and, with keys, pos_lse, spread, count: [G, A, C, n], float64 from all kernels."""
     if settings.name == "reference":
         return _reference(backends.reference.rectangle, settings, tau, keys, rows, columns)
     mean = keys[0] is None and settings.first < 0 and wants_gradient(tau, *rows) and not wants_gradient(*columns)
@@ -80,7 +84,7 @@ def pairs(
     rows: Sequence[Tensor],
     columns: Sequence[Tensor],
 ) -> Tensor:
-    """The sum of softplus(negatives - S) over the positives. negatives: [G, A, C, n], of the dtype of `rectangle`'s."""
+    """The sum of softplus(negatives - S) over the positives. negatives: [G, A, C, n], in the dtype of `wide_dtype`."""
     if settings.name == "reference":
         return _reference(backends.reference.pairs, settings, tau, keys, rows, columns, negatives)
     call = Pairs if torch.compiler.is_compiling() else EagerPairs
@@ -93,20 +97,21 @@ def _reference(call, settings, tau, keys, rows, columns, *more):
 
 
 def wide_dtype(name: str, x: Tensor) -> torch.dtype:
-    """The dtype in which a backend gives what `rectangle` returns, and takes its gradients."""
+    """The dtype of a backend's outputs of `rectangle`, and of their gradients."""
     computed = torch.promote_types(x.dtype, torch.float32)
     return computed if name == "reference" and x.device.type != "cpu" else torch.float64
 
 
 def terms(neg: Tensor, pos: Tensor, cross: bool, further: Tensor | None = None, decoupled: bool = False) -> Tensor:
-    """The terms that `symmetric.py` defines, from neg and pos: [G, V, V, n]; exactly 0 for a row without negatives.
+    """The terms that `symmetric.py` defines, from neg and pos: [G, V, V, n]. Exactly 0 for a row without negatives.
 
-    further: the log-sum-exp of each anchor's negatives beyond the sets, [G, V, n]; decoupled: as for `cost`.
+    further: the log-sum-exp of each anchor's further negatives, [G, V, n], or None.
+    decoupled: as for `cost`.
     """
     negatives = others(neg)
     if not cross:
         sets = torch.arange(neg.shape[1], device=neg.device)
-        own = neg[:, sets, sets][:, :, None]  # by an index, as `backends/reference.py` explains
+        own = neg[:, sets, sets][:, :, None]  # a copy, not a view: `backends/reference.py` explains why
         negatives = log_add(own.expand_as(negatives), negatives)
     if further is not None:
         negatives = log_add(negatives, further[:, :, None].expand_as(negatives))
@@ -120,16 +125,16 @@ def others(x: Tensor) -> Tensor:
 
 
 def with_diagonal(x: Tensor) -> Tensor:
-    """The reverse, with zeros where a set would meet itself: [G, V, V - 1, n] as [G, V, V, n]"""
+    """The reverse of `others`, with zeros in the blocks of a set with itself: [G, V, V - 1, n] as [G, V, V, n]"""
     V = x.shape[1]
     rows = F.pad(x.flatten(1, 2).unflatten(1, (V - 1, V)), (0, 0, 0, 1)).flatten(1, 2)
     return F.pad(rows, (0, 0, 1, 0)).unflatten(1, (V, V))
 
 
 def cost(negatives: Tensor, positive: Tensor, decoupled: bool = False) -> Tensor:
-    """softplus(negatives - positive), of two log-sum-exps; exactly 0 and without gradient where negatives is -inf.
+    """softplus(negatives - positive) of two log-sum-exps. Exactly 0, with gradient 0, where negatives is -inf.
 
-    decoupled: the positive is left out of the denominator: negatives - positive.
+    decoupled: leave the positive out of the denominator: negatives - positive.
     """
     if not decoupled:  # of infinity it is 0, as its derivatives of every order are
         return -F.logsigmoid(positive - negatives)
@@ -184,7 +189,7 @@ class Rectangle(torch.autograd.Function):
         _, settings, tau, *keys, ctx.mean, n_rows = inputs[:7]
         neg, _, pos_lse, _, count, mean = output
         ctx.mark_non_differentiable(count, mean)
-        sets = inputs[7 : 7 + n_rows] if ctx.mean else inputs[7:]  # what the mean has of the columns is all it needs
+        sets = inputs[7 : 7 + n_rows] if ctx.mean else inputs[7:]  # the backward needs the mean instead of the columns
         _keep(ctx, settings, tau, n_rows, *keys, neg, pos_lse, count, mean, *sets)
 
     @staticmethod
@@ -238,11 +243,11 @@ class Pairs(torch.autograd.Function):
 
 
 class EagerRectangle(Eager, Rectangle):
-    """Rectangle, but for torch.compile, which traces no function that has these methods."""
+    """Rectangle for eager mode; torch.compile cannot trace a function with the methods of `Eager`."""
 
 
 class EagerPairs(Eager, Pairs):
-    """Pairs, likewise."""
+    """Pairs for eager mode, likewise."""
 
 
 class RectangleBackward(Once, torch.autograd.Function):
@@ -258,7 +263,7 @@ class RectangleBackward(Once, torch.autograd.Function):
         n_anchors: int,
         *tensors: Tensor,
     ) -> tuple[Tensor | None, ...]:
-        """wanted: the gradients of tau, the rows, the columns; tensors: what the weights are made of, then the sets"""
+        """wanted: whether tau, rows, columns need a gradient. tensors: what the weights are made of, then the sets."""
         of_tau, of_rows, of_columns = wanted
         anchors, sets = list(tensors[:n_anchors]), tensors[n_anchors:]
         rows, columns = sets[:n_rows], sets[n_rows:]
@@ -287,7 +292,7 @@ class MeanBackward(Once, torch.autograd.Function):
     def forward(
         name: str, normalize: bool, tau: float | Tensor, x: Tensor, mean: Tensor, neg: Tensor, g_neg: Tensor
     ) -> tuple[Tensor | None, Tensor]:
-        """The gradients of tau, if it is a tensor, and of the rows x [G, n, D], from the columns' weighted mean."""
+        """The gradients of tau (if a tensor) and of the rows x [G, n, D], from the weighted mean of the columns."""
         g = g_neg.masked_fill(neg == -torch.inf, 0)[:, 0, 0, :, None]
         z, dz = x.double(), g * mean / tau
         if normalize:

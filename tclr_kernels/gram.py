@@ -1,9 +1,9 @@
-"""The operation itself, for losses of one's own: blocks of the Gram matrix, its rectangles, and labels.
+"""The operation below the losses, as public functions for losses of your own.
 
-Rows and columns are float64, float32, bfloat16 or float16 with any strides; sim(u, v) = <u, v> / (|u| |v| tau), or
-<u, v> / tau with `normalize=False`. Results are float32 (float64 for float64 inputs) and can be differentiated by rows,
-columns and temperature. The matrix of similarities is never held. Each function raises TypeError or ValueError, naming
-the argument, for a wrong type, rank, size, dtype or device.
+The similarity is sim(u, v) = <u, v> / (|u| |v| tau), or <u, v> / tau with `normalize=False`. Rows and columns are
+float64, float32, bfloat16 or float16, with any strides. Results are float32, or float64 for float64 inputs, and can be
+differentiated with respect to rows, columns and temperature. The matrix of similarities is never stored. Each function
+raises TypeError or ValueError, naming the argument, for a wrong type, rank, size, dtype or device.
 
 Source: the losses of TCLR, https://arxiv.org/abs/2101.07974, and of Khosla et al., https://arxiv.org/abs/2004.11362,
 are functions of these outputs.
@@ -22,7 +22,7 @@ Temperature = float | Tensor
 
 
 class Blocks(NamedTuple):
-    """What `gram` returns: tensors [G, V, V, n], of the anchor (a, i) and the set c."""
+    """What `gram` returns: tensors [G, V, V, n], with entry [g, a, c, i] for the anchor (a, i) against the set c."""
 
     term: Tensor
     neg: Tensor
@@ -30,7 +30,7 @@ class Blocks(NamedTuple):
 
 
 class LabelledBlocks(NamedTuple):
-    """What `gram` returns with keys: tensors [G, V, V, n], of the anchor (a, i) and the set c."""
+    """What `gram` returns with keys: tensors [G, V, V, n], with entry [g, a, c, i] as in `Blocks`."""
 
     term: Tensor
     neg: Tensor
@@ -41,7 +41,7 @@ class LabelledBlocks(NamedTuple):
 
 
 class LabelledRows(NamedTuple):
-    """What `rectangle` returns with keys: tensors [..., n]."""
+    """What `rectangle` returns with keys: tensors [..., n], an entry for each row."""
 
     neg: Tensor
     pos_lse: Tensor
@@ -81,22 +81,22 @@ def gram(
     keys: Tensor | None = None,
     backend: str | None = None,
 ) -> Blocks | LabelledBlocks:
-    """Every set of rows against every other: the blocks of their Gram matrix S, each row an anchor.
+    """Compares every set of rows with every set: the blocks of their Gram matrix S, where each row is an anchor.
 
-        neg[g,a,c,i]     = log sum exp S[(a,i),(c,j)] over j != i; with keys, over key_j != key_i as well
+        neg[g,a,c,i]     = log sum exp S[(a,i),(c,j)] over j != i; with keys, only over key_j != key_i
         pos[g,a,c,i]     = S[(a,i),(c,i)],  c != a                                            0 where a = c
         term[g,a,c,i]    = log(1 + (exp neg[g,a,a,i] + exp neg[g,a,c,i]) / exp pos[g,a,c,i])  0 where a = c
         pos_lse[g,a,c,i] = log sum exp S[(a,i),(c,j)] over the positives: key_j = key_i, (c, j) != (a, i)
-        spread[g,a,c,i]  = pos_lse - mean of S over the positives, whose gradient is exact where they are alike
-        count[g,a,c,i]   = the number of positives, which takes no gradient
+        spread[g,a,c,i]  = pos_lse - mean of S over the positives, with a gradient that is exact for similar positives
+        count[g,a,c,i]   = the number of positives, without gradient
 
     sets: V tensors [G, N, D] of one dtype and device: V sets of N rows in each of G independent groups.
-    cross: only the blocks between the first and the second half of the sets exist, and the term is without
-    neg[g,a,a,i]; elsewhere neg and pos_lse are -inf, the other outputs 0.
-    rows: (o, n): the anchors are rows o .. o + n of each set, the candidates all rows. None: all are anchors, n = N.
-    keys: integers [N] or [G, N], the rows' labels in every set; a negative one is equal to nothing.
-    Without negatives neg is -inf, the term and its gradient 0; without positives pos_lse is -inf, the spread 0.
-    Returns Blocks, or LabelledBlocks with keys.
+    cross: compare only the first half of the sets with the second half, and leave neg[g,a,a,i] out of the term. For the
+    other blocks neg and pos_lse are -inf and the other outputs 0.
+    rows: (o, n): only rows o .. o + n of each set are anchors, and all rows are candidates. None: all are anchors.
+    keys: integers [N] or [G, N], the labels of the rows, the same in every set. A negative label matches nothing.
+    Returns Blocks, or LabelledBlocks with keys. An anchor without negatives has neg -inf, and term 0 with gradient 0.
+    An anchor without positives has pos_lse -inf and spread 0.
     """
     sets = checks.sets(sets)
     checks.flag("normalize", normalize)
@@ -108,7 +108,7 @@ def gram(
     first, n = (0, N) if rows is None else checks.span("rows", rows, N)
     of_columns = None if keys is None else checks.keys("keys", keys, sets[0])
     of_rows = None if of_columns is None else of_columns.narrow(1, first, n)
-    if rows is not None:  # the gradients of anchors and candidates are added: in float16, that may be inf - inf
+    if rows is not None:  # autograd adds two gradients of a row: in float16, that could be inf - inf
         sets = [distributed.widened(z) for z in sets]
     anchors = [] if rows is None else [z.narrow(1, first, n) for z in sets]
     name = backends.choose(backend, sets[0].device, G * len(sets) * N, D, sets[0].dtype)
@@ -150,20 +150,21 @@ def rectangle(
     normalize: bool = True,
     backend: str | None = None,
 ) -> Tensor | LabelledRows:
-    """Rows against other columns, none of them left out: a queue of negatives, hard negatives, reference embeddings.
+    """Compares rows with other columns, such as a queue of negatives, hard negatives or reference embeddings.
 
-        neg[i]     = log sum_j exp sim(r_i, z_j); with keys, over column_key_j != row_key_i
+        neg[i]     = log sum_j exp sim(r_i, z_j); with keys, only over column_key_j != row_key_i
         pos_lse[i] = log sum_j exp sim(r_i, z_j) over the positives, column_key_j = row_key_i
-        spread[i]  = pos_lse[i] - mean of sim(r_i, z_j) over the positives, whose gradient is exact where they are alike
-        count[i]   = the number of positives, which takes no gradient
+        spread[i]  = pos_lse[i] - mean of sim(r_i, z_j) over the positives, with a gradient exact for similar positives
+        count[i]   = the number of positives, without gradient
 
-    rows: [..., n, D]; columns: [K, D] for all rows, or [..., K, D] with the rows' leading dimensions, which are groups.
-    row_keys: integers [n] or [..., n]; column_keys: integers [K] or [..., K]; a negative one is equal to nothing.
-    Several rectangles of the same rows are merged by torch.logaddexp. Where the columns require no gradient, that of
-    the rows is made along with the result, by two products in the place of three.
-    Returns neg [..., n], or LabelledRows with keys.
+    rows: [..., n, D]; leading dimensions are independent groups.
+    columns: [K, D], the same for all groups, or [..., K, D] with the leading dimensions of the rows.
+    row_keys: integers [n] or [..., n], labels of the rows. A negative label matches nothing.
+    column_keys: integers [K] or [..., K], labels of the columns.
+    Returns neg [..., n], or LabelledRows with keys. To combine the results for several sets of columns, use
+    torch.logaddexp. If the columns need no gradient, forward and backward together take two matrix products.
     """
-    if columns is None:  # which means the rows themselves to `pair_sum`
+    if columns is None:  # to `pair_sum`, None means the rows themselves
         raise TypeError("columns: found None, wanted a torch.Tensor [K, D] or [..., K, D]")
     call = _call(rows, columns, temperature, normalize, row_keys, column_keys, backend)
     neg, _, *labelled = general.rectangle(call.settings, call.tau, call.keys, call.rows, call.columns)
@@ -182,14 +183,16 @@ def pair_sum(
     normalize: bool = True,
     backend: str | None = None,
 ) -> Tensor:
-    """A term for every positive pair, each against the same negatives of its anchor, and their sum.
+    """Adds up one NT-Xent term for each positive pair of a row.
 
         pairs[i] = sum_j log(1 + exp negatives[i] / exp sim(r_i, z_j)) over the positives, column_key_j = row_key_i
 
-    negatives: [..., n], the log-sum-exp of each anchor's negatives, as `gram` or `rectangle` gives it, or several of
-    them merged; it may require a gradient. rows: [..., n, D], row_keys: integers [n] or [..., n].
-    columns, column_keys: as for `rectangle`; both None: the rows against themselves, each row itself left out.
-    Returns the sums: [..., n], 0 where there is no positive.
+    negatives: [..., n], the log-sum-exp of each row's negatives, from `gram` or `rectangle`, or several combined by
+    torch.logaddexp. It may require a gradient.
+    rows: [..., n, D]; leading dimensions are independent groups.
+    columns, column_keys: as for `rectangle`. Both None: the rows are compared with each other, but not with themselves.
+    row_keys: integers [n] or [..., n], labels of the rows. A negative label matches nothing.
+    Returns the sums, [..., n]; 0 for a row without positives.
     """
     if row_keys is None:
         raise TypeError("row_keys: found None, wanted a tensor of integers [n] or [..., n]")
@@ -202,13 +205,13 @@ def pair_sum(
 
 
 class _Call(NamedTuple):
-    """A rectangle as `general.py` takes it."""
+    """The arguments of a rectangle in the form that `general.py` takes."""
 
     settings: general.Settings
     tau: float | Tensor
     keys: general.Keys
-    rows: list[Tensor]  # a set [G, n, D], or none where the rows are the columns
-    columns: list[Tensor]  # a set [G, K, D]
+    rows: list[Tensor]  # one set [G, n, D]; empty if the rows are the columns
+    columns: list[Tensor]  # one set [G, K, D]
 
 
 def _call(
@@ -220,7 +223,7 @@ def _call(
     column_keys: Tensor | None,
     backend: str | None,
 ) -> _Call:
-    """The arguments of a rectangle, checked. Columns that are the same for all groups make one group of them."""
+    """Checks the arguments of a rectangle. If all groups share the columns, they become one group."""
     checks.flag("normalize", normalize)
     itself = columns is None
     if columns is None:
@@ -246,5 +249,6 @@ def _call(
 
 
 def _narrowed(like: Tensor, *outputs: Tensor) -> list[Tensor]:
+    """The outputs in the dtype of results: float32, or float64 for float64 inputs."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     return [x.to(dtype) for x in outputs]

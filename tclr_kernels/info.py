@@ -1,4 +1,4 @@
-"""What is installed and what would run: python -m tclr_kernels.info [--shape G V N D] [--device D] [--dtype T]"""
+"""Shows versions and usable backends: python -m tclr_kernels.info [--shape G V N D] [--device D] [--dtype T]"""
 
 import argparse
 import math
@@ -17,7 +17,7 @@ NEWEST_TESTED = 2, 15
 
 
 def versions() -> dict[str, str | None]:
-    """Name -> version, of this package and of what it runs on; None where a package is not installed."""
+    """{name: version} of this package and of what it runs on; None if a package is not installed."""
     return {
         "tclr-kernels": tclr_kernels.__version__,
         "torch": torch.__version__,
@@ -27,7 +27,7 @@ def versions() -> dict[str, str | None]:
 
 
 def cpu_model() -> str:
-    """The processor's name, as /proc/cpuinfo has it where that exists."""
+    """The name of the CPU, from /proc/cpuinfo if that exists."""
     try:
         with open("/proc/cpuinfo") as lines:
             return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -36,32 +36,32 @@ def cpu_model() -> str:
 
 
 def devices() -> list[str]:
-    """The devices worth asking about: the CPU, and every kind of accelerator that PyTorch sees."""
+    """The devices to report on: the CPU, and the accelerator that PyTorch sees, if any."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return ["cpu"] if accelerator is None else ["cpu", accelerator.type]
 
 
 def serves(shape: Sequence[int], device: str, dtype: str) -> str:
-    """One line on who serves the operation for sets of a shape. shape: (G, V, N, D)"""
+    """A line that says which backend is the default for a shape (G, V, N, D)."""
     G, V, N, D = shape
     torch.empty(0, device=device)  # raises where there is no such device
     name = backends.choose(None, torch.device(device), G * V * N, D, getattr(torch, dtype))
     wide = torch.float64 if dtype == "float64" else torch.float32
     gram = G * (V * N) ** 2 * wide.itemsize / 2**20
-    return f"G={G} V={V} N={N} D={D} {dtype} on {device}: {name} (the Gram matrix itself would take {gram:,.1f} MiB)"
+    return f"G={G} V={V} N={N} D={D} {dtype} on {device}: {name} (its Gram matrix would take {gram:,.1f} MiB)"
 
 
 def untested() -> str | None:
-    """One line where this PyTorch is newer than those the package was tested with, else None."""
+    """A warning if this PyTorch is newer than those that the package was tested with, else None."""
     version = tuple(map(int, torch.__version__.split("+")[0].split(".")[:2]))
     if version <= NEWEST_TESTED:
         return None
     newest = ".".join(map(str, NEWEST_TESTED))
-    return f"torch {torch.__version__} is newer than the newest tested, {newest}; the self-test tells whether it works"
+    return f"torch {torch.__version__} is newer than the newest tested, {newest}; the self-test shows whether it works"
 
 
 def lines(facts: dict[str, Any] | None) -> Iterator[tuple[str, str]]:
-    """The report, as (name, value) pairs. facts: of `build_facts`"""
+    """The lines of the report, as (name, value). facts: from `build_facts`, or None."""
     yield from ((name, version or "not installed") for name, version in versions().items())
     yield "cpu", f"{cpu_model()}, {torch.get_num_threads()} threads"
     for device in devices():
@@ -75,22 +75,30 @@ def lines(facts: dict[str, Any] | None) -> Iterator[tuple[str, str]]:
     for device, dtypes, rows, features, order in backends.REGIMES:
         kinds = " ".join(str(dtype).removeprefix("torch.") for dtype in dtypes) or "any dtype"
         sizes = [f"{most} {of}" for most, of in ((rows, "rows"), (features, "features")) if most < math.inf]
-        limit = f"{kinds}, up to {' of '.join(sizes)}" if sizes else "beyond"
-        yield f"on {device}", f"{limit}: {', '.join(order)}, the first that is usable"
+        limit = f"{kinds}, up to {' of '.join(sizes)}" if sizes else "otherwise"
+        yield f"default on {device}", f"{limit}: the first usable one of {', '.join(order)}"
     yield "CUDA targets", backends.native.cuda_targets() or "none compiled"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tclr_kernels.info", description=__doc__.split(":")[0])
-    parser.add_argument("--shape", type=int, nargs=4, metavar=("G", "V", "N", "D"), default=(1, 2, 512, 128))
-    parser.add_argument("--device", default=str(torch.get_default_device()))
-    parser.add_argument("--dtype", choices=["float64", "float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument(
+        "--shape",
+        type=int,
+        nargs=4,
+        metavar=("G", "V", "N", "D"),
+        default=(1, 2, 512, 128),
+        help="show the default backend for G groups of V sets of N rows with D features",
+    )
+    parser.add_argument("--device", default=str(torch.get_default_device()), help="the device for --shape")
+    dtypes = ["float64", "float32", "bfloat16", "float16"]
+    parser.add_argument("--dtype", choices=dtypes, default="float32", help="the data type for --shape")
     options = parser.parse_args(arguments)
     try:
         for name, value in lines(build_facts()):
             print(f"{name:<22}{value}")
-        print(f"{'would serve':<22}{serves(options.shape, options.device, options.dtype)}")
-    # no such device, or the environment names what is missing
+        print(f"{'default for --shape':<22}{serves(options.shape, options.device, options.dtype)}")
+    # there is no such device, or an environment variable names a backend that cannot run
     except (AssertionError, RuntimeError, ValueError) as error:
         parser.exit(1, f"error: {error}\n")
 

@@ -1,4 +1,4 @@
-"""The losses as modules: settings at construction; in `forward` the tensors, and all that changes at every step."""
+"""The losses as modules: settings are given when a module is made, and what changes at every step to `forward`."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -19,11 +19,12 @@ CHOICES = dict(reduction=losses.REDUCTIONS, softmax=losses.SOFTMAXES)
 class _Loss(nn.Module):
     """A loss with its settings.
 
-    temperature: a float; an `nn.Parameter` of one element, which is learnt; or a tensor of one element that requires no
-    gradient, which becomes a buffer. ValueError for a tensor that requires one and is no Parameter: a module would
-    keep the graph of one step for all the others, and an optimizer would not find it.
-    `forward` takes `logit_scale` in the place of a temperature, if none was given here; labels, negatives and shares
-    too. group: "world" is looked up at each call, so a module may be made before the processes meet, and be pickled.
+    temperature: a float; an `nn.Parameter` of one element, which is learnt; or a tensor of one element without
+    gradient, which becomes a buffer. Any other tensor that requires a gradient is a ValueError: the module would keep
+    the autograd graph of one step for all later ones, and the optimizer would not find the tensor.
+    group: "world" is looked up at each call, so a module can be made before the process group, and can be pickled.
+
+    `forward` also takes labels, negatives, shares, and `logit_scale` if no temperature was given here.
     """
 
     temperature: Temperature
@@ -45,7 +46,7 @@ class _Loss(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Loss":
         group = self.settings["group"]
-        memo[id(group)] = group  # copies share it: PyTorch cannot copy a ProcessGroup
+        memo[id(group)] = group  # copies of the module share the group, since PyTorch cannot copy a ProcessGroup
         memo[id(self)] = copied = type(self).__new__(type(self))
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return copied

@@ -1,4 +1,4 @@
-"""The rows of earlier batches, kept as negatives."""
+"""A queue of rows of earlier batches, to be used as negatives."""
 
 import torch
 from torch import Tensor, nn
@@ -9,25 +9,26 @@ from .distributed import Group, Shares
 
 
 class NegativeQueue(nn.Module):
-    """The last `size` rows that were given to it, as further negatives of a loss: a ring buffer on the module's device.
+    """Keeps the last `size` rows that it was given, as further negatives of a loss.
 
         queue = NegativeQueue(65536, 128)
         loss = info_nce(q, k, negatives=queue, in_batch=False)
         queue.enqueue(k)
 
-    Over several processes it must be the same on each, as it is if all make it from one seed, or load it, and enqueue
-    with `group=`: a loss takes its own queue for that of every process.
+    At first the queue holds random rows of length one, so the number of negatives is always `size`. Each loss copies
+    the rows in the dtype of its inputs, so enqueueing between the loss and its backward pass changes no gradient. Rows
+    and position are buffers: they are part of the state_dict, and are moved and cast with the module.
 
-    Before it is full, random rows of length one fill the places that are left, so that the number of negatives is
-    always `size`. Each loss takes a copy of the rows in the dtype of its inputs: enqueueing between the loss and its
-    backward changes no gradient. Rows and position are buffers: in the state_dict, moved and cast with the module.
-    normalize: whether rows are kept with length one; `normalize=True` of a loss does the same whatever is kept.
+    With several processes, the queue must be the same on each. It is, if all processes create it from the same seed (or
+    load it) and enqueue with `group=`.
+
+    normalize: whether to keep the rows with length one. A loss with `normalize=True` normalises them in any case.
     Raises ValueError for sizes below 1.
     Source: MoCo, https://arxiv.org/abs/1911.05722, algorithm 1.
     """
 
     rows: Tensor  # [size, dim]
-    position: Tensor  # where the next row goes, on the device: reading it here would wait for the device
+    position: Tensor  # where the next row goes; it stays on the device, since reading it would wait for the device
 
     def __init__(self, size: int, dim: int, *, normalize: bool = True) -> None:
         super().__init__()
@@ -39,16 +40,16 @@ class NegativeQueue(nn.Module):
         self.register_buffer("position", torch.zeros((), dtype=torch.int64))
 
     def forward(self) -> Tensor:
-        """A copy of the rows, [size, dim], for losses of one's own: later calls of `enqueue` leave it as it is."""
+        """A copy of the rows, [size, dim], for a loss of your own; later calls of `enqueue` do not change it."""
         return self.rows.clone()
 
     @torch.no_grad()
     @distributed.collective
     def enqueue(self, keys: Tensor, *, group: Group = None, shares: Shares = None) -> None:
-        """Puts rows in the place of the oldest ones; of more than `size` the last stay.
+        """Replaces the oldest rows by new ones; of more than `size` new rows, the last ones are kept.
 
-        keys: [..., n, dim] on the module's device, of any floating-point dtype; no gradient flows into them.
-        group, shares: as of the losses; each process then puts in the keys of all, so that its queue stays the same.
+        keys: [..., n, dim] on the module's device, of any floating-point dtype. They get no gradient.
+        group, shares: as for the losses. Each process then enqueues the keys of all, so that the queues stay the same.
         Raises TypeError or ValueError, naming keys, for a wrong type, size, dtype or device, and for an empty tensor.
         """
         size, dim = self.rows.shape

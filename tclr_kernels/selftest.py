@@ -21,11 +21,11 @@ from .info import devices
 
 
 def _halves(z: Tensor) -> Tensor:
-    """Labels of two rows each."""
+    """Labels, each of two rows."""
     return torch.arange(len(z), device=z.device) // 2
 
 
-Check = Callable[[str, str], None]  # of a backend and a device
+Check = Callable[[str, str], None]  # called with a backend and a device
 Shapes = list[tuple[int, ...]]
 # name -> (function of the tensors, their shapes for B rows or videos of width D)
 LOSSES: dict[str, tuple[Callable[..., Tensor], Callable[[int, int], Shapes]]] = {
@@ -54,7 +54,7 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-3, tor
 
 
 class Failed(Exception):
-    """A check that did not hold, in one line."""
+    """A check failed; the message is one line."""
 
 
 def expect(holds: bool | Tensor, message: str) -> None:
@@ -69,19 +69,19 @@ def raises(
     *args: Any,
     **kwargs: Any,
 ) -> None:
-    """Expects an error of one of the kinds, whose message holds every word."""
+    """Expects an error of one of the given types, whose message contains all the words."""
     try:
         function(*args, **kwargs)
     except kinds as error:
         missing = [word for word in words if word not in str(error)]
         expect(not missing, f"the error does not name {missing}: {error}")
     else:
-        raise Failed(f"no error where one naming {words} is due")
+        raise Failed(f"expected an error that names {words}, got none")
 
 
 @contextlib.contextmanager
 def environment(name: str, value: str) -> Iterator[None]:
-    """An environment variable, set for a while."""
+    """Sets an environment variable for a while."""
     before = os.environ.get(name)
     os.environ[name] = value
     try:
@@ -91,7 +91,7 @@ def environment(name: str, value: str) -> Iterator[None]:
 
 
 def views(shapes: Shapes, dtype: torch.dtype, device: str, scale: float = 1.0, noise: float = 1.0) -> list[Tensor]:
-    """Random tensors, the same on every run; those of one shape share a part, as views of the same videos do."""
+    """Random tensors, the same on every run. Tensors of one shape are correlated, as views of the same videos are."""
     made = []
     for i, shape in enumerate(shapes):
         common = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -103,14 +103,14 @@ def views(shapes: Shapes, dtype: torch.dtype, device: str, scale: float = 1.0, n
 def run(
     function: Callable[..., Tensor], inputs: Sequence[Tensor], **settings: Any
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The loss and its gradients for the inputs."""
+    """The loss of the inputs, and its gradients."""
     inputs = [x.detach().clone().requires_grad_() for x in inputs]
     loss = function(*inputs, **settings)
     return loss.detach(), torch.autograd.grad(loss.sum(), inputs)
 
 
 def compare(name: str, inputs: Sequence[Tensor], settings: dict[str, Any], backend: str) -> None:
-    """Expects loss and gradients as the float64 reference has them for the same, already rounded, inputs."""
+    """Expects the loss and gradients that the reference computes in float64 from the same rounded inputs."""
     function, dtype, tau = LOSSES[name][0], inputs[0].dtype, settings.get("temperature", 0.1)
     loss, grads = run(function, inputs, backend=backend, **settings)
     want, want_grads = run(function, [x.double() for x in inputs], backend="reference", **settings)
@@ -126,7 +126,7 @@ def compare(name: str, inputs: Sequence[Tensor], settings: dict[str, Any], backe
 
 
 def parity(dtype: torch.dtype, backend: str, device: str) -> None:
-    """Every loss at sizes that fill, miss and split the tiles, and at temperatures from easy to hard."""
+    """Every loss, at sizes that fill a tile, do not fill it, and need many; at high and low temperatures."""
     for name, (B, D) in itertools.product(LOSSES, SIZES):
         shapes = LOSSES[name][1](B if B < 100 or name in ("nt_xent", "clip_loss") else 40, D)
         compare(name, views(shapes, dtype, device), {}, backend)
@@ -136,7 +136,7 @@ def parity(dtype: torch.dtype, backend: str, device: str) -> None:
 
 
 def gradcheck(backend: str, device: str) -> None:
-    """The gradients against finite differences, the temperature's too."""
+    """The gradients of the inputs and of the temperature, against finite differences."""
     for name, (function, shapes) in LOSSES.items():
         inputs = [x.requires_grad_() for x in views(shapes(3, 5), torch.float64, device)]
         tau = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
@@ -149,8 +149,8 @@ def _with_temperature(function: Callable[..., Tensor], backend: str, tau: Tensor
     return function(*inputs, temperature=tau, backend=backend)
 
 
-def d1_zero_row(backend: str, device: str) -> None:
-    """A zero row has gradient 0 and leaves the others finite."""
+def zero_row(backend: str, device: str) -> None:
+    """A row of zeros has gradient 0, and everything else stays finite."""
     for dtype in (torch.float32, torch.float16):
         a, b = views([(6, 16)] * 2, dtype, device)
         a[2] = 0
@@ -159,8 +159,8 @@ def d1_zero_row(backend: str, device: str) -> None:
         expect(bool(torch.isfinite(torch.cat([da, db])).all() and torch.isfinite(loss)), f"{dtype}: not finite")
 
 
-def d2_scales(backend: str, device: str) -> None:
-    """Rows of 1e-38 .. 1e38 give the loss of the same rows at 1."""
+def scales(backend: str, device: str) -> None:
+    """Rows scaled by 1e-38 to 1e38 give the same loss."""
     for scale in (1e-38, 1e-30, 1e-19, 1e19, 1e30, 1e37):
         inputs = views([(9, 16)] * 2, torch.float32, device, scale)
         loss = tk.nt_xent(*inputs, backend=backend).double()
@@ -170,8 +170,8 @@ def d2_scales(backend: str, device: str) -> None:
             compare("nt_xent", inputs, {}, backend)
 
 
-def d3_nan(backend: str, device: str) -> None:
-    """NaN and Inf reach loss and gradients of their own video only, and TCLR_KERNELS_CHECK=1 names the row."""
+def nan(backend: str, device: str) -> None:
+    """NaN and Inf affect only the loss and gradients of their own video. TCLR_KERNELS_CHECK=1 names the row."""
     for bad in (math.nan, math.inf):
         x1, x2 = views([(3, 4, 8)] * 2, torch.float32, device)
         x1[1, 2, 3] = bad
@@ -183,16 +183,16 @@ def d3_nan(backend: str, device: str) -> None:
             raises(ValueError, ["x1", "[1, 2]"], tk.local_local, x1, x2, backend=backend)
 
 
-def d4_dtypes(backend: str, device: str) -> None:
-    """The loss is float32, float64 for float64; gradients have the input's dtype."""
+def dtypes(backend: str, device: str) -> None:
+    """The loss is float32 (float64 for float64 inputs); gradients have the dtype of the inputs."""
     for dtype in TOLERANCE:
         loss, grads = run(tk.nt_xent, views([(5, 8)] * 2, dtype, device), backend=backend)
         wanted = torch.float64 if dtype == torch.float64 else torch.float32
         expect(loss.dtype == wanted and grads[0].dtype == dtype, f"{dtype}: loss {loss.dtype}, grad {grads[0].dtype}")
 
 
-def d5_temperature(backend: str, device: str) -> None:
-    """A tensor temperature gives the float's loss and a gradient; a wrong one is an error naming it."""
+def temperature(backend: str, device: str) -> None:
+    """A temperature that is a tensor gives the same loss, and has a gradient; a wrong one is an error that names it."""
     a, b = views([(5, 8)] * 2, torch.float32, device)
     tau = torch.tensor(0.25, dtype=torch.float64, requires_grad=True)
     loss = tk.nt_xent(a, b, temperature=tau, backend=backend)
@@ -204,8 +204,8 @@ def d5_temperature(backend: str, device: str) -> None:
         raises((ValueError, TypeError), ["temperature"], tk.nt_xent, a, b, temperature=wrong, backend=backend)
 
 
-def d6_empty(backend: str, device: str) -> None:
-    """B = 0, T = 0 and D = 0 are errors naming the argument."""
+def empty(backend: str, device: str) -> None:
+    """B = 0, T = 0 and D = 0 are errors that name the argument."""
     for shape in ((0, 8), (3, 0)):
         raises(ValueError, ["a"], tk.nt_xent, *views([shape] * 2, torch.float32, device), backend=backend)
     for shape in ((0, 4, 8), (2, 0, 8), (2, 4, 0)):
@@ -213,15 +213,15 @@ def d6_empty(backend: str, device: str) -> None:
         raises(ValueError, ["x1"], tk.local_local, x, x, backend=backend)
 
 
-def d7_one_row(backend: str, device: str) -> None:
-    """B = 1: the loss is exactly 0, and so are the gradients."""
+def one_row(backend: str, device: str) -> None:
+    """With B = 1, loss and gradients are exactly 0."""
     for function, dtype in itertools.product((tk.nt_xent, tk.clip_loss), TOLERANCE):
         loss, grads = run(function, views([(1, 8)] * 2, dtype, device), backend=backend)
         expect(loss == 0 and all((g == 0).all() for g in grads), f"{function.__name__} {dtype}: loss {loss}")
 
 
-def d8_misuse(backend: str, device: str) -> None:
-    """Mixed dtypes, devices, shapes and kinds are errors naming both sides."""
+def misuse(backend: str, device: str) -> None:
+    """Different dtypes, devices, shapes or types are errors that name both arguments."""
     a, b = views([(5, 8)] * 2, torch.float32, device)
     for wrong, words in (
         (b.double(), ["float32", "float64"]),
@@ -237,8 +237,8 @@ def d8_misuse(backend: str, device: str) -> None:
         raises((ValueError, TypeError), words, tk.nt_xent, a, wrong, backend=backend)
 
 
-def d9_deterministic(backend: str, device: str) -> None:
-    """The same bits on every run, on the CPU for any number of threads."""
+def deterministic(backend: str, device: str) -> None:
+    """The same bits on every run; on the CPU with any number of threads."""
     inputs = views([(300, 64)] * 2, torch.float32, device)
     threads = torch.get_num_threads()
     first = run(tk.nt_xent, inputs, backend=backend)
@@ -252,8 +252,8 @@ def d9_deterministic(backend: str, device: str) -> None:
         torch.set_num_threads(threads)
 
 
-def d10_second_derivative(backend: str, device: str) -> None:
-    """Exact by the reference, and elsewhere an error that names it."""
+def second_derivative(backend: str, device: str) -> None:
+    """Second derivatives are exact with the reference, and an error that names it with other backends."""
     a, b = (x.requires_grad_() for x in views([(4, 3)] * 2, torch.float64, device))
     call = functools.partial(tk.nt_xent, temperature=0.5, backend=backend)
     if backend == "reference":
@@ -266,26 +266,26 @@ def d10_second_derivative(backend: str, device: str) -> None:
 CHECKS: dict[str, Check] = {
     **{f"parity {str(dtype)[6:]}": functools.partial(parity, dtype) for dtype in TOLERANCE},
     "gradcheck": gradcheck,
-    "D1 zero row": d1_zero_row,
-    "D2 rows 1e-38 .. 1e38": d2_scales,
-    "D3 NaN and Inf": d3_nan,
-    "D4 dtypes": d4_dtypes,
-    "D5 temperature": d5_temperature,
-    "D6 empty": d6_empty,
-    "D7 one row": d7_one_row,
-    "D8 misuse": d8_misuse,
-    "D9 deterministic": d9_deterministic,
-    "D10 second derivative": d10_second_derivative,
+    "zero row": zero_row,
+    "rows 1e-38 .. 1e38": scales,
+    "NaN and Inf": nan,
+    "dtypes": dtypes,
+    "temperature": temperature,
+    "empty": empty,
+    "one row": one_row,
+    "misuse": misuse,
+    "deterministic": deterministic,
+    "second derivative": second_derivative,
 }
 
 
 def outcome(check: Check, backend: str, device: str) -> str | None:
-    """None if the check holds, else one line that says what did not."""
+    """None if the check passes, else a line that says what failed."""
     try:
         check(backend, device)
     except Failed as failed:
         return str(failed)
-    except Exception as error:  # a check must never end the table
+    except Exception as error:  # the other checks still run
         return f"{type(error).__name__}: {error}"
     return None
 
@@ -316,7 +316,7 @@ def cell(reason: str | None, width: int) -> str:
 
 
 def table(usable: Sequence[tuple[str, str]]) -> list[str]:
-    """Prints a row a check and a column a (device, backend), as they come; returns what failed, one line each."""
+    """Prints a row for each check, with a column for each (device, backend). Returns the failures, a line each."""
     width = max(len(f"{device}/{backend}") for device, backend in usable) + 2
     print(f"{'':<24}" + "".join(f"{f'{device}/{backend}':<{width}}" for device, backend in usable))
     failures = []
@@ -332,9 +332,11 @@ def table(usable: Sequence[tuple[str, str]]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tclr_kernels.selftest", description=__doc__.split(":")[0])
-    parser.add_argument("--device", action="append", help="default: the CPU, and CUDA if present")
     parser.add_argument(
-        "--allow-reference", action="store_true", help="a missing kernel, for which the reference serves, is no failure"
+        "--device", action="append", help="check this device; default: the CPU, and CUDA if there is a GPU"
+    )
+    parser.add_argument(
+        "--allow-reference", action="store_true", help="do not fail if kernels are missing and the reference is used"
     )
     options = parser.parse_args(arguments)
     start = time.monotonic()

@@ -1,20 +1,22 @@
-"""THE operation under every loss, and its gradient.
+"""The operation below every loss, and its gradient: all rows against all rows.
 
-For V sets of rows in each of G groups, S[(a,i),(c,j)] = sim(z_(a,i), z_(c,j)), one predicate, j != i, in every block:
+There are G independent groups of V sets of N rows each, with similarities S[(a,i),(c,j)] = sim(z_(a,i), z_(c,j)). In
+every block (a, c), the candidates of anchor i are all j != i:
 
     neg[g,a,c,i]  = log sum_{j != i} exp S[(a,i),(c,j)]
     pos[g,a,c,i]  = S[(a,i),(c,i)],  c != a
     term[g,a,c,i] = log(1 + (exp neg[g,a,a,i] + exp neg[g,a,c,i]) / exp pos[g,a,c,i]),  c != a
 
-(the first exponential is absent where only cross blocks exist). The gradient, both sides at once:
+(without the first exponential if only cross blocks exist). The gradient of a row, as an anchor and as a candidate:
 
     W[(a,i),(c,j)] = [j != i] g_neg[a,c,i] exp(S - neg[a,c,i]) + [j = i, c != a] g_pos[a,c,i]
     dz_(a,i) = 1/tau sum_(c,j) (W + W^T)[(a,i),(c,j)] z_(c,j)              dL/dtau = -<z, dz> / (2 tau)
 
-A kernel backend is two functions, `forward(sets, tau, normalize, cross) -> (term, neg, pos)` and `backward(sets, tau,
-normalize, cross, neg, pos, g_term, g_neg, g_pos) -> (dz of each set, <z, dz> of each row: [G, V, N])`; what a loss
-does not use arrives there as None. Where it says `DIVIDES = True`, either takes one more argument, `count`: then the
-first output is term / count, its gradient g_term may be one number for all of it, and dz is one tensor [V, G, N, D].
+A backend has two functions for this: `forward(sets, tau, normalize, cross) -> (term, neg, pos)` and `backward(sets,
+tau, normalize, cross, neg, pos, g_term, g_neg, g_pos) -> (dz of each set, <z, dz> of each row: [G, V, N])`. The
+upstream gradient of an output that a loss does not use is None. If the backend says `DIVIDES = True`, both functions
+take one more argument, `count`: then the first output is term / count, its gradient g_term may be one number for all of
+it, and dz is one tensor [V, G, N, D].
 """
 
 from collections.abc import Sequence
@@ -39,10 +41,12 @@ def blocks(
     cross: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Contrast every set of rows with every other, without holding their Gram matrix.
+    """Compares every set of rows with every set, without storing their Gram matrix.
 
-    sets: V tensors [G, N, D] of one dtype and device; tau: a float or a 0-d tensor; normalize: cosine similarity, else
-    the plain dot product; cross: only the blocks between the first and the second half of the sets.
+    sets: V tensors [G, N, D] of one dtype and device.
+    tau: a float or a 0-d tensor.
+    normalize: whether the similarity is the cosine or the plain dot product.
+    cross: whether only the blocks between the first and the second half of the sets exist.
     Returns term, neg, pos: [G, V, V, N], float32 (float64 for float64 sets).
     """
     device, (G, N, D) = sets[0].device, sets[0].shape
@@ -84,7 +88,7 @@ def wants_gradient(*inputs: object) -> bool:
 
 
 def traced(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-    """function.apply for torch.compile, whose tracer takes no Function where nothing requires a gradient."""
+    """function.apply, or its forward alone where torch.compile would refuse it: if nothing requires a gradient."""
     if torch.compiler.is_compiling() and not wants_gradient(*arguments):
         return function.forward(*arguments)
     return function.apply(*arguments)
@@ -134,13 +138,16 @@ class Gram(torch.autograd.Function):
 
 
 class Eager:
-    """For functions whose first argument is the backend's name: errors that name the way out, and a direct `apply`."""
+    """Mixin for eager mode: a faster `apply`, and errors for vmap and forward mode that say what to use instead.
+
+    The first argument of the functions is the name of the backend.
+    """
 
     @classmethod
     def apply(cls, *arguments: Any) -> Any:
         if _transforms_active():
             return super().apply(*arguments)
-        # past Function.apply, which inspects forward's signature on every call: longer than a small loss takes
+        # skips Function.apply, which inspects forward's signature at every call: that takes longer than a small loss
         return super(torch.autograd.Function, cls).apply(*arguments)
 
     @staticmethod
@@ -153,7 +160,7 @@ class Eager:
 
 
 class Once:
-    """The same, for a gradient that is a function of its own, so that a second derivative is never a silent zero."""
+    """Mixin for the function that computes a gradient: a second derivative is an error, instead of a silent zero."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -169,7 +176,7 @@ class Once:
 
 
 class EagerGram(Eager, Gram):
-    """Gram, but for torch.compile, which traces no function that has these methods."""
+    """Gram for eager mode; torch.compile cannot trace a function with the methods of `Eager`."""
 
 
 class GramBackward(Once, torch.autograd.Function):

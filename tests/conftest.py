@@ -1,7 +1,7 @@
-"""Every test that takes `backend` runs for each that serves the CPU; `kernels`: for each but the reference.
+"""Fixtures. A test with the argument `backend` runs for each backend of the CPU; with `kernels`, not for the reference.
 
-With TRITON_INTERPRET=1 only what concerns the Triton backend runs, at sizes fit for an interpreter.
-TCLR_KERNELS_TEST_CUDA=1: the CUDA kernels' source, run on the host, is one of them, and the default.
+TRITON_INTERPRET=1 runs only the tests of the Triton backend, at small sizes, in Triton's interpreter.
+TCLR_KERNELS_TEST_CUDA=1 adds the CUDA kernels, run on the CPU, as a backend and makes it the default.
 """
 
 import collections
@@ -16,20 +16,20 @@ import torch
 import tclr_kernels as tk
 from tclr_kernels import backends
 
-os.environ["TCLR_INDEX"] = tempfile.mkdtemp(prefix="tclr-index-")  # not the user's own cache
-torch.set_num_threads(1)  # most sizes here are small; more threads have tests of their own
+os.environ["TCLR_INDEX"] = tempfile.mkdtemp(prefix="tclr-index-")  # leaves the user's own cache alone
+torch.set_num_threads(1)  # most sizes here are small; special tests use more threads
 if os.environ.get("TCLR_KERNELS_TEST_CUDA") == "1":
     from . import cuda
 
     with tempfile.TemporaryDirectory() as folder:
-        host = cuda.Host(cuda.build(Path(folder), ["-O2", "-march=native"]))  # fuses multiply and add, as a GPU does
+        host = cuda.Host(cuda.build(Path(folder), ["-O2", "-march=native"]))  # with fused multiply-add, as on a GPU
     backends.BACKENDS = {"cuda-on-host": host, **backends.BACKENDS}
 BACKENDS = tk.available_backends("cpu")
 USABLE = [name for name, reason in BACKENDS.items() if reason is None]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# many operations, 50-100 us each: what test_triton.py has with smaller tiles, and float64's gradcheck; or CPU threads
+# not interpreted: too many operations of 50-100 us each (test_triton.py has them with smaller tiles), or CPU threads
 TOO_LONG = "many blocks, narrow", "is_the_slope", "test_bits_do_not_depend_on_threads", "test_threads_that_set"
-WRONG_THERE = ("dtype6-1e-38",)  # bfloat16 below its normal range: the interpreter loses bits of it
+WRONG_THERE = ("dtype6-1e-38",)  # denormal bfloat16 numbers, of which the interpreter loses bits
 if INTERPRETED and BACKENDS["triton"] is None:
     from .interpreted import repair
 
@@ -37,15 +37,15 @@ if INTERPRETED and BACKENDS["triton"] is None:
 
 
 def pytest_addoption(parser):
-    parser.addoption("--sample", type=int, default=1, help="every how many-th set of a test's parameters is taken")
-    parser.addoption("--full", action="store_true", help="also run the tests marked full, which take long")
+    parser.addoption("--sample", type=int, default=1, help="take every N-th set of parameters of a test")
+    parser.addoption("--full", action="store_true", help="also run the slow tests, marked full")
     parser.addoption(
-        "--rotation", type=int, default=None, help="which sample to take, a number; by default the commit decides"
+        "--rotation", type=int, default=None, help="number of the sample of cases; by default it depends on the commit"
     )
 
 
 def rotation_of(config):
-    """Which sample of a large set of cases a run takes: another one after each commit, so that in time all are."""
+    """The number of the sample of a large set of cases: another one after each commit, so that in time all are run."""
     if (given := config.getoption("rotation")) is not None:
         return given
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
@@ -65,7 +65,7 @@ def pytest_collection_modifyitems(config, items):
     first, seen = rotation_of(config), collections.Counter()
 
     def taken(item, every):
-        """Whether a test of which every so many-th set of parameters runs is one of these."""
+        """Whether an item belongs to the sample, if every N-th set of parameters of its test runs."""
         seen[item.function] += 1
         return seen[item.function] % every == first % every
 
@@ -89,7 +89,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def keep(config, items, fits):
-    """Deselects the items that do not fit."""
+    """Keeps the items that fit and deselects the others."""
     taken = {item: fits(item) for item in items}
     config.hook.pytest_deselected(items=[item for item in items if not taken[item]])
     items[:] = [item for item in items if taken[item]]
@@ -113,7 +113,7 @@ def kernels(request):
 
 @pytest.fixture
 def float64(backend):
-    """The backend, where it takes float64."""
+    """A backend that takes float64."""
     x = torch.zeros(1, 1, dtype=torch.float64)
     try:
         tk.nt_xent(x, x, backend=backend)
@@ -124,7 +124,7 @@ def float64(backend):
 
 @pytest.fixture(scope="session")
 def pool():
-    """Four processes that play the ranks of a run."""
+    """Four processes that act as the ranks of a run."""
     from .ranks import Pool
 
     with Pool(4) as pool:

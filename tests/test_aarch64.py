@@ -1,4 +1,4 @@
-"""The portable level of the CPU kernels on AArch64: cross-compiled, and run by an emulator against the reference."""
+"""The portable CPU kernels on AArch64: cross-compiled, run in an emulator, compared with the reference."""
 
 import shutil
 import struct

@@ -1,4 +1,4 @@
-"""What every backend does beyond being right: invariances, incoming gradients, determinism, memory, PyTorch's tools."""
+"""What every backend does apart from being correct: invariances, gradients, determinism, memory, PyTorch's tools."""
 
 import functools
 import subprocess

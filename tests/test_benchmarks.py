@@ -1,4 +1,4 @@
-"""The benchmark suite: what is timed computes the same loss, what is wrong gets no time, the pages follow the rows."""
+"""The benchmark suite: implementations that are timed are correct, wrong ones get no time, pages show the rows."""
 
 import shutil
 import sys

@@ -1,4 +1,4 @@
-"""Each loss is what the paper, the release and the textbook write: values and gradients to 1e-12 in float64."""
+"""The losses equal the formulas of the paper, of the official code and of textbooks, to 1e-12 in float64."""
 
 import functools
 import math

@@ -1,4 +1,4 @@
-"""Which backend runs: the argument, then TCLR_KERNELS_BACKEND, then the first that serves the device."""
+"""The choice of the backend: the argument, then TCLR_KERNELS_BACKEND, then the first that works on the device."""
 
 import types
 

@@ -1,4 +1,4 @@
-"""Networks trained by several processes: the weights of one process with the whole batch, whatever averages."""
+"""Networks trained by several processes get the same weights as with one process and the whole batch."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""Samples of `fuzz.py` and its likes. Where the interpreter is slow, each commit takes another part."""
+"""A sample of the random cases of `fuzz.py`, `fuzz_general.py` and `fuzz_losses.py`, another one after each commit."""
 
 import pytest
 

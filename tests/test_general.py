@@ -1,4 +1,4 @@
-"""The operation in its general form: a range of anchors, rectangles, labels, against the formulas of `general.py`."""
+"""The general operation (ranges of anchors, rectangles, labels) against the formulas of `general.py`."""
 
 import functools
 import itertools

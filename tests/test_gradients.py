@@ -1,4 +1,4 @@
-"""Gradients against finite differences in float64: every loss, reduction, subset of inputs, the temperature too."""
+"""Gradients against finite differences in float64: every loss, reduction and subset of inputs, and the temperature."""
 
 import functools
 import itertools

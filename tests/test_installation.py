@@ -1,4 +1,4 @@
-"""What an installation without kernels says, and what a build says that cannot make them."""
+"""What an installation without kernels says, and what a build says that cannot compile them."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""The modules: the functions with their settings kept."""
+"""The modules give the same results as the functions, and keep their settings."""
 
 import copy
 import inspect

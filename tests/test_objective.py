@@ -1,4 +1,4 @@
-"""A backend's one call for the whole TCLR objective: the same values and gradients as its single losses'."""
+"""The whole TCLR objective in one call of a backend: the same values and gradients as its single losses."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Every backend against float64 on the same rounded inputs, by the criteria C1-C5 of `oracle.judge`."""
+"""Every backend against the reference in float64 on the same rounded inputs, by the criteria of `oracle.judge`."""
 
 import itertools
 import math

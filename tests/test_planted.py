@@ -1,4 +1,4 @@
-"""Bugs planted in the definition: the judge of every kernel is itself judged by the printed formulas.
+"""Bugs planted in the definition are found: this tests the tests that judge every kernel.
 
 Those planted in the C++ kernels are in `test_kernels.py`.
 """

@@ -1,4 +1,4 @@
-"""D1-D10: what the losses promise beyond the formulas. The names say which promise."""
+"""What the losses promise beyond their formulas: special rows, dtypes, temperatures, errors, derivatives."""
 
 import functools
 import math
@@ -51,12 +51,12 @@ def pair():
     return LOSSES["nt_xent"].inputs((5, 2, 8), torch.float32)
 
 
-# ---- D1, D2: zero rows, and rows of any length
+# ---- zero rows, and rows of any length
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", KINDS)
-def test_d1_zero_row_has_similarity_zero_and_gradient_zero(name, dtype, backend):
+def test_zero_row_has_similarity_zero_and_gradient_zero(name, dtype, backend):
     inputs = LOSSES[name].inputs((5, 4, 6), dtype)
     for x in inputs:
         x.flatten(0, -2)[1] = 0
@@ -75,7 +75,7 @@ def or_zero(x):
     return oracle.unit(x.masked_fill(zero, 1)).masked_fill(zero, 0)
 
 
-def test_d1_all_rows_zero(backend):
+def test_all_rows_zero(backend):
     a = torch.zeros(5, 8)
     out, grads = run(tk.nt_xent, [a, a], backend=backend)
     assert out.item() == pytest.approx(math.log(9)) and all(torch.equal(g, a) for g in grads)
@@ -91,7 +91,7 @@ def test_d1_all_rows_zero(backend):
     ],
 )
 @pytest.mark.parametrize("name", KINDS)
-def test_d2_rows_of_any_length(name, dtype, scale, backend, request):
+def test_rows_of_any_length(name, dtype, scale, backend, request):
     if dtype == torch.float64:
         request.getfixturevalue("float64")
     inputs = LOSSES[name].inputs((5, 4, 16), dtype, scale=scale)
@@ -109,13 +109,13 @@ def test_d2_rows_of_any_length(name, dtype, scale, backend, request):
         assert oracle.error(found, wanted) <= 2 * oracle.GRADIENT[dtype] * largest + torch.finfo(dtype).smallest_normal
 
 
-# ---- D3: NaN and infinity
+# ---- NaN and infinity
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["local_local", "global_local", "nt_xent", "clip_loss"])
-def test_d3_nan_stays_within_its_group(name, dtype, bad, backend):
+def test_nan_stays_within_its_group(name, dtype, bad, backend):
     inputs = oracle.correlated([(4, 3, 6)] * 2, 0.5, 0)
     clean = [x.to(dtype) for x in inputs]
     inputs = [x.clone() for x in clean]
@@ -130,7 +130,7 @@ def test_d3_nan_stays_within_its_group(name, dtype, bad, backend):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("name", KINDS)
-def test_d3_nan_reaches_the_loss(name, bad, backend):
+def test_nan_reaches_the_loss(name, bad, backend):
     inputs = LOSSES[name].inputs((5, 4, 6), torch.float32)
     inputs[-1].view(-1)[7] = bad
     for normalize in (True, False) if math.isnan(bad) else (True,):
@@ -139,7 +139,7 @@ def test_d3_nan_reaches_the_loss(name, bad, backend):
 
 
 @pytest.mark.parametrize("function, name", ARGUMENTS)
-def test_d3_check_names_the_row(function, name, backend, monkeypatch):
+def test_check_names_the_row(function, name, backend, monkeypatch):
     given = tensors(function)
     row = [size - 1 for size in given[name].shape[:-1]]
     given[name][tuple(row)][2] = math.nan
@@ -149,12 +149,12 @@ def test_d3_check_names_the_row(function, name, backend, monkeypatch):
         function(**given, backend=backend)
 
 
-# ---- D4, D5: dtypes and the temperature
+# ---- dtypes and the temperature
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", KINDS)
-def test_d4_loss_is_float32_or_float64_and_gradients_have_the_dtype_of_the_input(name, dtype, backend):
+def test_loss_is_float32_or_float64_and_gradients_have_the_dtype_of_the_input(name, dtype, backend):
     out, grads = run(LOSSES[name].call, LOSSES[name].inputs((3, 2, 4), dtype), backend=backend)
     assert out.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert all(g.dtype == dtype for g in grads)
@@ -162,7 +162,7 @@ def test_d4_loss_is_float32_or_float64_and_gradients_have_the_dtype_of_the_input
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", KINDS)
-def test_d5_temperature_may_be_a_tensor_of_any_dtype(name, dtype, backend):
+def test_temperature_may_be_a_tensor_of_any_dtype(name, dtype, backend):
     inputs = LOSSES[name].inputs((5, 3, 8), torch.float32)
     tau = torch.tensor(0.25, dtype=dtype)
     out, (d_tau,) = run(lambda tau: LOSSES[name].call(*inputs, temperature=tau, backend=backend), [tau])
@@ -181,7 +181,7 @@ def test_d5_temperature_may_be_a_tensor_of_any_dtype(name, dtype, backend):
     ids=repr,
 )
 @pytest.mark.parametrize("function", TAKES)
-def test_d5_wrong_temperature_is_named(function, wrong, backend):
+def test_wrong_temperature_is_named(function, wrong, backend):
     with pytest.raises((ValueError, TypeError), match="temperature: found"):
         function(**tensors(function), temperature=wrong, backend=backend)
 
@@ -189,7 +189,7 @@ def test_d5_wrong_temperature_is_named(function, wrong, backend):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1,), (1, 1)], ids=str)
 @pytest.mark.parametrize("name", KINDS)
-def test_d5_temperature_may_be_any_tensor_of_one_element(name, shape, dtype, backend):
+def test_temperature_may_be_any_tensor_of_one_element(name, shape, dtype, backend):
     """FSDP asks for parameters of one dimension. The gradient has the tensor's own shape and dtype."""
     inputs = LOSSES[name].inputs((5, 3, 8), torch.float32)
     want, want_grads = run(temperature_first(name, backend), [torch.tensor(0.25, dtype=dtype), *inputs])
@@ -206,7 +206,7 @@ def temperature_first(name, backend):
     return lambda tau, *z: LOSSES[name].call(*z, temperature=tau, backend=backend)
 
 
-def test_d5_one_element_of_a_larger_tensor_may_be_the_temperature(pair, backend):
+def test_one_element_of_a_larger_tensor_may_be_the_temperature(pair, backend):
     table = torch.tensor([[0.1, 0.2], [0.3, 0.4]], requires_grad=True)
     tk.nt_xent(*pair, temperature=table[:1, 1:], backend=backend).backward()
     _, (d_tau,) = run(lambda tau: tk.nt_xent(*pair, temperature=tau, backend=backend), [torch.tensor(0.2)])
@@ -218,18 +218,18 @@ def test_d5_one_element_of_a_larger_tensor_may_be_the_temperature(pair, backend)
     [10**400, 5e-324, np.float32(np.inf), Fraction(1, 10**400)],
     ids=["a large integer", "5e-324", "float32 inf", "a small fraction"],
 )
-def test_d5_numbers_beyond_the_range_of_a_float_are_named(value, pair):
+def test_numbers_beyond_the_range_of_a_float_are_named(value, pair):
     with pytest.raises(ValueError, match="temperature: found"):
         tk.nt_xent(*pair, temperature=value)
 
 
-def test_d5_temperature_on_another_device_is_named(pair, backend):
+def test_temperature_on_another_device_is_named(pair, backend):
     with pytest.raises(ValueError, match="temperature: found a tensor on meta"):
         tk.nt_xent(*pair, temperature=torch.tensor(0.1, device="meta"), backend=backend)
 
 
 @pytest.mark.parametrize("wrong", [0.0, -1.0, math.nan, math.inf])
-def test_d5_value_of_a_tensor_is_checked_on_request(wrong, pair, backend, monkeypatch):
+def test_value_of_a_tensor_is_checked_on_request(wrong, pair, backend, monkeypatch):
     tk.nt_xent(*pair, temperature=torch.tensor(wrong), backend=backend)
     monkeypatch.setenv("TCLR_KERNELS_CHECK", "1")
     with pytest.raises(ValueError, match="temperature: found"):
@@ -278,11 +278,11 @@ def test_inference_tensors_where_no_gradient_is_made(name, mode, backend):
     assert torch.equal(call(*made), out)
 
 
-# ---- D6, D7: nothing, and one row
+# ---- nothing, and one row
 
 
 @pytest.mark.parametrize("function, name", ARGUMENTS)
-def test_d6_empty_input_is_named(function, name, backend):
+def test_empty_input_is_named(function, name, backend):
     shapes = TAKES[function]
     for dimension in range(len(shapes[name])):
         given = tensors(function)
@@ -296,7 +296,7 @@ def test_d6_empty_input_is_named(function, name, backend):
 @pytest.mark.parametrize(
     "name", ["nt_xent", "clip_loss", "instance_contrastive", "sup_con", "local_local", "global_local"]
 )
-def test_d7_one_row_costs_exactly_zero(name, dtype, backend):
+def test_one_row_costs_exactly_zero(name, dtype, backend):
     """B = 1, and T = 1 within videos."""
     sizes = (4, 1, 8) if name.endswith("local") else (1, 3, 8)
     for tau in (0.1, 0.01):
@@ -304,13 +304,13 @@ def test_d7_one_row_costs_exactly_zero(name, dtype, backend):
         assert all(torch.equal(x, torch.zeros_like(x)) for x in (out, *grads))
 
 
-def test_d7_one_video_of_one_clip_costs_exactly_zero(backend):
+def test_one_video_of_one_clip_costs_exactly_zero(backend):
     for form in ("tclr", "tclr release"):
         out, grads = run(LOSSES[form].call, LOSSES[form].inputs((1, 1, 8), torch.float32), backend=backend)
         assert all(torch.equal(x, torch.zeros_like(x)) for x in (out, *grads))
 
 
-# ---- D8: misuse
+# ---- misuse
 
 
 WRONG = {
@@ -331,7 +331,7 @@ SIZES = {  # beside the others
 
 @pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.parametrize("function, name", ARGUMENTS)
-def test_d8_wrong_input_is_named_in_one_line(function, name, wrong, backend):
+def test_wrong_input_is_named_in_one_line(function, name, wrong, backend):
     make, words = WRONG[wrong]
     given = tensors(function)
     given[name] = make(given[name])
@@ -340,7 +340,7 @@ def test_d8_wrong_input_is_named_in_one_line(function, name, wrong, backend):
 
 @pytest.mark.parametrize("wrong", SIZES)
 @pytest.mark.parametrize("function, name", [(f, name) for f, name in ARGUMENTS if len(TAKES[f]) > 1])
-def test_d8_inputs_that_differ_are_named_in_one_line(function, name, wrong, backend):
+def test_inputs_that_differ_are_named_in_one_line(function, name, wrong, backend):
     make, words = SIZES[wrong]
     given = tensors(function)
     shape = list(given[name].shape)
@@ -349,7 +349,7 @@ def test_d8_inputs_that_differ_are_named_in_one_line(function, name, wrong, back
     named(function, given, backend, [name, "wanted" if wrong == "another size" else "and", *words])
 
 
-def test_d8_too_many_dimensions_and_views_are_named(backend):
+def test_too_many_dimensions_and_views_are_named(backend):
     x = torch.randn(3, 4, 2, 8)
     for function in (tk.local_local, tk.global_local):
         with pytest.raises(ValueError, match="4 dimensions"):
@@ -363,7 +363,7 @@ def test_d8_too_many_dimensions_and_views_are_named(backend):
 
 
 @pytest.mark.parametrize("function, setting", [*((f, "reduction") for f in list(TAKES)[:-1]), (tk.tclr, "form")])
-def test_d8_unknown_setting_is_named(function, setting, backend):
+def test_unknown_setting_is_named(function, setting, backend):
     with pytest.raises(ValueError, match=f"{setting}: found 'other', wanted one of"):
         function(**tensors(function), **{setting: "other"}, backend=backend)
 
@@ -375,7 +375,7 @@ def named(function, given, backend, words):
     assert all(word in message for word in words) and "\n" not in message, message
 
 
-def test_d8_meta_tensors_give_the_shape_by_default_and_a_named_error_by_a_backend_without_them(backend):
+def test_meta_tensors_give_the_shape_by_default_and_a_named_error_by_a_backend_without_them(backend):
     a = torch.empty(5, 8, device="meta")
     assert tk.nt_xent(a, a, reduction="none").shape == (10,)
     with pytest.raises(TypeError, match="float32 and b torch.float16"):
@@ -385,11 +385,11 @@ def test_d8_meta_tensors_give_the_shape_by_default_and_a_named_error_by_a_backen
             tk.nt_xent(a, a, backend=backend)
 
 
-# ---- D10: higher derivatives and transforms (D9 is in test_behaviour.py)
+# ---- higher derivatives and transforms (test_behaviour.py has determinism)
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_d10_reference_has_second_derivatives(name):
+def test_reference_has_second_derivatives(name):
     inputs = [x.requires_grad_() for x in LOSSES[name].inputs((3, 2, 2))]
     tau = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
     weigh = oracle.some_gradient(LOSSES[name].call(*inputs).shape)
@@ -401,7 +401,7 @@ def test_d10_reference_has_second_derivatives(name):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_d10_second_derivative_is_a_named_error_elsewhere(name, kernels):
+def test_second_derivative_is_a_named_error_elsewhere(name, kernels):
     inputs = [x.requires_grad_() for x in LOSSES[name].inputs((3, 2, 4), torch.float32)]
     loss = LOSSES[name].call(*inputs, backend=kernels).sum()
     grads = torch.autograd.grad(loss, inputs, create_graph=True)
@@ -409,7 +409,7 @@ def test_d10_second_derivative_is_a_named_error_elsewhere(name, kernels):
         torch.autograd.grad(sum(g.square().sum() for g in grads), inputs)
 
 
-def test_d10_forward_mode_and_vmap_are_named_errors_elsewhere(kernels, pair):
+def test_forward_mode_and_vmap_are_named_errors_elsewhere(kernels, pair):
     def loss(a):
         return tk.nt_xent(a, pair[1], backend=kernels)
 
@@ -423,7 +423,7 @@ def test_d10_forward_mode_and_vmap_are_named_errors_elsewhere(kernels, pair):
         torch.func.hessian(loss)(pair[0])
 
 
-def test_d10_forward_mode_and_vmap_work_with_the_reference(pair):
+def test_forward_mode_and_vmap_work_with_the_reference(pair):
     def loss(a):
         return tk.nt_xent(a, pair[1], backend="reference")
 
@@ -433,7 +433,7 @@ def test_d10_forward_mode_and_vmap_work_with_the_reference(pair):
     torch.testing.assert_close(torch.vmap(torch.func.grad(loss))(a[None])[0], da)
 
 
-def test_d1_a_zero_row_has_gradient_zero_beside_a_row_that_is_not_finite(backend):
+def test_a_zero_row_has_gradient_zero_beside_a_row_that_is_not_finite(backend):
     a, b = oracle.correlated([(4, 8)] * 2, 0.5, 0)
     a[0], a[1, 0] = 0, math.nan
     _, (grad, _) = run(tk.nt_xent, [a.float(), b.float()], backend=backend)
@@ -451,6 +451,6 @@ def test_d1_a_zero_row_has_gradient_zero_beside_a_row_that_is_not_finite(backend
         (dict(temperature=1e-320), "temperature"),
     ],
 )
-def test_d8_settings_of_the_wrong_kind_are_named(settings, name):
+def test_settings_of_the_wrong_kind_are_named(settings, name):
     with pytest.raises((TypeError, ValueError), match=f"^{name}: found .* wanted"):
         tk.tclr(*LOSSES["tclr"].inputs((2, 2, 3)), **settings)

@@ -1,4 +1,4 @@
-"""The queue of negatives: a ring buffer whose losses keep the rows they have seen."""
+"""The queue of negatives: a ring buffer, and losses that keep the rows they have used."""
 
 import copy
 import io

@@ -1,4 +1,4 @@
-"""The one rule of reading: any window equals that slice of a decoding of the whole file."""
+"""Reading videos: any window equals that slice of a decoding of the whole file."""
 
 import itertools
 import json

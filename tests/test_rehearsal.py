@@ -1,4 +1,4 @@
-"""benchmarks/gpu.sh without a GPU: its order and limits, and with --full all of its steps; see rehearsal/."""
+"""benchmarks/gpu.sh without a GPU: the order and limits of its steps, and with --full the steps; see rehearsal/."""
 
 import collections
 import csv

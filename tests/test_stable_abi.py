@@ -1,4 +1,4 @@
-"""The compiled libraries need nothing that the oldest or the newest supported PyTorch lacks."""
+"""The compiled libraries use nothing that the oldest or the newest supported PyTorch does not have."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""The Triton backend through Triton's own just-in-time compiler, for GPUs that are not here: see standin.py."""
+"""The Triton backend through Triton's own compiler and launcher, with a pretended GPU driver: see standin.py."""
 
 import functools
 import itertools

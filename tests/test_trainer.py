@@ -1,4 +1,4 @@
-"""Pretraining: what a checkpoint keeps, what ends a run, and what a step is made of."""
+"""Pretraining: what a checkpoint holds, what ends a run, and what a step consists of."""
 
 import math
 import multiprocessing

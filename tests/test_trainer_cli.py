@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -26,6 +27,7 @@ from tclr import (  # noqa: E402
     labels,
     linear,
     motions,
+    options,
     sets,
 )  # fmt: skip
 
@@ -100,7 +102,16 @@ def test_evaluations(run):
         assert (run / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
     cli.main(["report", "--run", str(run)])
     page = (run / "report.html").read_text()
-    assert page.count("data:image/png") == 3 and "retrieval" in page and "http" not in page
+    assert page.count("data:image/png") == 4 and "http" not in page
+    for wanted in (
+        "R@1",
+        f"{100 * recall['r1']:.1f} %",
+        f"{100 * accuracy:.1f} %",
+        "Environment",
+        "threads",
+        "Training",
+    ):
+        assert wanted in page
 
 
 def test_real_footage(tmp_path, capsys):
@@ -371,3 +382,66 @@ def test_each_change_has_its_order():
 def test_not_a_run(tmp_path):
     with pytest.raises(SystemExit, match="wanted the folder of a pretraining"):
         config.read_run(tmp_path)
+
+
+def program(monkeypatch, capsys, *arguments):
+    """What the program prints to stderr, and its exit status."""
+    monkeypatch.setattr(sys, "argv", ["tclr", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.program()
+    if isinstance(ended.value.code, str):
+        return ended.value.code, 1  # which Python prints
+    return capsys.readouterr().err.rstrip("\n"), ended.value.code
+
+
+@pytest.mark.parametrize(
+    "arguments, wanted",
+    [
+        ([], "error: expected"),
+        (["nothing"], "error: argument subcommand: invalid choice: 'nothing'"),
+        (["retrieval"], "error: the following arguments are required: --run (tclr --help"),
+        (["linear", "--run", "x", "--share", "half"], "error: --share: Expected a float. Got value: half (tclr linear"),
+        (["pretrain", "--out", "x", "--data.rot", "y"], "error: unrecognized arguments: --data.rot y (tclr pretrain"),
+        (["retrieval", "--run", "nowhere"], "error: nowhere/config.yaml is not there"),
+        (["pretrain", "--out", "x", "--data.root", "/nowhere"], "error: root: found '/nowhere', wanted a folder"),
+        (["load", "--out", "x", "--file", "/nowhere.pt", "--format=release", "--data.root=y"], "error: /nowhere.pt:"),
+        (["data", "check", "--dataset", "ucf102", "--root", "y"], "error: "),
+    ],
+)
+def test_an_error_is_one_line(arguments, wanted, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    printed, status = program(monkeypatch, capsys, *arguments)
+    assert status in (1, 2) and printed.startswith(wanted) and "\n" not in printed and not list(tmp_path.iterdir())
+
+
+def test_an_unforeseen_error_says_how_to_find_its_place(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "main", lambda: {}["missing"])
+    assert program(monkeypatch, capsys) == ("error: KeyError: 'missing' (TCLR_TRACEBACK=1 shows where)", 1)
+    monkeypatch.setenv("TCLR_TRACEBACK", "1")
+    with pytest.raises(KeyError):
+        cli.program()
+
+
+def test_every_option_has_a_help_text(capsys):
+    """An option without one has its type right behind its name; and no text is left over."""
+    texts = []
+    one = (
+        "pretrain",
+        "retrieval",
+        "linear",
+        "finetune",
+        "classify",
+        "multiclip",
+        "confusion",
+        "export",
+        "load",
+        "ablation",
+        "report",
+    )
+    for words in *((name, "--help") for name in one), ("data", "check", "--help"), ("retrieval", "--data.help"):
+        with pytest.raises(SystemExit):
+            cli.main([*words])
+        texts.append(" ".join(capsys.readouterr().out.split()))
+        assert not re.findall(r"--\S+ (?:[A-Z_]+|\{[^}]*\}) \((?:required, )?(?:type|default)", texts[-1])
+    assert all(any(f"--{name} " in text for text in texts) for name in options.HELP)
+    assert all(any(f"{title}:" in text for text in texts) for title in options.GROUPS.values())

@@ -1,4 +1,4 @@
-"""Data sets written here in each format's own layout, with the faults that real ones have."""
+"""The readers of data sets, on small ones in each format's layout, with the faults that real ones have."""
 
 import csv
 import dataclasses

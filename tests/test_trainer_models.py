@@ -1,4 +1,4 @@
-"""The backbones' shapes, sizes and names, and the checkpoints they load."""
+"""The shapes, sizes and parameter names of the backbones, and the checkpoints that they load."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Labels, caches, resuming, checkpoints of others, and names: docs/promises-trainer.md lists what is promised."""
+"""Promises of the trainer about labels, caches, resuming, checkpoints and names: see docs/promises-trainer.md."""
 
 import argparse
 import collections

@@ -1,4 +1,4 @@
-"""What is special about the Triton kernels, under Triton's interpreter: TRITON_INTERPRET=1, a process of its own."""
+"""Special properties of the Triton kernels, in Triton's interpreter (TRITON_INTERPRET=1, in a process of its own)."""
 
 import functools
 import importlib

@@ -1,4 +1,4 @@
-"""The Triton kernels compiled ahead of time, for a GPU that need not be here; in a process that does not interpret."""
+"""The Triton kernels compiled ahead of time for GPUs, without one; not in an interpreting process."""
 
 import os
 import subprocess

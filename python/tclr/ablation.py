@@ -295,7 +295,7 @@ def followed(out, wanted, named):
 
 def run(out: Path = Path("runs/ablation"), seeds: int = 8, other_seeds: int = 3, label_seeds: int = 5,
         job: int | None = None, scale: Ablation = Ablation(), plan: bool = False):  # fmt: skip  # noqa: B008
-    """Measures the jobs that are missing, or the one of that number; then tables and pictures of what there is.
+    """Tests the claims of the paper on generated videos; goes on where an earlier call stopped.
 
     Several processes with the same arguments share the jobs. Where all are asked for, the networks of `label_seeds`
     seeds are finetuned on shares of the labels (labels.py), and those of all seeds are compared clip by clip (sets.py).

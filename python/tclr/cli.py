@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import os
 import sys
 import time
 from contextlib import ExitStack
@@ -17,11 +18,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from . import ablation, checkpoint, config, dryrun, evaluate, models, processes, report, train
 from . import finetune as tuning
 from . import linear as probe
+from . import page as pages
 from .clips import ClipPlan
 from .config import Data, Evaluation, Net, OtherData
 from .features import embedder_of, features
+from .options import Parser
 
 KS = 1, 5, 10, 20
+DESCRIPTION = """Self-supervised pretraining of video networks by TCLR, and its evaluations. A pretraining writes a
+folder, RUN; the other commands read it and add their results. --dry-run behind a command tries it in small."""
 
 
 def pretrain(
@@ -35,7 +40,9 @@ def pretrain(
     overwrite: bool = False,
     timeout: float = processes.TIMEOUT,
 ):
-    """Pretrains without labels; leaves config.yaml, last.pt, metrics.jsonl and TensorBoard's events in `out`.
+    """Pretrains a network without labels.
+
+    Writes config.yaml, last.pt, metrics.jsonl and TensorBoard's events to `out`.
 
     Under torchrun every process takes its share of each batch, and the losses contrast the whole batch. A run that
     torchrun restarts goes on from last.pt. timeout: seconds that a process waits for the others before it gives up.
@@ -64,6 +71,7 @@ def pretrain(
                     last.unlink(missing_ok=True)  # in every process: machines may have disks of their own
                 if first:
                     config.write(out / "config.yaml", dict(**settings, recipe=recipe, **train.where(device)))
+                    config.write_environment(out / "environment.json", device)
                 stack.enter_context(log)
             job.note("claimed")
             train.carry_on(run, log, file=last)
@@ -122,12 +130,12 @@ class Log:
         if self.told is None or now - self.told > 10:
             self.told = now
             left = f"{timedelta(seconds=round(task.time_remaining))} left" if task.time_remaining else ""
-            shown = *(f"{name} {value:.4f}" for name, value in terms.items()), pace, left
+            shown = *(f"{name} {value:.4g}" for name, value in terms.items()), pace, left
             self.bar.console.print(f"step {step}: " + ", ".join(filter(None, shown)), highlight=False, soft_wrap=True)
 
 
 def retrieval(run: Path, evaluation: Evaluation = Evaluation(), data: OtherData | None = None, device: str = "auto"):  # noqa: B008
-    """Nearest neighbours by the backbone's features, gallery = train, query = test: R@1, 5, 10, 20, and a picture."""
+    """Finds the training videos most like each test video: R@1, R@5, R@10, R@20 and a picture."""
 
     def measured(gallery, queries):
         ranks = evaluate.ranking(gallery.clips, queries.clips, evaluation.clips)
@@ -142,7 +150,7 @@ def retrieval(run: Path, evaluation: Evaluation = Evaluation(), data: OtherData 
 
 def linear(run: Path, evaluation: Evaluation = Evaluation(), data: OtherData | None = None, device: str = "auto",  # noqa: B008
            share: float = 1.0, seed: int = 0):  # fmt: skip
-    """Accuracy of one linear layer on the frozen backbone's features; share: of the labels, balanced over classes."""
+    """Trains one linear layer on the features of the frozen network, and measures its accuracy."""
 
     def measured(gallery, queries):
         layer = fitted(gallery, share, seed)
@@ -155,7 +163,7 @@ def linear(run: Path, evaluation: Evaluation = Evaluation(), data: OtherData | N
 
 
 def multiclip(run: Path, evaluation: Evaluation = Evaluation(), data: OtherData | None = None, device: str = "auto"):  # noqa: B008
-    """Retrieval and linear accuracy against 1 .. all clips a video."""
+    """Measures retrieval and linear accuracy against the number of clips a video."""
 
     def measured(gallery, queries):
         layer, curve = fitted(gallery), {}
@@ -174,7 +182,7 @@ def multiclip(run: Path, evaluation: Evaluation = Evaluation(), data: OtherData 
 
 def confusion(run: Path, evaluation: Evaluation = Evaluation(), data: OtherData | None = None, device: str = "auto",  # noqa: B008
               classes: list[str] | None = None):  # fmt: skip
-    """The confusion matrix of the linear layer, of all or of the chosen classes."""
+    """Draws the confusion matrix of the linear layer."""
 
     def measured(gallery, queries):
         names = gallery.videos.classes
@@ -195,7 +203,7 @@ def confusion(run: Path, evaluation: Evaluation = Evaluation(), data: OtherData 
 @processes.single("finetune")
 def finetune(run: Path, evaluation: Evaluation = Evaluation(), data: OtherData | None = None, device: str = "auto",  # noqa: B008
              share: float = 1.0, epochs: int = 16, batch: int = 16, lr: float = 1e-4, seed: int = 0):  # fmt: skip
-    """Trains backbone and classifier on the labels, or a share of them; accuracy with all clips a video."""
+    """Trains the whole network with a classifier on the labels, and measures its accuracy."""
     data, device = config.data_of(run, data), config.device(device)
     span = (evaluation.frames - 1) * evaluation.stride + 1
     trained, test = (config.open_labelled(data, part, span, run) for part in (data.train, data.test))
@@ -204,7 +212,7 @@ def finetune(run: Path, evaluation: Evaluation = Evaluation(), data: OtherData |
     losses = []
     settings = dict(epochs=epochs, batch=batch, lr=lr, seed=seed)
     chosen = tuning.subset(trained.labels, share, seed)
-    record = lambda **row: (losses.append(row["loss"]), print(row, flush=True))  # noqa: E731
+    record = lambda **row: (losses.append(row["loss"]), print(epoch_of(epochs, **row), flush=True))  # noqa: E731
     tuning.finetune(model, trained, chosen, evaluation, **settings, device=device, record=record)
     name = "finetune" if share == 1 else f"finetune-{share:g}"
     tuning.save(run / f"{name}.pt", model, trained.classes, evaluation)
@@ -214,7 +222,7 @@ def finetune(run: Path, evaluation: Evaluation = Evaluation(), data: OtherData |
 
 @processes.single("classify")
 def classify(run: Path, classifier: str = "finetune", data: OtherData | None = None, device: str = "auto"):
-    """Accuracy of a classifier that `finetune` or `linear` left in the run, on the test part of its data or of other.
+    """Measures a classifier that `finetune` or `linear` left, on its own test videos or on another data set.
 
     classifier: its file's name without .pt, such as linear-0.1. Labels go by the names of the classes it was trained
     on; a video of any other class is refused. The clips are those of its own evaluation.
@@ -244,7 +252,7 @@ def classify(run: Path, classifier: str = "finetune", data: OtherData | None = N
 
 @processes.single("export")
 def export(run: Path, file: Path, format: Literal["torch", "safetensors"] = "safetensors"):
-    """The backbone's weights alone, under torchvision's names."""
+    """Writes the weights of the backbone alone, under torchvision's names."""
     weights = {name: value.contiguous() for name, value in embedder_of(run).backbone.state_dict().items()}
     with checkpoint.whole(file) as opened:
         if format == "torch":
@@ -265,7 +273,7 @@ def load(
     net: Net = Net(),  # noqa: B008
     overwrite: bool = False,
 ):
-    """A run's folder with the weights of the official release's or torchvision's checkpoint, for every evaluation."""
+    """Makes a run's folder from a checkpoint of the official code or of torchvision."""
     embedder = config.build(net, seed=0)
     if format == "release":
         missing = models.load_release(embedder, file)
@@ -279,14 +287,14 @@ def load(
 
 @processes.single("report")
 def page(run: Path):
-    """One self-contained HTML page of a run's figures and pictures: report.html."""
-    print(report.shown(str(report.page(run))))
+    """Writes report.html: results, curves, pictures and settings of a run, in one file."""
+    print(report.shown(str(pages.write(run))))
 
 
 @processes.single("data check")
 def check(dataset: str, root: Path, part: str = "train", split: int = 1, out: Path = Path("data_check.csv"),  # noqa: B008
           window: int = 64):  # fmt: skip
-    """Lists missing, unreadable and short videos, and those of another size; exits 1 where one cannot be read."""
+    """Lists videos that are missing, unreadable, short or of another size; exits with 1 if one cannot be read."""
     from . import check
 
     check.main(dataset, root, part, split, out=out, window=window)
@@ -303,6 +311,10 @@ def of_features(run, data, evaluation, device, measured):
     return processes.from_first(lambda: measured(*parts))
 
 
+def epoch_of(epochs, epoch, loss):
+    return f"epoch {epoch + 1} of {epochs}: loss {loss:.4g}"
+
+
 def fitted(gallery, share=1.0, seed=0):
     chosen = tuning.subset(gallery.labels, share, seed)
     return probe.fit(gallery.clips[chosen], gallery.labels[chosen], len(gallery.videos.classes))
@@ -317,13 +329,15 @@ def result(run, name, digest, figures):
     with table.open("a", newline="") as file:
         rows = [(name, digest, what, value) for what, value in figures.items() if isinstance(value, (int, float))]
         csv.writer(file).writerows([("evaluation", "hash", "figure", "value")] * fresh + rows)
-    shown = {what: value for what, value in figures.items() if isinstance(value, (int, float))}
-    print(f"{name}: " + ", ".join(f"{what} {value:.4g}" for what, value in shown.items()))
+    named = [
+        f"{pages.FIGURES[what][0]} {pages.value_of(what, x)}" for what, x in figures.items() if what in pages.FIGURES
+    ]
+    print(f"{name}: " + (", ".join(named) or f"{run / name}.json"))
     return figures
 
 
 def main(arguments=None):
-    """The program `tclr`. --dry-run anywhere behind it: see dryrun.py."""
+    """Runs a command; errors are raised. --dry-run anywhere behind it: see dryrun.py."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     commands = dict(pretrain=pretrain, retrieval=retrieval, linear=linear, finetune=finetune, classify=classify)
     commands |= dict(multiclip=multiclip, confusion=confusion, ablation=ablation.run, report=page)
@@ -331,9 +345,35 @@ def main(arguments=None):
         arguments = [each for each in arguments if each != dryrun.FLAG]
         commands = {name: dryrun.small(command) for name, command in commands.items()}
     else:
-        commands |= dict(export=export, load=load, data=dict(check=check))
-    auto_cli(commands, args=arguments, prog="tclr", as_positional=False)
+        commands |= dict(export=export, load=load, data=dict(_help="Checks a data set.", check=check))
+    auto_cli(commands, args=arguments, prog="tclr", as_positional=False, parser_class=Parser, description=DESCRIPTION)
+
+
+def program():
+    """The program `tclr`: `main`, with every error in one line; TCLR_TRACEBACK=1 shows where it was raised."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+    except SystemExit as ended:
+        if isinstance(ended.code, str):
+            sys.exit(f"error: {ended.code}")
+        raise
+    except Exception as error:
+        if os.environ.get("TCLR_TRACEBACK") == "1":
+            raise
+        sys.exit(f"error: {in_a_line(error)}")
+
+
+def in_a_line(error):
+    """An error as a user wants it; of one that nobody foresaw also the kind, and how to find its place."""
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    text = " ".join(str(error).split())
+    if isinstance(error, (ValueError, FloatingPointError)):
+        return text
+    return f"{type(error).__name__}: {text} (TCLR_TRACEBACK=1 shows where)"
 
 
 if __name__ == "__main__":
-    main()
+    program()

@@ -1,6 +1,7 @@
 """What a run is made of, as dataclasses: the keys of the YAML files and of the command line."""
 
 import dataclasses
+import datetime
 import hashlib
 import json
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from typing import Literal
 
 import torch
 import yaml
+
+from tclr_kernels import info
 
 from . import annotations, checkpoint, models, processes, train, videos
 
@@ -70,6 +73,17 @@ def write(path, values):
     print(text, end="", flush=True)
     with checkpoint.whole(path) as file:
         file.write(text.encode())
+
+
+def write_environment(path, device):
+    """With what a run is made: the versions, the machine, the time."""
+    facts = {name: version for name, version in info.versions().items() if version}
+    facts |= dict(cpu=info.cpu_model(), threads=torch.get_num_threads())
+    if torch.device(device).type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name(device)
+    facts["started"] = datetime.datetime.now().astimezone().isoformat(timespec="minutes")
+    with checkpoint.whole(path) as file:
+        file.write(json.dumps(facts, indent=1).encode() + b"\n")
 
 
 def saved_settings(run):

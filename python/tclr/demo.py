@@ -1,6 +1,6 @@
-"""python -m tclr.demo: pretrain on video files without labels, by IC alone and by IC + LL + GL; compare retrieval.
+"""python -m tclr.demo: pretrains a small network on generated videos, by IC and by IC + LL + GL, and compares them.
 
-IC is the paper's: its two views show two times of a video. Those of IC + LL + GL show the same frames.
+IC is that of the paper: its two views show two times of a video. Those of IC + LL + GL show the same frames.
 """
 
 import argparse
@@ -34,24 +34,29 @@ def arguments(argv=None):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--out", type=Path, default=Path("runs/demo"), help="where everything is written, the videos too")
-    add("--overwrite", action="store_true", help="write into --out although what lies there is not from the demo")
-    add("--seed", type=int, default=0)
-    add("--backend", choices=tk.available_backends(), help="of tclr_kernels; without it, the library's default")
-    add("--groups", type=int, default=25, help="groups of videos in the data set, as UCF101 has 25")
-    add("--test-groups", type=int, default=8, help="how many of them are the test split")
-    add("--takes", type=int, default=4, help="videos a class has in each group")
-    add("--video-frames", type=int, default=64)
+    add("--out", type=Path, default=Path("runs/demo"), help="folder for everything, also the videos")
+    add("--overwrite", action="store_true", help="write into --out even if it has files that are not from the demo")
+    add("--seed", type=int, default=0, help="for all that is drawn at random")
+    add("--backend", choices=tk.available_backends(), help="backend of tclr_kernels; without it, the best one")
+    add("--groups", type=int, default=25, help="groups of videos in the data set; UCF101 has 25")
+    add("--test-groups", type=int, default=8, help="how many of them are for testing")
+    add("--takes", type=int, default=4, help="videos of each class in a group")
+    add("--video-frames", type=int, default=64, help="frames of a video")
     add("--video-side", type=int, default=40, help="height and width of a video")
     add("--frames", type=int, default=8, help="frames of a clip")
-    add("--stride", type=int, default=4, help="of the global clip; also the number of local clips in its window")
+    add(
+        "--stride",
+        type=int,
+        default=4,
+        help="of the global clip, in frames; also the number of local clips",
+    )
     add("--side", type=int, default=32, help="height and width of a clip")
     add("--steps", type=int, default=200, help="of each pretraining")
     add("--batch", type=int, default=32, help="videos a step")
-    add("--lr", type=float, default=2e-3)
-    add("--width", type=int, default=8, help="channels of the net's first stage")
+    add("--lr", type=float, default=2e-3, help="highest learning rate")
+    add("--width", type=int, default=8, help="channels of the network's first stage")
     add("--eval-clips", type=int, default=8, help="most clips a video in the evaluation")
-    add("--eval-stride", type=int, default=3)
+    add("--eval-stride", type=int, default=3, help="frames between two frames of such a clip")
     return parser.parse_args(argv)
 
 
@@ -93,7 +98,7 @@ class Demo:
         return splits
 
     def measure(self, run):
-        """Features of both splits by one of the compared ways, and their retrieval; returns the last ranking."""
+        """Computes the features of both splits in one way, and their retrieval. Returns the last ranking."""
         o = self.options
         describe = evaluate.single_frame if run == PIXELS else self.trained(run)
         features = [
@@ -109,7 +114,7 @@ class Demo:
         return ranks
 
     def trained(self, run):
-        """The backbone's features, pretrained if `run` says so; every run starts from the same random weights."""
+        """The features of the backbone, after pretraining if `run` has one. All runs start from the same weights."""
         o = self.options
         torch.manual_seed(o.seed)
         embedder = train.Embedder(TinyResNet3d(o.width)).to(memory_format=torch.channels_last_3d).eval()
@@ -131,7 +136,7 @@ class Demo:
         report.plot_gallery(self.queries, self.gallery, ranks[TCLR], chosen, self.out / "gallery.png")
 
     def summary(self):
-        """Prints the table and what it says, and writes the run's facts, which unlike the metrics hold times."""
+        """Prints the table and a summary, and writes the options, versions and times of the run."""
         o, counts = self.options, sorted({1, self.options.eval_clips})
         title = f"Retrieval (%): {len(self.queries)} queries, {len(self.gallery)} videos in the gallery"
         self.console.print(report.table(self.metrics, [PIXELS, RANDOM, IC, TCLR], counts, title))
@@ -158,9 +163,9 @@ class Demo:
 
 
 def claim(out, overwrite):
-    """Makes the folder ours. What an earlier demo wrote is rewritten; nothing is ever deleted."""
+    """Marks the folder as that of a demo. Files of an earlier demo are overwritten; nothing is deleted."""
     if out.exists() and any(out.iterdir()) and not (out / MARK).exists() and not overwrite:
-        raise SystemExit(f"{out} holds files that are not the demo's: choose another --out, or pass --overwrite")
+        raise SystemExit(f"{out} has files that are not from the demo: choose another --out, or pass --overwrite")
     out.mkdir(parents=True, exist_ok=True)
     (out / MARK).write_text("{}\n")
 

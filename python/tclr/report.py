@@ -1,8 +1,5 @@
-"""What a run leaves behind: metrics.jsonl, the table, the plots and the gallery picture."""
+"""What a run leaves behind: metrics.jsonl, the table of the demo, and pictures."""
 
-import base64
-import csv
-import html
 import json
 import unicodedata
 from pathlib import Path
@@ -16,8 +13,7 @@ from .checkpoint import whole
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-TERMS = dict(total="total", ic_global="IC", ll="LL", gl="GL")
-STYLE = "body{font:15px sans-serif;max-width:60em;margin:2em auto}img{max-width:100%}td,th{padding:.2em 1em}"
+TERMS = dict(total="total", ic_global="IC", ic_local="IC, local clips", ll="LL", gl="GL")
 RIGHT, WRONG = "#2a7f3f", "#b3261e"
 LONGEST = 40  # characters of a name in a picture; more leave no room for what the picture shows
 TURNING = set("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # they reorder what follows
@@ -138,28 +134,6 @@ def plot_confusion(counts, names, path):
     axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
     axis.set_yticks(range(len(names)), names, fontsize=7)
     _save(figure, path)
-
-
-def page(run):
-    """Writes report.html: the results table, the figures, the pictures, the configuration, in one file."""
-    run, parts = Path(run), []
-    if (run / "results.csv").exists():
-        rows = list(csv.reader((run / "results.csv").open(newline="")))
-        cells = [["th" if n == 0 else "td", row] for n, row in enumerate(rows)]
-        lines = ("".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) for tag, row in cells)
-        parts.append("<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>")
-    for picture in sorted(run.glob("*.png")):
-        data = base64.b64encode(picture.read_bytes()).decode()
-        parts.append(f'<h2>{html.escape(picture.stem)}</h2><img alt="" src="data:image/png;base64,{data}">')
-    if (run / "config.yaml").exists():
-        parts.append(f"<h2>configuration</h2><pre>{html.escape((run / 'config.yaml').read_text())}</pre>")
-    if not parts:
-        raise SystemExit(f"{run}: found no results, pictures or configuration, wanted a run's folder")
-    title = html.escape(shown(run.resolve().name))
-    head = f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{STYLE}</style><h1>{title}</h1>"
-    with whole(run / "report.html") as file:
-        file.write((head + "\n".join(parts) + "\n").encode(errors="backslashreplace"))
-    return run / "report.html"
 
 
 def _strip(axis, videos, index, count, prefix, colour):

@@ -169,7 +169,7 @@ class Run:
 
     def step(self):
         """One step of the optimizer; returns the terms, averaged over its batches."""
-        self.optimizer.param_groups[0]["lr"] = self.recipe.lr * self.factor()
+        lr = self.optimizer.param_groups[0]["lr"] = self.recipe.lr * self.factor()
         self.optimizer.zero_grad()
         batches = [self.backward(part) for part in range(self.recipe.accumulate)]
         sums = self.judged(batches)
@@ -184,7 +184,7 @@ class Run:
         self.done += 1
         if self.done % self.epoch_steps == 0:
             self.plateau.end_epoch(counts=self.done // self.epoch_steps > len(WARM))
-        return dict(sums)
+        return dict(sums, lr=lr)
 
     def backward(self, part):
         """The terms of one batch, their gradients added to what is there, and at the step's last averaged."""

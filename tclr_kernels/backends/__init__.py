@@ -1,4 +1,4 @@
-"""THE dispatch: `backend=` argument, then TCLR_KERNELS_BACKEND, then the first backend that serves the device."""
+"""Chooses the backend: the argument `backend=`, else TCLR_KERNELS_BACKEND, else the first that works on the device."""
 
 import functools
 import math
@@ -15,19 +15,19 @@ BACKENDS = {"native": native, "triton": triton, "reference": reference}  # in th
 
 
 class Regime(NamedTuple):
-    """Problems on a kind of device, up to so many rows V N of all groups together and so many features D."""
+    """Problems of a limited size on a kind of device, and the order in which backends are tried for them."""
 
     kind: str
     dtypes: tuple[torch.dtype, ...]  # of the rows; empty: any
-    rows: float
-    features: float
+    rows: float  # at most, of all groups and sets together
+    features: float  # at most
     order: tuple[str, ...]
 
 
-# By default the first regime that holds the problem decides, and elsewhere the order of BACKENDS. They were measured on
-# an H100 (benchmarks/results/operation-*.csv). Few rows cost what their launches cost the host, of which native's are
-# cheaper; many are a matter of tensor cores, which Triton uses better but on Hopper, where native has kernels of its
-# own for unit rows of half precision, of 65 to 256 features.
+# The first regime that includes a problem decides; without one, the order of BACKENDS. They follow from measurements on
+# an H100 (benchmarks/results/operation-*.csv): with few rows the launches count, which cost the host less with native;
+# with many rows the tensor cores count, which Triton uses better, except on Hopper, where native has kernels of its own
+# for normalised rows of half precision with 65 to 256 features.
 HALF = torch.bfloat16, torch.float16
 NATIVE, TRITON = ("native", "triton", "reference"), ("triton", "native", "reference")
 HOPPER = 9, 0  # compute capability
@@ -42,27 +42,27 @@ REGIMES = (
 
 
 def available_backends(device: torch.device | str | None = None) -> dict[str, str | None]:
-    """Which backends serve a device.
+    """Tells which backends work on a device.
 
     device: a torch.device or its name; None is the current default device.
-    Returns a dict: backend name -> None if it is usable there, else the reason why it is not.
+    Returns a dict from the name of each backend to None if it works there, else to the reason why it does not.
     """
     device = torch.get_default_device() if device is None else torch.device(device)
     return {name: _why_not(name, device) for name in BACKENDS}
 
 
 def _why_not(name: str, device: torch.device) -> str | None:
-    """Why a backend does not serve a device; None where it does."""
+    """The reason why a backend does not work on a device; None if it does."""
     return BACKENDS[name].why_not(device)
 
 
-# what torch.compiler.assume_constant_result does, which takes two seconds to import the compiler: it asks for the
-# answer and does not trace how it is found, by looking for files and devices
+# The same as torch.compiler.assume_constant_result, which would import the compiler: that takes two seconds. With it,
+# torch.compile takes the answer, and does not trace how files and devices are looked for.
 _why_not._dynamo_marked_constant = True
 
 
 def missing(device: torch.device) -> dict[str, str]:
-    """The backends that should have kernels for a device and cannot serve it. Returns a dict: name -> the reason."""
+    """The backends that should have kernels for a device and do not work there: {name: reason}."""
     belonging = (name for name, backend in BACKENDS.items() if hasattr(backend, "belongs") and backend.belongs(device))
     return {name: reason for name in belonging if (reason := _why_not(name, device)) is not None}
 
@@ -71,7 +71,7 @@ _warned = set()
 
 
 def _warn_of_missing(device_type: str) -> None:
-    """Says once why the reference backend is the default on a device that should have kernels."""
+    """Warns once that the reference backend is used on a device that should have kernels, and says why."""
     if device_type not in _warned:
         _warned.add(device_type)
         for name, reason in missing(torch.device(device_type)).items():
@@ -89,9 +89,9 @@ def choose(
     dtype: torch.dtype | None = None,
     unit_rows: bool = False,
 ) -> str:
-    """The backend's name. One named by argument or environment must serve the device; only the default falls back.
+    """The name of the backend. If the argument or the environment names one that does not work, it is an error.
 
-    unit_rows: whether the problem is sets of normalised rows against each other, for which there are further kernels.
+    unit_rows: whether sets of normalised rows are contrasted with each other, for which there are further kernels.
     """
     source = "backend" if backend is not None else "TCLR_KERNELS_BACKEND"
     backend = backend if backend is not None else os.environ.get("TCLR_KERNELS_BACKEND") or None

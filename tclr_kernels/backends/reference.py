@@ -1,4 +1,4 @@
-"""The definition, in plain PyTorch: it materialises the Gram matrix and is differentiated by plain autograd.
+"""The definition of the operation in plain PyTorch: it stores the Gram matrix, and autograd differentiates it.
 
     S[g,(a,i),(c,j)] = <z[g,a,i], z[g,c,j]> / tau            z normalised rows, or the rows themselves
     neg[g,a,c,i]  = log sum_{j != i} exp S[g,(a,i),(c,j)]
@@ -21,9 +21,9 @@ def why_not(device: torch.device) -> None:
 
 
 def unit_rows(z: Tensor) -> Tensor:
-    """Rows of length one; a zero row stays zero and takes no gradient. z: [..., D]"""
+    """Rows z [..., D], scaled to length one. A row of zeros stays zero, and has gradient zero."""
     largest = z.detach().abs().amax(-1, keepdim=True)
-    scaled = z / largest.where(largest != 0, 1)  # z / |z| does not depend on this scale, so neither do its derivatives
+    scaled = z / largest.where(largest != 0, 1)  # avoids overflow of |z|^2; z / |z| and its derivatives stay the same
     zero = largest == 0
     norm = scaled.masked_fill(zero, 1).norm(dim=-1, keepdim=True)
     return (scaled / norm).masked_fill(zero, 0)
@@ -68,7 +68,7 @@ def _gram(z: Tensor, tau: float | Tensor, normalize: bool, cross: bool) -> tuple
 
 
 class _Matrix:
-    """The similarities S [G, A, C, n, K] of a rectangle, and which candidates are what; see `rectangle`."""
+    """The similarities S [G, A, C, n, K] of a rectangle, and masks of the kinds of candidates; see `rectangle`."""
 
     def __init__(
         self,

@@ -1,0 +1,125 @@
+"""What `tclr COMMAND --help` says about each option, and errors of the command line in one line."""
+
+import re
+
+from jsonargparse import ArgumentParser
+
+GROUPS = {
+    "data": "The videos",
+    "net": "The network",
+    "clips": "Which frames a clip takes",
+    "recipe": "How to pretrain",
+    "evaluation": "Which clips of a video an evaluation reads",
+    "scale": "The size of the ablation",
+}
+HELP = {
+    "run": "folder of a pretraining",
+    "out": "folder to write to",
+    "device": "cpu, cuda, cuda:1, ...; auto: a GPU where there is one",
+    "resume": "go on from the folder's last.pt",
+    "overwrite": "write into a folder that is in use",
+    "timeout": "seconds that a process waits for the others",
+    "share": "share of the labels to train on, 0 to 1, the same of every class",
+    "seed": "for all that is drawn at random",
+    "epochs": "passes over the labelled videos",
+    "batch": "clips a step",
+    "lr": "learning rate",
+    "classes": "the classes to draw, such as '[Archery, Biking]'; without it, all",
+    "classifier": "file in RUN without .pt, such as finetune or linear-0.1",
+    "file": "file of weights to write or read",
+    "format": "kind of that file",
+    "dataset": "kind of data set",
+    "root": "folder of the data set",
+    "part": "part to check, such as train or test",
+    "split": "number of the data set's split",
+    "window": "frames that a video should have",
+    "seeds": "seeds of the rows that the claims are about",
+    "other_seeds": "seeds of the other rows",
+    "label_seeds": "seeds whose networks are finetuned on few labels",
+    "job": "measure this job alone",
+    "plan": "list the jobs and measure none",
+    "data": "evaluate on other videos than the pretraining's; --data.help lists the keys, such as --data.root",
+    "data.dataset": "kind of data set",
+    "data.root": "its folder",
+    "data.split": "number of its split",
+    "data.train": "name of the part to train on",
+    "data.test": "name of the part to test on",
+    "data.size": "bring all videos to this height and width, such as '[128, 171]'",
+    "net.backbone": "architecture",
+    "net.width": "channels of the first stage",
+    "net.dim": "size of an embedding",
+    "clips.frames": "frames of a clip",
+    "clips.stride": "frames between two frames of the global clip; also the number of local clips",
+    "clips.windows": "whether the two views of a video show the same frames or two independent windows",
+    "clips.decay": "for independent windows: how strongly near ones are preferred; 0: not at all, 1: as in CVRL",
+    "recipe.steps": "steps in all; 0: as many as --recipe.epochs has",
+    "recipe.epochs": "passes over the videos, if steps is 0",
+    "recipe.batch": "videos a step",
+    "recipe.accumulate": "batches whose gradients are added up for one step",
+    "recipe.optimizer": "AdamW or Adam",
+    "recipe.lr": "highest learning rate",
+    "recipe.schedule": "cosine with a warm-up, or the release's: a tenth when the loss stays on a plateau",
+    "recipe.warmup": "steps of the cosine's warm-up",
+    "recipe.weight_decay": "weight decay",
+    "recipe.temperature": "temperature of the losses",
+    "recipe.learn_temperature": "learn the temperature, from that value on",
+    "recipe.weights": "of the terms, such as '{ic_global: 1.0, ll: 1.0, gl: 0.0}'",
+    "recipe.form": "the terms' default weights: of the paper or of the official code",
+    "recipe.queue": "earlier global clips that are further negatives; 0: none",
+    "recipe.backend": "of tclr_kernels; without it, the best one",
+    "recipe.augment": "augmentation: of the demo or of the official code",
+    "recipe.side": "height and width of a clip in pixels",
+    "recipe.amp": "mixed precision",
+    "recipe.compile": "compile the network by torch.compile",
+    "recipe.readers": "threads that decode the next batch",
+    "recipe.checkpoint_every": "steps between two checkpoints",
+    "recipe.seed": "for all that is drawn at random",
+    "evaluation.clips": "clips a video, evenly spaced",
+    "evaluation.frames": "frames of a clip",
+    "evaluation.stride": "frames of the video between two frames of a clip",
+    "evaluation.side": "height and width of a clip in pixels",
+    "evaluation.pooled": "average the features over the time of a clip",
+    "scale.groups": "groups of training videos; an actor belongs to one group",
+    "scale.test_groups": "groups of test videos",
+    "scale.takes": "videos of each class in a group",
+    "scale.video_frames": "frames of a video",
+    "scale.video_side": "height and width of a video in pixels",
+    "scale.frames": "frames of a clip",
+    "scale.stride": "frames between two frames of the global clip",
+    "scale.side": "height and width of a clip in pixels",
+    "scale.width": "channels of the network's first stage",
+    "scale.steps": "steps of each pretraining",
+    "scale.batch": "videos a step",
+    "scale.lr": "highest learning rate",
+    "scale.temperature": "temperature of the losses",
+    "scale.eval_clips": "clips a video in the evaluation",
+    "scale.eval_stride": "frames of the video between two frames of such a clip",
+}
+
+
+class Parser(ArgumentParser):
+    """jsonargparse's parser with the texts above, errors in one line, and types by their names."""
+
+    def add_argument(self, *names, **settings):
+        name = names[0].lstrip("-") if names else None
+        if name in HELP and settings.get("help") is None:
+            settings["help"] = HELP[name]
+        return super().add_argument(*names, **settings)
+
+    def add_argument_group(self, *titles, name=None, **settings):
+        titles = (GROUPS[name],) if name in GROUPS else titles
+        return super().add_argument_group(*titles, name=name, **settings)
+
+    def error(self, message, ex=None):
+        command = (getattr(ex, "subcommand_parser", None) or self).prog.replace(" [options]", "")
+        message = short_types(" ".join(message.split()))
+        message = re.sub(r"required: \w+\.(\w+)", r"required: --\1", message)
+        message = re.sub(r'Parser key "([^"]+)"', r"--\1", message)
+        self.exit(2, f"error: {message} ({command} --help lists what there is)\n")
+
+    def format_help(self):
+        return short_types(super().format_help())
+
+
+def short_types(text):
+    return re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
