@@ -160,7 +160,7 @@ def products(shape):
 
 
 def plain(shape, sets):
-    """The same loss and its gradient in plain PyTorch, and by torch.compile: times and memory, none where not asked for.
+    """Times and memory of the same loss and gradient in plain PyTorch and by torch.compile, in some rows only.
 
     They are asked for once, beside the backend that is named first.
     """
