@@ -1,13 +1,13 @@
 """THE dispatch: `backend=` argument, then TCLR_KERNELS_BACKEND, then the first backend that serves the device."""
 
 import math
-import os
 import warnings
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 
+from ..checks import environment
 from . import native, reference, triton
 
 BACKENDS = {"native": native, "triton": triton, "reference": reference}  # in the order of preference
@@ -79,7 +79,7 @@ def choose(
 ) -> str:
     """The backend's name. One named by argument or environment must serve the device; only the default falls back."""
     source = "backend" if backend is not None else "TCLR_KERNELS_BACKEND"
-    backend = backend if backend is not None else os.environ.get("TCLR_KERNELS_BACKEND") or None
+    backend = backend if backend is not None else environment("TCLR_KERNELS_BACKEND") or None
     if backend is None:
         for chosen in _order(device, rows, features, dtype):
             if chosen in BACKENDS and _why_not(chosen, device) is None:
