@@ -172,19 +172,27 @@ template <typename T>
 std::tuple<Tensor, Tensors> reduced_of(const Tensors& inputs, GramInput in, const Reduction& how, bool with_tau,
                                        bool gradient) {
   const Tensor& like = inputs[0];
-  auto block = [&] { return empty({in.G, in.V, in.V, in.N}, wide(like), like); };
-  Tensor term = block(), neg = block(), pos = block();
+  auto made_of = [&](const std::vector<int64_t>& sizes) { return empty(sizes, wide(like), like); };
+  std::vector<int64_t> blocks{in.G, in.V, in.V, in.N};
   Executor executor = threads();
   const Kernels<T>& k = kernels<T>();
   in.keep = gradient && keeps(in);
-  Tensor memory = empty({k.workspace(in, executor.threads, gradient)}, wide(like), like);
-  k.forward(in, {data<T>(term), data<T>(neg), data<T>(pos)}, data<T>(memory), executor);
+  int64_t workspace = k.workspace(in, executor.threads, gradient);
+  Tensor term = made_of(blocks);
+  // without a gradient neg and pos lie behind the workspace: two tensors less to make
+  int64_t count = term.numel();
+  Tensor memory = made_of({workspace + (gradient ? 0 : 2 * count)});
+  Optional kept_neg, kept_pos;
+  if (gradient) kept_neg = made_of(blocks), kept_pos = made_of(blocks);
+  T* neg = gradient ? data<T>(*kept_neg) : data<T>(memory) + workspace;
+  T* pos = gradient ? data<T>(*kept_pos) : neg + count;
+  k.forward(in, {data<T>(term), neg, pos}, data<T>(memory), executor);
   Tensor loss = total(how.one_sided ? first_pair<T>(term) : term);
   T* value = data<T>(loss);
   *value = *value * T(how.factor) / T(how.count);
   if (!gradient) return {loss, {}};
-  Tensors made = gradients_of<T>(inputs, in, how, neg, pos, T(1), with_tau, memory);
-  if (!scalable<T>({made.begin(), made.begin() + int64_t(inputs.size())})) return {loss, {neg, pos}};
+  Tensors made = gradients_of<T>(inputs, in, how, *kept_neg, *kept_pos, T(1), with_tau, memory);
+  if (!scalable<T>({made.begin(), made.begin() + int64_t(inputs.size())})) return {loss, {*kept_neg, *kept_pos}};
   return {loss, made};
 }
 

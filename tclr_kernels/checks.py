@@ -204,8 +204,20 @@ def tf32_allowed() -> bool:
 tf32_allowed._dynamo_marked_constant = True
 
 
+# what os.environ keeps, by the encoded name; asked for a variable that is not there, os.environ itself raises and
+# catches an error, which takes as long as all checks of an input
+_VARIABLES = getattr(os.environ, "_data", None) if os.name == "posix" else None
+
+
+def environment(name: str) -> str | None:
+    """The value of an environment variable, None where it is not set."""
+    if _VARIABLES is not None and not torch.compiler.is_compiling() and name.encode() not in _VARIABLES:
+        return None
+    return os.environ.get(name)
+
+
 def _check_values() -> bool:
-    return os.environ.get("TCLR_KERNELS_CHECK") == "1"
+    return environment("TCLR_KERNELS_CHECK") == "1"
 
 
 def _embedding(name: str, x: object, dims: Sequence[str], check_values: bool, empty: bool = False) -> None:

@@ -2,13 +2,13 @@
 
 import functools
 import math
-import os
 import warnings
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 
+from ..checks import environment
 from . import native, reference, triton
 
 BACKENDS = {"native": native, "triton": triton, "reference": reference}  # in the order of preference
@@ -94,7 +94,7 @@ def choose(
     unit_rows: whether sets of normalised rows are contrasted with each other, for which there are further kernels.
     """
     source = "backend" if backend is not None else "TCLR_KERNELS_BACKEND"
-    backend = backend if backend is not None else os.environ.get("TCLR_KERNELS_BACKEND") or None
+    backend = backend if backend is not None else environment("TCLR_KERNELS_BACKEND") or None
     if backend is None:
         for chosen in _order(device, rows, features, dtype, unit_rows):
             if chosen in BACKENDS and _why_not(chosen, device) is None:
