@@ -9,7 +9,7 @@ def nt_xent(a, b, tau):
     z = F.normalize(torch.cat([a, b])) * tau**-0.5
     S = torch.mm(z, z.T).fill_diagonal_(-torch.inf)
     N = len(a)
-    partner = torch.cat([torch.arange(N, 2 * N), torch.arange(N)])
+    partner = torch.arange(2 * N, device=S.device).roll(N)
     return F.cross_entropy(S, partner)
 
 
@@ -41,7 +41,7 @@ def nt_xent_exponentials(a, b, tau):
 def clip(a, b, tau):
     """CLIP's loss: one product, its transpose for the other direction."""
     S = (F.normalize(a) * (1 / tau)) @ F.normalize(b).T
-    own = torch.arange(len(a))
+    own = torch.arange(len(a), device=a.device)
     return (F.cross_entropy(S, own) + F.cross_entropy(S.T, own)) / 2
 
 
