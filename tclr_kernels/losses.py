@@ -101,9 +101,11 @@ def nt_xent(
     a, b = checks.embeddings("... N D", group is not None, a=a, b=b)
     checks.flag("symmetric", symmetric)
     tau = _tau(temperature, logit_scale, normalize, reduction, a, group)
-    anchors = a.shape[:-2].numel() * _rows(a, group) * (2 if symmetric else 1)
+    of_a_row = a.shape[:-2].numel() * (
+        2 if symmetric else 1
+    )  # anchors; how many rows there are, processes agree on below
     if _is_plain(reduction, labels, negatives, decoupled, group):
-        count = anchors if reduction == "mean" else 1
+        count = of_a_row * a.shape[-2] if reduction == "mean" else 1
         return reduced([a, b], tau, backend, normalize, False, one_sided=not symmetric, count=count)
     further = None
     if negatives is not None:
@@ -112,7 +114,7 @@ def nt_xent(
     if reduction == "none":
         term = _own(term, group)
         return (_off_diagonal(term) if symmetric else term[:, 0, 1]).reshape(*a.shape[:-2], -1)
-    return _reduce(term if symmetric else term[:, 0, 1], reduction, anchors, group)
+    return _reduce(term if symmetric else term[:, 0, 1], reduction, of_a_row * _rows(a, group), group)
 
 
 @distributed.collective
@@ -143,9 +145,10 @@ def clip_loss(
     a, b = checks.embeddings("... N D", group is not None, a=a, b=b)
     tau = _tau(temperature, logit_scale, normalize, reduction, a, group)
     of_a, of_b = checks.pair("negatives", negatives)
-    anchors = 2 * a.shape[:-2].numel() * _rows(a, group)
+    of_a_row = 2 * a.shape[:-2].numel()
     if _is_plain(reduction, labels, of_a if of_b is None else of_b, decoupled, group):
-        return reduced([a, b], tau, backend, normalize, True, count=anchors if reduction == "mean" else 1)
+        count = of_a_row * a.shape[-2] if reduction == "mean" else 1
+        return reduced([a, b], tau, backend, normalize, True, count=count)
     further = None
     if of_a is not None or of_b is not None:
         further = [candidates.given(f"negatives[{k}]", x, a, group) for k, x in enumerate((of_a, of_b))]
@@ -155,7 +158,7 @@ def clip_loss(
     term = _terms([a, b], tau, normalize, True, backend, labels, further, decoupled, group)
     if reduction == "none":
         return _off_diagonal(_own(term, group)).reshape(*a.shape[:-2], -1)
-    return _reduce(term, reduction, anchors, group)
+    return _reduce(term, reduction, of_a_row * _rows(a, group), group)
 
 
 @distributed.collective
@@ -279,9 +282,10 @@ def instance_contrastive(
         raise ValueError(f"views: found V = {V}, shape {list(views.shape)}, wanted V >= 2")
     checks.one_of("softmax", softmax, SOFTMAXES)
     tau = _tau(temperature, logit_scale, normalize, reduction, views, group)
-    anchors = V * _rows(views, group) * (V - 1 if softmax == "pairs" else 1)
+    of_a_row = V * (V - 1 if softmax == "pairs" else 1)
     if softmax == "pairs" and _is_plain(reduction, labels, negatives, decoupled, group):
-        return reduced([views], tau, backend, normalize, False, count=anchors if reduction == "mean" else 1)
+        count = of_a_row * B if reduction == "mean" else 1
+        return reduced([views], tau, backend, normalize, False, count=count)
     sets = views.unsqueeze(1).unbind(0)
     further = None if negatives is None else [candidates.given("negatives", negatives, views[0], group)]
     if softmax == "pairs":
@@ -292,7 +296,7 @@ def instance_contrastive(
         term = _rounded(parts.joint_terms(decoupled), views)
     if reduction == "none":
         return _own(term, group)[0]
-    return _reduce(term, reduction, anchors, group)
+    return _reduce(term, reduction, of_a_row * _rows(views, group), group)
 
 
 @distributed.collective
