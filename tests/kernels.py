@@ -222,7 +222,7 @@ def _deviation(kernels, sets, tau, normalize, cross, generator):
     dz, zdz = kernels.backward(sets, tau, normalize, cross, neg, pos, *(g.to(neg.dtype) for g in upstream))
     unit = 2 * torch.finfo(sets[0].dtype).eps if sets[0].element_size() == 2 else 0
     gradients = [_difference(d, w) - unit for d, w in zip(dz, wanted_dz, strict=True)]
-    gradients.append(_difference(zdz, torch.stack(along, 1)) - unit)  # the temperature's gradient is made of it
+    gradients.append(_difference(zdz, torch.stack(along, 1)) - unit)  # what the temperature's gradient is made of
     return max(*(_difference(f, w.detach()) for f, w in zip(found, wanted, strict=True)), *gradients)
 
 

@@ -118,6 +118,16 @@ def test_the_tables_of_compiled_kernels_have_a_row_for_an_error_too(tmp_path, mo
     assert found == [("sm_80", "error: RuntimeError: no luck"), ("sm_90a", "ok"), ("sm_100", "ok")]
 
 
+def test_the_committed_rows_have_hoppers_kernels_and_no_new_spill():
+    pytest.importorskip("triton")
+    from benchmarks import compile_cuda
+
+    of_hopper = {row["kernel"]: row for row in rows.read(compile_cuda.RESULTS) if row["target"] == "sm_90a"}
+    for name in (f"hopper::{kernel}<{chunks}>" for kernel in ("sum_blocks", "add_blocks") for chunks in range(1, 5)):
+        assert int(of_hopper[name]["tensor_instructions"]) > 0
+        assert int(of_hopper[name]["spills"]) <= compile_cuda.SPILLS.get(name, 0)
+
+
 def test_the_readme_shows_the_committed_rows():
     readme = (rows.ROOT / "README.md").read_text()
     shown = readme.partition(table.BEGIN)[2].partition(table.END)[0].strip()
