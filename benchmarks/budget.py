@@ -28,9 +28,9 @@ class Step(NamedTuple):
 STEPS = {
     "build": Step(90),
     "what is here": Step(10),
-    "compile for the times and the sanitizers": Step(30, 28),
-    "times": Step(120),
-    "tests on the GPU": Step(50, 110),
+    "compile for the times and the sanitizers": Step(50, 28),
+    "times": Step(75),
+    "tests on the GPU": Step(80, 110),
     "compute-sanitizer memcheck": Step(25),
     "compute-sanitizer racecheck": Step(45),
     "compute-sanitizer initcheck": Step(25),

@@ -20,7 +20,7 @@ echo "step,status,seconds,limit" > "$OUT/steps.csv"
 step() { # name, command; without a limit in benchmarks/budget.py it is not run
   echo "== $1"
   local start=$SECONDS status=0
-  GPU_STEP=$1 timeout -k 2 "${limits[$1]}" "${@:2}" || status=$?
+  GPU_STEP=$1 timeout -s INT -k 10 "${limits[$1]}" "${@:2}" || status=$?
   if [ $status -ne 0 ]; then echo "FAILED: $1, status $status"; failed=1; fi
   echo "$1,$status,$((SECONDS - start)),${limits[$1]}" >> "$OUT/steps.csv"
 }

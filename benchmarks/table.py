@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from . import accuracy, rows
+from . import accuracy, gpu_table, rows
 from .providers import PROVIDERS
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
@@ -41,12 +41,13 @@ PREFACE = """# Benchmarks
 
 
 def markdown(paths):
-    """The README's table: NT-Xent on the machine that was measured last."""
+    """The README's tables: NT-Xent on the CPU that was measured last, and on GPUs."""
     if not paths:
         return "Not measured yet."
     every = rows.read(rows.newest(paths))
     where = "{cpu}, {threads} threads, {isa}, torch {torch}".format_map(every[0])
-    return f"{nt_xent(scaling_of(every), IN_README)}\n\n{where}; float32, forward and backward."
+    on_cpu = f"{nt_xent(scaling_of(every), IN_README)}\n\n{where}; float32, forward and backward."
+    return "\n\n".join([on_cpu, *gpu_table.summary(grid)])
 
 
 def summary(every):
@@ -112,7 +113,7 @@ def other_losses(cases):
 
 def page(paths):
     """Every row of every device, as one page of Markdown."""
-    parts = [PREFACE, *picture(*ACCURACY)]
+    parts = [PREFACE, *picture(*ACCURACY), *gpu_table.sections(grid)]
     for path in paths:
         every = rows.read(path)
         parts += [heading(every), *picture(ROWS, path.with_suffix(".png")), *summary(every)]
