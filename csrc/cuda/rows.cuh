@@ -61,13 +61,14 @@ using cuda::Scalar;
 
 TCLR_DEVICE double value_of(const Scalar& x) { return x.data ? value_at<double>(x.data, x.dtype, 0) : x.value; }
 
-// The length of a row, scale * rest. rest is 0 for a row of zeros.
+// A row in memory, with feature d at first + d * step.
 struct Source {
   const void* data;
   Dtype dtype;
   int64_t first, step;
 };
 
+// The length of a row, scale * rest. rest is 0 for a row of zeros.
 template <typename T>
 struct Norm {
   T scale, rest;
