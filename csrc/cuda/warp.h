@@ -85,7 +85,7 @@ TCLR_DEVICE T of_other_lane(T x, int bits) {
   return __shfl_xor_sync(0xffffffff, x, bits);
 }
 
-// 2^x to float's precision for |x| < 100, and 0 for smaller x.
+// 2^x to float's precision for |x| < 100, and 0 for x far below that.
 TCLR_DEVICE float exp2_of(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
