@@ -1,4 +1,5 @@
-// The operation and its gradient without tensor cores: for small problems, and for float32 and float64.
+// The operation and its gradient without tensor cores: for small problems, and if the full precision of the dtype is
+// required.
 //
 //   S[(a,i),(c,j)] = <z_(a,i), z_(c,j)> / tau
 //   neg[a,c,i]     = log sum_{j != i} exp S           pos[a,c,i] = S[(a,i),(c,i)]
