@@ -1,6 +1,6 @@
 """python -m tclr.demo: pretrains a small network on generated videos, by IC and by IC + LL + GL, and compares them.
 
-IC is that of the paper: its two views show two times of a video. Those of IC + LL + GL show the same frames.
+IC is the paper's: its two views show different times of a video. The views of IC + LL + GL show the same frames.
 """
 
 import argparse
@@ -85,7 +85,7 @@ class Demo:
         return result
 
     def data(self):
-        """Writes the data set's video files, then decodes both splits, once, into memory."""
+        """Writes the data set's video files, and then decodes both splits into memory."""
         o, root = self.options, self.out / "dataset"
         size = dict(groups=o.groups, test_groups=o.test_groups, takes=o.takes, frames=o.video_frames, side=o.video_side)
         motions.write_dataset(root, **size, seed=o.seed, progress=self.progress("writing videos"))
@@ -98,7 +98,7 @@ class Demo:
         return splits
 
     def measure(self, run):
-        """Computes the features of both splits in one way, and their retrieval. Returns the last ranking."""
+        """Computes the features of both splits for one run, and measures retrieval. Returns the last ranking."""
         o = self.options
         describe = evaluate.single_frame if run == PIXELS else self.trained(run)
         features = [
@@ -114,7 +114,10 @@ class Demo:
         return ranks
 
     def trained(self, run):
-        """The features of the backbone, after pretraining if `run` has one. All runs start from the same weights."""
+        """A function from clips to features of the backbone, which is pretrained if the run has a pretraining.
+
+        All runs start from the same weights.
+        """
         o = self.options
         torch.manual_seed(o.seed)
         embedder = train.Embedder(TinyResNet3d(o.width)).to(memory_format=torch.channels_last_3d).eval()
