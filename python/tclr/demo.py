@@ -36,10 +36,10 @@ def arguments(argv=None):
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/demo"), help="folder for everything, also the videos")
     add("--overwrite", action="store_true", help="write into --out even if it has files that are not from the demo")
-    add("--seed", type=int, default=0, help="for all that is drawn at random")
+    add("--seed", type=int, default=0, help="seed of all random numbers")
     add("--backend", choices=tk.available_backends(), help="backend of tclr_kernels; without it, the best one")
     add("--groups", type=int, default=25, help="groups of videos in the data set; UCF101 has 25")
-    add("--test-groups", type=int, default=8, help="how many of them are for testing")
+    add("--test-groups", type=int, default=8, help="how many of these groups are for testing")
     add("--takes", type=int, default=4, help="videos of each class in a group")
     add("--video-frames", type=int, default=64, help="frames of a video")
     add("--video-side", type=int, default=40, help="height and width of a video")
@@ -48,14 +48,14 @@ def arguments(argv=None):
         "--stride",
         type=int,
         default=4,
-        help="of the global clip, in frames; also the number of local clips",
+        help="stride of the global clip, in frames; also the number of local clips",
     )
     add("--side", type=int, default=32, help="height and width of a clip")
-    add("--steps", type=int, default=200, help="of each pretraining")
+    add("--steps", type=int, default=200, help="steps of each pretraining")
     add("--batch", type=int, default=32, help="videos a step")
     add("--lr", type=float, default=2e-3, help="highest learning rate")
     add("--width", type=int, default=8, help="channels of the network's first stage")
-    add("--eval-clips", type=int, default=8, help="most clips a video in the evaluation")
+    add("--eval-clips", type=int, default=8, help="largest number of clips a video in the evaluation")
     add("--eval-stride", type=int, default=3, help="frames between two frames of such a clip")
     return parser.parse_args(argv)
 
