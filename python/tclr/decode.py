@@ -1,8 +1,8 @@
 """Reads any frames of a video file. They are exactly those that decoding the file from its beginning would give.
 
-The frames are those of `ffmpeg -map 0:v:0 -fps_mode passthrough`, in its order, turned and mirrored as it does, and all
-of the first one's size. index.py finds out where in a file decoding may start; torchcodec does the work where it loads
-and the stamps of a file identify its frames, PyAV everywhere else.
+The frames are those of `ffmpeg -map 0:v:0 -fps_mode passthrough`, in its order and orientation, and resized to the size
+of the first one. index.py finds the positions from which decoding may start. Frames are decoded by torchcodec if it is
+installed and the file's timestamps identify its frames, and by PyAV otherwise.
 """
 
 from bisect import bisect_right
@@ -19,7 +19,7 @@ from .index import Unreadable  # noqa: F401
 try:
     import torchcodec
     from torchcodec.decoders import VideoDecoder
-except (ImportError, OSError, RuntimeError):  # the last two: it does not fit FFmpeg or PyTorch
+except (ImportError, OSError, RuntimeError):  # the last two: FFmpeg is missing, or PyTorch has another version
     torchcodec = None
 
 PYAV = f"PyAV {av.__version__}"
