@@ -26,7 +26,7 @@ from .options import Parser
 
 KS = 1, 5, 10, 20
 DESCRIPTION = """Self-supervised pretraining of video networks by TCLR, and its evaluations. A pretraining writes a
-folder, RUN; the other commands read it and add their results. --dry-run behind a command tries it in small."""
+folder, RUN; the other commands read it and add their results. --dry-run tries a command on a small scale."""
 
 
 def pretrain(
@@ -282,7 +282,7 @@ def load(
     checkpoint.claim(out, resume=False, overwrite=overwrite)
     config.write(out / "config.yaml", dict(data=data, net=net, weights=str(file)))
     checkpoint.save(out / "last.pt", embedder=embedder.state_dict(), settings=dict(net=dataclasses.asdict(net)))
-    print(f"{file} to {out}" + f"; not in it, so as drawn: {', '.join(missing)}" * bool(missing))
+    print(f"{file} to {out}" + f"; not in it, so initialised at random: {', '.join(missing)}" * bool(missing))
 
 
 @processes.single("report")
