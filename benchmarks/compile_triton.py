@@ -1,9 +1,9 @@
-"""Every Triton kernel the tables of tiles select, compiled without a GPU: python -m benchmarks.compile_triton
+"""python -m benchmarks.compile_triton: compiles all Triton kernels, with the tiles of all tables, without a GPU.
 
-The launchers run on meta tensors, and what they would launch is compiled for sm_80, sm_90, sm_100 and gfx942:
-registers, spills, shared memory, instructions by class. Beside it, for the kernels that make tiles, a PREDICTION of a
-tile's time on an H200 by each pipe. Writes benchmarks/results/triton-compiled.csv and, from it alone with --page,
-docs/triton.md. TRITON_INTERPRET must not be set.
+The launchers run on meta tensors, and the kernels that they would launch are compiled for sm_80, sm_90, sm_100 and
+gfx942, to find registers, spills, shared memory, and instructions by class. For kernels that compute tiles of S, it
+also makes a PREDICTION of a tile's time on an H200 for each unit. It writes benchmarks/results/triton-compiled.csv and
+docs/triton.md; with --page, only the page, from the existing table. TRITON_INTERPRET must not be set.
 """
 
 import argparse
@@ -94,7 +94,7 @@ class Case(NamedTuple):
 
 
 class Rectangle(NamedTuple):
-    """The same of the general form: n rows against K columns, or n against themselves where K is 0."""
+    """A problem of the general operation: n rows against K columns, or n rows against themselves if K is 0."""
 
     n: int
     K: int
@@ -185,7 +185,7 @@ def recorded(case, table):
 
 
 def source(launch):
-    """What the just-in-time compiler makes of a call: types, constants, and what is divisible by 16."""
+    """The source of a launch as the just-in-time compiler sees it: types, constants, and divisibility by 16."""
     signature, constants, attributes = {}, {}, {}
     for k, (name, parameter) in enumerate(zip(launch.kernel.arg_names, launch.kernel.params, strict=True)):
         value, specialised = launch.arguments[name], not parameter.do_not_specialize
@@ -204,16 +204,16 @@ def source(launch):
 
 
 def compiled(launch, target):
-    """The compiled kernel's facts, by column."""
+    """The properties of the compiled kernel, by column of the table."""
     kernel = triton.compile(source(launch), target=target, options=launch.options | sets.COMPILER_OPTIONS)
     facts = cuda_facts(kernel) if target.backend == "cuda" else hip_facts(kernel)
     return dict(shared=kernel.metadata.shared, ahead=copies_ahead(kernel.asm["ttgir"]), **facts)
 
 
 def copies_ahead(text):
-    """How many groups of copies a loop leaves on their way when it waits for the oldest; "" where it copies none.
+    """How many groups of copies are still pending in a loop after the wait for the oldest; "" if there are no copies.
 
-    text: of Triton's intermediate language for GPUs. A wait that names no group is one after the loop
+    text: the kernel in Triton's GPU dialect. A wait without an argument comes after the loop.
     """
     waits = [int(count) for count in re.findall(r"ttg.async_wait %[^{]*\{num = (\d+)", text)]
     return min(waits, default="")
@@ -231,7 +231,7 @@ def cuda_facts(kernel):
 
 
 def spills_in_loops(sass):
-    """Of the innermost loops that multiply matrices, which take nearly all the time of a kernel that has any."""
+    """The number of spills in the innermost loops with matrix products, which take nearly all the time of a kernel."""
     lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(\S.*)", sass)]
     jumps = [(at, re.search(r"\bBRA\S* .*?(0x[0-9a-f]+)", text)) for at, text in lines]
     loops = [(int(to[1], 16), at) for at, to in jumps if to and int(to[1], 16) < at]
@@ -253,20 +253,21 @@ def _run(*command):
     return subprocess.run([str(x) for x in command], check=True, capture_output=True, text=True).stdout
 
 
-# of one H200 processor, a clock: products by dtype (dense, at the rate measured on random data), exp2, float32, bytes
-# (from L2 9.8 TB/s at 1.98 GHz: github.com/te42kyfo/gpu-benches, gpu-l2-cache/h200.txt)
+# rates of one multiprocessor of an H200, in a clock: products by dtype (as measured on random data), exp2, float32
+# operations, bytes (L2: 9.8 TB/s at 1.98 GHz, from github.com/te42kyfo/gpu-benches, gpu-l2-cache/h200.txt)
 FLOPS = 790e12  # of the whole device
 RATES = dict(half=1705.0, tf32=850.0, pairs=1705 / 3, float=128.0, double=64.0)
 RATES |= dict(ex2=16.0, fma=128.0, shared=128.0, l2=37.5)
-REGISTERS = 65536  # of a processor
-MAKERS = "sums_kernel", "unbounded_sums_kernel", "gradient_kernel"  # of the tiles of S
+REGISTERS = 65536  # of a multiprocessor
+MAKERS = "sums_kernel", "unbounded_sums_kernel", "gradient_kernel"  # the kernels that compute tiles of S
 PIPES = ("tensor", "ex2", "fma", "shared", "l2")
 
 
 def predicted(launch, facts):
-    """PREDICTION of a tile: clocks by pipe, the pipe that limits, shares of the plan's floor (products alone).
+    """A PREDICTION for a tile: clocks by unit, the busiest unit, and the share of the products' time in the whole.
 
-    facts: of the compiled kernel; how many programs a processor holds follows from its registers and shared memory.
+    facts: those of the compiled kernel. Its registers and shared memory give the number of programs on a
+    multiprocessor.
     """
     a, name = launch.arguments, launch.kernel.__name__
     if name not in MAKERS:
@@ -280,18 +281,19 @@ def predicted(launch, facts):
     exponentials = (2 if gradient and not bounded else 1) * chunks
     operations = {(False, True): 3, (False, False): 5, (True, True): 3, (True, False): 7}[gradient, bounded]
     rows, columns = a["BM"] * a["DP"] * size, a["BN"] * a["DP"] * size
-    parts, again = a["BK"] < a["DP"], chunks > 1 or a["BK"] < a["DP"]  # S by parts of the features; read again for dz
+    # parts: features are read in parts; again: columns are read again for dz
+    parts, again = a["BK"] < a["DP"], chunks > 1 or a["BK"] < a["DP"]
     moving = rows if name == "sums_kernel" else columns
     fetched = chunks * (rows + columns if parts else moving) + (columns if gradient and again else 0)
-    # each 64 rows of a tile read all of its columns, and each group of 4 warps that has some of the columns all rows
+    # every 64 rows of a tile read all of its columns; every group of 4 warps with some of the columns reads all rows
     down = a["BM"] // 64 or 1
     across = warps // 4 // down or 1
     shared = products * chunks * (rows * across + columns * down) / (2 if pairs else 1) + fetched
     if gradient:
         shared += products * columns * down / (2 if pairs else 1)
         if kind == "tf32":
-            shared += columns * (not again)  # a copy that is transposed
-        # W, from where it is made to where it is multiplied: by shuffles in TF32, by memory to the other warp groups
+            shared += columns * (not again)  # a transposed copy
+        # W is moved to the threads that multiply it, by shuffles in TF32, and through memory to other groups of warps
         shared += chunks * area * size * (1 + across if across > 1 else kind == "tf32")
     clocks = {
         "tensor": area * a["DP"] * (chunks + gradient) / RATES[kind],
@@ -301,13 +303,14 @@ def predicted(launch, facts):
         "l2": fetched / RATES["l2"],
     }
     limit = max(clocks, key=clocks.get)
-    # of a program alone: products read shared memory as they go, all else waits, and what no stage fetches ahead too
+    # a program alone: reads of shared memory overlap with products; all else is serial, and so are reads without stages
     ahead = launch.options.get("num_stages", 1) > 1 and (parts or not gradient or kind != "tf32")
     waits = a["BK"] / a["DP"] * parts if ahead else 1
     alone = max(clocks["tensor"], clocks["shared"]) + clocks["ex2"] + clocks["fma"] + clocks["l2"] * waits
     registers = 32 * warps * -(-facts["registers"] // 8) * 8
-    programs = min(REGISTERS // registers, (SHARED["sm_90"] + 1) * 1024 // (facts["shared"] + 1024))  # 1 KiB is taken
-    once = 0.5 if name == "unbounded_sums_kernel" else 1  # that one makes each entry of S twice
+    # the system uses 1 KiB of shared memory for each program
+    programs = min(REGISTERS // registers, (SHARED["sm_90"] + 1) * 1024 // (facts["shared"] + 1024))
+    once = 0.5 if name == "unbounded_sums_kernel" else 1  # this kernel computes each entry of S twice
     useful = area * a["DP"] * (once + gradient) / RATES[kind]
     return {f"predicted_{name}": round(value) for name, value in clocks.items()} | dict(
         predicted_limit=limit,
@@ -318,7 +321,7 @@ def predicted(launch, facts):
 
 
 def rows(cases, targets):
-    """One row a case, kernel and target; a variant that was compiled for an earlier case is left out."""
+    """A row for each case, kernel and target. A kernel that was already compiled for another case is left out."""
     seen = set()
     for target in targets:
         for case in cases:
@@ -335,18 +338,19 @@ def rows(cases, targets):
                 yield dict(target=target, case=str(case), kernel=launch.kernel.__name__, **tile) | facts | prediction
 
 
-# At most, before and after the loops, where they take no time: faster on a GPU than tiles that do not spill at all
+# These kernels may have so many spills before and after their loops, where they take little time. Tiles without any
+# spills were slower on a GPU.
 MAY_SPILL = {"gradient_kernel": 100, "rectangle_gradient_kernel": 100}
 
 
 def too_large(row):
-    """What of a row did not compile, would not start, or would spill where none may; None if nothing."""
+    """Why a row is an error: it did not compile, needs too much shared memory, or spills too much. None if it is ok."""
     target = row["target"]
     if row["status"] != "ok":
         return f"{row['status']}, on {target}"
     if row["shared"] > SHARED[target] * 1024:
         return f"{row['shared']} bytes of shared memory on {target}, which has {SHARED[target]} KiB"
-    # Triton 3.7.1 with 512 features: 2 in the loop; 3.9 with 128, where no bound is known: 5
+    # with 512 features, Triton 3.7.1 has 2 spills in the loop; with 128 and no bound, Triton 3.9 has 5
     in_loops = 5 if row["kernel"] == "gradient_kernel" and row.get("DP") in (128, 512) else 0
     if target == "sm_90" and (row["spills_in_loops"] > in_loops or row["spills"] > MAY_SPILL.get(row["kernel"], 0)):
         return f"{row['spills']} spills on {target}, {row['spills_in_loops']} of them in a loop"
@@ -385,35 +389,38 @@ def read(path):
 HEAD = """\
 # The Triton kernels, compiled ahead of time
 
-Written by `python -m benchmarks.compile_triton` from `benchmarks/results/triton-compiled.csv`, and its measured times
-from the rows of `benchmarks/gpu.py`. Registers, spills, shared memory and instructions are the compiler's; clocks and
-ranges are **predictions**, and a measured time outside of its range refutes the model, not the measurement.
+This page is written by `python -m benchmarks.compile_triton` from `benchmarks/results/triton-compiled.csv`; the
+measured times are rows of `benchmarks/gpu.py`. Registers, spills, shared memory and instructions are reported by the
+compiler. Clocks and ranges are **predictions** of a simple model. If a measured time is outside of its range, the model
+is wrong.
 
-The floor of a loss is the time of its matrix products alone, half of one in the forward, since S is symmetric, and two
-in the backward, at the rate that cuBLAS reaches on random data. These kernels will not reach it. Of float32 without
-TF32, each product is three of float16: those of the two halves of a number, but for the two lower ones.
+The floor of a loss is the time of its matrix products alone, at the rate that cuBLAS reaches on random data: half a
+product in the forward, since S is symmetric, and two in the backward. These kernels will not reach it. For float32
+without TF32, each number is the sum of two float16, and each product is computed as three products of float16; the
+product of the two lower halves is left out.
 
-The range follows from the clocks that each unit of one of an H200's 132 processors needs for a tile: products at 1,705
-multiply-adds a clock (half of that in TF32), 16 exp2, 128 float32 operations, 128 bytes of shared memory and 37.5 bytes
-from L2 (9.8 TB/s, read from
-[gpu-benches](https://github.com/te42kyfo/gpu-benches/blob/master/gpu-l2-cache/h200.txt)). Shared memory is read by the
-products as Triton lays them out: all columns for each 64 rows of a tile, and all rows for each group of four warps that
-has only some of the columns. The two ends of the range are two assumptions:
+The range follows from the clocks that each unit of one of an H200's 132 multiprocessors needs for a tile, at 1,705
+multiply-adds a clock for products (half of that in TF32), 16 exp2, 128 float32 operations, 128 bytes of shared memory
+and 37.5 bytes from L2 (9.8 TB/s, from
+[gpu-benches](https://github.com/te42kyfo/gpu-benches/blob/master/gpu-l2-cache/h200.txt)). For shared memory, the model
+assumes Triton's layout of products: all columns are read for every 64 rows of a tile, and all rows for every group of
+four warps that has only some of the columns. The two ends of the range come from two assumptions:
 
-- *overlapped*: a tile takes as long as its busiest unit; or, where a processor holds too few thread blocks to cover
-  each other's waits, what one of them takes alone, divided by their number;
+- *overlapped*: a tile takes as long as its busiest unit. If a multiprocessor has too few thread blocks to hide
+  their latency, it takes the time of a single thread block, divided by the number of thread blocks;
 - *serial*: nothing overlaps, and a tile takes the sum of the clocks of all units.
 
-Both leave out latencies, bank conflicts, barriers, the issue of all other instructions (of which the shuffles of the
-sums are some), and the processors that the last wave of thread blocks leaves idle. So the truth may lie beyond
-the slow end as well: only a run on a GPU can tell.
+Neither includes latencies, bank conflicts, barriers, the issue of other instructions (such as the shuffles of the
+sums), or multiprocessors that are idle in the last wave of thread blocks. So a measured time may even be above the slow
+end of the range.
 
-The tiles of `tclr_kernels/triton/tiles.py` for Hopper fit the shared memory and do not spill on sm_90; of those, they
-were the fastest that were tried on an H200 with Triton 3.6, or where nothing was tried the nearest to one that was.
+The tiles of `tclr_kernels/triton/tiles.py` for Hopper fit the shared memory and do not spill on sm_90. Of all tiles
+that were tried on an H200 with Triton 3.6, they were the fastest with these properties; cases that were not tried have
+tiles that are close to these.
 """
 
 
-PREDICTED = {"bfloat16": "half", "tf32": "tf32", "float32": "pairs"}  # what the page shows, and its rate
+PREDICTED = {"bfloat16": "half", "tf32": "tf32", "float32": "pairs"}  # dtypes on the page -> keys of RATES
 
 
 def markdown(titles, lines):
@@ -422,16 +429,16 @@ def markdown(titles, lines):
 
 
 def in_all(made, dtype, D, assumption):
-    """NT-Xent's predicted share of its floor: D M^2 flop forward, 4 D M^2 backward. assumption: a column"""
+    """The predicted share of NT-Xent's floor in its time: D M^2 flop forward, 4 D M^2 backward. assumption: a column"""
     made = [row for row in made if row["target"] == "sm_90" and row["case"] == f"1x2x65536x{D} {dtype} self tau=0.1"]
     share = {row["kernel"]: float(row[assumption]) for row in made if row[assumption]}
-    if "gradient_kernel" not in share:  # the library's products take its place
+    if "gradient_kernel" not in share:  # the gradient is computed by the vendor's library instead
         return None
     return 5 / (1 / share["sums_kernel"] + 4 / share["gradient_kernel"])
 
 
 def page(made):
-    """docs/triton.md, of the rows of the table."""
+    """The text of docs/triton.md, from the rows of the table."""
     lines = []
     for row in made:
         if row["target"] == "sm_90" and row["predicted_limit"] and row["case"].split()[1] in PREDICTED:
@@ -462,34 +469,34 @@ def page(made):
             most = {name: max(int(row[name]) for row in own) for name in ("registers", "spills", "shared")}
             spilling = sum(row["spills"] != "0" for row in own)
             lines.append([target, len(own), spilling, *most.values(), SHARED[target] * 1024])
-    titles = ["target", "variants", "that spill", "registers at most", "spills at most", "shared at most", "there is"]
+    titles = ["target", "variants", "that spill", "most registers", "most spills", "most shared", "shared, limit"]
     targets = markdown(titles, lines)
     parts = [
         HEAD,
         "## NT-Xent, forward and backward, on an H200: predictions\n",
         totals,
-        "\nWithout the packing of rows, the finish and the coefficients.\n",
+        "\nThese times do not include the kernels that pack rows, finish the sums and compute coefficients.\n",
         "## What was measured\n",
         measured(),
-        "\nAll kernels of a call, captured in a graph.\n",
-        "## The kernels that make tiles, on sm_90\n",
+        "\nThese times include all kernels of a call, which were captured in a CUDA graph.\n",
+        "## The kernels that compute tiles of S, on sm_90\n",
         kernels,
-        "\n## Every kernel of every case\n",
+        "\n## All kernels of all cases\n",
         targets,
-        "\n## A selection of cases on sm_90, by other versions of Triton\n",
-        "The tiles serve all of them.\n",
+        "\n## A selection of cases on sm_90, compiled by other versions of Triton\n",
+        "All versions use the same tiles.\n",
         versions_page(read(VERSIONS)),
     ]
     return "\n".join(parts) + "\n"
 
 
 def floor_of(M, D, kind):
-    """The milliseconds of NT-Xent's matrix products."""
+    """The time of NT-Xent's matrix products in milliseconds."""
     return 5 * D * M * M / FLOPS * RATES["half"] / RATES[kind] * 1000
 
 
 def measured():
-    """A table of NT-Xent's rows from GPUs, beside the floor."""
+    """A table of NT-Xent's measured times on GPUs, with their floor."""
     lines = []
     for path in sorted(RESULTS.parent.glob("operation-*.csv")):
         for row in read(path):
@@ -506,18 +513,18 @@ def measured():
 
 
 def versions_page(made):
-    """A table of the versions of Triton, of the rows that --version wrote."""
+    """A table of the versions of Triton, from the rows that --version has written."""
     lines = []
     for version in sorted({row["triton"] for row in made}):
         own = [row for row in made if row["triton"] == version]
         spilling = [int(row["spills"]) for row in own if row["spills"] != "0"]
         in_loops = max((int(row.get("spills_in_loops") or 0) for row in own), default=0)
         lines.append([version, len(own), len(spilling), max(spilling, default=0), in_loops])
-    return markdown(["Triton", "variants", "that spill", "spills at most", "of them in loops"], lines)
+    return markdown(["Triton", "variants", "that spill", "most spills", "most spills in loops"], lines)
 
 
 def add_version():
-    """Writes the rows of the installed Triton for a selection of cases on sm_90, in place of its older ones."""
+    """Compiles a selection of cases on sm_90 with the installed Triton, and replaces its rows in the table."""
     others = [row for row in read(VERSIONS) if row["triton"] != triton.__version__] if VERSIONS.exists() else []
     made = [dict(row, triton=triton.__version__) for row in rows(SELECTED, ["sm_90"])]
     tile = "BM", "BN", "DP", "BK", "DC", "warps", "stages"

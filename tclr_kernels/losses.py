@@ -1,34 +1,36 @@
-"""The losses: each one arranges its sets, calls the one operation (`symmetric.py`, `general.py`), and reduces.
+"""The losses. Each one arranges its inputs as sets of rows, calls the operation of `symmetric.py` or `general.py` on
+them, and reduces the result.
 
 Throughout, h(u, v) = exp sim(u, v) with sim(u, v) = <u, v> / (|u| |v| tau), or <u, v> / tau with `normalize=False`;
-every denominator holds the positive and leaves out only the anchor itself. Inputs are float64, float32, bfloat16 or
+every denominator contains the positive and leaves out only the anchor itself. Inputs are float64, float32, bfloat16 or
 float16 with any strides; losses are float32 (float64 for float64 inputs), in nats; gradients have the inputs' dtype.
 A row that is exactly zero has similarity 0 and gradient 0. `temperature` is a finite float > 0 or a floating-point
-tensor of one element, whatever its shape: it may require a gradient, which has its shape and dtype, and its value is
-never read on the host. `logit_scale` is 1 / temperature, given in its place in the same ways. Inputs and temperature
-may be tensors made in `torch.inference_mode()`. `backend` is one of `available_backends()`, or None for the default.
-Every function raises TypeError or ValueError, naming the argument, for a wrong type, rank, size, dtype or device, and
-for an empty tensor.
+tensor with one element, whatever its shape: it may require a gradient, which has its shape and dtype, and its value is
+never read on the host. `logit_scale` is 1 / temperature, and may be given instead of it. Inputs and temperature may be
+tensors made in `torch.inference_mode()`. `backend` is one of `available_backends()`, or None for the default. Every
+function raises TypeError or ValueError, naming the argument, for a wrong type, rank, size, dtype or device, and for an
+empty tensor.
 
-What the denominators hold beside this:
+Three arguments change which candidates are in the denominators:
 
-- `labels`, integers [N] or [..., N]: candidates with the label of the anchor are left out, but for its positive, which
-  is the same as without labels. A negative integer is no label.
-- `negatives`, [K, D] for all groups or [..., K, D] with the anchors' leading dimensions, or a `NegativeQueue`: further
-  candidates of every anchor, whatever the labels, with gradient if they require it.
-- `decoupled=True`: the positive is left out too (DCL, https://arxiv.org/abs/2110.06848). The loss may then be
+- `labels`, integers [N] or [..., N]: candidates with the anchor's label are left out, except its positive, which is the
+  same as without labels. A row with a negative integer has no label.
+- `negatives`, [K, D] for all groups or [..., K, D] with the anchors' leading dimensions, or a `NegativeQueue`: more
+  candidates for every anchor, whatever the labels. They get a gradient if they require it.
+- `decoupled=True`: the positive is left out as well (DCL, https://arxiv.org/abs/2110.06848). The loss may then be
   negative; without any negatives it is 0.
 
-Over several processes (docs/processes.md), each gives its share of the rows, with their labels and negatives:
+With several processes (docs/processes.md), each passes its share of the rows, with their labels and negatives:
 
-- `group`: None, this process alone; "world", all processes, or this one alone where torch.distributed is not
-  initialised; a ProcessGroup; or a DeviceMesh of one dimension. "mean" and "sum" are then over the rows of all, the
-  same bits on each process; "none" gives the terms of its own rows. The gradient is that of the sum over the processes
-  of what they return: averaged over them, as by DistributedDataParallel, it is the gradient of a single process.
-- `shares`: the rows of each process, known beforehand, so that nothing is exchanged and read on the host to find them.
+- `group`: None, only this process; "world", all processes, or only this one if torch.distributed is not initialised;
+  a ProcessGroup; or a DeviceMesh with one dimension. "mean" and "sum" are then over the rows of all processes, with
+  the same bits on each; "none" returns the terms of this process's rows. Each process gets the gradient of the sum of
+  the losses that all processes return. Its average, as DistributedDataParallel takes it, is the gradient of a single
+  process with all rows.
+- `shares`: the number of rows of each process. If it is given, the processes need not exchange these numbers.
 
-Without shares an error of one process is an error on all: it raises its own, the others a RuntimeError that names it.
-Where they differ in what must be alike, all raise a ValueError.
+Without shares, an error on one process becomes an error on all: this process raises its own error, the others a
+RuntimeError that names the process. If processes differ in a setting that must be the same, all raise a ValueError.
 
 Source: TCLR, Dave et al., CVIU 2022, https://arxiv.org/abs/2101.07974, section 3, and its official release.
 """
@@ -62,7 +64,7 @@ FORMS = {  # the default weight of each term
 
 
 class TCLRTerms(NamedTuple):
-    """The TCLR objective: `total` is the weighted sum of the other, unweighted terms. Each is a scalar tensor."""
+    """What `tclr` returns, as scalar tensors: `total` is the weighted sum of the other four, which are unweighted."""
 
     total: Tensor
     ic_global: Tensor
@@ -88,14 +90,15 @@ def nt_xent(
     group: Group = None,
     shares: Shares = None,
 ) -> Tensor:
-    """NT-Xent: each row against its partner in the other view, among all other rows of both views.
+    """NT-Xent: each row is compared with its partner in the other view and with all other rows of both views.
 
         l_i = -log h(a_i, b_i) / sum_j [ 1[j != i] h(a_i, a_j) + h(a_i, b_j) ]
 
     a, b: [..., N, D], the two views; leading dimensions are independent groups.
-    symmetric: also every b_i as anchor (the paper's IC is printed without).
-    labels, negatives, decoupled: as in the head of this file; a label is that of a_i and of b_i.
-    reduction: "mean" or "sum" over all groups and anchors; "none": [..., 2N], a's then b's ([..., N] if not symmetric).
+    symmetric: every b_i is an anchor too. (TCLR prints its IC loss with the a_i only.)
+    labels, negatives, decoupled: see the docstring of this module; labels[i] is the label of both a_i and b_i.
+    reduction: "mean" or "sum" over all groups and anchors; "none": [..., 2N], the terms of a, then those of b
+    ([..., N] if not symmetric).
     Source: SimCLR, https://arxiv.org/abs/2002.05709, equation 1; TCLR section 3.1.
     """
     a, b = checks.embeddings("... N D", group is not None, a=a, b=b)
@@ -133,13 +136,13 @@ def clip_loss(
     group: Group = None,
     shares: Shares = None,
 ) -> Tensor:
-    """The contrastive loss of CLIP: each row against its partner among the rows of the other side, both directions.
+    """The contrastive loss of CLIP: each row is compared with its partner and all other rows of the other side.
 
         l_i = -log h(a_i, b_i) / sum_j h(a_i, b_j),    l_(N+i) = -log h(b_i, a_i) / sum_j h(b_i, a_j)
 
     a, b: [..., N, D]; leading dimensions are independent groups.
-    labels, decoupled: as in the head of this file; negatives: those of a's anchors, and those of b's.
-    reduction: "mean" or "sum" over all groups and anchors; "none": [..., 2N], a's rows then b's.
+    labels, decoupled: see the docstring of this module. negatives: a pair, those for the anchors a and those for b.
+    reduction: "mean" or "sum" over all groups and anchors; "none": [..., 2N], the terms of a, then those of b.
     Source: CLIP, https://arxiv.org/abs/2103.00020, figure 3.
     """
     a, b = checks.embeddings("... N D", group is not None, a=a, b=b)
@@ -152,7 +155,7 @@ def clip_loss(
     further = None
     if of_a is not None or of_b is not None:
         further = [candidates.given(f"negatives[{k}]", x, a, group) for k, x in enumerate((of_a, of_b))]
-        if of_a is of_b:  # the two parts of its gradient are added: in float16, that may be inf - inf
+        if of_a is of_b:  # its gradient is a sum of two parts, which in float16 could be inf - inf
             rows = further[0].rows
             further = [further[0]._replace(rows=distributed.widened(rows), sent_as=rows.dtype)] * 2
     term = _terms([a, b], tau, normalize, True, backend, labels, further, decoupled, group)
@@ -178,15 +181,15 @@ def info_nce(
     group: Group = None,
     shares: Shares = None,
 ) -> Tensor:
-    """InfoNCE in one direction: each query against its key, among the other keys and further negatives.
+    """InfoNCE in one direction: each query is compared with its key, with the other keys and with further negatives.
 
         l_i = -log h(q_i, k_i) / ( sum_j h(q_i, k_j) + sum_m h(q_i, n_m) )
 
     query, key: [..., N, D]; leading dimensions are independent groups.
-    in_batch: whether the other keys are candidates. With False and a queue it is MoCo's loss; it needs negatives then,
-    and takes no labels.
-    labels, negatives, decoupled: as in the head of this file. Negatives of each query's own, [N, K, D]: in groups of
-    one row, info_nce(query[:, None], key[:, None], negatives=own).
+    in_batch: whether the keys of the other queries are candidates. If False, negatives are required and labels must be
+    None; with a queue, this is MoCo's loss.
+    labels, negatives, decoupled: see the docstring of this module. If each query has different negatives, `own`
+    [N, K, D], make each query a group: info_nce(query[:, None], key[:, None], negatives=own).
     reduction: "mean" or "sum" over all groups and queries; "none": [..., N].
     Source: CPC, https://arxiv.org/abs/1807.03748, equation 4; MoCo, https://arxiv.org/abs/1911.05722, equation 1.
     """
@@ -223,14 +226,15 @@ def sup_con(
     group: Group = None,
     shares: Shares = None,
 ) -> Tensor:
-    """Supervised contrast: each row against all rows of its label, the logarithm outside of their mean (L_out).
+    """The supervised contrastive loss: each row is compared with all rows that have its label (the form L_out).
 
         l_i = -1/|P(i)| sum_(p in P(i)) log h(z_i, z_p) / sum_(j != i) h(z_i, z_j)
 
-    z: [..., M, D], all views of all samples; leading dimensions are independent groups. labels: integers [M] or
-    [..., M]; P(i): the other rows with the label of row i. A row without a label, a negative integer, is a candidate of
-    the others.
-    reduction: "mean" over the rows that have positives, of all groups; "sum"; "none": [..., M], 0 without positives.
+    z: [..., M, D], all views of all samples; leading dimensions are independent groups.
+    labels: integers [M] or [..., M]. P(i) are the other rows with the label of row i. A row with a negative label has
+    no positives, but is a candidate for the other rows.
+    reduction: "mean" over the rows of all groups that have positives; "sum"; "none": [..., M], 0 for a row without
+    positives.
     Source: Khosla et al., https://arxiv.org/abs/2004.11362, equation 2.
     """
     (z,) = checks.embeddings("... M D", group is not None, z=z)
@@ -240,7 +244,7 @@ def sup_con(
     outputs = candidates.everything([z.reshape(G, M, D)], tau, normalize, False, backend, keys, group)
     neg, _, pos_lse, spread, count = (x[:, 0, 0] for x in outputs)  # [G, M]
     alone = count == 0
-    # log-sum-exp of all minus the mean of the positives, in two parts: of confident classes, the first is the smaller
+    # the log-sum-exp of all minus the positives' mean is a sum of two parts, so that a small loss keeps its digits
     term = general.cost(neg, pos_lse.masked_fill(alone, 0)) + spread
     term = _rounded(term.masked_fill(alone, 0), z)
     if reduction == "none":
@@ -264,16 +268,16 @@ def instance_contrastive(
     group: Group = None,
     shares: Shares = None,
 ) -> Tensor:
-    """Instance contrast of many views: NT-Xent over all ordered pairs of views, from one Gram matrix.
+    """The instance contrastive loss of V views: NT-Xent over all ordered pairs of views, from one Gram matrix.
 
         softmax="pairs": l_(a,c,i) = -log h(z_ai, z_ci) / sum_j [ 1[j != i] h(z_ai, z_aj) + h(z_ai, z_cj) ],    a != c
         softmax="joint": l_(a,i)   = -log P / (P + sum_(c, j != i) h(z_ai, z_cj)),    P = sum_(c != a) h(z_ai, z_ci)
 
     views: [V, B, D], or a list or tuple of V tensors [B, D]; V >= 2.
-    softmax: of the other views one at a time, or of all in one denominator, where the positives are summed.
-    labels [B], negatives [K, D], decoupled: as in the head of this file.
-    reduction: "mean" or "sum" over the V (V-1) B or V B terms; "none": [V, V, B], anchor (a, i) against view c, 0 where
-    a = c; or [V, B].
+    softmax: "pairs" has one softmax for each other view, "joint" a single one over all views.
+    labels [B], negatives [K, D], decoupled: see the docstring of this module.
+    reduction: "mean" or "sum" over the V (V-1) B terms of "pairs" or the V B terms of "joint". "none": for "pairs"
+    [V, V, B], where entry [a, c, i] has anchor (a, i) and view c, and is 0 if a = c; for "joint" [V, B].
     Source: TCLR section 3.1; its official release, which computes each pair twice. "joint": the SimCLR of solo-learn.
     """
     (views,) = checks.embeddings("V B D", group is not None, views=checks.stacked("views", views))
@@ -313,12 +317,12 @@ def local_local(
     group: Group = None,
     shares: Shares = None,
 ) -> Tensor:
-    """Local-local temporal contrast: NT-Xent within each video, between the embeddings of its local clips.
+    """The local-local temporal loss: NT-Xent within each video, between the embeddings of its local clips.
 
         LL_i = -sum_p log h(x1_ip, x2_ip) / sum_q [ 1[q != p] h(x1_ip, x1_iq) + h(x1_ip, x2_iq) ]
 
     x1, x2: [B, T, D], two views of each video's T local clips.
-    symmetric: the mean of both directions' sums (the paper prints one).
+    symmetric: the mean of the formula and of the same with x1 and x2 exchanged. (The paper prints one direction.)
     reduction: "mean" or "sum" over videos; "none": [B].
     Source: TCLR section 3.2.
     """
@@ -346,7 +350,7 @@ def global_local(
     group: Group = None,
     shares: Shares = None,
 ) -> Tensor:
-    """Global-local temporal contrast: time slices of the global clip against the local clips of its video, and back.
+    """The global-local temporal loss: CLIP's loss between the time slices of a video's global clip and its local clips.
 
         GL_i = -sum_k { log h(s_ik, x_ik) / sum_q h(s_ik, x_iq) + log h(x_ik, s_ik) / sum_q h(x_ik, s_iq) }
 
@@ -379,16 +383,16 @@ def tclr(
     group: Group = None,
     shares: Shares = None,
 ) -> TCLRTerms:
-    """The TCLR objective: instance, local-local and global-local contrast, and their weighted sum.
+    """The TCLR objective: the instance, local-local and global-local losses, and their weighted sum.
 
         form="paper":   total = IC(g) + mean_i LL_i + mean_(i,v,w) GL_i(s_v, x_w)
         form="release": total = IC(g) + 1/(V^2 B) sum_(a!=c,i) l_(a,c,i)(x) + B/T mean_i LL_i + V^2/2 mean_(i,v,w) GL_i
 
     g: [V, B, D], the global clips; s: [V, B, T, D], their time slices; x: [V, B, T, D], the local clips; V = 2 views.
     Each may be a list or tuple of V tensors instead.
-    labels: integers [B], of the videos: those of one label are no negatives of each other in both IC terms.
-    weights: a mapping from "ic_global", "ic_local", "ll", "gl" to floats >= 0, 1 where missing ("paper": ic_local 0).
-    Returns TCLRTerms; a term of weight 0 is not computed and reads 0.
+    labels: integers [B], one for each video. In the IC terms, videos with the same label are not negatives.
+    weights: floats >= 0 for any of "ic_global", "ic_local", "ll", "gl". A missing one is 1 (ic_local of "paper": 0).
+    Returns TCLRTerms. A term whose weight is 0 is not computed, and is returned as 0.
     Source: TCLR section 3; the closed form of the official release's `contrastive_loss` calls.
     """
     checks.one_of("form", form, FORMS)
@@ -412,7 +416,7 @@ def tclr(
         tau, B = distributed.shared(group, tau, x.device), group.rows
 
     release = form == "release"
-    counts = {  # by which the sum of a term's anchors is divided
+    counts = {  # the sum over a term's anchors is divided by this
         "ic_global": V * B,
         "ic_local": V * V * B,
         "ll": V * T if release else V * B,
@@ -441,20 +445,20 @@ def _compose(
     labels: Tensor | None = None,
     process: Process | None = None,
 ) -> tuple[Tensor, ...]:
-    """total, ic_global, ic_local, ll, gl from the one operation."""
+    """total, ic_global, ic_local, ll, gl, one call of the operation for each term."""
 
     def contrast(sets, cross=False):
         return blocks(sets, tau, normalize=normalize, cross=cross, backend=backend)
 
     def instances(sets):
-        """The same of sets of which each row is a video: with labels, and with those of other processes."""
+        """term, neg, pos of sets with a row for each video, with respect to labels and to the other processes."""
         if labels is None and process is None:
             return contrast(sets)
         parts = candidates.contrast(sets, tau, normalize, False, backend, labels, process=process)
         return [_rounded(y, sets[0]) for y in (parts.terms(False, False), parts.neg, parts.pos)]
 
     V, B, T, D = x.shape
-    # gradients of several terms meet in float32 at least: in float16, that of a short row may be inf - inf
+    # the gradients of several terms are added in float32: in float16, those of a short row could be inf - inf
     g, s, x = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (g, s, x))
     with_ic_global, with_ic_local, with_ll, with_gl = (w != 0 for w in weights)
     if labels is None and process is None and divides(backend, x, V * B * T):
@@ -480,14 +484,14 @@ def _compose(
     if with_gl:
         sums[3] = ordered_sum(contrast([*s.unbind(0), *x.unbind(0)], cross=True)[0])
     if process is not None:
-        own = False, False, not with_ic_local, True  # which are sums over this process's videos alone
+        own = False, False, not with_ic_local, True  # whether a sum is over the videos of this process only
         sums = list(traced(distributed.Total, process, torch.stack(sums), own))
     terms = [x * (1 / count) for count, x in zip(counts, sums, strict=True)]
     return _weighted(weights, terms), *terms
 
 
 def _weighted(weights: Sequence[float], terms: Sequence[Tensor]) -> Tensor:
-    """The weighted sum of IC of global clips, of local clips, LL and GL: the first and the last reach every input."""
+    """The weighted sum of the four terms. Terms of weight 0 are left out where the others depend on every input."""
     all_reached = weights[0] != 0 and weights[3] != 0
     added = [(w, x) for w, x in zip(weights, terms, strict=True) if w != 0 or not all_reached]
     return functools.reduce(torch.add, [x if w == 1 else w * x for w, x in added])
@@ -501,7 +505,7 @@ def _tau(
     like: Tensor,
     process: Process | None,
 ) -> float | Tensor:
-    """The temperature, and the checks of what nearly every loss takes."""
+    """The temperature. Also checks the arguments that nearly every loss has."""
     checks.one_of("reduction", reduction, REDUCTIONS)
     checks.flag("normalize", normalize)
     tau = checks.scaled(temperature, logit_scale, like.device)
@@ -515,7 +519,7 @@ def _is_plain(
     decoupled: bool = False,
     group: Process | None = None,
 ) -> bool:
-    """Whether a loss is a number, from the two-sided operation alone."""
+    """Whether a loss is a scalar that needs nothing beyond the operation of `symmetric.py`."""
     return reduction != "none" and labels is None and negatives is None and decoupled is False and group is None
 
 
@@ -530,7 +534,7 @@ def _terms(
     decoupled: bool = False,
     process: Process | None = None,
 ) -> Tensor:
-    """The operation's terms, [G, V, V, N], of the sets: [..., N, D]; negatives: as for `candidates.contrast`"""
+    """The terms [G, V, V, N] of sets [..., N, D]. negatives: as for `candidates.contrast`."""
     if labels is None and negatives is None and decoupled is False and process is None:
         N, D = sets[0].shape[-2:]
         sets = [z if z.dim() == 3 else z.reshape(-1, N, D) for z in sets]
@@ -541,7 +545,7 @@ def _terms(
 
 
 def _rounded(x: Tensor, like: Tensor) -> Tensor:
-    """A result in the dtype that inputs like these give."""
+    """x in the dtype of the loss: float32, or float64 for float64 inputs."""
     return x.to(torch.promote_types(like.dtype, torch.float32))
 
 
@@ -553,9 +557,9 @@ def _off_diagonal(term: Tensor) -> Tensor:
 def _reduce(
     term: Tensor, reduction: Reduction, count: int | Tensor, process: Process | None = None, parts: bool = False
 ) -> Tensor:
-    """The sum or the mean of `count` terms; what is no term reads 0.
+    """The sum of all terms, divided by `count` for "mean". Entries that do not count are 0.
 
-    parts: whether a process has its own terms alone, or those of all.
+    parts: whether `term` has only the terms of this process's rows, or those of all processes.
     """
     total = ordered_sum(term)
     total = total / count if reduction == "mean" else total
@@ -563,35 +567,36 @@ def _reduce(
 
 
 def _agree(process: Process | None, videos: Tensor, backend: str | None) -> None:
-    """The processes of a loss whose videos [B, T, D] meet no others compare what they have."""
+    """Compares shapes and settings over the processes, for losses that compare rows [B, T, D] within a video only."""
     if process is not None:
-        backends.choose(backend, videos.device)  # raises what there is to raise while the others can be told
+        backends.choose(backend, videos.device)  # may raise an error, which the other processes learn about here
         process.agree(videos.transpose(0, 1), 2)
 
 
 def _reduce_videos(term: Tensor, reduction: Reduction, process: Process | None) -> Tensor:
-    """The terms of each video [B, ...], of which a process has those of its own: their sum, and its mean or sum."""
+    """Adds up the terms [B, ...] of each of this process's videos, then reduces over all videos."""
     if reduction == "none":
         return term.flatten(1).sum(1)
     return _reduce(term, reduction, len(term) if process is None else process.rows, process, parts=True)
 
 
 def _rows(x: Tensor, process: Process | None) -> int:
-    """N of x [..., N, D], on all processes together."""
+    """N of x [..., N, D], added up over all processes."""
     return x.shape[-2] if process is None else process.rows
 
 
 def _own(term: Tensor, process: Process | None) -> Tensor:
-    """Of the terms of all anchors, [..., N], those of this process."""
+    """The terms of this process's anchors, out of those of all anchors [..., N]."""
     return term if process is None else traced(distributed.Own, process, term)
 
 
 def _local_local_from(pos: Tensor) -> Tensor:
-    """LL from the similarities of the same video in different sets.
+    """The LL terms from the similarities between embeddings of the same video.
 
         l_ai = log sum_{c != a} exp pos[a,c] - pos[a,mate] = softplus(logsumexp_{c not in {a, mate}} pos - pos[mate])
 
-    pos: [n, n, B], sets a = (v, t); returns [n, B]
+    pos: [n, n, B], where set a is the clip (v, t) of every video, and its mate the same t in the other view. Returns
+    [n, B].
     """
     n = len(pos)
     sets = torch.arange(n, device=pos.device)
@@ -605,5 +610,5 @@ def _local_local_from(pos: Tensor) -> Tensor:
 
 
 def _zero(x: Tensor) -> Tensor:
-    """A zero that gives x a gradient of zeros, whatever x holds: the sum of no elements."""
+    """A zero through which x gets a gradient of zeros. As a sum over no elements, it is 0 even if x is not finite."""
     return x[:0].sum(dtype=torch.promote_types(x.dtype, torch.float32))

@@ -1,4 +1,5 @@
-// What the calls of one problem share: memory, the ways to compute, and the launches that read and write sets of rows.
+// What all calls of the backend share: memory, the choice of tensor cores or ordinary arithmetic, and the launches that
+// read and write sets of rows.
 #pragma once
 #include "tensor.cuh"
 
@@ -8,7 +9,7 @@ namespace {
 using cuda::GramCall;
 using cuda::Set;
 
-// Hands out memory from `base` on; from nullptr on it only counts.
+// Assigns memory from `base` on. With base = nullptr it only counts the bytes.
 struct Arena {
   char* base;
   size_t used = 0;
@@ -20,7 +21,8 @@ struct Arena {
   }
 };
 
-// Parts of the sets, at most so many, that fill a device with a multiple of these blocks; `enough` blocks fill it.
+// The number of parts, at most `sets`, into which the sets are divided, so that parts * blocks thread blocks fill a
+// device. `enough` blocks fill it.
 int64_t parts_of(int64_t sets, int64_t blocks, int64_t enough = 256) {
   int64_t parts = 1;
   while (parts < sets && 2 * parts * blocks <= enough && blocks > 0) parts *= 2;
@@ -58,24 +60,24 @@ void scratch(Gram<T>& p, bool gradient, Arena& arena) {
 
 // ---- sets of rows
 
-constexpr int most_sets = 64;  // of one launch
+constexpr int most_sets = 64;  // in one launch
 
 template <typename T>
 struct Call {
   Gram<T> p;
-  Packed z;  // for tensor cores, in place of p.z
+  Packed z;  // replaces p.z for tensor cores
   Upstream<T> upstream;
   T* zdz;
   Dtype dtype;
-  double above;          // these kernels leave 1 / tau up to it to others; 0: none
-  int64_t first, count;  // of the sets that this launch serves
+  double above;          // these kernels return at once if 1 / tau is at most this; 0: they always compute
+  int64_t first, count;  // the sets of this launch
   Set sets[most_sets];
 
   TCLR_METHOD bool elsewhere() const { return above > 0 && 1 / value_of(p.tau) <= above; }
   int64_t row_blocks() const { return (count * p.G * p.N * 32 + threads - 1) / threads; }
 };
 
-// The row of this thread's 32 lanes; beyond the last it is none, and D is 0.
+// The row of this warp. D is 0 if there is none.
 template <typename T>
 struct SetRow {
   Place r;
@@ -94,14 +96,14 @@ struct SetRow {
   }
 };
 
-// Shared memory of a tile and of what its anchors have, so many numbers each.
+// The shared memory of a tile and of its anchors, which have so many numbers each.
 template <typename T>
 size_t shared_of(const Gram<T>& p, int numbers) {
   return Tile<T>::size(p.ldz) + sizeof(T) * (p.slots() * tile * numbers + tile_threads / 32);
 }
 
-// How a problem is computed: in the arithmetic of T on tiles of 32 rows, or on tensor cores. groups: of 128 features
-// that the gradient of a tile has at once.
+// A problem is computed either in the arithmetic of T, with tiles of 32 rows (Plain), or on tensor cores. groups: how
+// many groups of 128 features a thread block computes the gradient for.
 template <typename T, int groups = panel<T> / 128>
 struct Plain {
   using Number = T;
@@ -133,7 +135,7 @@ struct OnTensorCores {
     c.z.ldw = (c.p.D + 8 * in_word<E> - 1) / (8 * in_word<E>)*8;
     arena.take(c.z.words, c.p.rows() * c.z.ldw);
     c.p.parts = parts_of(c.p.cross ? (c.p.V + 1) / 2 : c.p.V, sum_blocks(c) / c.p.V * c.z.chunks());
-    if (std::is_same_v<E, Half>) c.p.boost = 8192;  // weights are 4 at most: now in the middle of float16's range
+    if (std::is_same_v<E, Half>) c.p.boost = 8192;  // moves weights of at most 4 to the middle of float16's range
   }
   TCLR_METHOD static auto* rows(const Call<float>& c) { return reinterpret_cast<typename E::Element*>(c.z.words); }
   TCLR_METHOD static int64_t row_size(const Call<float>& c) { return c.z.ldw * in_word<E>; }

@@ -1,22 +1,22 @@
-// Where a kernel runs: on a CUDA device, or, so that its very source is tested without one, on the host, block after
-// block, its threads as fibers that change places at every barrier. Kernels take one struct and use nothing else of
-// CUDA than what is here, in warp.h and in wgmma.h.
+// Runs a kernel on a CUDA device, or on the host, so that the kernels' source can be tested without a GPU. On the host,
+// thread blocks run one after another, and their threads are fibers that switch at every barrier. A kernel takes one
+// struct, and uses only those parts of CUDA that are in this file, in warp.h and in wgmma.h.
 #pragma once
 #include <cstddef>
 #include <cstdint>
 
 namespace tclr {
-constexpr int threads = 128;       // of every block whose launch names no other number
-constexpr int tile_threads = 256;  // of one that has tiles in the arithmetic of the rows' dtype
+constexpr int threads = 128;       // of a thread block, unless the launch has another number
+constexpr int tile_threads = 256;  // of a thread block that computes tiles without tensor cores
 }  // namespace tclr
 
 #ifdef __CUDACC__
 
-// one block a multiprocessor is enough: else ptxas spills for the sake of more of them
+// One thread block for each multiprocessor is enough. Without this, ptxas spills registers to fit more of them.
 #define TCLR_KERNEL_OF(threads, blocks) static __global__ void __launch_bounds__(threads, blocks)
 #define TCLR_KERNEL TCLR_KERNEL_OF(tclr::threads, 1)
 #define TCLR_ARGUMENT const __grid_constant__
-#define TCLR_ROLLED _Pragma("unroll 1")  // before a loop of few rounds: code that runs once costs its fetching
+#define TCLR_ROLLED _Pragma("unroll 1")  // for loops of few iterations, where unrolled code takes longer to fetch
 #define TCLR_DEVICE static __device__ __forceinline__
 #define TCLR_METHOD __device__ __forceinline__
 
@@ -24,7 +24,7 @@ namespace tclr {
 
 using Stream = cudaStream_t;
 
-constexpr int64_t enough_blocks = 512, enough_tiles = 512;  // to fill a device
+constexpr int64_t enough_blocks = 512, enough_tiles = 512;  // as many thread blocks fill a device
 
 template <typename T>
 TCLR_DEVICE T* shared_memory() {
@@ -32,7 +32,7 @@ TCLR_DEVICE T* shared_memory() {
   return reinterpret_cast<T*>(memory);
 }
 
-inline int attribute(cudaDeviceAttr name) {  // of the current device, 0 where that fails
+inline int attribute(cudaDeviceAttr name) {  // of the current device, or 0 if that fails
   int device = 0, value = 0;
   return cudaGetDevice(&device) || cudaDeviceGetAttribute(&value, name, device) ? 0 : value;
 }
@@ -46,22 +46,22 @@ inline int processors() {
   return count > 0 ? count : 1;
 }
 
-// Waits until the kernel before this one has ended and what it wrote can be read: of a kernel launched `early`.
+// In a kernel that was launched `early`: waits until the previous kernel has ended and its results can be read.
 TCLR_DEVICE void wait_for_former() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 
-// Lets the kernel after this one start, if it is launched `early`.
+// Allows the next kernel to start, if it is launched `early`.
 TCLR_DEVICE void let_next_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 
-// Nothing, or CUDA's name for what went wrong. early: the kernel may start before the one before it ends, where its
-// code was compiled for devices that have that.
+// Returns nullptr, or CUDA's error message. early: the kernel may start before the previous one ends (programmatic
+// dependent launch), if its code was compiled for devices that support this.
 template <typename A>
 const char* launch(void (*kernel)(A), int64_t blocks, size_t shared, Stream stream, const A& argument,
                    int of_block = threads, bool early = false) {

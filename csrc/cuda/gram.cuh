@@ -1,4 +1,5 @@
-// The operation and its gradient in the arithmetic of their dtype: small problems, and those that want no less exact.
+// The operation and its gradient without tensor cores: for small problems, and if the full precision of the dtype is
+// required.
 //
 //   S[(a,i),(c,j)] = <z_(a,i), z_(c,j)> / tau
 //   neg[a,c,i]     = log sum_{j != i} exp S           pos[a,c,i] = S[(a,i),(c,i)]
@@ -6,8 +7,8 @@
 //   W[(a,i),(c,j)] = [j != i] g_neg[a,c,i] exp(S - neg[a,c,i]) + [j = i] g_pos[a,c,i]
 //   dz_(a,i)       = 1/tau sum_(c,j) (W + W^T)[(a,i),(c,j)] z_(c,j)
 //
-// Four steps of blocks, each with one writer for every value: rows, sums, coefficients, gradient. A step's blocks serve
-// several problems at once.
+// There are four steps: rows, sums, coefficients, gradient. In each step, only one thread block writes to a value. A
+// step may compute several problems in one launch.
 #pragma once
 #include "../problem.h"
 #include "rows.cuh"
@@ -17,27 +18,27 @@ namespace {
 
 constexpr int tile = 32;  // rows and columns of a tile of S
 template <typename T>
-constexpr int panel = 1024 / sizeof(T);  // features in shared memory at once
+constexpr int panel = 1024 / sizeof(T);  // features of a row that are in shared memory at a time
 template <typename T, int groups = 1>
-constexpr int blocks_at_once = sizeof(T) == 8 ? 1 : 4 - groups;  // on a multiprocessor, as registers suffice for
-constexpr int lds = tile + 4;                                    // of the tile of S
-constexpr int per_row = tile_threads / tile;                     // threads that share a row of it
-constexpr int quarters = tile_threads / 64;  // of the features, each by 64 threads, that S is the sum over
+constexpr int blocks_at_once = sizeof(T) == 8 ? 1 : 4 - groups;  // thread blocks whose registers fit a multiprocessor
+constexpr int lds = tile + 4;                                    // row stride of the tile of S
+constexpr int per_row = tile_threads / tile;                     // threads that share a row of the tile
+constexpr int quarters = tile_threads / 64;  // each group of 64 threads sums S over a quarter of the features
 template <typename T>
-constexpr T lowest = sizeof(T) == 8 ? T(-1.7e308) : T(-3.4e38);  // finite: no difference of it is NaN
+constexpr T lowest = sizeof(T) == 8 ? T(-1.7e308) : T(-3.4e38);  // finite, so that lowest - lowest is not NaN
 
 struct Place {  // a row of the problem
   int64_t g, a, i;
 };
 
-// How many rows of z lie between one row of the problem and the next of a kind. The sets are (a / inner, a % inner).
+// The strides of z, in rows. Set a has the two indices a / inner and a % inner.
 struct Order {
   int64_t first, of_group, of_outer, of_set, of_row;
   uint32_t inner;
 };
 
-// The last digit of a block's number in base n, taken off it. Numbers of blocks have 32 bits, and so has whatever they
-// are made of: a division of 64 bits would take a hundred instructions.
+// Splits a block's number: returns number % n, and divides the number by n. It has 32 bits, since a division of 64 bits
+// takes a hundred instructions.
 TCLR_DEVICE uint32_t last_digit(uint32_t& number, uint32_t n) {
   if (n == 1) return 0;
   uint32_t before = number;
@@ -45,35 +46,35 @@ TCLR_DEVICE uint32_t last_digit(uint32_t& number, uint32_t n) {
   return before - number * n;
 }
 
-// The sizes that the kernels on tiles decode the number of a block by: a multiplication of 64 bits takes several
-// instructions too. Those of a group that is one tile say that it has one set.
+// The sizes by which kernels decode the number of a block, in 32 bits, since arithmetic in 64 bits is slow. A group
+// that is one tile has one set here.
 struct Sizes {
-  uint32_t V, N, size, blocks;                        // rows of a tile, and tiles of a set
-  uint32_t sets, parts, panels;                       // of the tiles; the set they are of, and who makes what of them
-  uint32_t sum_blocks, term_blocks, gradient_blocks;  // of threads, for each step
-  bool whole;
+  uint32_t V, N, size, blocks;                        // size: rows of a tile; blocks: tiles of a set
+  uint32_t sets, parts, panels;                       // sets of tiles; parts and panels of the gradient, see Work
+  uint32_t sum_blocks, term_blocks, gradient_blocks;  // thread blocks for each step
+  bool whole;                                         // a group is one tile
 };
 
-// One problem, and where its steps leave what the next ones read.
+// One problem, and the memory for the results of its steps.
 template <typename T>
 struct Gram {
   int64_t G, V, N, D, ldz;
   bool normalize, cross;
   Scalar tau;
-  T *z, *dz;                    // [G, V, N, ldz], dz once for every part
+  T *z, *dz;                    // z: [G, V, N, ldz]; dz: [parts, G, V, N, ldz]
   Norm<T>* norms;               // [G, V, N]
   T *term, *neg, *pos;          // [G, V, V, N]
   double *g_neg, *g_pos;        // [G, V, V, N]
-  unsigned long long* largest;  // [G] of g_neg and g_pos, as bits
-  int64_t parts;                // of the sets that contribute to a row, so that few rows fill the device
-  double boost;                 // of the weights, beyond the unit of their group
+  unsigned long long* largest;  // [G], the bits of the largest |g_neg| or |g_pos| of each group
+  int64_t parts;                // parts of the columns, computed by different thread blocks if there are few rows
+  double boost;                 // a factor of the weights, in addition to the unit of their group
   Order order;                  // of z
   Sizes of;
-  T inverse;      // 1 / tau, where tau is a value
-  T* along;       // [parts, rows] of <z, dz>, where the objective's parts have
-  double* units;  // [tiles, parts] units of their own
+  T inverse;      // 1 / tau, if tau is a value
+  T* along;       // [parts, rows], <z, dz>; this and `units` are used by the objective only
+  double* units;  // [tiles, parts], the unit of each part
 
-  // A group whose rows fit a tile is one tile; else each set is cut into blocks of rows.
+  // If all rows of a group fit a tile, the group is one tile. Otherwise each set is divided into blocks of rows.
   constexpr bool whole() const { return V * N <= tile; }
   constexpr Problem sets() const { return {V, N, cross, tile, 1}; }
   constexpr Problem tiles() const { return whole() ? Problem(1, V * N, false, tile, 1) : sets(); }
@@ -81,7 +82,7 @@ struct Gram {
   constexpr int64_t row(const Place& r) const { return (r.g * V + r.a) * N + r.i; }
   constexpr int64_t at(int64_t g, int64_t a, int64_t c, int64_t i) const { return ((g * V + a) * V + c) * N + i; }
   constexpr Place place(int64_t row) const { return {row / (V * N), row / N % V, row % N}; }
-  constexpr int lanes() const {  // that finish a row: one for each set, 32 at most
+  constexpr int lanes() const {  // lanes that finish a row: one for each set, at most 32
     int n = 1;
     while (n < V && n < 32) n *= 2;
     return n;
@@ -94,15 +95,15 @@ struct Gram {
   constexpr int64_t finish_blocks() const { return (rows() * lanes() + threads - 1) / threads; }
   constexpr int64_t tile_count() const { return G * tiles().V * tiles().blocks; }
   constexpr int64_t gradient_blocks() const { return tile_count() * parts * panels(); }
-  constexpr int slots() const { return V * N <= tile ? int(V) : 2; }  // of anchors that a tile meets
+  constexpr int slots() const { return V * N <= tile ? int(V) : 2; }  // see each_anchor
   constexpr bool exists(int64_t a, int64_t c) const { return !cross || (a < (V + 1) / 2) != (c < (V + 1) / 2); }
   TCLR_METHOD T inverse_tau() const { return tau.data ? T(1 / value_of(tau)) : inverse; }
 };
 
-// Memory of a tile: two panels of rows, and S, as the sums over a quarter of the features each.
+// The shared memory of a tile: two panels of rows, and S as four partial sums, each over a quarter of the features.
 template <typename T>
 struct Tile {
-  int ldp;  // of the panels
+  int ldp;  // row stride of the panels
   T *rows, *columns, *S;
 
   static constexpr int width(int64_t ldz) { return int(ldz < panel<T> ? ldz : panel<T>); }
@@ -114,7 +115,7 @@ struct Tile {
     S = columns + tile * ldp;
   }
   TCLR_METHOD T* end() const { return S + quarters * tile * lds; }
-  // Of a group that is one tile: its rows are its columns.
+  // In a group that is one tile, the rows are the columns.
   TCLR_METHOD Tile(const Gram<T>& p) : Tile(p.ldz) {
     if (p.whole()) columns = rows;
   }
@@ -138,12 +139,12 @@ TCLR_DEVICE const Quad<T>& quad(const T* p) {
 // ---- rows
 
 template <typename T>
-struct Same {  // rows kept in the arithmetic's own type
+struct Same {  // rows are stored in the type of the arithmetic
   using Element = T;
   static constexpr T of(T x) { return x; }
 };
 
-// One row's norm and unit row, by 32 lanes; z: [rows, ldz] of E's elements.
+// Computes the norm and the unit row of one row, by a warp. z: [rows, ldz] of E's elements.
 template <typename E, typename T>
 TCLR_DEVICE void read_row(const Gram<T>& p, typename E::Element* z, int64_t ldz, int64_t row, const Source& x,
                           int64_t D) {
@@ -159,7 +160,7 @@ TCLR_DEVICE void read_row(const Gram<T>& p, typename E::Element* z, int64_t ldz,
 
 // ---- tiles
 
-// Some features of a row into shared memory by a warp, zeros if there is none.
+// Copies some features of a row to shared memory, by a warp; zeros if the row is not there.
 template <typename T>
 TCLR_DEVICE void copy_features(const T* from, bool there, int width, T* to) {
   TCLR_ROLLED
@@ -169,7 +170,7 @@ TCLR_DEVICE void copy_features(const T* from, bool there, int width, T* to) {
 }
 
 template <typename T>
-struct Span {  // rows as they lie in memory, `step` elements apart
+struct Span {  // rows that are `step` elements apart in memory
   const T* z;
   int64_t rows, step;
 
@@ -179,7 +180,7 @@ struct Span {  // rows as they lie in memory, `step` elements apart
   }
 };
 
-struct Block {  // of rows
+struct Block {  // a block of rows of a set
   int64_t g, a, index;
 };
 
@@ -194,7 +195,7 @@ TCLR_DEVICE int count(const Gram<T>& p, const Block& b) {
   return int(rest < p.of.size ? rest : p.of.size);
 }
 
-// The row of z that a row of the problem is.
+// The index in z of a row of the problem.
 template <typename T>
 TCLR_DEVICE int64_t stored(const Gram<T>& p, const Place& r) {
   auto outer = uint32_t(r.a);
@@ -203,7 +204,7 @@ TCLR_DEVICE int64_t stored(const Gram<T>& p, const Place& r) {
          r.i * p.order.of_row;
 }
 
-// The rows of a block: of one set, or of the sets of a group.
+// The rows of a block: rows of one set, or all rows of a group that is one tile.
 template <typename T>
 struct BlockRows {
   const Gram<T>& p;
@@ -225,18 +226,18 @@ struct BlockRows {
   }
 };
 
-// Of rows, two at least: fewer ways through the products.
+// The number of eights of rows, at least two, so that there are fewer variants of the products.
 TCLR_DEVICE int eights(int64_t rows) { return rows < 9 ? 2 : int(rows + 7) / 8; }
 
-// Some features of rows, a row a warp, and zeros into what is left of every eight rows.
+// Loads some features of rows, each row by a warp, and fills up with rows of zeros to a multiple of eight.
 template <typename Rows, typename T>
 TCLR_DEVICE void load(const Rows& x, int64_t first, int width, T* to, int ldp) {
   for (int r = threadIdx.x / 32; r < eights(x.rows) * 8; r += tile_threads / 32)
     x.copy(r < x.rows ? r : 0, r < x.rows, first, width, to + r * ldp);
 }
 
-// Adds to the products of two tiles what a quarter of the features, from `k` on, gives. A warp has every other four
-// rows; a thread, of 8 eights x eights rows and columns, as many.
+// Adds the products of two tiles over a quarter of the features, from `k` on. A warp computes every other group of four
+// rows; a thread computes `eights` rows and columns, each 8 apart.
 template <int eights, typename T>
 TCLR_DEVICE void add_products(T (&sum)[4][4], const Tile<T>& t, int k, int width) {
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -253,8 +254,8 @@ TCLR_DEVICE void add_products(T (&sum)[4][4], const Tile<T>& t, int k, int width
   }
 }
 
-// The products of two blocks of rows, for t.product to give. The rows of I are already there if `again`; `meanwhile`
-// runs while they are fetched, and what it leaves in shared memory can be read afterwards.
+// Computes the products of two blocks of rows, which t.product returns. again: the rows of I are still in shared
+// memory. meanwhile() runs while rows are fetched; what it writes to shared memory can be read afterwards.
 template <typename T, typename Rows, typename Meanwhile>
 TCLR_DEVICE void products(const Gram<T>& p, const Rows& I, const Rows& J, const Tile<T>& t, bool again,
                           Meanwhile meanwhile) {
@@ -285,13 +286,13 @@ TCLR_DEVICE void products(const Gram<T>& p, const Rows& I, const Rows& J, const 
   __syncthreads();
 }
 
-// Calls f(r, j, k) for the entries of a tile that this thread serves, the k-th of them; all of them are in one row.
+// Calls f(r, j, k) for the k-th entry of this thread, in row r and column j of the tile. r is the same for all of them.
 template <typename F>
 TCLR_DEVICE void each_entry(F f) {
   for (int k = 0; k < tile / per_row; ++k) f(threadIdx.x / per_row, int(threadIdx.x % per_row) + per_row * k, k);
 }
 
-// S of two blocks of rows; `put(r, j, s)` is what the tile shall hold.
+// Computes S of two blocks of rows, and stores put(r, j, S) in the tile.
 template <typename T, typename Put>
 TCLR_DEVICE void scores(const Gram<T>& p, const Span<T>& I, const Span<T>& J, const Tile<T>& t, bool again,
                         T inverse_tau, Put put) {
@@ -302,7 +303,7 @@ TCLR_DEVICE void scores(const Gram<T>& p, const Span<T>& I, const Span<T>& J, co
 
 // ---- sums
 
-// (largest, sum) += exp(s), the pair meaning sum * exp(largest).
+// Adds exp(s) to the pair (largest, sum), which represents sum * exp(largest).
 template <typename T>
 TCLR_DEVICE void add_exponential(T& largest, T& sum, T s) {
   if (s > largest) {
@@ -313,7 +314,7 @@ TCLR_DEVICE void add_exponential(T& largest, T& sum, T s) {
   }
 }
 
-// neg and pos of one group, all of it in one tile. A thread makes them for a row and a set.
+// neg and pos of a group that is one tile. A thread computes them for a row and a set.
 template <typename T>
 TCLR_DEVICE void sums_of_group(const Gram<T>& p, int64_t g) {
   Tile<T> t(p);
@@ -387,7 +388,7 @@ TCLR_DEVICE double sigmoid(double t) {
   return t > 0 ? r : e * r;
 }
 
-// A row and the lane that this thread is of it.
+// A row, and this thread's lane among those that share it.
 template <typename T>
 struct Finisher {
   const Gram<T>& p;
@@ -402,7 +403,7 @@ struct Finisher {
     r = p.place(row);
   }
   TCLR_METHOD int64_t at(int64_t c) const { return p.at(r.g, r.a, c, r.i); }
-  // Calls f for the sets that this lane serves.
+  // Calls f for the sets of this lane.
   template <typename F>
   TCLR_METHOD void each(F f) const {
     for (int64_t c = lane; c < p.V && valid; c += lanes) f(c);
@@ -413,7 +414,7 @@ struct Finisher {
   }
 };
 
-// The sum of this thread's terms.
+// Writes this thread's terms, and returns their sum.
 template <typename T>
 TCLR_DEVICE double terms(const Finisher<T>& f) {
   double sum = 0;
@@ -426,14 +427,14 @@ TCLR_DEVICE double terms(const Finisher<T>& f) {
   return sum;
 }
 
-// The gradients that arrive at a problem; of its terms perhaps the same for all.
+// The upstream gradients of a problem. If `term` is null, `all` is that of every term.
 template <typename T>
 struct Upstream {
   const T *term, *neg, *pos;
   double all;
 };
 
-// The gradients of neg and pos.
+// Computes the gradients of neg and pos, including those that come from the terms.
 template <typename T>
 TCLR_DEVICE void coefficients(const Finisher<T>& f, const Upstream<T>& up) {
   const Gram<T>& p = f.p;
@@ -455,7 +456,8 @@ TCLR_DEVICE void coefficients(const Finisher<T>& f, const Upstream<T>& up) {
   if (f.valid && f.lane == f.r.a % f.lanes) p.g_neg[f.at(f.r.a)] += g_own;
 }
 
-// The group's largest coefficient: a maximum, so it is the same in any order. As bits, positive numbers keep theirs.
+// Updates the group's largest coefficient. A maximum does not depend on the order of updates, and positive doubles have
+// the same order as their bits.
 template <typename T>
 TCLR_DEVICE void note_largest(const Finisher<T>& f) {
   double top = 0;
@@ -467,8 +469,8 @@ TCLR_DEVICE void note_largest(const Finisher<T>& f) {
   if (f.valid && bits > f.p.largest[f.r.g]) atomicMax(&f.p.largest[f.r.g], bits);
 }
 
-// The power of two of the group's largest coefficient, in which its gradient is made: those of very confident pairs are
-// below float's range.
+// The unit of a group's gradient: a power of two near its largest coefficient, since the coefficients of very confident
+// pairs are below float's range.
 template <typename T>
 TCLR_DEVICE double unit(const Gram<T>& p, int64_t g) {
   double top = bits_as<double>(p.largest[g]);
@@ -477,9 +479,10 @@ TCLR_DEVICE double unit(const Gram<T>& p, int64_t g) {
 
 // ---- gradient
 
-// Calls f(slot, r, valid, anchor, set) for what the weights of a tile are made of: every row as an anchor with the set
-// of the columns (slot 0), and every column with that of the rows (slot 1); or every row of a group with every set (its
-// slot). So many lanes of a warp serve each; not valid: there is no such row, and another one stands for it.
+// Calls f(slot, r, valid, anchor, set) for all anchors that a tile's weights depend on. These are the rows with the set
+// of the columns (slot 0), and the columns with the set of the rows (slot 1). In a group that is one tile, they are all
+// rows with every set, whose number is the slot. `lanes` lanes of a warp call f for the same anchor. If not valid,
+// there is no such row, and f gets another one in its place.
 template <int lanes, typename T, typename F>
 TCLR_DEVICE void each_anchor(const Gram<T>& p, const Block& I, const Block& J, F f) {
   int slots = p.of.whole ? p.of.V : 2;
@@ -495,10 +498,10 @@ TCLR_DEVICE void each_anchor(const Gram<T>& p, const Block& I, const Block& J, F
   }
 }
 
-// The coefficients of a tile's anchors where they are given, in the unit of their group.
+// The coefficients of a tile's anchors, read from g_neg and g_pos, in the unit of their group.
 template <typename T>
 struct Given {
-  static constexpr int numbers = 3;  // of an anchor: neg and the two coefficients
+  static constexpr int numbers = 3;  // for each anchor: neg and the two coefficients
   const Gram<T>& p;
   T* table;
   double inverse_unit;
@@ -513,18 +516,18 @@ struct Given {
       to[0] = p.neg[at], to[1] = T(p.g_neg[at] * inverse_unit), to[2] = T(p.g_pos[at] * inverse_unit);
     });
   }
-  // The weight of an entry as its anchor has it.
+  // The weight of an entry of S as a negative of this anchor.
   TCLR_METHOD T negative(int slot, int r, T s) const {
     const T* x = of(slot, r);
     return x[1] == 0 ? 0 : x[1] * exp(s - x[0]);  // neg may be -inf here
   }
   TCLR_METHOD T positive(int slot, int r) const { return of(slot, r)[2]; }
-  // What is to multiply the gradient made so far, now that more coefficients are there.
+  // The factor by which to multiply the gradient so far, if new coefficients change its unit; see objective.cuh.
   TCLR_METHOD T rescale() { return 1; }
   TCLR_METHOD void met(T, T) {}
 };
 
-// W + W^T of two blocks in the place of their products.
+// Replaces the products of two blocks by W + W^T.
 template <typename T, typename Anchors>
 TCLR_DEVICE void weights(const Gram<T>& p, const Block& I, const Block& J, const Tile<T>& t, Anchors& anchors) {
   int rows = count(p, I), columns = count(p, J);
@@ -548,7 +551,7 @@ TCLR_DEVICE void weights(const Gram<T>& p, const Block& I, const Block& J, const
   __syncthreads();
 }
 
-// What a thread has of one panel of a gradient: every eighth row, and four features of every 128.
+// A thread's part of one panel of a gradient: every eighth row, and four features of every 128.
 template <typename T, int groups = panel<T> / 128>
 struct PanelSum {
   int row = threadIdx.x % 32 / 8 + threadIdx.x / 128 * 4;
@@ -564,7 +567,7 @@ struct PanelSum {
   template <int eights>
   TCLR_METHOD void add(const Tile<T>& t, int columns) {
 #pragma unroll
-    for (int q = 0; q < groups; ++q) {  // else the sums would lie in memory
+    for (int q = 0; q < groups; ++q) {  // unrolled, so that the sums stay in registers
       if (q * 128 + feature >= width) continue;
       TCLR_ROLLED
       for (int k = 0; k < columns; k += 4) {
@@ -578,7 +581,7 @@ struct PanelSum {
       }
     }
   }
-  // Adds W z, W in the place of S, and z the panel of the columns.
+  // Adds W z, where W has replaced S, and z is the panel of the columns.
   TCLR_METHOD void add(const Tile<T>& t, int64_t rows, int64_t columns) {
     switch (eights(rows)) {
       case 2:
@@ -598,15 +601,15 @@ struct PanelSum {
   }
 };
 
-// A block of threads makes one panel of features of the gradient of one block of rows, by one part of the tiles that
-// it meets.
+// The work of a thread block in the gradient: one panel of features of one block of rows, summed over one part of the
+// tiles of columns.
 template <typename T>
 struct Work {
   Block I;
-  uint32_t first;      // feature
-  uint32_t number;     // of the part of the tile, among all of them
-  uint32_t tile, end;  // of the tiles that it meets
-  uint32_t row;        // of dz: many parts are made of few rows alone
+  uint32_t first;      // the first feature
+  uint32_t number;     // of this part of this block of rows
+  uint32_t tile, end;  // the range of tiles of columns
+  uint32_t row;        // the first row in dz; 32 bits suffice, since many parts are used for few rows only
 
   TCLR_METHOD Work(const Gram<T>& p, uint32_t block) {
     const Sizes& of = p.of;
@@ -620,7 +623,7 @@ struct Work {
   }
 };
 
-// Makes it; the rows are unit rows, the gradient in the anchors' unit / tau.
+// Computes the gradient of unit rows, in units of the anchors' unit / tau.
 template <int groups, typename T, typename Anchors>
 TCLR_DEVICE void gradient(const Gram<T>& p, const Work<T>& work, Anchors& anchors) {
   const Block& I = work.I;
@@ -651,7 +654,7 @@ TCLR_DEVICE void gradient(const Gram<T>& p, const Work<T>& work, Anchors& anchor
 
 // ---- rows again
 
-// The gradient of a unit row, from the parts that were made of it.
+// The gradient of a unit row: the sum of its parts.
 template <typename T>
 struct Share {
   const Gram<T>& p;
@@ -670,8 +673,8 @@ TCLR_DEVICE Share<T> share(const Gram<T>& p, const Place& r) {
   return {p, p.row(r), unit(p, r.g)};
 }
 
-// Writes factor times the gradient of one row, by 32 lanes; returns <z, dz>. Lanes without a row: D 0. What the first
-// features are made of stays in registers.
+// Writes factor times the gradient of one row, by a warp, and returns <z, dz>. D is 0 if there is no row. The first
+// features are kept in registers between the two passes.
 template <typename T>
 TCLR_DEVICE double write_row(const Source& x, int64_t D, const Share<T>& from, double factor, void* to, int64_t first) {
   constexpr int held = 8;

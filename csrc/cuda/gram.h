@@ -1,4 +1,5 @@
-// The CUDA kernels' interface: pointers and sizes, no tensors. Every call returns nothing, or what went wrong.
+// The interface of the CUDA kernels, with pointers and sizes instead of tensors. Every call returns nullptr, or an
+// error message.
 #pragma once
 #include <cstddef>
 
@@ -7,7 +8,7 @@
 namespace tclr {
 namespace cuda {
 
-struct Scalar {  // on the device, or a value
+struct Scalar {  // `data` points to a number on the device, or is null, and then `value` is the number
   const void* data;
   Dtype dtype;
   double value;
@@ -15,7 +16,7 @@ struct Scalar {  // on the device, or a value
 
 struct Set {
   Rows rows;
-  void* gradient;  // [G, N, D], of the rows' dtype, contiguous
+  void* gradient;  // [G, N, D], contiguous, with the dtype of the rows
 };
 
 // neg, pos, term and their gradients: [G, V, V, N] and zdz: [G, V, N], in double for f64 and in float for the others.
@@ -24,44 +25,45 @@ struct GramCall {
   const Set* sets;  // [V]
   Dtype dtype;
   Scalar tau;
-  bool normalize, cross, tf32;         // tf32: products of floats may be rounded to it
-  void *term, *neg, *pos;              // written by the forward, neg and pos read by the backward
-  const void *g_term, *g_neg, *g_pos;  // null: no gradient arrives there
+  bool normalize, cross, tf32;         // tf32: float32 products may be computed in TF32
+  void *term, *neg, *pos;              // outputs of the forward; the backward reads neg and pos
+  const void *g_term, *g_neg, *g_pos;  // upstream gradients, null if not given
   void* zdz;
 };
 
-// Of a side of a rectangle, [G, N] by strides; null: none.
+// The labels [G, N] of one side of a rectangle; data is null if there are none.
 struct Keys {
   const int64_t* data;
   int64_t stride_g, stride_n;
 };
 
-// What the weights are made of with the rows of one side as the anchors: [G, sets, sets of the other side, N], null
-// where there is none; g_neg null beside neg: all of it is 1.
+// The outputs and upstream gradients of one side's rows as anchors, from which their weights in the gradient follow:
+// [G, sets, sets of the other side, N], or null if not given. If neg is given and g_neg is null, g_neg is 1 everywhere.
 struct Anchors {
-  const double *neg = nullptr, *g_neg = nullptr, *g_pos = nullptr;  // of every call but for pairs
+  const double *neg = nullptr, *g_neg = nullptr, *g_pos = nullptr;  // in all calls except `pairs`
   const double *pos_lse = nullptr, *g_pos_lse = nullptr, *g_spread = nullptr, *count = nullptr;  // with keys
-  const double *negatives = nullptr, *g_pairs = nullptr;                                         // of pairs
+  const double *negatives = nullptr, *g_pairs = nullptr;                                         // in `pairs`
 };
 
-// Rows against columns: what tclr_kernels/general.py defines. Results and gradients of anchors are laid out as Anchors.
+// Rows against columns, as tclr_kernels/general.py defines it. Outputs have the layout of Anchors.
 struct RectangleCall {
-  GramCall rows, columns;  // their sizes, sets and settings, and zdz of a side whose gradient is wanted
-  bool symmetric;          // the rows are the columns: of_rows holds for both, and there is no gradient of columns
-  int64_t first;           // the rows' place among the columns, or -1
+  GramCall rows, columns;  // their sizes, sets and settings; zdz if the gradient of this side is requested
+  bool symmetric;          // the rows are the columns: only of_rows and for_rows count
+  int64_t first;           // the column that has the index of the first row, or -1
   Keys row_keys, column_keys;
-  double *neg, *pos, *pos_lse, *spread, *count;  // written by the forward, the last three with keys
-  double *pair_sums, *slope;                     // written by it in their place, where there are of_rows.negatives
-  void* mean;                                    // [G, n, D], of the arithmetic's type; null: not wanted
+  double *neg, *pos, *pos_lse, *spread, *count;  // outputs of the forward, the last three only with keys
+  double *pair_sums, *slope;                     // outputs instead of these, if of_rows.negatives is given
+  void* mean;                                    // output [G, n, D], in the type of the arithmetic; null: not requested
   Anchors of_rows, of_columns;
-  bool for_rows, for_columns;  // which gradients are wanted
+  bool for_rows, for_columns;  // which gradients are requested
 };
 
-// The TCLR objective: g [V, B, 1, D], s and x [V, B, T, D] by their strides; weights of ic_global, ic_local, ll, gl.
+// The TCLR objective. Inputs are g [V, B, 1, D], s and x [V, B, T, D] with any strides; the order of the terms is
+// ic_global, ic_local, ll, gl.
 struct Input {
   const void* data;
   int64_t strides[4];
-  void* gradient;  // contiguous, of the input's dtype
+  void* gradient;  // contiguous, with the dtype of the input
 };
 
 struct ObjectiveCall {
@@ -73,11 +75,11 @@ struct ObjectiveCall {
   double scales[4], weights[4];
   void* terms[5];  // total and the four terms
   Scalar upstream;
-  void* g_tau;  // of the terms' dtype
+  void* g_tau;  // with the dtype of the terms
 };
 
 struct ObjectiveMemory {
-  size_t kept, scratch;  // bytes; what the backward reads, and what the forward alone does
+  size_t kept, scratch;  // bytes: kept for the backward, and used in the forward only
 };
 
 size_t gram_memory(const GramCall& call, bool backward);  // bytes

@@ -1,16 +1,17 @@
-// Many unit rows of half precision on Hopper (sm_90a), the operation and its gradient by products of warpgroups.
+// The operation and its gradient for many unit rows of half precision on Hopper (sm_90a), by products of warpgroups.
 //
-//   rows      z = x / |x| as float16, in blocks of 128 rows, each as the chunks that wgmma.h reads; zeros beyond N
-//   sums      sum_j exp S[(a,i),(c,j)] over j != i, and pos; a tile of S serves its rows and its columns
+//   rows      z = x / |x| as float16, in blocks of 128 rows, each in the chunks of wgmma.h; padded with zeros
+//   sums      sum_j exp S[(a,i),(c,j)] over j != i, and pos; a tile of S is added to the sums of its rows and columns
 //   logs      neg
-//   factors   alpha = g_neg exp(-neg), and the weights of the positives, in a group's unit
-//   gradient  dz_(a,i) = sum_(c,j) exp S (alpha_i + alpha_j) z_j, in a group's unit / tau
+//   factors   alpha = g_neg exp(-neg), and the weights of the positives, in the unit of the group
+//   gradient  dz_(a,i) = sum_(c,j) exp S (alpha_i + alpha_j) z_j, in the unit of the group / tau
 //
-// exp S itself is kept, which |S| <= 1 / tau <= `limit` allows; a temperature on the device may be lower, which these
-// kernels find there, and leave all to those of tensor.cuh, which are launched too.
+// The kernels sum exp S itself, which cannot overflow since |S| <= 1 / tau <= `limit`. If the temperature is on the
+// device, the kernels of tensor.cuh are launched as well, and those whose range does not contain it return at once.
 //
-// A block has two warpgroups that compute, with 64 rows of a tile each, and one whose first thread does nothing but
-// copy rows to shared memory, as far ahead as there is room. It stays for as many pieces of work as come to it.
+// A thread block has two warpgroups that compute, each for 64 rows of a tile, and a third one, whose first thread
+// copies rows to shared memory, as far ahead as there is room. A block computes several pieces of work, one after
+// another.
 #pragma once
 #include "calls.cuh"
 #include "wgmma.h"
@@ -21,10 +22,10 @@ namespace {
 
 constexpr int most_features = 256, most_blocks_a_super = 16;
 constexpr size_t shared_limit = 227 << 10;
-constexpr double limit = 60;  // of 1 / tau, for exp S and its sums to stay within float's range
+constexpr double limit = 60;  // the largest 1 / tau for which exp S and its sums cannot overflow
 constexpr float log2e = 1.4426950408889634f;
 
-// Sizes that the launches share.
+// The sizes that all launches need.
 struct Layout {
   int G, V, N, blocks, chunks;  // blocks of 128 rows of a set; chunks of 64 features
   bool cross;
@@ -44,7 +45,7 @@ struct Layout {
   }
 };
 
-// A place in a ring of shared memory, and the phase of its barrier.
+// A slot in a ring buffer in shared memory, and the phase of its barrier.
 struct Ring {
   int slots, slot = 0, phase;
 
@@ -56,12 +57,12 @@ struct Ring {
 
 // ---- rows
 
-// Eight features of a row. Its lanes, as many as a whole row of its chunks has eights, are neighbours in a warp.
+// Eight features of a row. The lanes that share a row are neighbours in a warp.
 struct Eight {
   float x[8];
 };
 
-TCLR_DEVICE bool together(const void* data, int64_t first, int64_t step, int64_t D) {  // for a load of 16 bytes
+TCLR_DEVICE bool together(const void* data, int64_t first, int64_t step, int64_t D) {  // can be loaded by 16 bytes
   return step == 1 && D % 8 == 0 && (reinterpret_cast<uint64_t>(data) + first * 2) % 16 == 0;
 }
 
@@ -83,7 +84,7 @@ TCLR_DEVICE Eight eight_of(const Source& x, int d, int D) {
   return e;
 }
 
-// The values of so many neighbouring lanes joined, the same for all of them.
+// Combines the values of `lanes` neighbouring lanes. All of them get the same result.
 template <typename T, typename Join>
 TCLR_DEVICE T over_lanes(T x, int lanes, Join join) {
   for (int step = lanes / 2; step > 0; step /= 2) x = join(x, of_other_lane(x, step));
@@ -97,7 +98,7 @@ TCLR_DEVICE Norm<float> norm_of(const Eight& e, int lanes) {
   largest = over_lanes(largest, lanes, [](float x, float y) { return y > x || y != y ? y : x; });
   if (largest > 0 && largest * 0 == 0) {
     int exponent = ilogbf(largest);
-    exponent = exponent < -126 ? -126 : exponent > 126 ? 126 : exponent;  // so that both are numbers
+    exponent = exponent < -126 ? -126 : exponent > 126 ? 126 : exponent;  // keeps scale and inverse finite and normal
     scale = ldexpf(1.0f, exponent), inverse = ldexpf(1.0f, -exponent);
   }
   for (float x : e.x) squares += x * inverse * (x * inverse);
@@ -113,7 +114,7 @@ TCLR_DEVICE void make_unit(Eight& e, const Norm<float>& norm) {
 struct RowsCall {
   Call<float> c;
   Layout l;
-  int parts;  // of dz, where these kernels made it
+  int parts;  // the number of parts of dz, if these kernels computed it
 
   constexpr int lanes() const { return l.chunks == 1 ? 8 : l.chunks == 2 ? 16 : 32; }
   constexpr int64_t blocks(int rows_a_set) const {
@@ -121,7 +122,7 @@ struct RowsCall {
   }
 };
 
-// The row of a thread, of sets of so many rows, and the first of its eight features.
+// The row of a thread, if sets have `rows_a_set` rows, and the first of its eight features.
 struct RowOf {
   int k, g, i, d;
   bool valid;
@@ -186,7 +187,7 @@ TCLR_KERNEL write_blocks(TCLR_ARGUMENT RowsCall r) {
   int64_t first = (row.g * p.N + row.i) * p.D;
   auto value = [&](int q) {
     float x =
-        norm.rest == 0 ? 0 : float((dz[q] - z.x[q] * along) * scale);  // 0 of a zero row, though others are not finite
+        norm.rest == 0 ? 0 : float((dz[q] - z.x[q] * along) * scale);  // 0 for a row of zeros, even if dz is infinite
     return uint32_t(c.dtype == Dtype::bf16 ? to_bf16(x) : to_f16(x));
   };
   if (together(to, first, 1, D)) {
@@ -205,14 +206,15 @@ struct Sums {
   float *sums, *neg, *pos;  // sums: [G, supers + 1, V, padded]; neg, pos: [G, V, V, N]
   int supers, supers_a_set, blocks_a_super, pairs, panels, slots;
 
-  // Of a row, for its candidates in a super-block; the last is for those before it in its own.
+  // The first slot of the rows of a set, for their candidates in a super-block. The last super-block stands for the
+  // blocks before a row in its own super-block.
   constexpr int64_t slot(int g, int super, int set) const {
     return ((int64_t(g) * (supers + 1) + super) * l.V + set) * l.padded();
   }
 };
 
-// Super-blocks are runs of blocks of a set. A piece of work is a pair of them: the tiles of blocks i of set a and
-// blocks j of set c. Within a super-block, those of i <= j.
+// A super-block is several consecutive blocks of a set. A piece of work is a pair of super-blocks: the tiles of blocks
+// i of set a and blocks j of set c; if both are the same super-block, only those with i <= j.
 struct Piece {
   const Sums& s;
   int number, g, p, q, a, c, first_i, last_i, first_j, last_j;
@@ -229,7 +231,7 @@ struct Piece {
       p = pair % left, q = left + pair / left;
       return true;
     }
-    // each meets itself and the next half of the others, all taken as a ring
+    // arranged in a ring, each super-block is paired with itself and with the half of the others that follow it
     int one = pair % s.supers, step = pair / s.supers, other = (one + step) % s.supers;
     p = one < other ? one : other, q = one < other ? other : one;
     return step * 2 != s.supers || one < step;
@@ -244,13 +246,12 @@ struct Piece {
   TCLR_METHOD int end_i(int j) const { return p == q ? j + 1 : last_i; }
 };
 
-// How shared memory is used: `panels` for whole blocks j, a ring for what comes of blocks i, all of it or chunk by
-// chunk.
+// The use of shared memory: `panels` whole blocks j, and a ring buffer for blocks i, either whole or chunk by chunk.
 template <int chunks>
 struct SumsTiles {
   static constexpr int units = chunks <= 2 ? 1 : chunks, unit_chunks = chunks / units;
   static constexpr int unit_bytes = unit_chunks * chunk_bytes;
-  static constexpr bool ahead = chunks <= 3;  // of more features there is no room for the rows of the next tile
+  static constexpr bool ahead = chunks <= 3;  // with more features, the rows of the next tile do not fit
   static constexpr int row_sums = most_blocks_a_super * chunk_rows, column_sums = 8 * chunk_rows;
   static constexpr size_t rest = (row_sums + 2 * column_sums) * sizeof(float) + 512;
 
@@ -262,7 +263,7 @@ struct SumsTiles {
   }
 };
 
-// A thread's part of a tile: exp S, added to its two rows and its 32 columns.
+// Adds exp S of a thread's part of a tile to the sums of its two rows and 32 columns.
 template <bool masked, bool columns>
 TCLR_DEVICE void add_tile(const float (&S)[64], float scale, float (&column)[32], float (&row)[2], int i0, int j0,
                           int N, bool diagonal) {
@@ -280,7 +281,7 @@ TCLR_DEVICE void add_tile(const float (&S)[64], float scale, float (&column)[32]
   }
 }
 
-// Joins x[k] and x[k + half] of two lanes: the upper one keeps the latter.
+// Adds up x[k] of two lanes in the lower lane, and x[k + half] of both in the upper lane.
 template <int half>
 TCLR_DEVICE void share(float (&x)[32], bool upper, int lanes) {
 #pragma unroll
@@ -378,7 +379,7 @@ TCLR_WARPGROUP_KERNEL sum_blocks(TCLR_ARGUMENT Sums s) {
         const int i0 = i * chunk_rows + i_local, j0 = j * chunk_rows + j_local;
         float row[2] = {};
         if (diagonal && w.a != w.c) put_positives(tile, i0);
-        if (diagonal && w.p == w.q)  // of one block, columns are rows
+        if (diagonal && w.p == w.q)  // rows and columns are the same block: only the rows' sums are needed
           add_tile<true, false>(tile, scale, column, row, i0, j0, l.N, true);
         else if (diagonal || (ragged && (i + 1 == l.blocks || j + 1 == l.blocks)))
           add_tile<true, true>(tile, scale, column, row, i0, j0, l.N, diagonal);
@@ -398,8 +399,8 @@ TCLR_WARPGROUP_KERNEL sum_blocks(TCLR_ARGUMENT Sums s) {
       wait(panel_full + panel.slot, panel.phase);
       int i = w.first_i;
       if (Tiles::ahead) {
-        // Products of the next tile, beside the exponentials of this one. ptxas makes them wait for one another where
-        // the two ways through a step meet before their end.
+        // The products of the next tile run during the exponentials of this tile. S and T alternate in unrolled code,
+        // since ptxas would serialise the products if the two branches of a step were merged.
         auto finish_last = [&](const float (&tile)[64]) {
           wait_for_products<0>();
           finish(tile, i);
@@ -432,7 +433,7 @@ TCLR_WARPGROUP_KERNEL sum_blocks(TCLR_ARGUMENT Sums s) {
       if (lane == 0) arrive(panel_free + panel.slot);
       panel.next();
 
-      // eight lanes share a column, and each ends with four of 32
+      // eight lanes share 32 columns; each of them gets the sums of four
       float* of_warps = column_sums + strip++ % 2 * Tiles::column_sums;
       const int octet = lane / 4;
       share<16>(column, octet & 4, 16), share<8>(column, octet & 2, 8), share<4>(column, octet & 1, 4);
@@ -476,7 +477,7 @@ TCLR_KERNEL take_logs(TCLR_ARGUMENT Sums s) {
 struct Factors {
   Layout l;
   Gram<float> p;
-  float *alpha, *positive;  // [G, V, V, padded], zeros beyond N and where there is no block
+  float *alpha, *positive;  // [G, V, V, padded], zeros for padded rows and in blocks that do not exist
 };
 
 TCLR_KERNEL make_factors(TCLR_ARGUMENT Factors f) {
@@ -504,7 +505,7 @@ struct Gradient {
   int parts, stages;
 };
 
-// A piece of work: one block of rows of a set, and a part of the blocks that they meet.
+// A piece of work: one block of rows of a set, and one part of the blocks with which it is compared.
 struct Part {
   const Gradient& s;
   int number, index, part, a, g, first_set, first, last;
@@ -528,7 +529,7 @@ struct Part {
 
 template <int chunks>
 struct GradientTiles {
-  static constexpr int columns = chunks <= 2 ? 128 : 64, halves = chunk_rows / columns;  // of a tile of S at once
+  static constexpr int columns = chunks <= 2 ? 128 : 64, halves = chunk_rows / columns;  // columns of S at a time
   static constexpr int block_bytes = chunks * chunk_bytes, stage_bytes = block_bytes + chunk_rows * sizeof(float);
 
   static size_t plan(Gradient& s) {
@@ -585,7 +586,7 @@ TCLR_WARPGROUP_KERNEL add_blocks(TCLR_ARGUMENT Gradient s) {
   const uint64_t left = rows_of(shared_address(own) + group * (chunk_bytes / 2));
   for (Part w(s); w.valid(); w.next(), mine.next()) {
     float dz[features / 2], S[columns / 2], alpha[2];
-    uint32_t W[columns / 4];  // S as weights, the left operand of their product with the rows
+    uint32_t W[columns / 4];  // the weights, as the left operand of their product with the columns
     int c = w.first_set + w.first / l.blocks, j = w.first % l.blocks;
     auto place = [&](int slot, int h) { return shared_address(ring + slot * block_bytes) + h * columns * 128; };
     auto take_alpha = [&] {
@@ -618,7 +619,7 @@ TCLR_WARPGROUP_KERNEL add_blocks(TCLR_ARGUMENT Gradient s) {
           S[n * 4] = weight(n * 4, alpha[0] + y.x), S[n * 4 + 1] = weight(n * 4 + 1, alpha[0] + y.y);
           S[n * 4 + 2] = weight(n * 4 + 2, alpha[1] + y.x), S[n * 4 + 3] = weight(n * 4 + 3, alpha[1] + y.y);
         }
-      } else {  // zeros beyond N serve where there is no positive
+      } else {  // if a row has no positive, `positive` is 0
         const float* same = s.positive + l.at(w.g, w.a, c) + w.index * chunk_rows + i_local;
         const float positive[2] = {same[0], same[8]};
 #pragma unroll
@@ -649,7 +650,7 @@ TCLR_WARPGROUP_KERNEL add_blocks(TCLR_ARGUMENT Gradient s) {
     weigh(0);
     pack();
     const int steps = (w.last - w.first) * halves;
-    for (int t = 1; t < steps; ++t) {  // beside the exponentials of a tile, the product with the rows of the last one
+    for (int t = 1; t < steps; ++t) {  // W z of the previous tile runs during the exponentials of this one
       const int h = t % halves;
       if (h == 0) {
         stage.next();
@@ -691,15 +692,15 @@ TCLR_WARPGROUP_KERNEL add_blocks(TCLR_ARGUMENT Gradient s) {
 
 // ---- launches
 
-// As many blocks as multiprocessors, or fewer for fewer pieces of work.
+// Launches a thread block for each multiprocessor, or fewer if there are fewer pieces of work.
 template <typename A>
 const char* launch_on_all(void (*kernel)(A), int64_t pieces, size_t shared, Stream stream, const A& argument) {
   int64_t blocks = pieces < processors() ? pieces : processors();
   return launch(kernel, blocks, shared, stream, argument, all_threads);
 }
 
-// The size of super-blocks that keeps the busiest multiprocessor the least busy, in tiles; what a strip and a piece
-// cost beside their tiles is measured.
+// Chooses the size of super-blocks with the least time of the busiest multiprocessor, in tiles. The overheads of a
+// strip (0.8) and of a piece (0.5) were measured.
 void arrange_supers(Sums& s) {
   double least = 0;
   int64_t all = processors();
@@ -713,7 +714,7 @@ void arrange_supers(Sums& s) {
   }
 }
 
-// The parts of a block's work, at most eight, that leave the busiest multiprocessor the least to do.
+// The number of parts of a block's work, at most eight, with the least time of the busiest multiprocessor.
 int parts_of_blocks(const Layout& l) {
   int64_t blocks = int64_t(l.G) * l.V * l.blocks, all = processors(), most = int64_t(l.V) * l.blocks;
   int best = 1;
@@ -725,7 +726,7 @@ int parts_of_blocks(const Layout& l) {
   return best;
 }
 
-// All that a call needs: the problem as calls.cuh describes it, and beside it the layout of these kernels.
+// All arguments of a call: the problem as in calls.cuh, and the layout of these kernels.
 struct Arrangement {
   Call<float> c;
   Layout l;
@@ -735,7 +736,7 @@ struct Arrangement {
 
   Arrangement(const GramCall& call, bool backward, Arena& arena) : c{}, l{}, sums{}, factors{}, gradient{} {
     c.p = describe<float>(call.G, call.V, call.N, call.D, call.normalize, call.cross, call.tau);
-    if (call.tau.data) OnTensorCores<Half>::describe(c, arena);  // for temperatures that these kernels leave to those
+    if (call.tau.data) OnTensorCores<Half>::describe(c, arena);  // for temperatures below 1 / limit
     c.p.boost = 8192, c.p.parts = 1, c.above = limit;
     l.G = int(call.G), l.V = int(call.V), l.N = int(call.N), l.cross = call.cross, l.tau = call.tau;
     l.blocks = int((call.N + chunk_rows - 1) / chunk_rows);
@@ -758,12 +759,12 @@ struct Arrangement {
   }
 };
 
-// Whether the device is a Hopper for which this was compiled, and the call one that these kernels serve.
+// Whether these kernels can compute this call on the current device.
 bool serves(const GramCall& call) {
 #ifdef TCLR_HOPPER
   bool half = call.dtype == Dtype::f16 || call.dtype == Dtype::bf16;
   bool sizes = call.N >= square && call.D >= chunk_features && call.D <= most_features;
-  // for 32 bits to hold a thread's number and an index of [G, V, V, N]
+  // so that the number of a thread and an index of [G, V, V, N] fit 32 bits
   bool few = call.G * call.V * (call.V > 32 ? call.V : 32) * (call.N + chunk_rows) < int64_t(1) << 31;
   bool bounded = call.tau.data || 1 / call.tau.value <= limit;
   return half && call.normalize && sizes && few && bounded && on_hopper();
@@ -772,7 +773,7 @@ bool serves(const GramCall& call) {
 #endif
 }
 
-// Calls f with the chunks of 64 features as a constant.
+// Calls f with the number of chunks as a compile-time constant.
 template <typename F>
 const char* with_chunks(int chunks, F f) {
   using std::integral_constant;

@@ -1,7 +1,7 @@
-// The host's executor: see executor.h. Between two barriers of a block its warps run one after the other, and so do the
-// lanes of a warp between two barriers of their own, upwards or downwards: results that depend on which are a race.
-// Shared memory is given filled with 0xA5. Where no thread can go on, the launch ends with an error, and with it the
-// library's use: what its threads had asked for is still there.
+// Runs kernels on the host: see executor.h. Between two barriers of a block, its warps run one after another, and so do
+// the lanes of a warp between two barriers of the warp, in ascending or descending order (`downwards`). A result that
+// depends on this order is a race. Shared memory is initialised with 0xA5. If no thread can continue, the launch
+// returns an error. The library must not be used afterwards, since the requests of unfinished threads are not cleared.
 #pragma once
 #include <ucontext.h>
 
@@ -24,7 +24,7 @@ namespace tclr {
 
 using Stream = void*;
 
-constexpr int64_t enough_blocks = 8, enough_tiles = 20;  // so few that parts of small problems have several tiles
+constexpr int64_t enough_blocks = 8, enough_tiles = 20;  // so few that small problems test parts of several tiles
 
 namespace host {
 
@@ -34,11 +34,11 @@ struct Index {
 
 constexpr int most_threads = 384;
 
-// What threads wait at. A phase of it ends with its last arrival, and not before the bytes that it expects have come.
+// A barrier. A phase ends when all threads have arrived and all expected bytes have been copied.
 struct Barrier {
   int32_t bytes = 0;
   uint32_t arrivals : 12, missing : 12, phase : 1, started : 7;
-  static constexpr uint32_t start = 0x35;  // memory that is no barrier seldom has it
+  static constexpr uint32_t start = 0x35;  // marks an initialised barrier
 
   explicit Barrier(int arrivals = 0) : arrivals(arrivals), missing(arrivals), phase(0), started(start) {}
   void arrive() {
@@ -58,7 +58,7 @@ struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[stack_size]};
   bool done;
-  const Barrier* waits;  // until its phase is another than this; null: it only gives the others a turn
+  const Barrier* waits;  // the fiber waits until the phase of this barrier differs from `phase`; null: it can run
   uint32_t phase;
 #ifdef __SANITIZE_ADDRESS__
   static constexpr size_t stack_size = 256 << 10;
@@ -71,15 +71,15 @@ struct Fiber {
 
 inline ucontext_t scheduler;
 inline std::vector<Fiber> fibers(most_threads);
-inline int current, count;  // count: of this block's threads
+inline int current, count;  // count: the number of threads in the block
 inline unsigned char* shared;
 inline void (*body)();
 inline bool downwards;
 inline int launches, hopper_processors;
 inline Barrier of_block, of_first;
 inline std::vector<Barrier> of_warps(most_threads / 32);
-inline std::vector<std::function<void()>> copies;  // that have not landed yet
-inline bool dry;                                   // launches are counted, and do nothing
+inline std::vector<std::function<void()>> copies;  // bulk copies that are not done yet
+inline bool dry;                                   // launches are counted, but run nothing
 inline char error[200];
 
 inline void enter() {
@@ -104,7 +104,7 @@ inline void wait(const Barrier* barrier, uint32_t phase = 0) {
 
 inline void give_turn() { wait(nullptr); }
 
-// At a barrier of these threads alone.
+// Arrives at a barrier, and waits for the other threads.
 inline void meet(Barrier& barrier) {
   uint32_t phase = barrier.phase;
   barrier.arrive();
@@ -150,7 +150,7 @@ T* shared_memory() {
 inline bool on_hopper() { return host::hopper_processors > 0; }
 inline int processors() { return host::hopper_processors; }
 
-// The lanes of a warp as far as they come without another warp; returns whether one could go on.
+// Runs the lanes of a warp until all of them wait for other warps. Returns whether any lane could run.
 inline bool run_warp(int warp) {
   bool any = false;
   for (uint32_t phase;;) {
@@ -166,7 +166,7 @@ inline bool run_warp(int warp) {
   }
 }
 
-// A turn for every thread, after which half of the copies land, the newest first; whether anything happened.
+// Runs every thread once, and then half of the pending copies, the newest first. Returns whether anything was run.
 inline bool run_once() {
   bool any = false;
   for (int warps = host::count / 32, k = 0; k < warps; ++k) any |= run_warp(host::downwards ? warps - 1 - k : k);
@@ -177,7 +177,7 @@ inline bool run_once() {
   return any;
 }
 
-// Nothing, or which threads of a block wait without end.
+// Runs a block. Returns nullptr, or an error if threads wait without end.
 inline const char* run_block() {
   for (int k = 0; k < host::count; ++k) host::start(host::fibers[k]);
   host::of_block = host::Barrier(host::count), host::of_first = host::Barrier();

@@ -1,4 +1,5 @@
-// The host's warps: see warp.h. Lanes post what an instruction takes of them, and meet before they read it.
+// The instructions of warp.h on the host. Lanes write their operands to shared places, and wait for each other before
+// they read those of the other lanes.
 #pragma once
 #include <type_traits>
 
@@ -6,7 +7,7 @@ namespace tclr {
 
 namespace host {
 
-struct Posted {  // by a lane, for the others of its warp to read
+struct Posted {  // the operands of a lane, for the other lanes of its warp
   uint32_t words[6];
 };
 
@@ -21,7 +22,7 @@ struct Copy {
   }
 };
 
-// Groups of what a thread asked for, each done when it is waited for; the last of them is open.
+// The groups of asynchronous operations of a thread. They run when the thread waits for them. The last group is open.
 template <typename Work>
 struct Groups {
   std::vector<std::vector<Work>> all{1};
@@ -40,7 +41,7 @@ struct Groups {
 
 inline std::vector<Groups<Copy>> groups(most_threads);
 
-// What all lanes of this warp posted. No lane is two meetings ahead of another: two places are enough.
+// The operands of all lanes of this warp. Two buffers suffice, since no lane can be two exchanges ahead of another.
 inline const Posted* exchange(const Posted& mine) {
   std::vector<Posted>& place = posted[of_warps[threadIdx.x / 32].phase];
   place[threadIdx.x] = mine;
@@ -102,7 +103,7 @@ TCLR_DEVICE float exp2_of(float x) { return std::exp2(x); }
 
 TCLR_DEVICE float exponential(float x) { return exp2_of(x * 1.44269504f); }
 
-// Done as late as may be, or at once where threads run downwards.
+// The copy is done as late as possible, or at once if threads run downwards.
 TCLR_DEVICE void copy_async(uint32_t* to, const uint32_t* from, bool there) {
   host::Copy copy{to, there ? from : nullptr};
   host::downwards ? copy.run() : host::groups[threadIdx.x].add(copy);

@@ -1,6 +1,5 @@
-// The host's warpgroups, bulk copies and their barriers: see wgmma.h. Products are done as late as may be, when they
-// are waited for, and copies land after the threads' turns, the newest first; or both at once where threads run
-// downwards.
+// The instructions of wgmma.h on the host. Products are computed as late as possible, when a thread waits for them, and
+// copies are done after all threads have run, the newest first. If threads run downwards, both are done at once.
 #pragma once
 #include <algorithm>
 
@@ -75,8 +74,8 @@ void give_registers() {}
 
 namespace host {
 
-// A thread's part of a product: d has rows g and g + 8 of its warp's 16, two of every eight columns. The left operand
-// is in `fragments` of the warp's lanes, or in memory.
+// A thread's part of a product: d has rows g and g + 8 of its warp's 16 rows, and two of every eight columns. The left
+// operand is in the `fragments` of the warp's lanes, or in shared memory if they are null.
 struct Product {
   float* d;
   int columns;
@@ -87,7 +86,7 @@ struct Product {
 
 inline std::vector<Groups<Product>> products(most_threads);
 
-// The 16 bits that a descriptor has so many bytes, and so many rows of 128 bytes, after its first.
+// The float16 at `bytes` bytes and `row` rows of 128 bytes after the start of a descriptor.
 inline float entry(uint64_t descriptor, int row, int bytes) {
   uint32_t between_chunks = (descriptor >> 16 & 0x3fff) << 4, eight_rows = (descriptor >> 32 & 0x3fff) << 4;
   uint32_t at = (descriptor & 0x3fff) << 4;
@@ -120,7 +119,7 @@ inline void run(const Product& p, size_t group, size_t index) {
   }
 }
 
-// Lanes read one another's fragments: all of a warp have come, and none goes on before the others have read.
+// Lanes read each other's fragments, so all lanes of a warp wait for each other before and after.
 inline void run_products_but(size_t count) {
   auto& mine = products[threadIdx.x];
   __syncwarp();
@@ -139,7 +138,7 @@ TCLR_DEVICE void end_products() {
   if (host::downwards) host::run_products_but(0);
 }
 
-// Other threads have their turn first: what they may do by now, they do.
+// The other threads run first, since they may run at this point.
 template <int count>
 void wait_for_products() {
   host::give_turn();

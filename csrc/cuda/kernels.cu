@@ -32,7 +32,7 @@ make_gradient(TCLR_ARGUMENT CallOf<Path> c) {
   if (!c.elsewhere()) Path::add_gradient(c, blockIdx.x);
 }
 
-// What a call reads and writes.
+// Sets the pointers to the arguments and results of a call.
 template <typename T>
 void connect(Call<T>& c, const GramCall& call) {
   c.p.term = static_cast<T*>(call.term), c.p.neg = static_cast<T*>(call.neg), c.p.pos = static_cast<T*>(call.pos);
@@ -79,7 +79,8 @@ const char* backward(const GramCall& call, void* memory, Stream stream) {
   return error;
 }
 
-// f with the path that serves a call. Of few features too few roundings to float16 average out.
+// Calls f with the path for a call. With few features, rounding errors of float16 do not average out, so rows of fewer
+// than 64 features are computed without tensor cores.
 template <typename F>
 auto on_path(const GramCall& call, F f) {
   bool many = call.N >= square, half = call.dtype == Dtype::f16 || call.dtype == Dtype::bf16;
@@ -90,7 +91,7 @@ auto on_path(const GramCall& call, F f) {
   return call.D <= 128 ? f(Plain<float, 1>()) : f(Plain<float>());
 }
 
-// ---- on Hopper; a temperature on the device may be one that is left to the tensor cores' other kernels
+// ---- on Hopper. If the temperature is on the device, the kernels of tensor.cuh are launched, too: see hopper.cuh.
 
 const char* forward_on_hopper(const GramCall& call, void* memory, Stream stream) {
   using Other = OnTensorCores<Half>;

@@ -1,17 +1,17 @@
-// The TCLR objective on a CUDA device: its problems side by side in the same launches.
+// The TCLR objective on a CUDA device. All of its problems are computed in the same launches:
 //
-//   ic_global   G = 1, V = the views,             N = the videos, from g
-//   ic_local    G = 1, V = the views' local clips, N = the videos, from x; its matrix holds LL's similarities too
-//   ll          G = the videos, V = the views,    N = the clips,  from x, where ic_local is not computed
-//   gl          G = the videos, V = the views of s, then those of x, cross
+//   ic_global   G = 1, V = the views,              N = the videos, from g
+//   ic_local    G = 1, V = the views' local clips, N = the videos, from x; its matrix has LL's similarities, too
+//   ll          G = the videos, V = the views,     N = the clips,  from x, if ic_local is not computed
+//   gl          G = the videos, V = the views of s and those of x, N = the clips, cross
 //
-// Forward: read_inputs, sum_all_tiles, finish_objective: some of its blocks add up the terms, the others make parts of
-// the gradient, each from the coefficients that it needs, which it makes itself.
-// Backward: write_gradients, which adds the parts up and multiplies by what comes from above before it divides by the
-// rows' norms: rows so short that their gradient is infinite but for that factor exist.
+// The forward has the kernels read_inputs, sum_all_tiles and finish_objective. In the last one, some thread blocks add
+// up the terms, and the others compute parts of the gradient, from coefficients that each of them computes itself. The
+// backward has the kernel write_gradients. It adds up the parts, and multiplies by the upstream gradient before it
+// divides by the rows' norms, since without this factor the gradient of a very short row could be infinite.
 //
-// A coefficient may be below float's range, as those of very confident pairs are. It is therefore held as its
-// logarithm until a block knows the largest of those that it uses, in whose power of two it makes its part.
+// The coefficients of very confident pairs may be below float's range. They are therefore kept as logarithms, until a
+// block knows the largest coefficient that it uses. The unit of its part is a power of two near that.
 #pragma once
 #include "gram.cuh"
 
@@ -32,19 +32,19 @@ struct InputRow {
 
 template <typename T>
 struct Objective {
-  static constexpr int chunk = 128;  // features that a block of write_gradients serves
+  static constexpr int chunk = 128;  // features of a thread block in write_gradients
   ObjectiveCall call;
   int count = 0;
   Term kinds[3];
-  Gram<T> problems[3];  // which have one z: the unit rows of g, s, x
+  Gram<T> problems[3];  // they share one z, the unit rows of g, s and x
   Norm<T>* norms;       // of the rows of z
   T log_upstream[terms_of_objective];
-  double* along_blocks;                               // [blocks of finish_objective] of <z, dz>
-  uint32_t sum_blocks, term_blocks, gradient_blocks;  // of all problems
-  uint32_t V, B, clips, of_s, of_x;                   // sizes, and which rows of z are those of s and x
-  double* sums;                                       // [2, term blocks] of terms, and of LL beside ic_local
-  unsigned* ticket;                                   // 0 between launches
-  unsigned quads;                                     // a bit an input: whether its rows are quads of T
+  double* along_blocks;                               // [thread blocks of finish_objective], sums of <z, dz>
+  uint32_t sum_blocks, term_blocks, gradient_blocks;  // thread blocks for all problems together
+  uint32_t V, B, clips, of_s, of_x;                   // sizes, and the first rows of s and of x in z
+  double* sums;                                       // [2, term blocks], of terms, and of LL if from ic_local
+  unsigned* ticket;                                   // counts finished blocks; 0 between launches
+  unsigned quads;                                     // bit k: whether rows of input k can be read as Quad<T>
 
   constexpr const Input& input(int k) const { return k == 0 ? call.g : k == 1 ? call.s : call.x; }
   constexpr int64_t rows_of(int k) const { return call.V * call.B * (k == 0 ? 1 : call.T); }
@@ -54,7 +54,7 @@ struct Objective {
   constexpr bool with_ll(Term kind) const { return kind == ic_local && call.weights[ll] != 0; }
   constexpr double upstream(Term kind) const { return call.scales[kind] * call.weights[kind]; }
 
-  // The problem's row that an input's row is; none: a < 0.
+  // The row of a problem for a row of an input; a < 0 if the problem does not use this input.
   constexpr Place place(Term kind, const InputRow& r) const {
     switch (kind) {
       case ic_global:
@@ -80,7 +80,7 @@ struct Objective {
   }
 };
 
-// The problem that a block works for; `block` becomes its number among the problem's.
+// The problem of a thread block. `block` becomes its number within the problem.
 template <typename T>
 TCLR_DEVICE int problem_of(const Objective<T>& o, uint32_t Sizes::* blocks, uint32_t& block) {
   int k = 0;
@@ -97,7 +97,7 @@ TCLR_KERNEL read_inputs(TCLR_ARGUMENT Objective<T> o) {
   Source x = o.at(r);
   bool quads = o.quads >> r.input & 1;
   const T* vector = static_cast<const T*>(x.data) + x.first;
-  // calls f for the values of a lane's quads
+  // calls f for the quads of this lane
   auto each = [&](auto f) {
     for (int64_t d = threadIdx.x % 32 * 4; d < o.ldz() && valid; d += 128) {
       Quad<T> q;
@@ -135,7 +135,7 @@ sum_all_tiles(TCLR_ARGUMENT Objective<T> o) {
 
 // ---- terms and coefficients
 
-// log(1 + exp(-|t|)), as exact as its sum with a logarithm is.
+// log(1 + exp(-|t|)). Its absolute error is small, which suffices since it is added to another logarithm.
 template <typename T>
 TCLR_DEVICE T log_of_more(T t) {
   return log(1 + exp(t > 0 ? -t : t));
@@ -146,22 +146,22 @@ TCLR_DEVICE T log_sigmoid(T t) {
   return (t < 0 ? t : 0) - log_of_more(t);
 }
 
-// What a term of an anchor is made of: the sums over its own set and over the other one, and its positive.
+// A term of an anchor, from its log-sum-exps over its own set and over the other set, and from its positive.
 template <typename T>
 struct Pair {
   T high, more;  // log(exp own + exp other) = high + more
-  T excess;      // of it over the positive
+  T excess;      // this minus the positive
 
   TCLR_METHOD Pair(T own, T other, T pos) : high(own > other ? own : other) {
     T low = own > other ? other : own;
     more = low == -INFINITY ? 0 : log_of_more(low - high);
     excess = (high - pos) + more;
   }
-  // The logarithm of the share of one of the two.
+  // The logarithm of the share of one of the two sets in the sum.
   TCLR_METHOD T share(T of) const { return (of - high) - more; }
 };
 
-// An anchor among the problem's; its sum with the set c is N * c further on.
+// An anchor of a problem. Its neg and pos with set c are at first + N * c.
 template <typename T>
 struct Anchor {
   const Gram<T>& p;
@@ -176,7 +176,7 @@ struct Anchor {
   TCLR_METHOD Pair<T> with(uint32_t c) const { return {p.cross ? -INFINITY : neg(a), neg(c), pos(c)}; }
 };
 
-// LL of one anchor, the sets being (v, t), v outermost; made by the lanes that share the anchor.
+// LL of one anchor, from the sets (v, t) of ic_local. Computed by the lanes that share the anchor.
 template <typename T>
 struct LocalLocal {
   uint32_t mate;
@@ -206,18 +206,18 @@ TCLR_DEVICE T log_add(T x, T y) {
   return low == -INFINITY ? high : high + log_of_more(low - high);
 }
 
-// The coefficients of a tile's anchors, made here.
+// The coefficients of a tile's anchors, computed in the thread block that uses them; compare Given in gram.cuh.
 template <typename T>
 struct Made {
-  static constexpr int numbers = 4;  // of an anchor: neg, and the logarithms of its coefficient and of two of pos
-  static constexpr int lanes = 4;    // that share an anchor
+  static constexpr int numbers = 4;  // for each anchor: see `make`
+  static constexpr int lanes = 4;    // lanes that share an anchor
   static constexpr T none = lowest<T>;
   const Gram<T>& p;
   T log_upstream, log_ll;
   bool with_ll;
   T *table, *tops;
-  T power = none;  // of two, in which the gradient is made
-  T along = 0;     // <z, dz> as this thread has it, of one row
+  T power = none;  // the unit of the gradient is 2^power
+  T along = 0;     // this thread's part of <z, dz> of one row
 
   TCLR_METHOD Made(const Objective<T>& o, int k)
       : p(o.problems[k]),
@@ -228,7 +228,7 @@ struct Made {
   }
   TCLR_METHOD const T* of(int slot, int r) const { return table + (slot * tile + r) * numbers; }
 
-  // The logarithm of the coefficient of an anchor's sum over its own set.
+  // The logarithm of the coefficient of an anchor's neg with its own set.
   TCLR_METHOD T of_own_set(const Anchor<T>& x) const {
     T all = -INFINITY, own = x.neg(x.a);
     TCLR_ROLLED
@@ -240,9 +240,10 @@ struct Made {
     all = over_row(all, lanes, [](T x, T y) { return log_add(x, y); });
     return all + log_upstream;
   }
-  // own, other: whether some of the anchors that are made at once meet their own set, and whether some meet another.
+  // Computes neg of an anchor, and the logarithms of its coefficient and of the negative and positive parts of pos's
+  // coefficient. own, other: whether any anchor of the call is compared with its own set, and with another set.
   TCLR_METHOD void make(const Anchor<T>& x, uint32_t c, bool own, bool other, T (&to)[numbers]) const {
-    T neg = x.neg(c), of_neg = -INFINITY, less = -INFINITY, more = -INFINITY;  // of pos: what brings it near, and away
+    T neg = x.neg(c), of_neg = -INFINITY, less = -INFINITY, more = -INFINITY;  // less, more: the two parts of pos
     if (own && !p.cross) {
       T all = of_own_set(x);
       if (c == x.a) of_neg = all;
@@ -309,7 +310,7 @@ TCLR_DEVICE double sum_over_warps(const double* x, int warps) {
   return sum;
 }
 
-// The terms of this thread's anchor and set.
+// The term of this thread's anchor and set, or its LL term.
 template <typename T>
 TCLR_DEVICE void term_of(const Objective<T>& o, int k, uint32_t item, double& of_pair, double& of_ll) {
   const Gram<T>& p = o.problems[k];
@@ -324,7 +325,7 @@ TCLR_DEVICE void term_of(const Objective<T>& o, int k, uint32_t item, double& of
     of_ll = softplus(LocalLocal<T>(x, 1).excess);
 }
 
-// Of all blocks' sums, a term a warp; in the order of the blocks, whichever comes last.
+// Adds up the sums of all blocks, each term by a warp. Their order does not depend on which block is the last.
 template <typename T>
 TCLR_DEVICE void write_terms(const Objective<T>& o, double* shared) {
   static_assert(tile_threads / 32 >= terms_of_objective);
@@ -350,7 +351,7 @@ TCLR_DEVICE void write_terms(const Objective<T>& o, double* shared) {
   *static_cast<T*>(o.call.terms[0]) = T(total);
 }
 
-// Adds up the terms of some anchors; the last block to come here adds up what all of them found.
+// Adds up the terms of some anchors. The last block to finish adds up the sums of all blocks.
 template <typename T>
 TCLR_DEVICE void add_terms(const Objective<T>& o, int64_t blocks) {
   constexpr int warps = tile_threads / 32;
@@ -410,7 +411,7 @@ finish_objective(TCLR_ARGUMENT Objective<T> o) {
     add_gradient<T, groups>(o, uint32_t(blockIdx.x - blocks));
 }
 
-// The gradient of the temperature, by one block.
+// The gradient of the temperature, computed by one thread block.
 template <typename T>
 TCLR_DEVICE void write_tau(const Objective<T>& o, double* shared) {
   double sum = 0, tau = value_of(o.call.tau);
@@ -423,7 +424,8 @@ TCLR_DEVICE void write_tau(const Objective<T>& o, double* shared) {
   if (threadIdx.x == 0) *static_cast<T*>(o.call.g_tau) = T(-sum_over_warps(shared, threads / 32) * factor);
 }
 
-// Some features of the gradient of a row: every warp adds up a quarter of its parts, then a thread writes a feature.
+// Writes some features of the gradient of a row. Each warp adds up a quarter of the parts; then each thread writes one
+// feature.
 template <typename T>
 TCLR_KERNEL write_gradients(TCLR_ARGUMENT Objective<T> o) {
   constexpr int warps = threads / 32, chunk = Objective<T>::chunk;

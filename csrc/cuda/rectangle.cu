@@ -1,9 +1,9 @@
-// The launches of a rectangle.
+// The launches of a rectangle: some rows against some columns.
 //
-//   forward   read the rows, read the columns, sum, finish; for the mean a gradient with weights exp(S - neg), and
-//   write backward  read both, note the largest coefficients, and for a side whose gradient is wanted make it, and
-//   write it;
-//             of pairs the sums again, for the size of what their gradients are made of
+// Forward: read the rows, read the columns, sum, finish. The mean is computed as a gradient with weights exp(S - neg).
+//
+// Backward: read both sides, find the largest coefficients, and for each side whose gradient is requested, compute and
+// write it. For pairs, the sums are computed again, to find the size of their coefficients.
 #include "calls.cuh"
 #include "rectangle_tensor.cuh"
 
@@ -12,7 +12,7 @@ namespace {
 
 using cuda::RectangleCall;
 
-// What the kernels of a rectangle take.
+// The arguments of the kernels.
 template <typename T>
 struct Step {
   Rectangle<T> p;
@@ -22,7 +22,7 @@ struct Step {
 template <typename T>
 using Kernel = void (*)(Step<T>);
 
-// How it is computed: as in calls.cuh.
+// A rectangle is computed either without tensor cores or on them, as in calls.cuh.
 template <typename T>
 struct PlainRectangle {
   using Number = T;
@@ -143,7 +143,7 @@ Kernel<float> RectangleOnTensorCores<E>::mean_kernel(const Step<float>& s) {
   return s.z.chunks() == 1 ? sum_rectangle_with_mean<E> : nullptr;
 }
 
-// One call: its sides, and what its launches take.
+// One call: its sides, its memory and its launches.
 template <typename Way>
 struct RectangleLaunches {
   using T = typename Way::Number;
@@ -163,12 +163,12 @@ struct RectangleLaunches {
     p.normalize = of.normalize, p.cross = of.cross, p.tau = of.tau;
     Path::describe(c, arena);
     p.parts = 1;
-    p.boost = std::is_same_v<Path, OnTensorCores<Half>> ? 4096 : 1;  // weights are 12 at most
+    p.boost = std::is_same_v<Path, OnTensorCores<Half>> ? 4096 : 1;  // for weights of at most 12
     arena.take(p.norms, p.rows());
     c.zdz = static_cast<T*>(of.zdz), c.dtype = of.dtype;
     return c;
   }
-  // The rectangle from the side of the rows, or from that of the columns.
+  // The arguments of a step with the rows, or with the columns, as the resident side.
   Step<T> step(bool of_rows) const {
     const Call<T>&resident = of_rows ? rows : columns, &passing = of_rows ? columns : rows;
     Step<T> s{};
@@ -182,7 +182,7 @@ struct RectangleLaunches {
     return s;
   }
 
-  // In what counts the memory, nothing is launched.
+  // If only the memory is counted, nothing is launched.
   void run(Kernel<T> kernel, int64_t blocks, size_t shared, const Step<T>& s, int of_block = Path::of_block) {
     if (arena.base && !error) error = launch(kernel, blocks, shared, stream, s, of_block);
   }
@@ -257,8 +257,8 @@ struct RectangleLaunches {
   }
 };
 
-// f with the way that serves a call, as on_path; `many`: enough rows and columns to fill a tile of tensor cores. Those
-// have no sums of pairs, which want double precision for every positive.
+// Calls f with the way for a call, as on_path does. `many`: enough rows and columns for a tile of tensor cores. Pairs
+// are not computed on tensor cores, since each positive needs double precision.
 template <typename F>
 auto on_way(const RectangleCall& call, F f) {
   bool pairs = call.of_rows.negatives || call.of_columns.negatives;

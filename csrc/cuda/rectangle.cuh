@@ -1,13 +1,13 @@
-// Some rows against some columns, and the gradient, in the arithmetic of their dtype: what tclr_kernels/general.py
-// defines.
+// Some rows against some columns, as tclr_kernels/general.py defines it, and the gradient, without tensor cores.
 //
-// A step sees the rectangle from one of its sides: the rows of that side are `resident`, a block of threads keeps some
-// of them, and those of the other side are `passing`, cut into parts so that few resident rows fill the device too.
+// In each step, one side is `resident`: a thread block keeps some of its rows. The rows of the other side are
+// `passing`. They are divided into parts, which different thread blocks compute, so that few resident rows fill the
+// device, too.
 //
-//   sums      of every resident row with every passing set: one sum a part, joined in the order of the parts
-//   gradient  of every resident row: one share a part, added in the order of the parts where the rows are written
+//   sums      of every resident row with every passing set: one for each part, merged in the order of the parts
+//   gradient  of every resident row: one for each part, added in the order of the parts when the rows are written
 //
-// What is packed and what is written row by row is a matter of one side alone: the steps of gram.cuh serve.
+// Packing rows and writing their gradients concerns one side only, and is done by the steps of gram.cuh.
 #pragma once
 #include <type_traits>
 
@@ -19,7 +19,7 @@ namespace {
 using cuda::Anchors;
 using cuda::Keys;
 
-constexpr int64_t no_index = INT64_MIN / 2;  // an offset at which no row has the index of another
+constexpr int64_t no_index = INT64_MIN / 2;  // an offset with which no two rows have the same index
 
 template <typename T>
 struct Sums;
@@ -28,14 +28,14 @@ template <typename T>
 struct Rectangle {
   Gram<T> resident, passing;
   Keys keys, passing_keys;
-  Anchors anchors, passing_anchors;  // what the weights are made of, with the rows of a side as the anchors
+  Anchors anchors, passing_anchors;  // with the rows of this side as anchors
   int64_t offset;                    // the passing row i + offset has the index of the resident row i
-  bool pairs;                        // the sum over the positives of softplus(negatives - S), or its gradient
-  int64_t parts;                     // of the passing rows of a set, for the sums; of all of them, for the gradient
-  double *neg, *pos, *pos_lse, *spread, *count;  // written by the sums
-  double *pair_sums, *slope;                     // written by those of the pairs
-  T* mean;                                       // [G, n, D]
-  Sums<T>* sums;                                 // [parts, G, A, C, n]; without keys the half of each, `Exponentials`
+  bool pairs;                        // computes the sum of softplus(negatives - S) over the positives, or its gradient
+  int64_t parts;                     // of the passing rows of one set (sums), or of all passing rows (gradient)
+  double *neg, *pos, *pos_lse, *spread, *count;  // outputs
+  double *pair_sums, *slope;                     // outputs if `pairs`
+  T* mean;                                       // output [G, n, D]
+  Sums<T>* sums;                                 // [parts, G, A, C, n]; without keys, Exponentials<T> instead
 
   constexpr int64_t anchor_count() const { return resident.rows() * passing.V; }
   constexpr int64_t at(int64_t g, int64_t a, int64_t c, int64_t i) const {
@@ -44,13 +44,13 @@ struct Rectangle {
   constexpr int64_t passing_at(int64_t g, int64_t c, int64_t a, int64_t j) const {
     return ((g * passing.V + c) * resident.V + a) * passing.N + j;
   }
-  // Whether the set a of the resident rows meets the set c of the passing ones.
+  // Whether set a of the resident rows is compared with set c of the passing rows.
   constexpr bool exists(int64_t a, int64_t c) const {
     return !resident.cross || (a < (resident.V + 1) / 2) != (c < (passing.V + 1) / 2);
   }
 };
 
-// Rows in tiles.
+// The division of rows into tiles.
 struct Cut {
   int64_t rows;
   int size;
@@ -60,14 +60,14 @@ struct Cut {
   constexpr int64_t of(int64_t t) const { return rows - begin(t) < size ? rows - begin(t) : size; }
 };
 
-// The first tile of a part: of so many tiles in so many parts.
+// The first tile of a part, if `tiles` tiles are divided into `parts` parts.
 constexpr int64_t part_begin(int64_t part, int64_t tiles, int64_t parts) { return part * tiles / parts; }
 
 TCLR_DEVICE int64_t key_of(const Keys& keys, int64_t g, int64_t i) {
   return keys.data[g * keys.stride_g + i * keys.stride_n];
 }
 
-// A tile of the rows of a group, whichever sets they are of.
+// A tile of the rows of a group. It may have rows of several sets.
 template <typename T>
 TCLR_DEVICE Span<T> span(const Gram<T>& side, int64_t g, const Cut& cut, int64_t t) {
   return {side.z + (g * side.V * side.N + cut.begin(t)) * side.ldz, cut.of(t), side.ldz};
@@ -87,11 +87,11 @@ struct Exponentials {
   TCLR_METHOD double log_sum() const { return double(largest) + log(double(sum)); }
 };
 
-// Of an anchor's candidates.
+// The sums over an anchor's candidates.
 template <typename T>
 struct Sums {
   Exponentials<T> negatives, positives;
-  double sum = 0, slope = 0;  // of S over the positives, or of what the pairs make of it
+  double sum = 0, slope = 0;  // sums over the positives: of S, or for pairs of softplus and of its derivative
   int64_t count = 0;
 
   TCLR_METHOD void add_positive(T s) { positives.add(s), sum += s, ++count; }
@@ -115,7 +115,8 @@ TCLR_DEVICE Exponentials<T>& negatives_of(Sums<T>& x) {
   return x.negatives;
 }
 
-// So many threads in a row found sums of the same anchor; the first of them writes them all, if they are of a row.
+// Merges the sums of `sharing` consecutive threads, which have the same anchor. The first of them writes the result, if
+// the anchor exists.
 template <int sharing, typename S>
 TCLR_DEVICE void join(S mine, bool valid, S* to) {
   S* shared = shared_memory<S>();
@@ -127,14 +128,14 @@ TCLR_DEVICE void join(S mine, bool valid, S* to) {
   *to = mine;
 }
 
-// An anchor, and how it takes a candidate of the set c.
+// An anchor, and its sums over candidates of set c.
 template <typename T, bool keyed>
 struct Anchor {
   const Rectangle<T>& p;
   int64_t g, a, c, i;
-  bool valid;  // whether there is such a row
+  bool valid;  // whether this row exists
   int64_t key = -1;
-  double negatives = 0;  // of the pairs
+  double negatives = 0;  // if `pairs`
   SumsOf<T, keyed> sums{};
 
   TCLR_METHOD Anchor(const Rectangle<T>& p, int64_t g, int64_t a, int64_t c, int64_t i, bool valid)
@@ -192,7 +193,7 @@ TCLR_DEVICE void rectangle_sums(const Rectangle<T>& p, int64_t block) {
   join<per_row>(anchor.sums, valid, to + anchor.at());
 }
 
-// The outputs of one anchor with one set, `k` being its place among them.
+// The outputs with index k, for one anchor with one set.
 template <typename T, bool keyed>
 TCLR_DEVICE void finish_sums(const Rectangle<T>& p, int64_t k) {
   int64_t count = p.anchor_count();
@@ -215,8 +216,8 @@ TCLR_DEVICE void finish_sums(const Rectangle<T>& p, int64_t k) {
 
 // ---- coefficients
 
-// The group's largest coefficient of the resident anchors, as in gram.cuh. Those of pairs are of the size that their
-// sigmoids have: of confident pairs they are below float's range, whatever arrives.
+// Updates the group's largest coefficient of the resident anchors, as in gram.cuh. The coefficients of pairs include
+// their sigmoids, since those of confident pairs are below float's range for any upstream gradient.
 template <typename T>
 TCLR_DEVICE void note_largest(const Rectangle<T>& p, int64_t k) {
   if (k >= p.anchor_count()) return;
@@ -242,7 +243,7 @@ TCLR_DEVICE void note_largest(const Rectangle<T>& p, int64_t k) {
 
 // ---- gradient
 
-// The weight of a negative, in the group's unit: g exp(S - shift).
+// The weight of a negative, in the unit of the group: g exp(S - shift).
 template <typename T>
 struct Negative {
   T g = 0, shift = INFINITY;
@@ -255,8 +256,8 @@ struct Negative {
   }
 };
 
-// That of a positive: g exp(S - shift) + g_spread (exp(S - shift) - share). Of pairs it is
-// g exp(g_spread) sigmoid(shift - S), g being a sign, since g / unit may be beyond float's range.
+// The weight of a positive: g exp(S - shift) + g_spread (exp(S - shift) - share). For pairs, it is
+// g exp(g_spread) sigmoid(shift - S), where g is only a sign, since g_pairs / unit may be outside of float's range.
 template <typename T>
 struct Positive {
   T g = 0, g_spread = 0, shift = INFINITY, share = 0;
@@ -283,10 +284,10 @@ struct Positive {
   }
 };
 
-// That of the candidate with the same index, of another set, beyond what it has as a positive.
+// The weight of the candidate with the same index in another set, in addition to its weight as a positive.
 TCLR_DEVICE double g_pos_of(const Anchors& x, int64_t at) { return x.g_pos ? x.g_pos[at] : 0; }
 
-// The weight of one entry, of either side's anchors.
+// The weight of one entry, from the anchors of both sides.
 template <typename T, bool keyed>
 TCLR_DEVICE T weight(const Rectangle<T>& p, const Place& row, const Place& column, T s, double inverse_unit) {
   bool same_index = column.i == row.i + p.offset, same_key = false;
@@ -310,7 +311,8 @@ TCLR_DEVICE T weight(const Rectangle<T>& p, const Place& row, const Place& colum
   return sum;
 }
 
-// One panel of features of the gradient of one tile of resident rows, by one part of the passing rows; in `unit` / tau.
+// One panel of features of the gradient of one tile of resident rows, summed over one part of the passing rows, in
+// units of `unit` / tau.
 template <typename T, bool keyed>
 TCLR_DEVICE void rectangle_gradient(const Rectangle<T>& p, int64_t block) {
   const Gram<T>&R = p.resident, &Z = p.passing;
@@ -346,7 +348,7 @@ TCLR_DEVICE void rectangle_gradient(const Rectangle<T>& p, int64_t block) {
   dz.write(I.rows, R.ldz, R.dz + row * R.ldz + first);
 }
 
-// One value of the columns' mean.
+// Writes one value of the columns' mean.
 template <typename T>
 TCLR_DEVICE void write_mean(const Rectangle<T>& p, int64_t k) {
   const Gram<T>& R = p.resident;

@@ -1,5 +1,5 @@
-// The rectangle on tensor cores, where there are many rows or columns: see rectangle.cuh and tensor.cuh. A tile has 64
-// rows of one set and 64 columns of one set. The sums of pairs are left to rectangle.cuh.
+// Some rows against some columns on tensor cores, if there are many of them; see rectangle.cuh and tensor.cuh. A tile
+// has 64 rows of one set and 64 columns of one set. The sums of pairs are always computed by rectangle.cuh.
 #pragma once
 #include "rectangle.cuh"
 #include "tensor.cuh"
@@ -7,7 +7,7 @@
 namespace tclr {
 namespace {
 
-// What `meet` reads. The passing tiles of all sets of a group are numbered one after the other: Block.a is the number.
+// The rows for `meet`. The passing tiles of all sets of a group are numbered consecutively, and Block.a is this number.
 struct TwoSides {
   const Rectangle<float>& p;
   const Packed &z, &passing_z;
@@ -25,18 +25,19 @@ struct TwoSides {
     Block J = tile_of(b);
     return {passing_z.words + p.passing.row({J.g, J.a, columns().begin(J.index)}) * z.ldw, columns().of(J.index)};
   }
-  // A passing tile by its set and its index there.
+  // The set of a passing tile, and its index in the set.
   TCLR_METHOD Block tile_of(const Block& b) const {
     auto number = uint32_t(b.a), tiles = uint32_t(columns().tiles());
     return {b.g, number / tiles, number % tiles};
   }
-  // The tiles that meet set a: all, or those of one half of the sets.
+  // The range of tiles with which set a is compared: all, or those of one half of the sets.
   constexpr int64_t half() const { return (p.passing.V + 1) / 2 * columns().tiles(); }
   constexpr int64_t first(int64_t a) const { return p.resident.cross && a < (p.resident.V + 1) / 2 ? half() : 0; }
   constexpr int64_t last(int64_t a) const {
     return p.resident.cross && a >= (p.resident.V + 1) / 2 ? half() : p.passing.V * columns().tiles();
   }
-  // Rows of the same index are those where column + apart = row, in the tile; and whether it holds some.
+  // In a tile, a row and a column have the same index if column + apart = row. `touch`: whether the tile has such
+  // pairs.
   TCLR_METHOD int64_t apart(const Block& I, const Block& J) const {
     return columns().begin(J.index) - rows().begin(I.index) - p.offset;
   }
@@ -48,14 +49,14 @@ struct TwoSides {
 
 // ---- sums
 
-constexpr uint32_t all_entries = 0xffffffff;  // of a lane's, a bit for each
+constexpr uint32_t all_entries = 0xffffffff;  // a bit for each of a lane's entries
 
 template <bool keyed>
 struct RectangleSums {
   const Rectangle<float>& p;
   const TwoSides& sides;
   Block I;
-  int64_t* keys;  // of the columns, in shared memory
+  int64_t* keys;  // those of the columns, in shared memory
   float inverse_tau;
   Lane lane;
   Anchor<float, keyed> anchors[2];
@@ -67,12 +68,12 @@ struct RectangleSums {
     int r = threadIdx.x;
     key = r < sides.columns().of(J.index) ? key_of(p.passing_keys, J.g, sides.columns().begin(J.index) + r) : -1;
   }
-  // Takes the candidates that are no negatives out of S.
+  // Handles the candidates that are not negatives, and sets them to -inf in S.
   TCLR_METHOD void take_others(const Block& J, TileOfS& S) {
     bool touch = sides.touch(I, J);
     if (!touch && !keyed) return;
     int apart = touch ? int(sides.apart(I, J)) : 2 * square;
-    uint32_t others = 0, positives = 0;  // as all_entries
+    uint32_t others = 0, positives = 0;  // bits as in all_entries
 #pragma unroll
     for (int n = 0; n < square / 8; ++n)
       for (int e = 0; e < 4; ++e) {
@@ -154,8 +155,8 @@ TCLR_DEVICE void rectangle_sums_on_tensor_cores(const Rectangle<float>& p, const
 
 // ---- sums, and the mean of the columns
 
-// Where rows are one chunk, the columns weighted by exp(S - shift) are added beside the sums of these weights. The
-// shift follows the row's largest S; for float16 it stays so far below that small weights keep their bits.
+// If a row is one chunk, this adds up the columns with weights exp(S - shift), together with the weights. The shift
+// depends on the row's largest S. For float16 it is lower, so that small weights are not subnormal.
 template <typename E>
 struct RectangleMean {
   static constexpr float below = std::is_same_v<E, Half> ? 9 : 0;
@@ -163,8 +164,8 @@ struct RectangleMean {
   const TwoSides& sides;
   float inverse_tau;
   Lane lane;
-  float largest[2] = {lowest<float>, lowest<float>};  // of a row, the same in its four lanes
-  Exponentials<float> sums[2];                        // of this lane; `largest` is the shift
+  float largest[2] = {lowest<float>, lowest<float>};  // of each row, the same in its four lanes
+  Exponentials<float> sums[2];                        // of this lane, with the shift as their `largest`
   ChunkSum<E> weighted;
 
   TCLR_METHOD void begin(const Block&) {}
@@ -190,7 +191,7 @@ struct RectangleMean {
   TCLR_METHOD void met(TileOfS& W, const uint32_t* columns, int words) { weighted.add(W, columns, words); }
 };
 
-// The sums of one tile of resident rows with one part of the only passing set, and what the mean is made of.
+// The sums of one tile of resident rows with one part of the only passing set, and the weighted sum of the columns.
 template <typename E>
 TCLR_DEVICE void rectangle_mean_on_tensor_cores(const Rectangle<float>& p, const TwoSides& sides, int64_t block) {
   const Gram<float>& R = p.resident;
@@ -208,7 +209,7 @@ TCLR_DEVICE void rectangle_mean_on_tensor_cores(const Rectangle<float>& p, const
   work.weighted.write(rows, R.ldz, R.ldz, R.dz + (part * R.rows() + first) * R.ldz);
 }
 
-// One value of the mean, from all parts.
+// Writes one value of the mean, from all parts.
 TCLR_DEVICE void join_mean(const Rectangle<float>& p, int64_t k) {
   const Gram<float>& R = p.resident;
   int64_t row = k / R.D, rows = R.rows();
@@ -224,10 +225,10 @@ TCLR_DEVICE void join_mean(const Rectangle<float>& p, int64_t k) {
 
 // ---- gradient
 
-enum Weighed { of_resident = 1, of_passing = 2 };  // whose weights there are, with the rows of a side as the anchors
+enum Weighed { of_resident = 1, of_passing = 2 };  // the sides whose rows are anchors
 
 template <bool keyed>
-struct Coefficients {  // of one anchor with one set
+struct Coefficients {  // those of one anchor with one set
   Negative<float> negative;
 };
 
@@ -243,11 +244,11 @@ struct RectangleGradient {
   const Rectangle<float>& p;
   const TwoSides& sides;
   Block I;
-  Coefficients<keyed>* shared;  // of the columns
+  Coefficients<keyed>* shared;  // those of the columns
   float inverse_tau;
   double inverse_unit;
   Lane lane;
-  int64_t set = -1;  // that passes by
+  int64_t set = -1;  // the current passing set
   Coefficients<keyed> own[2], column;
   ChunkSum<E> dz;
 
@@ -289,7 +290,7 @@ struct RectangleGradient {
     if constexpr (keyed) return own[e / 2].key >= 0 && own[e / 2].key == shared[lane.column(n, e)].key;
     return false;
   }
-  // The weight of one entry for the anchor of one side.
+  // The weight of one entry, from the anchor on one side.
   TCLR_METHOD static float weight(const Coefficients<keyed>& x, float s, bool same_key) {
     float g = x.negative.g, shift = x.negative.shift;
     if constexpr (keyed)
@@ -328,7 +329,7 @@ struct RectangleGradient {
   TCLR_METHOD void met(TileOfS& W, const uint32_t* columns, int words) { dz.add(W, columns, words); }
 };
 
-// One chunk of the gradient of one tile of resident rows, by one part of the passing tiles.
+// One chunk of the gradient of one tile of resident rows, summed over one part of the passing tiles.
 template <typename E, bool keyed, int weighed>
 TCLR_DEVICE void rectangle_gradient_on_tensor_cores(const Rectangle<float>& p, const TwoSides& sides, int64_t block) {
   const Gram<float>& R = p.resident;

@@ -1,6 +1,6 @@
-// Rows in, converted and normalised; gradients of rows out. Some lanes of a block share a row.
+// Reads, converts and normalises rows, and writes their gradients. Several lanes share a row.
 //
-//   z  = x / |x|                                     |x| = scale * rest, scale a power of two: |x| itself may overflow
+//   z  = x / |x|                     |x| = scale * rest, where scale is a power of two, since |x| itself may overflow
 //   dx = (dz - z <z, dz>) / |x|
 #pragma once
 #include "../rows.h"
@@ -10,7 +10,7 @@
 namespace tclr {
 namespace {
 
-// The values of a row's lanes joined in one order, so that all of them have the same bits; lanes: a power of two.
+// Combines the values of the lanes that share a row; every lane gets the same bits. lanes: a power of two.
 template <typename T, typename Join>
 TCLR_DEVICE T over_row(T value, int lanes, Join join) {
   for (int bits = 1; bits < lanes; bits *= 2) value = join(value, of_other_lane(value, bits));
@@ -61,13 +61,14 @@ using cuda::Scalar;
 
 TCLR_DEVICE double value_of(const Scalar& x) { return x.data ? value_at<double>(x.data, x.dtype, 0) : x.value; }
 
-// A row in memory. rest is 0 for one that is exactly zero.
+// A row in memory, with feature d at first + d * step.
 struct Source {
   const void* data;
   Dtype dtype;
   int64_t first, step;
 };
 
+// The length of a row, scale * rest. rest is 0 for a row of zeros.
 template <typename T>
 struct Norm {
   T scale, rest;
@@ -78,8 +79,8 @@ TCLR_DEVICE T value_at(const Source& x, int64_t d) {
   return value_at<T>(x.data, x.dtype, x.first + d * x.step);
 }
 
-// The norm of a row that `lanes` lanes share; each(f) calls f for every value of this lane, for none where there is no
-// row. Of a row that is not finite it is NaN, and so are its unit row and its gradient.
+// The norm of a row that `lanes` lanes share. each(f) calls f for every value of this lane, and for none if there is no
+// row. The norm of a row that is not finite is NaN, and so are its unit row and its gradient.
 template <typename T, typename Each>
 TCLR_DEVICE Norm<T> norm_of(int lanes, Each each) {
   T largest = 0, scale = 1, squares = 0;

@@ -1,11 +1,11 @@
-// The operation and its gradient on tensor cores, where there are many rows. The formulas are those of gram.cuh; the
-// coefficients, the norms and what is finished row by row are its too.
+// The operation and its gradient on tensor cores, for many rows. The formulas are those of gram.cuh, whose code also
+// computes norms, coefficients and all that is done row by row.
 //
-//   rows      unit rows of half precision as float16, of 11 bits; rows as they are in their own dtype; floats as TF32
-//   sums      a block has 64 rows and meets sets of them: S in registers, and (largest, sum) of every row
-//   gradient  S again, W in its place, and W at once the left operand of the product with the rows that it met
+//   rows      half precision: unit rows as float16 (11 bits), other rows in their own dtype; float32: as TF32
+//   sums      a thread block has 64 rows, and compares them with a set: S in registers, (largest, sum) of every row
+//   gradient  S again; W replaces it in registers, and is the left operand of the product with the columns
 //
-// A warp has 16 of a block's rows. Rows come in chunks of 64 words, copied beside the arithmetic on those before.
+// A warp has 16 of a block's rows. Rows are copied in chunks of 64 words, during the arithmetic on the previous chunk.
 #pragma once
 #include "gram.cuh"
 #include "warp.h"
@@ -14,14 +14,14 @@ namespace tclr {
 namespace {
 
 constexpr int square = 64;      // rows and columns of a tile of S
-constexpr int chunk = 64;       // words of a row in shared memory at once
-constexpr int ldc = chunk + 4;  // of them there: rows begin in different banks
+constexpr int chunk = 64;       // words of a row that are in shared memory at a time
+constexpr int ldc = chunk + 4;  // row stride there, so that rows begin in different banks
 template <typename E>
 constexpr int in_word = 4 / sizeof(typename E::Element);
 
-// Rows as tensor cores read them.
+// Rows in the format that tensor cores read.
 struct Packed {
-  uint32_t* words;  // [G, V, N, ldw], zeros beyond the features
+  uint32_t* words;  // [G, V, N, ldw], padded with zeros
   int64_t ldw;
 
   constexpr int chunks() const { return int((ldw + chunk - 1) / chunk); }
@@ -33,7 +33,7 @@ struct TensorTiles {
 
   template <typename T>
   constexpr TensorTiles(const Gram<T>& p, const Packed& z) : problem(p.V, p.N, p.cross, square, 1), z(z) {}
-  // The sets that meet set a.
+  // The range of sets with which set a is compared.
   constexpr int64_t first(int64_t a) const { return problem.cross && a < problem.half() ? problem.half() : 0; }
   constexpr int64_t last(int64_t a) const { return problem.cross && a >= problem.half() ? problem.half() : problem.V; }
   constexpr size_t shared() const {
@@ -44,16 +44,16 @@ struct TensorTiles {
 
 using TileOfS = float[square / 8][4];
 
-// Where a lane's entries of a tile are: S[n][e] is in row `row(e)` and column `column(n, e)`.
+// The positions of a lane's entries in a tile: S[n][e] is in row `row(e)` and column `column(n, e)`.
 struct Lane {
   int warp, g, t;
 
   TCLR_METHOD Lane() : warp(threadIdx.x / 32), g(threadIdx.x % 32 / 4), t(threadIdx.x % 4) {}
   TCLR_METHOD int row(int e) const { return warp * 16 + e / 2 * 8 + g; }
   TCLR_METHOD int column(int n, int e) const { return n * 8 + t * 2 + e % 2; }
-  // Whether it has the entry on the diagonal of its rows.
+  // Whether this lane has the diagonal entries of its rows.
   TCLR_METHOD bool on_diagonal() const { return g / 2 == t; }
-  // A value in the columns from `count` on.
+  // Sets the columns from `count` on to a value.
   TCLR_METHOD void put(TileOfS& S, int64_t count, float value) const {
     if (count == square) return;
     for (int n = 0; n < square / 8; ++n)
@@ -68,7 +68,7 @@ TCLR_DEVICE void copy_chunk(const uint32_t* from, int64_t ldw, int64_t rows, int
     copy_async(to + r * ldc + w, from + (r < rows ? r * ldw + w : 0), r < rows);
 }
 
-// S += of two chunks of rows.
+// Adds the products of two chunks of rows to S.
 template <typename E>
 TCLR_DEVICE void add_products(TileOfS& S, const uint32_t* rows, const uint32_t* columns, int words) {
   int lane = threadIdx.x % 32;
@@ -85,7 +85,7 @@ TCLR_DEVICE void add_products(TileOfS& S, const uint32_t* rows, const uint32_t* 
   }
 }
 
-// What `meet` reads where the rows that a block keeps and those that pass by are of the same sets.
+// The rows for `meet` if the rows of a thread block (resident) and the columns (passing) are of the same sets.
 struct SameSets {
   const TensorTiles& tiles;
   const Gram<float>& p;
@@ -99,8 +99,9 @@ struct SameSets {
   TCLR_METHOD Span<uint32_t> resident(const Block& b) const { return passing(b); }
 };
 
-// Calls for every tile of the rows I with sets first .. last: begin(J); scored(J, S), S being <z_i, z_j>; and met(S,
-// columns, words) with what scored left in S; the columns' chunk `panel` is in shared memory then, if panel >= 0.
+// Computes all tiles of the rows I with the sets first .. last. For each of them it calls work.begin(J); then
+// work.scored(J, S), where S has <z_i, z_j> and may be changed; and then work.met(S, columns, words). If panel >= 0,
+// this chunk of the columns is in shared memory during the last call.
 template <typename E, typename Tiles, typename Work>
 TCLR_DEVICE void meet(const Tiles& tiles, const Block& I, int64_t first, int64_t last, int panel, Work& work) {
   const Packed& z = tiles.packed();
@@ -164,7 +165,7 @@ struct TensorSums {
   TCLR_METHOD int64_t at(int64_t c, int e) const { return p.at(I.g, I.a, c, problem.begin(I.index) + lane.row(e)); }
   TCLR_METHOD bool valid(int e) const { return lane.row(e) < problem.rows(I.index); }
   TCLR_METHOD void begin(const Block&) {}
-  // Positives, which are no candidates.
+  // Stores the positives, and excludes them from the sums.
   TCLR_METHOD void take_same(const Block& J, TileOfS& S) {
     float same[2];
     for (int n = 0; n < square / 8; ++n)
@@ -214,18 +215,18 @@ TCLR_DEVICE void tensor_sums(const Gram<float>& p, const Packed& z, int64_t bloc
 
 // ---- gradient
 
-struct Coefficient {  // of neg; W = g exp(S - shift)
+struct Coefficient {  // of an anchor with a set; its weights are W = g exp(S - shift)
   float g = 0, shift = INFINITY;
 };
 
-// What a lane has of one chunk of a gradient.
+// A lane's part of one chunk of a gradient.
 template <typename E>
 struct ChunkSum {
   static constexpr int features = chunk * in_word<E>;
   Lane lane;
   float sum[features / 8][4] = {};
 
-  // Adds W z, z being a chunk of the columns.
+  // Adds W z, where z is a chunk of the columns.
   TCLR_METHOD void add(TileOfS& W, const uint32_t* columns, int words) {
     int l = threadIdx.x % 32;
     if constexpr (in_word<E> == 2) {
@@ -241,7 +242,7 @@ struct ChunkSum {
           multiply_add<E>(sum[n + 1], left, right[2], right[3]);
         }
       }
-    } else {  // the columns of W in the order that its entries have: 0, 2, 4, 6, 1, 3, 5, 7
+    } else {  // the columns of W are in the order of a lane's entries: 0, 2, 4, 6, 1, 3, 5, 7
       columns += lane.t * 2 * ldc + lane.g;
 #pragma unroll
       for (int k = 0; k < square / 8; ++k) {
@@ -252,7 +253,7 @@ struct ChunkSum {
       }
     }
   }
-  // `size` features of so many rows, to where the first of them is.
+  // Writes `size` features of `rows` rows. dz: the first of them.
   TCLR_METHOD void write(int64_t rows, int64_t ldz, int64_t size, float* dz) const {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -271,7 +272,7 @@ struct TensorGradient {
   const Gram<float>& p;
   const Problem& problem;
   Block I;
-  Coefficient* shared;  // of the columns
+  Coefficient* shared;  // those of the columns
   float inverse_tau;
   double inverse_unit;
   Lane lane;
@@ -292,14 +293,14 @@ struct TensorGradient {
       own[h] = row < problem.rows(I.index) ? coefficient(I.g, I.a, J.a, problem.begin(I.index) + row) : Coefficient{};
     }
   }
-  // That of the positive.
+  // The weight of a row's positive.
   TCLR_METHOD float of_same(const Block& J, int row) const {
     if (J.a == I.a || row >= problem.rows(I.index)) return 0;
     int64_t i = problem.begin(I.index) + row;
     return float((p.g_pos[p.at(I.g, I.a, J.a, i)] + p.g_pos[p.at(I.g, J.a, I.a, i)]) * inverse_unit);
   }
 
-  // W + W^T.
+  // Replaces S by W + W^T.
   TCLR_METHOD void scored(const Block& J, TileOfS& S) {
     if (threadIdx.x < square) shared[threadIdx.x] = column;
     __syncthreads();
@@ -320,7 +321,7 @@ struct TensorGradient {
   TCLR_METHOD void met(TileOfS& W, const uint32_t* columns, int words) { dz.add(W, columns, words); }
 };
 
-// One chunk of the gradient of one block of rows, by one part of the sets; as in gram.cuh.
+// One chunk of the gradient of one block of rows, summed over one part of the sets, as in gram.cuh.
 template <typename E>
 TCLR_DEVICE void tensor_gradient(const Gram<float>& p, const Packed& z, int64_t block) {
   TensorTiles tiles(p, z);

@@ -1,6 +1,6 @@
-// What kernels on tensor cores use of CUDA beyond executor.h: instructions of whole warps, and copies beside them.
+// CUDA instructions for kernels on tensor cores: those that a whole warp executes, and asynchronous copies.
 //
-// Fragments, in words of 32 bits, of lane 4 g + t:
+// Lane 4 g + t has these fragments, in words of 32 bits:
 //   left     16 rows x 8 words    (row g, word t), (g + 8, t), (g, t + 4), (g + 8, t + 4)
 //   right    8 columns x 8 words  (column g, word t), (g, t + 4)
 //   result   16 x 8 floats        (row g, columns 2 t, 2 t + 1), (g + 8, 2 t, 2 t + 1)
@@ -23,7 +23,7 @@ struct Bfloat {  // words of two bfloat16
   static constexpr Element of(float x) { return to_bf16(x); }
 };
 
-struct Tf32 {  // a float of 10 bits after the point
+struct Tf32 {  // a float with a mantissa of 10 bits
   using Element = uint32_t;
   static constexpr Element of(float x) { return (bits_as<uint32_t>(x) + (x == x ? 0x1000 : 0)) & ~0x1fffu; }
 };
@@ -38,7 +38,8 @@ namespace {
 
 TCLR_DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
-// Four 8 x 8 matrices of 16 bits, or 8 x 4 words; lane 8 m + r names row r of matrix m.
+// Loads four matrices of 8 x 8 numbers of 16 bits, or of 8 x 4 words. Lane 8 m + r has the address of row r of matrix
+// m.
 TCLR_DEVICE void load_matrices(uint32_t (&x)[4], const uint32_t* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
@@ -67,7 +68,7 @@ TCLR_DEVICE void multiply_add(float (&result)[4], const uint32_t (&left)[4], uin
 
 #undef TCLR_MMA
 
-// Two numbers as a word.
+// Two numbers, converted and packed in a word.
 template <typename E>
 TCLR_DEVICE uint32_t pair(float low, float high) {
   uint32_t word;
@@ -78,13 +79,13 @@ TCLR_DEVICE uint32_t pair(float low, float high) {
   return word;
 }
 
-// x of the lane whose number differs in these bits.
+// x of the lane whose number differs from this lane's in these bits.
 template <typename T>
 TCLR_DEVICE T of_other_lane(T x, int bits) {
   return __shfl_xor_sync(0xffffffff, x, bits);
 }
 
-// 2^x to float's precision for |x| < 100, and 0 for what is far below
+// 2^x to float's precision for |x| < 100, and 0 for x far below that.
 TCLR_DEVICE float exp2_of(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -93,7 +94,8 @@ TCLR_DEVICE float exp2_of(float x) {
 
 TCLR_DEVICE float exponential(float x) { return exp2_of(x * 1.44269504f); }
 
-// Four words into shared memory, zeros if there are none; there once its group is waited for and a barrier is passed.
+// Copies four words to shared memory asynchronously, or zeros if not `there`. They can be read after waiting for their
+// group and passing a barrier.
 TCLR_DEVICE void copy_async(uint32_t* to, const uint32_t* from, bool there) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0)
                : "memory");
@@ -101,10 +103,10 @@ TCLR_DEVICE void copy_async(uint32_t* to, const uint32_t* from, bool there) {
 
 TCLR_DEVICE void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// For all groups but the last.
+// Waits for all groups of copies except the last.
 TCLR_DEVICE void wait_for_groups() { asm volatile("cp.async.wait_group 1;" ::: "memory"); }
 
-// For all that was copied.
+// Waits for all copies.
 TCLR_DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 }  // namespace

@@ -1,19 +1,19 @@
-// What kernels for Hopper alone, sm_90a, use of CUDA: products of warpgroups, bulk copies and their barriers.
+// CUDA instructions for Hopper only (sm_90a): matrix products of warpgroups, bulk copies and their barriers.
 //
-// Rows lie in shared memory as chunks of 128 rows by 64 float16: 128 bytes a row, whose eight parts of 16 bytes are
-// exchanged by row (part p of row r is at p ^ r % 8), which is the hardware's 128-byte swizzle. A product reads such a
-// chunk by a descriptor: of 16 features at a time where the features are summed over (`rows_of`), or of 16 rows at a
-// time where the rows are (`columns_of`). See "Asynchronous warpgroup level matrix instructions" in NVIDIA's PTX
-// manual.
+// Rows are in shared memory as chunks of 128 rows by 64 float16. A row has 128 bytes, in eight parts of 16 bytes, and
+// part p of row r is at position p ^ r % 8, which is the hardware's 128-byte swizzle. A product reads a chunk by a
+// descriptor: 16 features at a time if it sums over features (`rows_of`), or 16 rows at a time if it sums over rows
+// (`columns_of`). See "Asynchronous warpgroup level matrix instructions" in NVIDIA's PTX manual.
 //
-// The result of 64 rows: lane 4 g + t of warp w has d[4 n + e] in row 16 w + g + 8 (e / 2), column 8 n + 2 t + e % 2.
+// In the result for 64 rows, lane 4 g + t of warp w has d[4 n + e] for row 16 w + g + 8 (e / 2) and column
+// 8 n + 2 t + e % 2.
 #pragma once
 #include "warp.h"
 
 namespace tclr {
 namespace {
 
-constexpr int computing = 256, all_threads = 384;  // of a block
+constexpr int computing = 256, all_threads = 384;  // threads of a block: those that compute, and all
 constexpr int chunk_rows = 128, chunk_features = 64, chunk_bytes = chunk_rows * chunk_features * 2;
 
 TCLR_DEVICE uint64_t descriptor(uint32_t address, int between_chunks) {
@@ -22,11 +22,11 @@ TCLR_DEVICE uint64_t descriptor(uint32_t address, int between_chunks) {
          swizzled_128_bytes;
 }
 
-// Of 64 rows or more, from the one at `address` on. Adding 2 moves it by 16 features, adding `next_chunk` by 64.
+// The descriptor of 64 or more rows, the first one at `address`. Adding 2 moves it by 16 features, `next_chunk` by 64.
 TCLR_DEVICE uint64_t rows_of(uint32_t address) { return descriptor(address, 16); }
 constexpr int next_chunk = chunk_bytes >> 4;
 
-// Of 16 rows, from the one at `address` on, and all features of the chunks that follow one another from there.
+// The descriptor of 16 rows, the first one at `address`, with the features of all consecutive chunks.
 TCLR_DEVICE uint64_t columns_of(uint32_t address) { return descriptor(address, chunk_bytes); }
 
 }  // namespace
@@ -35,18 +35,18 @@ TCLR_DEVICE uint64_t columns_of(uint32_t address) { return descriptor(address, c
 #ifdef __CUDACC__
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-#define TCLR_WARPGROUPS  // the code of kernels that use them is for this target alone
+#define TCLR_WARPGROUPS  // kernels that use warpgroups have code for this target only
 #endif
 
 #define TCLR_WARPGROUP_KERNEL static __global__ void __launch_bounds__(tclr::all_threads, 1)
 
-// A block's shared memory, from a place on where a chunk may begin. What a function returned would cost registers.
+// A block's shared memory, aligned for chunks. It is a macro, since a function's result would take registers.
 #define TCLR_SWIZZLED_MEMORY(name) extern __shared__ __align__(1024) unsigned char name[]
 
 namespace tclr {
 namespace {
 
-// A barrier of a block's first `count` threads.
+// A barrier for the first `count` threads of a block.
 template <int count>
 TCLR_DEVICE void meet_first() {
   asm volatile("bar.sync 1, %0;" ::"n"(count) : "memory");
@@ -56,7 +56,7 @@ TCLR_DEVICE void start_barrier(uint64_t* b, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(arrivals) : "memory");
 }
 
-// Makes barriers that were started known to copies and other threads.
+// Makes initialised barriers visible to copies and to other threads.
 TCLR_DEVICE void publish_barriers() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   asm volatile("fence.proxy.async;" ::: "memory");
@@ -66,7 +66,7 @@ TCLR_DEVICE void arrive(uint64_t* b) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(b)) : "memory");
 }
 
-// Arrives, and has the barrier wait for so many bytes of copies too.
+// Arrives at the barrier, and makes it wait for so many bytes of copies as well.
 TCLR_DEVICE void expect(uint64_t* b, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)), "r"(bytes)
                : "memory");
@@ -80,7 +80,7 @@ TCLR_DEVICE void wait(uint64_t* b, int phase) {
       : "memory");
 }
 
-// Into shared memory from a place that is a multiple of 16 bytes; the barrier counts the bytes that have come.
+// Copies to shared memory, from an address that is a multiple of 16 bytes. The barrier counts the bytes.
 TCLR_DEVICE void copy_bulk(void* to, const void* from, int bytes, uint64_t* b) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                    shared_address(to)),
@@ -98,18 +98,18 @@ TCLR_DEVICE void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count));
 }
 
-// Before products whose registers other instructions have touched.
+// Required before products that use registers which other instructions have accessed.
 TCLR_DEVICE void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
 TCLR_DEVICE void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// For all groups of products but the last `count`.
+// Waits for all groups of products except the last `count`.
 template <int count>
 TCLR_DEVICE void wait_for_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(count) : "memory");
 }
 
-// d = <rows of a, rows of b> of 16 features, added to d if `more`; a: 64 rows, b: as many as d has columns.
+// The products of the rows of a (64) and of b (as many as d has columns) over 16 features, added to d if `more`.
 
 TCLR_DEVICE void multiply_rows(float (&d)[32], uint64_t a, uint64_t b, bool more) {
   asm volatile(
@@ -141,7 +141,7 @@ TCLR_DEVICE void multiply_rows(float (&d)[64], uint64_t a, uint64_t b, bool more
       : "l"(a), "l"(b), "r"(int(more)));
 }
 
-// d += a times the columns of b; a: 64 x 16 in registers, two words of row g and of row g + 8 by turns (see warp.h).
+// d += a times the 16 rows of b. a: 64 x 16 in registers, alternately a word of row g and of row g + 8 (see warp.h).
 
 TCLR_DEVICE void multiply_columns(float (&d)[32], const uint32_t* a, uint64_t b) {
   asm volatile(

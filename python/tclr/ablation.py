@@ -1,14 +1,14 @@
-"""The ablation: the paper's two claims, tested on procedural videos of which a class needs several times.
+"""The ablation: tests the paper's two claims on generated videos, whose class is only visible in several clips.
 
-A job = one row of the table, one seed, one number of steps. The seed gives the videos, both parts, as well as weights,
-batches and augmentations, so that intervals over seeds hold for other videos too. A job pretrains, extracts the
-features of both parts once, and measures all that the tables and pictures show. Its figures are a file of their own,
-written when it is finished: any number of processes, started at any times, share the jobs that are left; figures that
-other code measured are left aside, and measured again.
+A job is one row of the table with one seed and one number of steps. The seed determines the videos of both parts, the
+weights, the batches and the augmentations, so that intervals over seeds are valid for other videos, too. A job
+pretrains a network, extracts the features of both parts once, and measures all figures of the tables and pictures. It
+writes them to a file when it is finished, so that any number of processes, started at any time, can share the remaining
+jobs. Jobs that were measured with other code are measured again.
 
-    tclr ablation --out runs/ablation               # the jobs that are missing, then tables and pictures
-    tclr ablation --out runs/ablation --job 5       # one of them
-    tclr ablation --out runs/ablation --plan true   # lists them
+    tclr ablation --out runs/ablation               # runs the missing jobs, then writes tables and pictures
+    tclr ablation --out runs/ablation --job 5       # runs one job
+    tclr ablation --out runs/ablation --plan true   # lists the jobs
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ CODE = "ablation", "augment", "clips", "evaluate", "finetune", "linear", "models
 
 
 class Row(NamedTuple):
-    """How a row is pretrained; weights None: not at all."""
+    """How the network of a row is pretrained. weights: None for a network that is not trained."""
 
     weights: dict | None
     windows: str = "same"
@@ -54,8 +54,8 @@ def terms(*names):
 SCRATCH, INVARIANT, TCLR = "random init", "IC (independent)", "IC + LL + GL"
 ROWS = {
     SCRATCH: Row(None),
-    INVARIANT: Row(terms("ic_global"), windows="independent"),  # the paper's IC: two times of a video
-    "IC (same)": Row(terms("ic_global")),  # two augmentations of one window
+    INVARIANT: Row(terms("ic_global"), windows="independent"),  # the paper's IC: views from two times of a video
+    "IC (same)": Row(terms("ic_global")),  # views are two augmentations of one window
     "IC + ic_local (release)": Row(terms("ic_global", "ic_local"), form="release"),
     "LL": Row(terms("ll")),
     "GL": Row(terms("gl")),
@@ -65,15 +65,15 @@ ROWS = {
     TCLR: Row(terms("ic_global", "ll", "gl")),
     "IC + LL + GL (release)": Row(terms("ic_global", "ic_local", "ll", "gl"), form="release"),
 }
-DECISIVE = (SCRATCH, INVARIANT, TCLR), ("IC (same)", "IC + LL", "IC + GL")  # the claims' rows: all seeds, these first
-SHARES = 0.01, 0.1, 0.2, 0.5, 1.0  # of the labels
+DECISIVE = (SCRATCH, INVARIANT, TCLR), ("IC (same)", "IC + LL", "IC + GL")  # rows that the claims need, in order
+SHARES = 0.01, 0.1, 0.2, 0.5, 1.0  # shares of the labels
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """What a job depends on beside its row and seed; its hash is in the names of the figures' files."""
+    """The settings of all jobs. Their hash is in the names of the result files."""
 
-    groups: int = 40  # 8 classes x 2 takes x 40 groups = 640 videos to train on
+    groups: int = 40  # 8 classes x 2 takes x 40 groups = 640 training videos
     test_groups: int = 20
     takes: int = 2
     video_frames: int = 96
@@ -109,9 +109,10 @@ def digest(values):
 
 
 def jobs(scale, seeds=8, other_seeds=3):
-    """Every job, those that the claims need first: the rows of DECISIVE with `seeds` seeds, all others with fewer.
+    """All jobs: first the rows of DECISIVE with `seeds` seeds, then the other rows with `other_seeds` seeds.
 
-    Then IC (independent) and IC + LL + GL with half and with twice the steps: whether more turn the order round.
+    The last ones are IC (independent) and IC + LL + GL with half and with twice the steps, to see whether the number of
+    steps changes their order.
     """
     wanted = [Job(row, seed, scale) for rows in DECISIVE for seed in range(seeds) for row in rows]
     decisive = sum(DECISIVE, ())
@@ -128,7 +129,7 @@ def figures_file(out, job):
 
 
 def data(out, scale, seed):
-    """(train, test) of different groups: no test video's looks are trained on. Rendered once for all rows of a seed."""
+    """(train, test), with different groups, so with different appearances. Rendered once for all rows of a seed."""
     a, path = scale, out / f"videos-seed{seed}-{scale.data_hash}-{code_hash('motions')[:8]}.npz"
     with claimed(path, wait=True):
         if not path.exists():
@@ -149,7 +150,7 @@ def data(out, scale, seed):
 
 @contextmanager
 def claimed(path, *, wait=False):
-    """Whether this process alone works on the file now; the system gives it free when the process ends in any way."""
+    """Locks a file, and yields whether this process has the lock. The system releases it when the process ends."""
     lock = path.with_name(f".{path.name}.lock")
     with lock.open("w") as file:
         try:
@@ -178,7 +179,7 @@ def pretrained(job, train_set, progress=iter):
 
 
 def measure(job, embedder, splits):
-    """By clips a video: R@1, R@5 and linear accuracy; with all clips: accuracy by the share of labels, confusion."""
+    """R@1, R@5 and linear accuracy by clips a video; with all clips, accuracy by the share of labels, and confusion."""
     a, (train_set, test_set) = job.scale, splits
     describe = evaluate.backbone_features(embedder.backbone)
     plan = dict(clips=a.eval_clips, frames=a.frames, stride=a.eval_stride, side=a.side)
@@ -199,10 +200,10 @@ def measure(job, embedder, splits):
 
 
 def oracle(scale, seed):
-    """Bounds of the accuracy, by clips a video, of one who knows of every clip which movements it shows.
+    """The best possible accuracy by clips a video, if the movements that each clip shows are recognised.
 
-    What it does not see it must guess, of two movements each. "best" is the bound of the one clip that shows most,
-    wherever it starts. A movement counts as seen if two frames of the clip differ by it.
+    Each movement that no clip shows must be guessed, out of two. "best" is the bound for a single clip with the best
+    start. A clip shows a movement if it has two frames between which the movement happens.
     """
     a, videos = scale, list(_phases(scale, seed))
     length = (a.frames - 1) * a.eval_stride + 1
@@ -224,14 +225,14 @@ def _phases(scale, seed):
 
 
 def _chance(phases, starts, length):
-    """Of naming the class of a video from clips that start there, whose movements are known."""
+    """The probability of the right class for a video, if the movements in clips with these starts are known."""
     ends = [(start, start + length - 1) for start in starts]
     seen = [any(min(last, end) > max(first, start) for start, end in ends) for _, first, last in phases]
     return 0.5 ** seen.count(False)
 
 
 def run_job(out, job):
-    """Measures a job and writes its figures, whole or not at all; its weights stay beside them."""
+    """Runs a job, and writes its weights and its figures."""
     path, started = figures_file(out, job), time.perf_counter()
     splits = data(out, job.scale, job.seed)
     embedder, last_step = pretrained(job, splits[0])
@@ -246,7 +247,7 @@ def run_job(out, job):
 
 
 def here():
-    """With what figures are measured."""
+    """The versions and the machine with which figures are measured."""
     git = ["git", "-C", str(Path(__file__).parent)]
     head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     changed = subprocess.run([*git, "status", "--porcelain", "-uno", "."], capture_output=True, text=True).stdout
@@ -256,21 +257,21 @@ def here():
 
 
 def finished(out, wanted):
-    """The figures there are, in the order of the jobs."""
+    """The figures of all finished jobs, in the order of the jobs."""
     files = [figures_file(out, job) for job in wanted]
     return [json.loads(file.read_text()) for file in files if file.exists()]
 
 
 def weights_of(out, job):
-    """The weights that a job left, the newest ones of its scale; None where there are none."""
+    """The newest file of weights of a job, or None if there is none."""
     stem = figures_file(out, job).stem.rpartition("-")[0]
     return max(out.glob(f"{stem}-????????.pt"), key=lambda path: path.stat().st_mtime, default=None)
 
 
 def follow(out, wanted, named, measure):
-    """Measures more on the networks that these jobs left: measure(out, job, weights) -> figures, once each.
+    """Measures further figures of these jobs' networks, once for each: measure(out, job, weights) -> figures.
 
-    named(weights): the file of the figures. Jobs without weights are left out.
+    named(weights): the file for the figures. Jobs without weights are left out.
     """
     for job in wanted:
         if weights := weights_of(out, job):
@@ -286,7 +287,7 @@ def follow(out, wanted, named, measure):
 
 
 def followed(out, wanted, named):
-    """{(row, seed): figures} of those that `follow` has measured; <first figure>_commit: by which commit."""
+    """{(row, seed): figures} that `follow` has measured. <first figure>_commit is the commit of their code."""
     files = {job: named(weights) for job in wanted if (weights := weights_of(out, job))}
     read = {job: json.loads(path.read_text()) for job, path in files.items() if path.exists()}
     commits = {job: {f"{next(iter(each['figures']))}_commit": each["made"]["commit"]} for job, each in read.items()}
@@ -295,13 +296,13 @@ def followed(out, wanted, named):
 
 def run(out: Path = Path("runs/ablation"), seeds: int = 8, other_seeds: int = 3, label_seeds: int = 5,
         job: int | None = None, scale: Ablation = Ablation(), plan: bool = False):  # fmt: skip  # noqa: B008
-    """Tests the claims of the paper on generated videos; goes on where an earlier call stopped.
+    """Tests the claims of the paper on generated videos. Continues if an earlier call was stopped.
 
-    Several processes with the same arguments share the jobs. Where all are asked for, the networks of `label_seeds`
-    seeds are finetuned on shares of the labels (labels.py), and those of all seeds are compared clip by clip (sets.py).
-    plan: lists the jobs, and measures none.
+    Several processes with the same arguments share the jobs. If `job` is not given, the networks of `label_seeds` seeds
+    are then finetuned on shares of the labels (labels.py), and those of all seeds are evaluated clip by clip (sets.py).
+    plan: list the jobs, and run none.
     """
-    from . import claims, labels, sets  # which are made of this module's figures
+    from . import claims, labels, sets  # not at the top of the file, since they import this module
 
     wanted = jobs(scale, seeds, other_seeds)
     if job is not None and not 0 <= job < len(wanted):

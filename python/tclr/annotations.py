@@ -1,9 +1,8 @@
-"""What a data set's own annotation files say: which videos, in which part, of which class.
+"""Reads the annotation files of a data set: its videos, their parts and their classes.
 
-Labels go by the classes' names: one list of names, made from the training part, numbers the classes of every part. A
-line that cannot be meant seriously (a path that leaves the root, an unknown class, a bad label) is refused with its
-file and number. What annotation files met in practice do hold is handled: CRLF, a byte order mark, blank lines,
-duplicates, odd names, videos that are not there.
+A label is the index of a class in a list of names, which comes from the training part and is used for all parts. A line
+with a path outside of the root, an unknown class or a wrong label is an error that names the file and the line. CRLF,
+a byte order mark, blank lines, duplicates, unusual names and missing videos are accepted.
 """
 
 import csv
@@ -15,12 +14,12 @@ from pathlib import Path, PurePosixPath
 
 SUFFIXES = {".avi", ".mp4", ".mkv", ".webm", ".mov", ".mpg", ".mpeg", ".m4v", ".ts", ".m2ts", ".mts", ".vob"}
 KINETICS_PARTS = {"train": "train", "val": "val", "validate": "val", "test": "test"}
-DIVING48_CLASSES = 48  # label 30 occurs in neither part, and keeps its output
+DIVING48_CLASSES = 48  # label 30 is in neither part, but is counted
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A video: its path below the root, its label from 0, and its frames start..end - 1 (to the last: None)."""
+    """A video: its path below the root, its label, and its frames start..end - 1. end = None: all to the last one."""
 
     path: str
     label: int | None
@@ -30,9 +29,9 @@ class Entry:
 
 @dataclass
 class Listing:
-    """Videos that are there; `missing` holds the paths of those that are not, `counts` how the reading went.
+    """The videos of one part. missing: the paths of videos that do not exist; counts: of listed, missing, duplicates.
 
-    classes: the name of each label, in the order of the labels; None where the videos have no classes.
+    classes: the name of each label, in the order of the labels, or None if the videos have no classes.
     """
 
     root: Path
@@ -45,11 +44,12 @@ class Listing:
 def read(dataset, root, part="train", split=1, *, train=None, classes=None):
     """The videos of one part of a data set.
 
-    dataset: "ucf101", "hmdb51", "kinetics400", "diving48" or "folder"; part: "train", "val" or "test" as the data set
-    has it, and for a folder of videos also "all"; split: 1 to 3, of UCF101 and HMDB51. train: the part whose classes
-    give the labels of every part; without it "train", and for a folder that has no such part, `part` itself. classes:
-    the names that labels stand for, such as those of a trained classifier, in place of the data set's own. Raises
-    ValueError naming file and line where an annotation is refused, and where no video is left.
+    dataset: "ucf101", "hmdb51", "kinetics400", "diving48" or "folder".
+    part: "train", "val" or "test", if the data set has it; for a folder of videos also "all".
+    split: 1 to 3, for UCF101 and HMDB51.
+    train: the part whose classes give the labels of all parts; by default "train", or `part` for a folder without it.
+    classes: the names that labels stand for, such as those of a trained classifier, instead of the data set's own.
+    Raises ValueError, naming file and line, for a wrong annotation, and if no video is found.
     """
     if dataset not in READERS:
         raise ValueError(f"dataset: found {dataset!r}, wanted one of {', '.join(READERS)}")
@@ -72,7 +72,7 @@ def read(dataset, root, part="train", split=1, *, train=None, classes=None):
 
 
 def labelled(listing, classes):
-    """The listing with labels that stand for these names; a video of any other class is refused."""
+    """The listing with labels for these class names. Raises ValueError for a video of any other class."""
     if listing.classes is None:
         raise ValueError(f"{listing.entries[0].path}: found no class, wanted one of {shortened(classes)}")
     labels = {name: label for label, name in enumerate(classes)}
@@ -84,19 +84,19 @@ def labelled(listing, classes):
 
 
 def shortened(names, most=8):
-    """The first names of a list, and how many there are."""
+    """The first names of a list, and the number of all."""
     return ", ".join(names[:most]) + (f", ... ({len(names)} classes)" if len(names) > most else "")
 
 
 class Draft:
-    """A listing being read: every path passes here, so that none leads out of the root."""
+    """A listing that is being read. It checks all paths, so that none leads out of the root."""
 
     def __init__(self, root):
         self.root, self.entries, self.missing, self.duplicates = root, {}, [], 0
         self._labels = {}
 
     def add(self, where, candidates, label, start=0, end=None):
-        """Takes the first of the candidate paths that is a file; without one, the first counts as missing."""
+        """Adds the first candidate path that is a file. If none is, the first one is counted as missing."""
         if self._labels.setdefault((candidates[0], start, end), label) != label:
             raise ValueError(f"{where}: found {candidates[0]} a second time, under another class")
         found = next((path for path in candidates if self.inside(where, path).is_file()), None)
@@ -108,7 +108,7 @@ class Draft:
             self.entries[found, start, end] = Entry(found, label, start, end)
 
     def inside(self, where, path):
-        """The file a path below the root leads to, symbolic links followed."""
+        """The file for a path below the root, after following symbolic links."""
         pure = PurePosixPath(path)
         if pure.is_absolute() or ".." in pure.parts or "\0" in path:
             raise ValueError(f"{where}: found {path!r}, wanted a path below the root, without '..'")
@@ -118,25 +118,25 @@ class Draft:
         return whole
 
     def folder(self, *names):
-        """The first of the folders that is there, as a prefix of paths; the root itself where none is."""
+        """The first of these folders that exists, as a prefix of paths; empty, for the root itself, if none does."""
         return next((f"{name}/" for name in names if self.inside("root", name).is_dir()), "")
 
     def text(self, path):
-        """An annotation file's text. Names keep bytes that are no UTF-8, as the file system does."""
+        """The text of an annotation file. Names keep bytes that are not UTF-8, as the file system does."""
         file = self.inside("root", path)
         if not file.is_file():
             raise ValueError(f"root: found no {path} below {self.root}")
         return file.read_bytes().removeprefix(b"\xef\xbb\xbf").decode(errors="surrogateescape")
 
     def lines(self, path):
-        """(where, line) of the lines that are not blank. Not splitlines: it cuts names at characters they may hold."""
+        """(where, line) of all lines that are not blank. splitlines would also split at characters in names."""
         for number, line in enumerate(self.text(path).split("\n"), 1):
             if line.strip():
                 yield f"{path}:{number}", line.strip(" \t\r")
 
 
 def ucf101(draft, part, split, train):
-    """ucfTrainTestlist/ and UCF-101/<Class>/<file>.avi; the class is the folder's, not the file's name."""
+    """ucfTrainTestlist/ and UCF-101/<Class>/<file>.avi. The name of the folder is the class."""
     lists, videos = draft.folder("ucfTrainTestlist"), draft.folder("UCF-101")
     numbers = {}
     for where, line in draft.lines(f"{lists}classInd.txt"):
@@ -157,7 +157,7 @@ def ucf101(draft, part, split, train):
 
 
 def hmdb51(draft, part, split, train):
-    """<class>_test_split<n>.txt of lines '<file>.avi <flag>' (1 train, 2 test, 0 neither), and <class>/<file>."""
+    """<class>_test_split<n>.txt with lines '<file>.avi <flag>' (1 train, 2 test, 0 neither), and <class>/<file>."""
     lists, videos = draft.folder("testTrainMulti_7030_splits", "splits"), draft.folder("hmdb51_org", "videos")
     ending = f"_test_split{split}.txt"
     names = sorted(name.removesuffix(ending) for name in os.listdir(draft.root / lists) if name.endswith(ending))
@@ -242,7 +242,7 @@ def diving48(draft, part, split, train):
 
 
 def folder(draft, part, split, train):
-    """Any folder of videos, <class>/<file> or flat, or such a folder for each part. Flat: no labels, no classes."""
+    """Any folder of videos, or one for each part: <class>/<file>, or just files, which then have no labels."""
     train = train or ("train" if part != "all" and draft.inside("root", "train").is_dir() else part)
     classes, own = (_classes(draft, name) for name in (train, part))
     labels = {name: label for label, name in enumerate(classes or [])}
@@ -258,7 +258,7 @@ def folder(draft, part, split, train):
 
 
 def _classes(draft, part):
-    """The names of a part's subfolders that hold videos, None where there are none."""
+    """The names of a part's subfolders that contain videos, or None if there are none."""
     top, prefix = (draft.root, "") if part == "all" else (draft.inside("root", part), f"{part}/")
     if not top.is_dir():
         raise ValueError(f"part: found no folder {part!r} below {draft.root}; 'all' takes the videos of the root")

@@ -1,7 +1,7 @@
-"""Random augmentations of a batch of clips: every clip draws its own parameters and keeps them over its frames.
+"""Random augmentations of a batch of clips. Each clip has its own random parameters, the same for all of its frames.
 
-Written out rather than taken from kornia, whose VideoSequential needs 3 s for eight clips of 16 frames on two cores:
-here every colour but gamma is one 3x3 matrix a clip, a whole batch at once on a device and clip by clip on the CPU.
+kornia is not used, since its VideoSequential needs 3 s for eight clips of 16 frames on two cores. Here, all colour
+changes of a clip except gamma are one 3x3 matrix, applied to a whole batch on a GPU and clip by clip on the CPU.
 """
 
 import math
@@ -15,11 +15,11 @@ LUMA = torch.tensor([0.299, 0.587, 0.114])
 
 
 class Random:
-    """Draws numbers for a batch of clips.
+    """Draws random numbers for a batch of clips.
 
-    share: (own, batch) where the clips are of the videos `own`, a range, of a batch of so many: numbers are drawn for
-    the whole batch, and those of the own videos are returned, so that they do not depend on who has which videos. Clips
-    come as [2 views, videos, clips a view].
+    share: (own, batch), if the clips are those of a range `own` of the videos in a batch of `batch` videos. Numbers are
+    drawn for the whole batch, and those of the own videos are returned, so that they do not depend on how the videos
+    are distributed over processes. Clips are in the order [2 views, videos, clips of a view].
     """
 
     def __init__(self, generator, share=None):
@@ -44,7 +44,7 @@ class Random:
 class Augment(Random):
     """Clips uint8 [N, F, 3, H, W] -> float in [0, 1], [N, F, 3, side, side]: random crop, colours, an erased rectangle.
 
-    No flip: which way things move is what there is to learn.
+    Clips are not flipped, since the direction of motion is what the network has to learn.
     """
 
     def __init__(self, side, generator, *, smallest_crop=0.7, grayscale=0.3, erase=0.5, share=None):
@@ -56,7 +56,7 @@ class Augment(Random):
         return self._erased(self._recoloured(self._cropped(torch.cat([clips] * views).float() / 255)))
 
     def _cropped(self, clips):
-        """A square of side U[smallest, 1] anywhere in the frame, resized. [N, F, 3, H, W] -> [N, F, 3, side, side]"""
+        """Crops and resizes a random square with a side of U[smallest, 1]: [N, F, 3, H, W] -> [N, F, 3, side, side]"""
         N, frames = clips.shape[:2]
         size = self._uniform(self.smallest_crop, 1, N)
         centre = self._uniform(-1, 1, N, 2) * (1 - size)[:, None]
@@ -66,7 +66,7 @@ class Augment(Random):
         return images.unflatten(1, (frames, 3))
 
     def _recoloured(self, clips):
-        """Contrast, saturation, hue and grayscale, each linear in RGB: one 3x3 matrix a clip; then brightness."""
+        """Changes contrast, saturation, hue and grayscale by one 3x3 matrix for each clip, and then brightness."""
         N = len(clips)
         matrix = hue_rotation(self._uniform(-math.pi, math.pi, N))
         saturation = self._uniform(0.6, 1.4, N) * ~self._happens(self.grayscale, N)
@@ -77,7 +77,7 @@ class Augment(Random):
         return (centred + 0.5 + self._uniform(-0.15, 0.15, N)[:, None, None, None, None]).clamp_(0, 1)
 
     def _erased(self, clips):
-        """Half the clips lose a rectangle of a quarter to a half of the side, set to gray."""
+        """Sets a rectangle to gray in half of the clips, with sides of a quarter to a half of the frame's side."""
         N, pixel = len(clips), torch.arange(self.side)
         start = self._uniform(0, 0.75, N, 2) * self.side
         extent = self._uniform(0.25, 0.5, N, 2) * self.side * self._happens(self.erase, N, 1)
@@ -95,7 +95,7 @@ def hue_rotation(angle):
 
 @dataclass(frozen=True)
 class Strengths:
-    """How often (a probability) and how far (a deviation) each operation of the official release goes."""
+    """The probability and the largest deviation of each operation of the official release."""
 
     smallest_crop: float = 0.6  # side of the square, as a share of the height
     contrast: tuple = (0.125, 0.25)
@@ -110,7 +110,7 @@ class Strengths:
     erased: tuple = (9, 18)  # sides of the rectangle, in pixels
 
     def halved(self):
-        """Half as far, as often: for the training of a linear classifier."""
+        """The same with half the deviations, for the training of a linear classifier."""
         how_far = {name: (p, far / 2) for name, (p, far) in self._deviations()}
         erased = tuple(side / 2 for side in self.erased)
         return replace(self, smallest_crop=(1 + self.smallest_crop) / 2, erased=erased, **how_far)
@@ -122,12 +122,13 @@ class Strengths:
 class ReleaseAugment(Random):
     """Clips uint8 [N, F, 3, H, W] on any device -> float in [0, 1], [N, F, 3, side, side], as in the official release.
 
-    In its order: a square anywhere in the frame (the release never sees the columns right of the height: a bug),
-    resized with anti-aliasing; contrast, hue, saturation, brightness; grayscale and then gamma, or else a dropped
-    channel; flip; an erased rectangle, gray. Hue turns RGB about the gray axis. Colours are cut to [0, 1] once, before
-    gamma. In memory a channel's frames lie side by side, as 3D convolutions want them.
+    The operations, in the release's order: a random square, resized with anti-aliasing; contrast, hue, saturation,
+    brightness; grayscale and then gamma, or a dropped channel; flip; a rectangle set to gray. In the release, a bug
+    restricts the square to the left part of the frame; here it may be anywhere. Hue is a rotation of RGB about the gray
+    axis. Colours are clamped to [0, 1] once, before gamma. In memory, the frames of a channel are contiguous, as 3D
+    convolutions need them.
 
-    Parameters are drawn on the CPU by `generator`: the same on every device.
+    The parameters are drawn on the CPU by `generator`, so they are the same on every device.
     """
 
     def __init__(self, side, generator, strengths=Strengths(), *, share=None):  # noqa: B008 (frozen)
@@ -135,13 +136,13 @@ class ReleaseAugment(Random):
         self.side, self.strengths = side, strengths
 
     def __call__(self, clips, views=1):
-        """Several views of the same clips come out one view after the other: [views N, F, 3, side, side]"""
+        """The augmented clips, one view after another: [views N, F, 3, side, side]"""
         N, (H, W) = views * len(clips), clips.shape[-2:]
         boxes, flips = self._crops(N, H, W)
         matrix, shift, gamma = self._colours(N)
         holes = self._holes(N)
         coloured = torch.empty(N, 3, clips.shape[1], self.side, self.side, device=clips.device)
-        at_once = 1 if clips.device.type == "cpu" else N  # one clip stays in the cache, and in memory that is reused
+        at_once = 1 if clips.device.type == "cpu" else N  # on the CPU, a single clip stays in the cache
         for first in range(0, N, at_once):
             some = slice(first, first + at_once)
             small = self._resized(clips, first, boxes[some], flips[some])
@@ -151,18 +152,18 @@ class ReleaseAugment(Random):
         return coloured.masked_fill_(holes.to(clips.device, non_blocking=True), 0.5).transpose(1, 2)
 
     def _factor(self, name, N):
-        """1 + U[-far, far] where the operation happens, 1 elsewhere: [N]"""
+        """1 + U[-far, far] for clips with this operation, 1 for others: [N]"""
         probability, far = getattr(self.strengths, name)
         return 1 + self._uniform(-far, far, N) * self._happens(probability, N)
 
     def _crops(self, N, H, W):
-        """Squares [(top, left, side), ...] of whole pixels, and which clips are flipped: [N]"""
+        """Random squares [(top, left, side), ...] in pixels, and which clips are flipped: [N]"""
         sides = (self._uniform(self.strengths.smallest_crop, 1, N) * min(H, W)).round()
         top, left = ((self._uniform(0, 1, N) * (length - sides + 1)).floor() for length in (H, W))
         return torch.stack([top, left, sides], 1).int().tolist(), self._happens(self.strengths.flip, N).tolist()
 
     def _colours(self, N):
-        """matrix [N, 3, 3], shift [N, 3] for each unit of the clip's mean luma, gamma [N], 1 where there is none."""
+        """matrix [N, 3, 3], shift [N, 3] as a multiple of the clip's mean luma, and gamma [N], 1 if there is none."""
         contrast, hue = self._factor("contrast", N), self._factor("hue", N) - 1
         saturation, brightness = self._factor("saturation", N), self._factor("brightness", N)
         gray, gamma = self._happens(self.strengths.grayscale, N), self._factor("gamma", N)
@@ -183,11 +184,11 @@ class ReleaseAugment(Random):
         return (within[:, 0, :, None] & within[:, 1, None, :])[:, None, None]
 
     def _resized(self, clips, first, boxes, flips):
-        """Clip by clip, since the squares differ in size: uint8 [., F, 3, H, W] -> uint8 [N, 3, F, side, side]"""
+        """Crops, resizes and flips each clip: uint8 [., F, 3, H, W] -> uint8 [N, 3, F, side, side]"""
         small = clips.new_empty(len(boxes), 3, clips.shape[1], self.side, self.side)
         for n, (top, left, side) in enumerate(boxes):
             square = clips[(first + n) % len(clips), ..., top : top + side, left : left + side]
-            square = square if clips.device.type == "cpu" else square.float()  # uint8 is resized on the CPU alone
+            square = square if clips.device.type == "cpu" else square.float()  # PyTorch resizes uint8 on the CPU only
             square = F.interpolate(square, (self.side, self.side), mode="bilinear", antialias=True)
             square = square if square.dtype == torch.uint8 else square.round_()
             small[n] = (square.flip(-1) if flips[n] else square).transpose(0, 1)
@@ -202,7 +203,7 @@ class ReleaseAugment(Random):
 
 
 def centre_crop(clips, side, share=0.8):
-    """The test-time crop, a square of `share` of the shorter side. [N, F, 3, H, W] -> float, [N, F, 3, side, side]"""
+    """The test-time crop: a centred square of `share` of the shorter side, resized to [N, F, 3, side, side], float."""
     H, W = clips.shape[-2:]
     size = round(share * min(H, W))
     top, left = (H - size) // 2, (W - size) // 2

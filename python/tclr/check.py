@@ -1,4 +1,4 @@
-"""Walks a data set before a run does: which videos are missing, unreadable, too short or of another size."""
+"""Checks a data set before a run: which videos are missing, unreadable, too short or of another size."""
 
 import csv
 import sys
@@ -12,11 +12,11 @@ COLUMNS = "video", "problem", "detail"
 
 
 def check(dataset, root, part="train", split=1, *, out="data_check.csv", window=64, threads=4):
-    """Lists the videos of a data set that a run would skip, replace or pad, or that need `data.size`.
+    """Lists the videos of a data set that a run would skip, replace or pad, or for which it needs `data.size`.
 
-    Every frame is decoded. Writes `out`, a CSV of (video, problem, detail) in the order of the annotations, and returns
-    the counts: videos, fine, missing, unreadable, short (fewer frames than `window`), size (another one than the first
-    readable video has, so that a run without `data.size` stops).
+    Every frame is decoded. Writes `out`, a CSV file of (video, problem, detail) in the order of the annotations, and
+    returns the counts of "videos", "fine", "missing", "unreadable", "short" (fewer frames than `window`) and "size"
+    (another size than the first readable video, which is an error in a run without `data.size`).
     """
     listing = annotations.read(dataset, root, part, split)
     with ThreadPoolExecutor(threads) as pool:
@@ -39,7 +39,7 @@ def check(dataset, root, part="train", split=1, *, out="data_check.csv", window=
 
 
 def problems(root, entry, *, window=64):
-    """((H, W) or None, a list of ("unreadable" or "short", detail)) of a video; the list is empty where it is fine."""
+    """(size, problems) of a video: (H, W), or None if it is unreadable, and a list of (problem, detail)."""
     bad = problem(root, entry, window=window)
     if bad and bad[0] == "unreadable":
         return None, [bad]
@@ -47,7 +47,7 @@ def problems(root, entry, *, window=64):
 
 
 def problem(root, entry, *, window=64):
-    """("unreadable" or "short", detail) of a video, None where it is fine."""
+    """("unreadable" or "short", detail) of a video, or None if it has no such problem."""
     try:
         frames = decode.length(root / entry.path)
     except decode.Unreadable as error:
@@ -66,7 +66,7 @@ def summary(dataset, counts, out):
 
 
 def main(dataset, root, part="train", split=1, *, out="data_check.csv", window=64):
-    """`tclr data check`: prints the decoder and the summary; exits 1 where a video is missing or unreadable."""
+    """`tclr data check`: prints the decoder and a summary. Exits with 1 if a video is missing or unreadable."""
     print(f"decoding by {decode.DECODER}")
     counts = check(dataset, root, part, split, out=out, window=window)
     print(summary(dataset, counts, out))

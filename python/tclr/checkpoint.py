@@ -1,4 +1,4 @@
-"""Files that are whole or not there, the checkpoint of a run, and the signal that asks for one."""
+"""Atomic writing of files, the checkpoint of a run, and SIGTERM as a request for a checkpoint."""
 
 import os
 import re
@@ -9,14 +9,14 @@ import torch
 
 from . import processes
 
-STOPPED = 128 + signal.SIGTERM  # the shell's exit status of a process that ended at SIGTERM
+STOPPED = 128 + signal.SIGTERM  # the exit status that a shell reports for a process that SIGTERM ended
 
 
 @contextmanager
 def whole(path, *, shared=False):
-    """A binary file that appears under its name when it is complete and on the disk, or not at all.
+    """Opens a binary file for writing. It gets its name only when it is complete and on the disk.
 
-    shared: another process may write the same file meanwhile; each then writes one of its own, and the last one stays.
+    shared: other processes may write the same file at the same time; the last one to finish wins.
     """
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.part" if shared else f"{path.name}.part")
     try:
@@ -30,36 +30,36 @@ def whole(path, *, shared=False):
 
 
 def save(path, **state):
-    """Writes what a run needs to go on; a full disk leaves the last good file in place."""
+    """Writes a checkpoint. If that fails, for example on a full disk, the previous file stays."""
     with whole(path) as file:
         torch.save(state, file)
 
 
 def load(path, content=None, **more):
-    """What `save` wrote; a file that holds anything but tensors and plain values is refused, not run.
+    """Loads what `save` wrote. Only tensors and plain values are loaded, so no code in the file is run.
 
-    content: the file, where it was read already. Raises ValueError with the reason in one sentence.
+    content: a file object to read instead of `path`. Raises ValueError with the reason in one sentence.
     """
     try:
         return torch.load(content or path, map_location="cpu", weights_only=True, **more)
-    except Exception as error:  # a damaged file raises errors of every kind
+    except Exception as error:  # a damaged file can raise any kind of error
         if isinstance(error, OSError) and error.filename is not None:
             raise
-        raise ValueError(f"{path}: {refusal(error)}") from None  # torch's own message advises to run the file's code
+        raise ValueError(f"{path}: {refusal(error)}") from None  # torch's message suggests to run the file's code
 
 
 def newest(path):
-    """What `save` wrote last on the disk of any process, the same for all of them; None where none has such a file."""
+    """The newest checkpoint on the disk of any process, loaded in all processes; None if there is none."""
     return processes.newest(path, steps, lambda content: load(path, content))
 
 
 def steps(path):
-    """How many steps the run has taken whose checkpoint this is; 0 of weights alone. The weights are not read."""
+    """The number of steps that the run of a checkpoint has taken, without reading the weights; 0 for bare weights."""
     return load(path, mmap=True).get("done", 0)
 
 
 def refusal(error):
-    """Why torch.load did not load a file, in one sentence."""
+    """The reason why torch.load did not load a file, in one sentence."""
     if found := re.search(r"GLOBAL (\S+)", str(error)):
         what = f"found an object of {found[1]}, and loading such an object can run code, so nothing was loaded"
         return f"{what}; wanted weights alone, as torch.save(model.state_dict(), file) writes them"
@@ -69,13 +69,13 @@ def refusal(error):
 
 
 def claim(out, *, resume, overwrite):
-    """Makes sure that a run's folder is new, or that the user said what is to happen with what lies there."""
+    """Creates a run's folder. Raises SystemExit if it is in use, and neither resume nor overwrite is given."""
     vacant(out, resume=resume, overwrite=overwrite)
     out.mkdir(parents=True, exist_ok=True)
 
 
 def vacant(out, *, resume, overwrite):
-    """Refuses a folder in use unless the user said what is to happen with what lies there; writes nothing."""
+    """Raises SystemExit as `claim` does, but writes nothing."""
     if resume and overwrite:
         raise SystemExit("found both resume and overwrite, wanted one: overwriting deletes what would be resumed")
     if out.exists() and any(out.iterdir()) and not (resume or overwrite):
@@ -83,7 +83,7 @@ def vacant(out, *, resume, overwrite):
 
 
 class StopRequest:
-    """True once SIGTERM has come; within `with`, the signal itself ends nothing."""
+    """A context in which SIGTERM does not end the process. It is true as soon as SIGTERM was received."""
 
     def __init__(self):
         self.came = False

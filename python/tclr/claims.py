@@ -1,6 +1,6 @@
-"""The ablation's tables, pictures and statements, all computed from its rows: the CSV files of a folder.
+"""Computes the ablation's tables, pictures and conclusions from its results, the CSV files of a folder.
 
-python -m tclr.claims --folder benchmarks/results   # ablation.md and the pictures, from the rows that lie there
+python -m tclr.claims --folder benchmarks/results   # writes ablation.md and the pictures from the files in this folder
 """
 
 import csv
@@ -51,7 +51,7 @@ FACTS = "seconds", "hash", "code", "commit", "torch", "python", "numpy", "machin
 
 
 class Found:
-    """The figures there are, in %, of one number of steps."""
+    """The available results for one number of steps, in %."""
 
     def __init__(self, figures, steps):
         self.steps = steps
@@ -59,34 +59,34 @@ class Found:
         self.clips = max((int(clips) for each in figures for clips in each["by_clips"]), default=1)
 
     def seeds(self, *rows):
-        """The seeds of which all these rows are there."""
+        """The seeds for which there are results of all these rows."""
         return sorted(set.intersection(*({seed for row, seed in self.jobs if row == wanted} for wanted in rows)))
 
     def at(self, figure, clips=None):
-        """A measure (row, seed) -> the figure with so many clips a video, by default all."""
+        """A function (row, seed) -> the figure with `clips` clips a video, by default with all."""
         return lambda row, seed: 100 * self.jobs[row, seed]["by_clips"][str(clips or self.clips)][figure]
 
     def gain(self, figure):
-        """A measure (row, seed) -> what all clips bring over one."""
+        """A function (row, seed) -> the gain of the figure from one clip a video to all."""
         return lambda row, seed: self.at(figure)(row, seed) - self.at(figure, 1)(row, seed)
 
     def in_sets(self, clips):
-        """A measure (row, seed) -> R@1 clip by clip."""
+        """A function (row, seed) -> R@1 of clip-by-clip retrieval."""
         return lambda row, seed: 100 * self.jobs[row, seed]["sets"][str(clips)]
 
     def gain_in_sets(self):
         return lambda row, seed: self.in_sets(self.clips)(row, seed) - self.in_sets(1)(row, seed)
 
     def by_share(self, row, kind):
-        """The accuracies by the share of the labels, of each seed that has them."""
+        """The accuracies by the share of the labels, for each seed that has them."""
         return [self.jobs[row, seed][kind] for seed in self.seeds(row) if self.jobs[row, seed][kind]]
 
     def mean(self, row, measure, seeds=None):
-        """(mean over seeds, by default all of the row, half the width of its 95 % interval, number of seeds)"""
+        """(mean over seeds, half the width of its 95 % interval, number of seeds). seeds: by default all of the row."""
         return interval([measure(row, seed) for seed in (self.seeds(row) if seeds is None else seeds)])
 
     def difference(self, first, second, measure):
-        """The same of first - second, seed by seed."""
+        """The same for the difference first - second of each seed."""
         return interval([measure(first, seed) - measure(second, seed) for seed in self.seeds(first, second)])
 
 
@@ -100,18 +100,18 @@ def interval(values):
 
 
 def shown(value, half, count):
-    """ "12.3 ± 1.2": a mean with half of its interval"""
+    """A mean with half the width of its interval, such as "12.3 ± 1.2"."""
     return "" if not count else f"{value:.1f}" if math.isnan(half) else f"{value:.1f} ± {half:.1f}"
 
 
 def told(value, half, count):
-    """ "12.3 [11.1, 13.5]": a difference with its interval"""
+    """A difference with its interval, such as "+12.3 [+11.1, +13.5]"."""
     bounds = "" if math.isnan(half) else f" [{value - half:+.1f}, {value + half:+.1f}]"
     return f"{value:+.1f}{bounds}" if count else ""
 
 
 def statement(found):
-    """What the rows say about the paper's claims, in words that the figures choose."""
+    """Sentences that say whether the results support the paper's claims."""
     if not (seeds := found.seeds(TCLR, INVARIANT)):
         return "No seed has both rows."
     sentences = []
@@ -138,7 +138,7 @@ def statement(found):
 
 
 def table(head, lines):
-    """A Markdown table: the first column words, the others numbers."""
+    """A Markdown table with words in the first column and numbers in the others."""
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "".join(f"| {' | '.join(line)} |\n" for line in [head, rule, *lines])
 
@@ -170,7 +170,7 @@ def differences_table(found):
 
 
 def steps_table(figures):
-    """IC + LL + GL minus IC (independent) by the number of steps."""
+    """The difference between IC + LL + GL and IC (independent) for each number of steps."""
     lines = []
     for steps in sorted({each["steps"] for each in figures}):
         found = Found(figures, steps)
@@ -187,7 +187,7 @@ def steps_table(figures):
 
 
 def labels_table(found, kind):
-    """Accuracy by the share of the labels: of a linear layer (kind "by_share"), or "finetuned"."""
+    """Accuracy by the share of the labels, of a linear layer (kind "by_share") or after finetuning ("finetuned")."""
     rows = [row for row in (SCRATCH, INVARIANT, "IC (same)", TCLR) if any(found.by_share(row, kind))]
     shares = [part for part in SHARES if any(str(part) in each for row in rows for each in found.by_share(row, kind))]
     lines = []
@@ -200,7 +200,7 @@ def labels_table(found, kind):
 
 
 def sets_table(found):
-    """R@1 by the mean of the clips' features, and clip by clip; how constant the features are."""
+    """R@1 with the mean of the clips' features, R@1 of clip-by-clip retrieval, and the constancy of features."""
     measured = Found([each for each in found.jobs.values() if each["sets"]], found.steps)
     clips = sorted({1, 2, measured.clips}) if measured.jobs else []
     measures = {f"clip by clip, {n} clip{'s' * (n > 1)}": measured.in_sets(n) for n in clips}
@@ -220,12 +220,12 @@ def sets_table(found):
 
 
 def confusions(found, row):
-    """Videos by true and predicted class, of all seeds together: [classes, classes]"""
+    """The number of videos by true and predicted class, over all seeds: [classes, classes]"""
     return sum(np.array(found.jobs[row, seed]["confusion"]) for seed in found.seeds(row))
 
 
 def confusion_table(found):
-    """How often a video is taken for the one class that shares its frames, by the pair."""
+    """How often a video is classified correctly, and as the one class that has the same frames, for each such pair."""
     names, rows = list(motions.ROUTINES), [row for row in (SCRATCH, INVARIANT, TCLR) if found.seeds(row)]
     lines = []
     for pair in motions.MIRRORED:
@@ -237,7 +237,7 @@ def confusion_table(found):
 
 
 def write(figures, scale, out):
-    """The rows of these figures as CSV files, and what `tabulate` makes of them."""
+    """Writes these figures as CSV files, and then the output of `tabulate`."""
     for name, lines in LINES.items():
         facts = FACTS if name == "ablation" else ("hash", "code")
         rows = [
@@ -257,7 +257,7 @@ def write(figures, scale, out):
 
 
 def read(folder):
-    """The figures that the CSV files of a folder hold."""
+    """The figures in the CSV files of a folder."""
     figures = {}
     for name in LINES:
         with (folder / f"{name}.csv").open(newline="") as file:
@@ -279,7 +279,10 @@ def read(folder):
 
 
 def tabulate(folder: Path, steps: int = Ablation.steps):
-    """ablation.md and the pictures of the rows in a folder. steps: of all tables but the one that compares them."""
+    """Writes ablation.md and the pictures from the CSV files of a folder.
+
+    steps: the number of steps in all tables except the one that compares numbers of steps.
+    """
     figures = read(folder)
     found = Found(figures, steps)
     parts = {
@@ -306,7 +309,7 @@ def tabulate(folder: Path, steps: int = Ablation.steps):
 
 
 def draw_curves(found):
-    """The slides' first figure: R@1 and linear accuracy against the number of clips a video, with 95 % intervals."""
+    """Draws R@1 and linear accuracy against the number of clips a video, with 95 % intervals, as in the slides."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
     clips = range(1, found.clips + 1)
     for axis, (name, label) in zip(axes, FIGURES.items(), strict=True):
@@ -322,7 +325,7 @@ def draw_curves(found):
 
 
 def draw_confusions(found):
-    """Confusion matrices of scratch, IC and TCLR; the squares are those of two classes that share their frames."""
+    """Draws confusion matrices of scratch, IC and TCLR. Squares mark pairs of classes that have the same frames."""
     rows = SCRATCH, INVARIANT, TCLR
     figure, axes = plt.subplots(1, 3, figsize=(14, 7), layout="constrained")
     names = list(motions.ROUTINES)
@@ -347,7 +350,7 @@ def draw_confusions(found):
 
 
 def draw_labels(found):
-    """Accuracy against the share of the labels, with 95 % intervals: of a linear layer, and finetuned."""
+    """Draws accuracy against the share of the labels, with 95 % intervals, of a linear layer and after finetuning."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
     for axis, (kind, title) in zip(axes, dict(by_share="linear", finetuned="finetuned").items(), strict=True):
         for colour, row in dict(C7=SCRATCH, C0=INVARIANT, C3=TCLR).items():

@@ -1,4 +1,4 @@
-"""tclr <command>: pretraining and every evaluation; each command is a function here with the same arguments."""
+"""The command line `tclr <command>`. Each command is a function in this module with the same arguments."""
 
 import csv
 import dataclasses
@@ -26,7 +26,7 @@ from .options import Parser
 
 KS = 1, 5, 10, 20
 DESCRIPTION = """Self-supervised pretraining of video networks by TCLR, and its evaluations. A pretraining writes a
-folder, RUN; the other commands read it and add their results. --dry-run behind a command tries it in small."""
+folder, RUN; the other commands read it and add their results. --dry-run tries a command on a small scale."""
 
 
 def pretrain(
@@ -44,21 +44,21 @@ def pretrain(
 
     Writes config.yaml, last.pt, metrics.jsonl and TensorBoard's events to `out`.
 
-    Under torchrun every process takes its share of each batch, and the losses contrast the whole batch. A run that
-    torchrun restarts goes on from last.pt. timeout: seconds that a process waits for the others before it gives up.
+    Under torchrun, each process takes a share of every batch, and the losses compare the rows of the whole batch. A run
+    that torchrun restarts continues from last.pt. timeout: seconds after which a process stops waiting for the others.
     """
     with processes.group(timeout):
         job = processes.Job(out)
         if (stage := job.stage()) == "claimed":
             resume, overwrite = True, False
-        elif stage == "claiming":  # they ended before the first step
+        elif stage == "claiming":  # the processes ended before the first step
             overwrite = not resume
         first, device, last = processes.rank() == 0, config.device(device), out / "last.pt"
         with processes.together():
             checkpoint.vacant(out, resume=resume, overwrite=overwrite)
         videos = config.open_videos(data, data.train, clips.window, out, recipe.seed)
         run = train.Run(config.build(net, recipe.seed), videos, clips, recipe, device, net=net, data=data)
-        with processes.together():  # the folder changes when every process has restored from it
+        with processes.together():  # no process changes the folder before all have read the checkpoint
             if resume:
                 restore(run, last)
         log, settings = Log(out if first else None, recipe, run.steps, run.done), dict(data=data, net=net, clips=clips)
@@ -68,7 +68,7 @@ def pretrain(
                     job.note("claiming")
                     checkpoint.claim(out, resume=resume, overwrite=overwrite)
                 if overwrite:
-                    last.unlink(missing_ok=True)  # in every process: machines may have disks of their own
+                    last.unlink(missing_ok=True)  # in every process, since machines may have separate disks
                 if first:
                     config.write(out / "config.yaml", dict(**settings, recipe=recipe, **train.where(device)))
                     config.write_environment(out / "environment.json", device)
@@ -84,13 +84,13 @@ def restore(run, file):
         return
     if "done" not in state:
         raise SystemExit(f"{file} holds weights alone: wanted the checkpoint of a pretraining to resume")
-    if "settings" not in state:  # earlier versions kept them in config.yaml alone
+    if "settings" not in state:  # earlier versions stored them in config.yaml only
         state["settings"] = processes.from_first(lambda: config.saved_settings(file.parent))
     run.restore(state)
 
 
 class Log:
-    """metrics.jsonl, TensorBoard, a progress bar with videos a second and the time left, and a line now and then."""
+    """Writes metrics.jsonl and TensorBoard events, and shows a progress bar and, every few seconds, the terms."""
 
     def __init__(self, out, recipe, steps, done=0):
         self.out, self.each, self.steps, self.done, self.told = out, recipe.batch * recipe.accumulate, steps, done, None
@@ -100,7 +100,7 @@ class Log:
             from torch.utils.tensorboard import SummaryWriter
 
             path, done = self.out / "metrics.jsonl", self.done
-            kept = path.read_text().splitlines()[:done] if path.exists() else []  # the steps after it come again
+            kept = path.read_text().splitlines()[:done] if path.exists() else []  # later steps will be repeated
             with checkpoint.whole(path) as file:
                 file.write("".join(line + "\n" for line in kept).encode())
             self.file, self.board = path.open("a"), SummaryWriter(self.out / "tensorboard", purge_step=done)
@@ -141,7 +141,7 @@ def retrieval(run: Path, evaluation: Evaluation = Evaluation(), data: OtherData 
         ranks = evaluate.ranking(gallery.clips, queries.clips, evaluation.clips)
         figures = {f"r{k}": evaluate.recall(ranks, gallery.labels, queries.labels, k) for k in KS}
         chosen = torch.linspace(0, len(queries.labels) - 1, min(8, len(queries.labels))).long().tolist()
-        result(run, "retrieval", gallery.hash, figures)  # before the picture, whose failure loses no figures
+        result(run, "retrieval", gallery.hash, figures)  # before the picture, so that an error there loses nothing
         report.plot_gallery(queries.videos, gallery.videos, ranks, chosen, run / "gallery.png")
         return figures
 
@@ -222,10 +222,10 @@ def finetune(run: Path, evaluation: Evaluation = Evaluation(), data: OtherData |
 
 @processes.single("classify")
 def classify(run: Path, classifier: str = "finetune", data: OtherData | None = None, device: str = "auto"):
-    """Measures a classifier that `finetune` or `linear` left, on its own test videos or on another data set.
+    """Measures a classifier of `finetune` or `linear` on the run's test videos or on another data set.
 
-    classifier: its file's name without .pt, such as linear-0.1. Labels go by the names of the classes it was trained
-    on; a video of any other class is refused. The clips are those of its own evaluation.
+    classifier: the name of its file without .pt, such as linear-0.1. Labels are the names of the classes that it was
+    trained with; a video of any other class is an error. The clips are those of the evaluation that made it.
     """
     data, device = config.data_of(run, data), config.device(device)
     file = run / f"{classifier}.pt"
@@ -252,7 +252,7 @@ def classify(run: Path, classifier: str = "finetune", data: OtherData | None = N
 
 @processes.single("export")
 def export(run: Path, file: Path, format: Literal["torch", "safetensors"] = "safetensors"):
-    """Writes the weights of the backbone alone, under torchvision's names."""
+    """Writes the weights of the backbone, under torchvision's names."""
     weights = {name: value.contiguous() for name, value in embedder_of(run).backbone.state_dict().items()}
     with checkpoint.whole(file) as opened:
         if format == "torch":
@@ -273,7 +273,7 @@ def load(
     net: Net = Net(),  # noqa: B008
     overwrite: bool = False,
 ):
-    """Makes a run's folder from a checkpoint of the official code or of torchvision."""
+    """Creates a run's folder from a checkpoint of the official code or of torchvision."""
     embedder = config.build(net, seed=0)
     if format == "release":
         missing = models.load_release(embedder, file)
@@ -282,7 +282,7 @@ def load(
     checkpoint.claim(out, resume=False, overwrite=overwrite)
     config.write(out / "config.yaml", dict(data=data, net=net, weights=str(file)))
     checkpoint.save(out / "last.pt", embedder=embedder.state_dict(), settings=dict(net=dataclasses.asdict(net)))
-    print(f"{file} to {out}" + f"; not in it, so as drawn: {', '.join(missing)}" * bool(missing))
+    print(f"{file} to {out}" + f"; not in it, so initialised at random: {', '.join(missing)}" * bool(missing))
 
 
 @processes.single("report")
@@ -294,7 +294,7 @@ def page(run: Path):
 @processes.single("data check")
 def check(dataset: str, root: Path, part: str = "train", split: int = 1, out: Path = Path("data_check.csv"),  # noqa: B008
           window: int = 64):  # fmt: skip
-    """Lists videos that are missing, unreadable, short or of another size; exits with 1 if one cannot be read."""
+    """Lists videos that are missing, unreadable, short or of another size. Exits with 1 if one cannot be read."""
     from . import check
 
     check.main(dataset, root, part, split, out=out, window=window)
@@ -302,9 +302,9 @@ def check(dataset: str, root: Path, part: str = "train", split: int = 1, out: Pa
 
 @processes.group()
 def of_features(run, data, evaluation, device, measured):
-    """measured(features of the training part, of the test part), of the pretraining's data or of other.
+    """Calls measured(features of the training part, features of the test part), for the run's data or for other data.
 
-    Several processes share the extraction; the first one calls `measured`, and all return what it does.
+    Several processes share the extraction. The first one calls `measured`, and all return its result.
     """
     device, data, embedder = config.device(device), config.data_of(run, data), embedder_of(run)
     parts = [features(run, embedder, data, part, evaluation, device) for part in (data.train, data.test)]
@@ -321,7 +321,7 @@ def fitted(gallery, share=1.0, seed=0):
 
 
 def result(run, name, digest, figures):
-    """Writes `name`.json and adds the figures that are numbers to the run's table."""
+    """Writes all figures to `name`.json, and those that are numbers to the run's results.csv."""
     with checkpoint.whole(run / f"{name}.json") as file:
         file.write(json.dumps(dict(hash=digest, **figures), indent=1).encode() + b"\n")
     table = run / "results.csv"
@@ -337,7 +337,7 @@ def result(run, name, digest, figures):
 
 
 def main(arguments=None):
-    """Runs a command; errors are raised. --dry-run anywhere behind it: see dryrun.py."""
+    """Runs a command, and raises its errors. With --dry-run among the arguments, see dryrun.py."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     commands = dict(pretrain=pretrain, retrieval=retrieval, linear=linear, finetune=finetune, classify=classify)
     commands |= dict(multiclip=multiclip, confusion=confusion, ablation=ablation.run, report=page)
@@ -350,7 +350,7 @@ def main(arguments=None):
 
 
 def program():
-    """The program `tclr`: `main`, with every error in one line; TCLR_TRACEBACK=1 shows where it was raised."""
+    """The program `tclr`: runs `main` and prints an error in one line, or its traceback with TCLR_TRACEBACK=1."""
     try:
         main()
     except KeyboardInterrupt:
@@ -366,7 +366,7 @@ def program():
 
 
 def in_a_line(error):
-    """An error as a user wants it; of one that nobody foresaw also the kind, and how to find its place."""
+    """An error in one line. For an unexpected one, also its type, and how to see where it was raised."""
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
     text = " ".join(str(error).split())

@@ -1,4 +1,4 @@
-"""Which frames a clip takes: the paper's window with its global and local clips, and the clips of an evaluation."""
+"""The frames of each clip: TCLR's window with its global and local clips, and the clips of an evaluation."""
 
 import math
 from dataclasses import dataclass
@@ -11,17 +11,18 @@ from .videos import Loaded
 
 @dataclass(frozen=True)
 class ClipPlan:
-    """A window of frames * stride frames: the global clip is every stride-th, the T = stride local clips its chunks.
+    """A window of frames * stride frames of a video, and the clips that are cut from it.
 
-    Of the global clip's frames, j * frames / T .. (j + 1) * frames / T - 1 lie in local clip j; with the paper's 16
-    frames and stride 4 these are 4j..4j+3. The alignment is what the global-local loss relies on.
+    The global clip is every stride-th frame of the window; the T = stride local clips are its consecutive parts. Frames
+    j * frames / T to (j + 1) * frames / T - 1 of the global clip are also in local clip j; with the paper's 16 frames
+    and stride 4 these are 4j to 4j + 3. The global-local loss relies on this alignment.
 
-    windows: "same", both views of a video show the same window, which LL and GL need, as in the official release, whose
-    IC contrasts the local clips too (`ic_local`); "independent", each view shows a window of its own, as in CVRL and in
-    the paper's baseline "IC", so that instance contrast enforces invariance to time.
-    decay: of independent windows. None draws the two starts independently of each other. A number p >= 0 draws the
-    distance t of the two starts, of 0..R, with a probability proportional to (1 - t / (R + 1))^p: every distance alike
-    for 0, CVRL's linear decrease for 1, nearer windows for more.
+    windows: with "same", both views of a video show the same window. LL and GL need this. The official release also
+    uses it, and its IC also compares local clips (`ic_local`). With "independent", each view shows another window, as
+    in CVRL and in the paper's baseline "IC", so that the instance loss enforces invariance to time.
+    decay: for independent windows. None draws the two starts independently. A number p >= 0 draws their distance t in
+    0..R with a probability proportional to (1 - t / (R + 1))^p: 0 makes all distances equally likely, 1 is CVRL's
+    linear decrease, and larger numbers prefer near windows more.
     """
 
     frames: int = 16
@@ -47,7 +48,7 @@ class ClipPlan:
 
     @property
     def windows_drawn(self):
-        """Windows that are drawn from a video for its two views."""
+        """The number of windows that are drawn from a video for its two views."""
         return 1 if self.windows == "same" else 2
 
     def global_frames(self):
@@ -64,18 +65,20 @@ class ClipPlan:
 
 
 def random_windows(videos, chosen, plan, generator, threads=None, own=None):
-    """The windows of each chosen video that `plan` asks for: [B, window, 3, H, W], or [2 B, ...] for independent ones.
+    """Random windows of the chosen videos: [B, window, 3, H, W], or [2 B, ...] if `plan` has independent windows.
 
-    videos: a set of videos, or the frames themselves, a list of [F, 3, H, W]. Every start is drawn before anything is
-    read, so that `threads`, a concurrent.futures.Executor that reads several videos at once, changes no bit. All the
-    clips of a video are cut from what is read of it at once. Of two windows, the first of all videos come first.
-    own: a range of places in `chosen`; what is drawn is as without it, but only these videos are read.
+    With two windows of each video, the first windows of all videos come first.
+
+    videos: a set of videos, or a list of their frames [F, 3, H, W].
+    threads: a concurrent.futures.Executor that reads several videos at once. All starts are drawn before anything is
+    read, so the result does not depend on it.
+    own: a range of positions in `chosen`. Only these videos are read, but the same random numbers are drawn.
     """
     if not hasattr(videos, "read"):
         videos = Loaded(None, videos, None)
     own = range(len(chosen)) if own is None else own
-    # A start takes one number of the generator, however long the video is, so nobody opens another process's videos;
-    # but a distance with a decay takes as many as there are starts.
+    # Drawing a start takes one random number, however long the video is, so the lengths of other processes' videos are
+    # not needed. Drawing a distance with a decay takes as many numbers as there are starts, so it needs all lengths.
     known = range(len(chosen)) if plan.decay is not None else own
     latest = [videos.length(i) - plan.window if place in known else 0 for place, i in enumerate(chosen)]
     starts = [random_starts(each, plan, generator) for each in latest]
@@ -84,11 +87,11 @@ def random_windows(videos, chosen, plan, generator, threads=None, own=None):
     windows = list((threads.map if threads else map)(videos.read, chosen, positions))
     if plan.windows_drawn == 2:
         windows = [window[half] for half in (slice(plan.window), slice(plan.window, None)) for window in windows]
-    return torch.cat(windows).unflatten(0, (-1, plan.window))  # unlike stack, cat leaves pixels' channels adjacent
+    return torch.cat(windows).unflatten(0, (-1, plan.window))  # unlike stack, cat keeps the memory order of channels
 
 
 def random_starts(latest, plan, generator):
-    """Where the windows of one video start, each in 0..latest: a list of one start, or of two."""
+    """The first frames of the windows of one video, each in 0..latest: a list of one or two."""
     draw = lambda last: int(torch.randint(last + 1, (), generator=generator))  # noqa: E731
     if plan.decay is None:
         return [draw(latest) for _ in range(plan.windows_drawn)]
@@ -113,11 +116,11 @@ def even_clips(video, count, frames, stride):
 
 
 def read_even_clips(videos, i, count, frames, stride):
-    """Evenly spaced clips of video i of a set, decoded once where they overlap: [count, frames, 3, H, W]"""
+    """Evenly spaced clips of video i of a set: [count, frames, 3, H, W]. Frames in several clips are decoded once."""
     positions = even_positions(videos.length(i), count, frames, stride)
     return videos.read(i, positions.flatten()).unflatten(0, positions.shape)
 
 
 def spread(count, total):
-    """Which `count` of `total` evenly spaced clips are themselves spread most evenly: [count]"""
+    """The indices of `count` clips that are spread evenly over `total` clips: [count]"""
     return ((torch.arange(count) + 0.5) * total / count).long()

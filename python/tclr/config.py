@@ -1,4 +1,4 @@
-"""What a run is made of, as dataclasses: the keys of the YAML files and of the command line."""
+"""The settings of a run as dataclasses, which define the keys of YAML files and of the command line."""
 
 import dataclasses
 import datetime
@@ -18,7 +18,7 @@ from . import annotations, checkpoint, models, processes, train, videos
 
 @dataclass(frozen=True)
 class Data:
-    """Where videos are. `train` and `test` name the data set's parts; size = [H, W] brings all videos to one size."""
+    """The data set. `train` and `test` name its parts; size = [H, W] resizes all videos to one size."""
 
     dataset: Literal["ucf101", "hmdb51", "kinetics400", "diving48", "folder"] = "ucf101"
     root: str = "."
@@ -30,7 +30,7 @@ class Data:
 
 @dataclass(frozen=True)
 class OtherData:
-    """What an evaluation changes of the data that the run was pretrained on; what is not given stays as it is there."""
+    """Another data set for an evaluation. A setting that is None is that of the data of the pretraining."""
 
     dataset: Literal["ucf101", "hmdb51", "kinetics400", "diving48", "folder"] | None = None
     root: str | None = None
@@ -42,7 +42,7 @@ class OtherData:
 
 @dataclass(frozen=True)
 class Net:
-    """The backbone, the width of its first stage, and the embedding's."""
+    """The backbone, the number of channels of its first stage, and the size of an embedding."""
 
     backbone: Literal["tiny", "r3d18", "r2plus1d18", "c3d"] = "r3d18"
     width: int = 64
@@ -51,7 +51,7 @@ class Net:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How a video is read for an evaluation: evenly spaced clips; pooled: features averaged over time."""
+    """The evenly spaced clips of a video for an evaluation. pooled: average the features over the time of a clip."""
 
     clips: int = 10
     frames: int = 16
@@ -61,13 +61,13 @@ class Evaluation:
 
 
 def digest(*values, digits=8):
-    """Hexadecimal digits that stand for a configuration."""
+    """A hash of these values, as hexadecimal digits."""
     plain = [dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value for value in values]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:digits]
 
 
 def write(path, values):
-    """The resolved configuration, to the screen and to a file. values: {name: dataclass or plain value}"""
+    """Prints the resolved configuration and writes it to a file. values: {name: dataclass or plain value}"""
     plain = {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in values.items()}
     text = yaml.safe_dump(plain, sort_keys=False)
     print(text, end="", flush=True)
@@ -76,7 +76,7 @@ def write(path, values):
 
 
 def write_environment(path, device):
-    """With what a run is made: the versions, the machine, the time."""
+    """Writes the environment of a run: versions, machine and time."""
     facts = {name: version for name, version in info.versions().items() if version}
     facts |= dict(cpu=info.cpu_model(), threads=torch.get_num_threads())
     if torch.device(device).type == "cuda":
@@ -87,14 +87,14 @@ def write_environment(path, device):
 
 
 def saved_settings(run):
-    """The settings a pretraining was last written under: {name: {key: value}}, as its config.yaml has them."""
+    """The settings in the config.yaml of a pretraining: {name: {key: value}}."""
     path = Path(run) / "config.yaml"
     plain = yaml.safe_load(path.read_text()) if path.exists() else {}
     return {name: values for name, values in plain.items() if isinstance(values, dict)}
 
 
 def read_run(run):
-    """(net, data) of a pretraining's folder, as its config.yaml has them."""
+    """(net, data) from the config.yaml of a pretraining."""
     path = Path(run) / "config.yaml"
 
     def text():
@@ -107,18 +107,17 @@ def read_run(run):
 
 
 def data_of(run, other=None):
-    """The data of a pretraining's folder, with what OtherData gives in its place."""
+    """The data of a pretraining, with the settings that `other` changes."""
     given = dataclasses.asdict(other) if other else {}
     return dataclasses.replace(read_run(run)[1], **{k: v for k, v in given.items() if v is not None})
 
 
 def open_videos(data, part, shortest, out=None, seed=0, classes=None):
-    """The videos of one part; those that cannot be read are replaced and listed in `out`/bad_videos.csv.
+    """The videos of one part. Unreadable ones are replaced, and listed in `out`/bad_videos.csv.
 
-    Of several processes, all open them together, and the first one keeps the list.
-
-    Labels stand for the classes of the training part, or for `classes` where they are given. Raises
-    ValueError, naming two of them, where sizes differ and `data.size` does not bring them to one.
+    All processes call this together, and the first one writes the list. Labels are indices of the classes of the
+    training part, or of `classes` if given. Raises ValueError, naming two videos, if videos differ in size and
+    `data.size` is not given.
     """
     if data.size is not None and (len(data.size) != 2 or min(data.size) < 1):
         raise ValueError(f"data.size: found {data.size}, wanted [H, W] of at least 1")
@@ -136,7 +135,7 @@ def open_videos(data, part, shortest, out=None, seed=0, classes=None):
 
 
 def open_labelled(data, part, shortest, out=None, classes=None):
-    """The videos of one part, which must have classes."""
+    """The videos of one part. Raises ValueError if they have no classes."""
     found = open_videos(data, part, shortest, out, classes=classes)
     if found.labels is None:
         raise ValueError(f"data: found videos without classes in {data.root}, part {part!r}, wanted <class>/<file>")
@@ -144,13 +143,13 @@ def open_labelled(data, part, shortest, out=None, classes=None):
 
 
 def build(net, seed):
-    """A new embedder, the same for the same seed."""
+    """A new embedder, whose weights depend on the seed only."""
     torch.manual_seed(seed)
     return train.Embedder(models.backbone(net.backbone, net.width), net.dim).to(memory_format=torch.channels_last_3d)
 
 
 def device(name):
-    """The device by its name; "auto": a GPU where there is one. Each process of several has a GPU of its own."""
+    """The device of this process. "auto" is a GPU if there is one. Several processes must not share a GPU."""
     with processes.telling():
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"

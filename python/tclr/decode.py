@@ -1,8 +1,8 @@
-"""Frames of a video file: any of them, as decoding the file from its first frame to its last would give them.
+"""Reads any frames of a video file. They are exactly those that decoding the file from its beginning would give.
 
-The frames are those of `ffmpeg -map 0:v:0 -fps_mode passthrough`, in its order, turned and mirrored as it does, and all
-of the first one's size. index.py finds out where in a file decoding may start; torchcodec does the work where it loads
-and the stamps of a file identify its frames, PyAV everywhere else.
+The frames are those of `ffmpeg -map 0:v:0 -fps_mode passthrough`, in its order and orientation, and resized to the size
+of the first one. index.py finds the positions from which decoding may start. Frames are decoded by torchcodec if it is
+installed and the file's timestamps identify its frames, and by PyAV otherwise.
 """
 
 from bisect import bisect_right
@@ -19,7 +19,7 @@ from .index import Unreadable  # noqa: F401
 try:
     import torchcodec
     from torchcodec.decoders import VideoDecoder
-except (ImportError, OSError, RuntimeError):  # the last two: FFmpeg's libraries or the PyTorch it was built for are not
+except (ImportError, OSError, RuntimeError):  # the last two: FFmpeg is missing, or PyTorch has another version
     torchcodec = None
 
 PYAV = f"PyAV {av.__version__}"
@@ -27,10 +27,10 @@ DECODER = f"torchcodec {torchcodec.__version__}" if torchcodec else PYAV
 
 
 def read(path, positions, decoder=DECODER):
-    """The frames at these positions, in any order, repeats allowed: (uint8 [P, 3, H, W], how many are held frames).
+    """The frames at these positions, and how many of the positions are past the end: (uint8 [P, 3, H, W], int).
 
-    A position past the last frame holds the last one. Raises Unreadable, with the reason, where the file cannot be
-    decoded from end to end without an error, and ValueError for a negative position.
+    Positions may have any order and may repeat. A position past the end gives the last frame. Raises Unreadable, with
+    the reason, if the file cannot be decoded from end to end without an error, and ValueError for a negative position.
     """
     found = index.find(path)
     positions = torch.as_tensor(positions)
@@ -46,12 +46,12 @@ def read(path, positions, decoder=DECODER):
 
 
 def length(path):
-    """How many frames the file holds: as many as decoding gives. Raises Unreadable with the reason."""
+    """The number of frames that decoding the file gives. Raises Unreadable with the reason."""
     return index.find(path).frames
 
 
 def size(path):
-    """(H, W) of the file's frames, by the first one alone. Raises Unreadable with the reason."""
+    """(H, W) of the first frame. Raises Unreadable with the reason."""
     with index.Video(path) as video:
         for frame in video.all_frames():
             return index.upright_size(frame)
@@ -59,7 +59,7 @@ def size(path):
 
 
 def decode(path, decoder=DECODER):
-    """Every frame of a file: uint8 [F, 3, H, W]. Raises Unreadable with the reason. PyAV needs no index for it."""
+    """All frames of a file: uint8 [F, 3, H, W]. Raises Unreadable with the reason. With PyAV, this makes no index."""
     if decoder != PYAV:
         return read(path, range(length(path)), decoder)[0]
     size, frames = None, []
@@ -72,7 +72,7 @@ def decode(path, decoder=DECODER):
 
 
 def _by_torchcodec(path, found, positions):
-    """The frames, or None where torchcodec fails or returns any frame of another time than the index has."""
+    """The frames, or None if torchcodec fails, or returns a frame whose timestamp differs from that in the index."""
     try:
         decoder = VideoDecoder(str(path))
         if len(decoder) != found.frames:
@@ -85,7 +85,7 @@ def _by_torchcodec(path, found, positions):
 
 
 def _by_pyav(path, found, wanted):
-    """wanted: positions, ascending, each once."""
+    """The frames at positions `wanted`, which are ascending and unique."""
     start = bisect_right(found.starts, wanted[0], key=lambda start: start.frame) - 1
     if start >= 0:
         with suppress(Unreadable):
@@ -97,7 +97,7 @@ def _by_pyav(path, found, wanted):
 
 
 def _from(path, found, wanted, start=None):
-    """The frames by decoding from `start` or the beginning; None where a seek lands elsewhere or frames run out."""
+    """Decodes from `start` or the beginning. None if the seek lands elsewhere, or the file has too few frames."""
     result = np.empty((len(wanted), *found.size, 3), np.uint8)
     with index.Video(path) as video:
         frames = video.all_frames() if start is None else islice(video.frames_after(start.seek), start.skip, None)
@@ -114,7 +114,7 @@ def _from(path, found, wanted, start=None):
 
 
 def _rgb(frame, **options):
-    """uint8 [H, W, 3], not copied. One thread: for small frames, many take 20 times as long."""
+    """A frame as uint8 [H, W, 3], not copied. It uses one thread, since several are much slower for small frames."""
     frame = frame.reformat(format="rgb24", threads=1, **options)
     (plane,) = frame.planes
     rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: frame.height, : 3 * frame.width]
@@ -122,7 +122,7 @@ def _rgb(frame, **options):
 
 
 def _upright(frame, size):
-    """A frame as it is shown, brought to that size: uint8 [H, W, 3]"""
+    """A frame in upright orientation, resized to `size`: uint8 [H, W, 3]"""
     steps = index.turn(frame)
     height, width = index.swapped(size, steps)
     other = (height, width) != (frame.height, frame.width)
@@ -142,7 +142,7 @@ TURNS = {
 
 
 def _rotated(picture, degrees):
-    """Rotated clockwise within its own size, by the filter that ffmpeg uses."""
+    """A picture rotated clockwise without changing its size, by the filter that ffmpeg uses."""
     graph, picture = av.filter.Graph(), av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
     first = graph.add_buffer(width=picture.width, height=picture.height, format=picture.format, time_base=1)
     graph.link_nodes(first, graph.add("rotate", f"{degrees}*PI/180"), graph.add("buffersink")).configure()

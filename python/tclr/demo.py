@@ -1,6 +1,6 @@
 """python -m tclr.demo: pretrains a small network on generated videos, by IC and by IC + LL + GL, and compares them.
 
-IC is that of the paper: its two views show two times of a video. Those of IC + LL + GL show the same frames.
+IC is the paper's: its two views show different times of a video. The views of IC + LL + GL show the same frames.
 """
 
 import argparse
@@ -36,10 +36,10 @@ def arguments(argv=None):
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/demo"), help="folder for everything, also the videos")
     add("--overwrite", action="store_true", help="write into --out even if it has files that are not from the demo")
-    add("--seed", type=int, default=0, help="for all that is drawn at random")
+    add("--seed", type=int, default=0, help="seed of all random numbers")
     add("--backend", choices=tk.available_backends(), help="backend of tclr_kernels; without it, the best one")
     add("--groups", type=int, default=25, help="groups of videos in the data set; UCF101 has 25")
-    add("--test-groups", type=int, default=8, help="how many of them are for testing")
+    add("--test-groups", type=int, default=8, help="how many of these groups are for testing")
     add("--takes", type=int, default=4, help="videos of each class in a group")
     add("--video-frames", type=int, default=64, help="frames of a video")
     add("--video-side", type=int, default=40, help="height and width of a video")
@@ -48,14 +48,14 @@ def arguments(argv=None):
         "--stride",
         type=int,
         default=4,
-        help="of the global clip, in frames; also the number of local clips",
+        help="stride of the global clip, in frames; also the number of local clips",
     )
     add("--side", type=int, default=32, help="height and width of a clip")
-    add("--steps", type=int, default=200, help="of each pretraining")
+    add("--steps", type=int, default=200, help="steps of each pretraining")
     add("--batch", type=int, default=32, help="videos a step")
     add("--lr", type=float, default=2e-3, help="highest learning rate")
     add("--width", type=int, default=8, help="channels of the network's first stage")
-    add("--eval-clips", type=int, default=8, help="most clips a video in the evaluation")
+    add("--eval-clips", type=int, default=8, help="largest number of clips a video in the evaluation")
     add("--eval-stride", type=int, default=3, help="frames between two frames of such a clip")
     return parser.parse_args(argv)
 
@@ -85,7 +85,7 @@ class Demo:
         return result
 
     def data(self):
-        """Writes the data set's video files, then decodes both splits, once, into memory."""
+        """Writes the data set's video files, and then decodes both splits into memory."""
         o, root = self.options, self.out / "dataset"
         size = dict(groups=o.groups, test_groups=o.test_groups, takes=o.takes, frames=o.video_frames, side=o.video_side)
         motions.write_dataset(root, **size, seed=o.seed, progress=self.progress("writing videos"))
@@ -98,7 +98,7 @@ class Demo:
         return splits
 
     def measure(self, run):
-        """Computes the features of both splits in one way, and their retrieval. Returns the last ranking."""
+        """Computes the features of both splits for one run, and measures retrieval. Returns the last ranking."""
         o = self.options
         describe = evaluate.single_frame if run == PIXELS else self.trained(run)
         features = [
@@ -114,7 +114,10 @@ class Demo:
         return ranks
 
     def trained(self, run):
-        """The features of the backbone, after pretraining if `run` has one. All runs start from the same weights."""
+        """A function from clips to features of the backbone, which is pretrained if the run has a pretraining.
+
+        All runs start from the same weights.
+        """
         o = self.options
         torch.manual_seed(o.seed)
         embedder = train.Embedder(TinyResNet3d(o.width)).to(memory_format=torch.channels_last_3d).eval()

@@ -1,8 +1,8 @@
-"""`tclr COMMAND ... --dry-run`: the same command within a minute, on a few small generated videos in UCF101's layout.
+"""`tclr COMMAND ... --dry-run` runs the command within a minute, on a few small generated videos in UCF101's layout.
 
-What is read, trained, evaluated and written is as without it, but small: two steps of two videos, a narrow network of
-the same kind, pictures of 32 x 32, two clips a video. The folder of the run gets "-dry-run" behind its name, so that
-dry runs of evaluations find that of their pretraining, and no other run is touched.
+It reads, trains, evaluates and writes as the command does, but with two steps of two videos, a narrow network of the
+same architecture, frames of 32 x 32 pixels and two clips a video. "-dry-run" is appended to the name of the run's
+folder, so that the dry run of an evaluation finds that of its pretraining, and no other run is changed.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from pathlib import Path
 from . import config, motions, processes
 
 FLAG = "--dry-run"
-SMALL = dict(  # what is replaced, by the argument that holds it
+SMALL = dict(  # argument -> the settings in it that are replaced
     net=dict(width=4, dim=8),
     recipe=dict(steps=2, epochs=0, batch=2, accumulate=1, side=32, readers=2, compile=False, checkpoint_every=1),
     evaluation=dict(clips=2, side=32),
@@ -25,7 +25,7 @@ VALUES = dict(epochs=1, batch=2, resume=False, overwrite=True, classes=None, see
 
 
 def small(command):
-    """The command with the same arguments, of which those that decide how long it takes are replaced."""
+    """The command, with those arguments replaced that determine how long it takes."""
 
     @functools.wraps(command)
     def dry(**given):
@@ -45,7 +45,7 @@ def small(command):
         if given.get("data") is not None:
             here = dict(dataset="ucf101", root=str(videos(folder.parent)), split=1, train="train", test="test")
             given["data"] = dataclasses.replace(given["data"], **here)
-        if os.environ.get("RANK", "0") == "0":  # the processes have not met yet
+        if os.environ.get("RANK", "0") == "0":  # there is no process group yet
             print(f"dry run: {command.__name__}, written to {folder}", flush=True)
         return command(**given)
 
@@ -53,7 +53,7 @@ def small(command):
 
 
 def videos(parent):
-    """20 videos of 64 frames of 48 x 48 in UCF101's layout, written once."""
+    """The folder of 20 videos of 64 frames of 48 x 48 pixels in UCF101's layout. They are written once."""
     root = parent / "dry-run-videos"
     if not root.exists():
         parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def videos(parent):
             motions.write_dataset(unfinished, groups=2, test_groups=1, takes=1, frames=64, side=48, seed=0)
             os.rename(unfinished, root)
         except OSError:
-            if not root.exists():  # where another process was faster, its videos are the same
+            if not root.exists():  # otherwise another process was faster, and its videos are the same
                 raise
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Nearest-neighbour retrieval: gallery = train, query = test."""
+"""Nearest-neighbour retrieval: the gallery has the training videos, the queries are the test videos."""
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from .processes import rank, ranks
 def clip_features(describe, videos, *, clips, frames, stride, side, device="cpu"):
     """Features of evenly spaced clips. describe: [N, F, 3, side, side] -> [N, C]; returns [videos, clips, C]
 
-    Several processes, all of which call it, take turns, 16 videos each: every batch is one of a single process.
+    With several processes, all must call this. Each takes 16 videos in turn, so all batches are those of one process.
     """
     parts, features = [range(len(videos))[start : start + 16] for start in range(0, len(videos), 16)], []
     for first in range(0, len(parts), ranks()):
@@ -27,7 +27,7 @@ def clip_features(describe, videos, *, clips, frames, stride, side, device="cpu"
 
 
 def backbone_features(backbone, pooled=False):
-    """Features [N, C T], time slices side by side as in the official release, or their mean [N, C]."""
+    """A function from clips to features [N, C T], time slices concatenated as in the release, or their mean [N, C]."""
     return lambda clips: backbone(clips).mean(2) if pooled else backbone(clips).flatten(1)
 
 
@@ -47,10 +47,10 @@ def ranking(gallery, queries, clips):
 
 
 def set_ranking(gallery, queries, clips):
-    """As `ranking`, of videos as sets of clips: each clip is compared with the most similar one of the other video.
+    """As `ranking`, but each clip of a video is compared with the most similar clip of the other video.
 
-    The similarity of two videos is the mean of these cosines over the clips of both. A mean of features dilutes what
-    one clip alone shows; here it counts in full.
+    The similarity of two videos is the mean of these cosines over the clips of both. What only one clip shows counts in
+    full here, while a mean of features dilutes it.
     """
     chosen = spread(clips, gallery.shape[1])
     gallery, queries = (F.normalize(features[:, chosen], dim=2) for features in (gallery, queries))
@@ -62,5 +62,5 @@ def set_ranking(gallery, queries, clips):
 
 
 def recall(ranks, gallery_labels, query_labels, k):
-    """The share of queries with a video of their class among their k nearest."""
+    """R@k: the share of queries with a video of their class among their k nearest videos."""
     return (gallery_labels[ranks[:, :k]] == query_labels[:, None]).any(1).float().mean().item()

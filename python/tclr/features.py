@@ -1,4 +1,4 @@
-"""Features of a data set by a checkpoint, extracted once and shared by all that reads them."""
+"""The features of a data set, extracted once from a checkpoint and then cached for all evaluations."""
 
 import hashlib
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ CODE = "augment", "clips", "decode", "evaluate", "features", "index", "models", 
 
 @dataclass
 class Features:
-    """clips: [videos, clips, C]; labels: [videos]; and what they came from: videos, weights, and a hash of it all."""
+    """clips: [videos, clips, C]; labels: [videos]; their videos; and hashes of everything, and of the weights."""
 
     clips: torch.Tensor
     labels: torch.Tensor
@@ -26,7 +26,7 @@ class Features:
 
 
 def embedder_of(run, seed=0):
-    """The pretrained embedder of a run's folder, or the one it starts from where nothing was trained yet."""
+    """The pretrained embedder of a run's folder, or a randomly initialised one if there is no checkpoint yet."""
     state = checkpoint.newest(Path(run) / "last.pt")
     if state is None:
         return config.build(config.read_run(run)[0], seed).eval()
@@ -45,10 +45,10 @@ def weights_hash(embedder):
 
 @processes.telling()
 def features(run, embedder, data, part, evaluation, device="cpu", classes=None):
-    """Features of every video of `part`, from the run's cache where nothing that they depend on has changed since.
+    """The features of all videos of `part`, from the run's cache if nothing that they depend on has changed.
 
-    classes: what labels stand for, in place of the classes of the data's training part. Several processes share the
-    work, the first one has the cache, and all get the features.
+    classes: the names that labels stand for, instead of the classes of the training part. Several processes share the
+    work; the first one reads and writes the cache, and all get the features.
     """
     run, e = Path(run), evaluation
     videos = config.open_labelled(data, part, (e.frames - 1) * e.stride + 1, run, classes)
@@ -78,12 +78,12 @@ def keep(path, clips, labels):
 
 
 def files(videos):
-    """[path, size, times of the last change, first and last frame] of every video of a set, in its order."""
+    """[path, size, mtime, ctime, first frame, end] of every video of a set, in its order."""
     return [[each.path, *index.state(videos.root / each.path), each.start, each.end] for each in videos.entries]
 
 
 def code_hash(*modules):
-    """Stands for the source of these modules, where there are such."""
+    """A hash of the source of these modules. Modules without a source file are left out."""
     digest = hashlib.sha256()
     for name in modules:
         if (source := Path(__file__).with_name(f"{name}.py")).exists():
@@ -92,9 +92,9 @@ def code_hash(*modules):
 
 
 def cached(path, videos, labels):
-    """The features a file holds, None where it is not there, damaged, or of other labels than it depends on.
+    """The features in a file, or None if it does not exist, is damaged, or was made for other labels.
 
-    They depend on labels only where a video could not be read: one of its class stands in for it.
+    Features depend on labels only if a video was unreadable, and was replaced by another one of its class.
     """
     try:
         with safe_open(path, "pt") as file:

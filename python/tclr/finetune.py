@@ -1,4 +1,4 @@
-"""Full finetuning with a classifier on the backbone, from all labels or a share of them."""
+"""Finetuning of the whole network with a classifier on the backbone, with all labels or a share of them."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ DROPS, FACTOR = (6, 10, 14), 0.3  # of the learning rate, at these epochs of 16
 
 
 def subset(labels, share, seed):
-    """A share of the videos of each class, one at least, drawn by the seed; smaller shares lie in larger ones."""
+    """A random share of the videos of each class, at least one. A smaller share is a subset of a larger one."""
     chosen = []
     for label in labels.unique().tolist():
         members = (labels == label).nonzero().flatten()
@@ -24,7 +24,7 @@ def subset(labels, share, seed):
 
 
 class Classifier(nn.Module):
-    """Clips [N, F, 3, H, W] -> logits [N, classes], from the backbone's slices averaged over time."""
+    """Clips [N, F, 3, H, W] -> logits [N, classes], from the backbone's features averaged over time."""
 
     def __init__(self, backbone, classes):
         super().__init__()
@@ -36,10 +36,10 @@ class Classifier(nn.Module):
 
 def finetune(model, videos, chosen, evaluation, *, epochs=16, batch=16, lr=1e-4, seed=0, device="cpu", record=print,
              augment=ReleaseAugment):  # fmt: skip
-    """Trains in place on the `chosen` videos, a random clip of each an epoch. record(epoch=, loss=) follows each.
+    """Trains `model` in place, with a random clip of each of the `chosen` videos in every epoch.
 
-    augment: augment(side, generator) augments a batch of clips; the release's flips them, so that left and right are
-    one.
+    record(epoch=, loss=) is called after each epoch. augment: augment(side, generator) returns a function that augments
+    a batch of clips. The release's flips them, so it does not suit classes that differ by left and right.
     """
     e, model = evaluation, model.to(device).train()
     optimizer = torch.optim.Adam(model.parameters(), lr)
@@ -49,7 +49,7 @@ def finetune(model, videos, chosen, evaluation, *, epochs=16, batch=16, lr=1e-4,
         order = torch.randperm(len(chosen), generator=generator)
         losses = []
         for some in order.split(batch):
-            if len(some) == 1 and len(order) > 1:  # batch normalisation has nothing to say about one clip
+            if len(some) == 1 and len(order) > 1:  # batch normalisation is meaningless for a single clip
                 continue
             some = [chosen[i] for i in some]
             clips = torch.stack([random_clip(videos, i, e, generator) for i in some]).to(device)
@@ -64,21 +64,21 @@ def finetune(model, videos, chosen, evaluation, *, epochs=16, batch=16, lr=1e-4,
 
 
 def random_clip(videos, i, evaluation, generator):
-    """uint8 [frames, 3, H, W]"""
+    """A random clip of video i: uint8 [frames, 3, H, W]"""
     span = (evaluation.frames - 1) * evaluation.stride + 1
     start = int(torch.randint(videos.length(i) - span + 1, (), generator=generator))
     return videos.read(i, start + torch.arange(evaluation.frames) * evaluation.stride)
 
 
 def save(path, model, classes, evaluation, **more):
-    """Writes a classifier with the names its labels stand for, so that no other data set's order changes them."""
+    """Writes a classifier with the names of its classes, so that it can be used with another order of classes."""
     state = dict(model=model.state_dict(), classes=list(classes), evaluation=dataclasses.asdict(evaluation))
     checkpoint.save(path, **state, **more)
 
 
 @torch.no_grad()
 def accuracy(model, videos, evaluation, device="cpu"):
-    """The share of videos that the mean softmax of evenly spaced clips puts into their class."""
+    """The share of videos that are classified correctly by the mean softmax of evenly spaced clips."""
     right, e = 0, evaluation
     for i in range(len(videos)):
         clips = centre_crop(read_even_clips(videos, i, e.clips, e.frames, e.stride).to(device), e.side)

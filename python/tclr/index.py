@@ -1,9 +1,9 @@
-"""Where the frames of a video file are, found out once by decoding it from end to end.
+"""An index of the frames of a video file, which is made once by decoding the file from end to end.
 
-Containers do not tell: stamps are guessed, repeated or missing, packets are hidden or hold two frames, and a seek may
-land anywhere. So frames are counted in the order in which the decoder puts them out, and every place from which
-decoding may start later is tried: what comes from there must be, bit for bit, what the decoding from end to end gave.
-What was found is kept in a folder of its own, one small file for each video.
+Containers do not say reliably where a frame is: timestamps may be guessed, repeated or missing, packets may be hidden
+or have two frames, and a seek may land anywhere. So frames are counted in the order in which the decoder returns them.
+Every position from which decoding may start later is tried, and must give the same frames, bit for bit, as decoding
+from the beginning. Each video's index is kept as a small file in a cache folder.
 """
 
 import hashlib
@@ -21,23 +21,23 @@ from pathlib import Path
 import av
 import numpy as np
 
-FORMAT = 1  # of the cached files; another number makes all of them anew
-KEY_DISTANCE = 8  # packets, at least, between two places to start from
-OVERLAP = 4  # frames that must agree, beyond the place from which the next start takes over
-SEEKABLE = {"mp4", "matroska"}  # containers that say where each packet is
-MOST_PLACES = 64  # of frames that look alike: in more, it is not worth looking for the right one
-PLANAR = {"yuv420p", "yuv422p", "yuv444p", "yuvj420p", "yuvj422p", "yuvj444p"}  # 8 bits, one plane for each component
+FORMAT = 1  # version of the cached files; files of another version are made again
+KEY_DISTANCE = 8  # the fewest packets between two starts
+OVERLAP = 4  # frames that must agree beyond the first frame of the next start
+SEEKABLE = {"mp4", "matroska"}  # containers with an index of their packets
+MOST_PLACES = 64  # if more frames than this look the same, only these are compared
+PLANAR = {"yuv420p", "yuv422p", "yuv444p", "yuvj420p", "yuvj422p", "yuvj444p"}  # 8 bits, a plane for each component
 
 
 class Unreadable(ValueError):
-    """A file that is no video to learn from, and the reason in one line."""
+    """The video file cannot be used. The message gives the reason in one line."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """A place to decode from: seek to `seek`, drop `skip` frames, and frame number `frame` comes next.
+    """A position to decode from: after a seek to `seek` and `skip` dropped frames, frame number `frame` comes next.
 
-    landing: (pts, dts, size) of the first packet after the seek, by which a reader sees that it is in the right place.
+    landing: (pts, dts, size) of the first packet after the seek, with which a reader checks its position.
     """
 
     frame: int
@@ -48,10 +48,10 @@ class Start:
 
 @dataclass(frozen=True)
 class Index:
-    """What is known about a file. reason: why it cannot be read, or None; size: (H, W) of the first frame, upright.
+    """The index of a file. reason: why it cannot be read, or None; size: (H, W) of the first frame, upright.
 
-    changes: frames have to be turned, or differ in size. times: the stamp of each frame, in seconds, where stamps alone
-    identify every frame and every seek lands on its key frame; None elsewhere.
+    changes: whether frames must be rotated or resized. times: the timestamps of all frames in seconds, if they identify
+    every frame and every seek lands on its key frame; otherwise None.
     """
 
     frames: int = 0
@@ -63,7 +63,7 @@ class Index:
 
 
 class Video:
-    """An open file, decoded by libav on one thread, so that its frames and errors come in one order."""
+    """An open file, decoded by libav on one thread, so that frames and errors always come in the same order."""
 
     def __init__(self, path):
         try:
@@ -90,7 +90,7 @@ class Video:
         self.container.close()
 
     def packets(self):
-        """Every packet from here on, the empty last one too. Raises Unreadable where the container is damaged."""
+        """All packets from here on, including the empty last one. Raises Unreadable if the container is damaged."""
         try:
             for packet in self.container.demux(self.stream):
                 self.landing = self.landing or stamps(packet)
@@ -99,7 +99,7 @@ class Video:
             raise Unreadable(f"damaged: {reason(error)}") from error
 
     def packets_after(self, seek):
-        """Every packet from where a seek lands on. Raises Unreadable where the container is damaged."""
+        """All packets after a seek. Raises Unreadable if the container is damaged."""
         try:
             self.container.seek(seek, stream=self.stream)
         except av.FFmpegError as error:
@@ -107,7 +107,7 @@ class Video:
         yield from self.packets()
 
     def all_frames(self, seen=lambda packet: None):
-        """Every frame of the file. Raises Unreadable at the first error; `seen` is called with each packet before."""
+        """All frames of the file. Raises Unreadable at the first error. Calls `seen` with each packet."""
         cut = ""
         for packet in self.packets():
             seen(packet)
@@ -122,7 +122,7 @@ class Video:
                 yield frame
 
     def frames_after(self, seek):
-        """The frames that follow a seek. What refers to frames before it may be damaged or missing."""
+        """The frames after a seek. Frames that depend on earlier ones may be damaged or missing."""
         for packet in self.packets_after(seek):
             try:
                 frames = packet.decode()
@@ -132,7 +132,7 @@ class Video:
 
 
 def find(path):
-    """The index of a file, from memory, from the cache, or made now. Raises Unreadable with the reason."""
+    """The index of a file, from memory or from the cache, or made now. Raises Unreadable with the reason."""
     try:
         path = Path(path).resolve()
         now = state(path)
@@ -145,16 +145,16 @@ def find(path):
 
 
 def state(path):
-    """(size, time of the last change, the same of its entry) of a file: together they differ after every change.
+    """(size, mtime, ctime) of a file, at least one of which differs after every change of the file.
 
-    `cp -p`, archives and `touch -r` set the first time to what it was; the second one cannot be set.
+    `cp -p`, archives and `touch -r` can restore the mtime, but not the ctime.
     """
     status = Path(path).stat()
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def enough(frames):
-    """The number of frames, if a clip can be taken from them. Raises Unreadable."""
+    """Returns the number of frames. Raises Unreadable if there are fewer than two."""
     if frames < 2:
         raise Unreadable(f"found {frames} frames, wanted 2 or more")
     return frames
@@ -182,7 +182,7 @@ def _known(path, now):
 
 
 def make(path):
-    """The index of a file by decoding it, about three times in all. An error of the disk or network is raised."""
+    """Makes the index of a file, which decodes it about three times. Errors of the disk or network are raised."""
     try:
         walk = _Walk(path)
         enough(len(walk.prints))
@@ -198,10 +198,10 @@ def make(path):
 
 
 class _Walk:
-    """A file decoded from end to end: a fingerprint and the stamps of each frame, and its key packets.
+    """A file decoded from end to end: the fingerprint and the timestamps of each frame, and its key packets.
 
-    seekable: the container says where packets are; ordered: every stamp is above the one before; changes: frames have
-    to be turned, or differ in size.
+    seekable: the container has an index of its packets; ordered: timestamps increase from frame to frame; changes:
+    frames must be rotated or resized.
     """
 
     def __init__(self, path):
@@ -228,10 +228,11 @@ class _Walk:
         self.packets += 1
 
     def aligned(self, fresh):
-        """(skip, frame): of the fresh frames, (fingerprint, stamps) each, all but `skip` are those from `frame` on.
+        """(skip, frame), if the fresh frames without the first `skip` are those of the file from `frame` on.
 
-        None where they are not, or could be in several places. Frames that look alike are told apart by their stamps if
-        the file's stamps are in order; otherwise one of those that agree must be the only frame of its looks.
+        fresh: (fingerprint, timestamps) of each frame. The result is None if the frames do not agree, or could be at
+        several positions. Frames that look the same are distinguished by their timestamps if those of the file are
+        ordered; otherwise, one of the frames that agree must be unique in the file.
         """
         last, (mark, time) = len(fresh) - 1, fresh[-1]
         places = self.places.get(mark, [])
@@ -247,7 +248,7 @@ class _Walk:
 
 
 def _proven(path, walk):
-    """The starts that give what the decoding from end to end gave, up to where the next one takes over and beyond."""
+    """The starts from which decoding gives the right frames, up to OVERLAP frames beyond the next start."""
     starts, until, following = [], len(walk.prints), walk.packets
     for number, key in reversed(walk.keys):
         start = _best(path, walk, key, following - number, until)
@@ -258,29 +259,29 @@ def _proven(path, walk):
 
 
 def _best(path, walk, key, distance, until):
-    """The start by a key packet that lies before frame `until`, the later one of two, or None.
+    """The start for a key packet, before frame `until`, or None. If there are two, it is the later one.
 
-    Most demuxers seek by the time of decoding, some by the time of showing.
+    Most demuxers seek by decoding time, some by presentation time, so both are tried.
     """
     pts, dts, _ = key
     seeks = [time for time in dict.fromkeys((dts, pts)) if time is not None]
     try:
         exact = next((seek for seek in seeks if _landing(path, seek) == key), None)
         starts = [_tried(path, walk, seek, distance, until) for seek in (seeks if exact is None else [exact])]
-    except Unreadable:  # a stream in which nothing can be sought
+    except Unreadable:  # the stream does not support seeks
         return None
     return max((start for start in starts if start and start.frame < until), key=lambda s: s.frame, default=None)
 
 
 def _landing(path, seek):
-    """The stamps of the first packet after a seek, or None."""
+    """The timestamps of the first packet after a seek, or None."""
     with Video(path) as video:
         next(video.packets_after(seek), None)
         return video.landing
 
 
 def _tried(path, walk, seek, distance, until):
-    """The start at which a seek lands, if decoding from there agrees until OVERLAP frames beyond `until`, or None."""
+    """The start where a seek lands, if decoding from there gives the right frames until `until` + OVERLAP, or None."""
     enough = min(until + OVERLAP, len(walk.prints))
     with Video(path) as video:
         frames, fresh = video.frames_after(seek), []
@@ -295,7 +296,7 @@ def _tried(path, walk, seek, distance, until):
 
 
 def fingerprint(frame):
-    """A number that two frames share only if all their pixels are the same."""
+    """A hash of all pixels of a frame."""
     if frame.format.name not in PLANAR:
         parts = [frame.to_ndarray(format="rgb24", threads=1)]
     else:
@@ -307,7 +308,7 @@ def fingerprint(frame):
 
 
 def turn(frame):
-    """The steps that bring a frame upright, named and ordered as ffmpeg's own filters; a number: degrees clockwise."""
+    """The steps that make a frame upright: ffmpeg's filters in its order, or degrees of a clockwise rotation."""
     stored = frame.side_data.get("DISPLAYMATRIX") if frame.side_data else None
     if stored is None:
         return ()
@@ -327,28 +328,28 @@ def turn(frame):
 
 
 def upright_size(frame):
-    """(H, W) of a frame as it is shown."""
+    """(H, W) of a frame in upright orientation."""
     return swapped((frame.height, frame.width), turn(frame))
 
 
 def swapped(size, steps):
-    """(H, W), or (W, H) where the steps turn a picture on its side."""
+    """(H, W), or (W, H) if the steps exchange height and width."""
     return size[::-1] if {"transpose", "clock", "cclock"} & set(steps) else size
 
 
 def _libraries():
-    """What read the file: another version may seek or decode differently."""
+    """The versions of the decoding libraries, since another version may seek or decode differently."""
     return [av.__version__, *(".".join(map(str, version)) for version in av.library_versions.values())]
 
 
 def _folder():
-    """Where indices are kept: TCLR_INDEX, or else below the user's folder of caches."""
+    """The folder of the cached indices: TCLR_INDEX, or a folder in the user's cache folder."""
     caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("TCLR_INDEX") or Path(caches) / "tclr" / "index")
 
 
 def _load(file, key):
-    """A cached index, or None where there is none for this very file, or what is there is not whole."""
+    """A cached index, or None if there is none for this version of the file, or if it is damaged."""
     try:
         checksum, _, text = file.read_text().partition("\n")
         if checksum != _checksum(text):
@@ -364,7 +365,7 @@ def _load(file, key):
 
 
 def _save(file, key, index):
-    """Writes under another name first, so that a reader meets a whole file or none."""
+    """Writes to another name first and then renames, so that readers never see an incomplete file."""
     text = json.dumps(dict(key=key, **asdict(index)))
     unfinished = None
     try:

@@ -1,8 +1,8 @@
-"""Label efficiency: the ablation's networks finetuned on shares of the labels, as the slides do, scratch among them.
+"""Label efficiency: finetunes the networks of the ablation, including the untrained one, on shares of the labels.
 
-A share is that of every class, drawn by the seed; the networks are those that the ablation left beside its figures. As
-`tclr finetune`, but for the rate, since the network is small, and for the augmentation: the release's flips videos, and
-left and right are classes here.
+A share is a random part of every class. The networks are those that the ablation has saved. This is done as in
+`tclr finetune`, but with a higher learning rate, since the network is small, and with another augmentation, since the
+release's flips videos, and some classes here differ by left and right.
 """
 
 import torch

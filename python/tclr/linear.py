@@ -10,8 +10,8 @@ from .clips import spread
 def fit(features, labels, classes, *, decay=1e-4, iterations=200):
     """A linear classifier of single clips. features: [videos, clips, C]; labels: [videos]; returns Linear(C, classes)
 
-    The objective, cross-entropy + decay |W|^2 of standardised features, is convex: L-BFGS finds its minimum, and no
-    epoch, learning rate or seed is left to choose. The standardisation is folded into the layer.
+    The objective, cross-entropy + decay |W|^2 for standardised features, is convex. L-BFGS finds its minimum without
+    any choice of epochs, learning rate or seed. The standardisation is included in the layer's weights.
     """
     clips = features.shape[1]
     x, y = features.flatten(0, 1).float(), labels.repeat_interleave(clips)
@@ -42,5 +42,5 @@ def predictions(layer, features, clips):
 
 
 def accuracy(layer, features, labels, clips):
-    """The share of videos whose predicted class is right."""
+    """The share of videos whose predicted class is correct."""
     return (predictions(layer, features, clips) == labels).float().mean().item()

@@ -1,7 +1,8 @@
-"""Backbones that keep time in their last stage, clips [N, F, 3, H, W] -> time slices [N, C, T], and the shared head.
+"""Backbones from clips [N, F, 3, H, W] to features of time slices [N, C, T], and the head that all embeddings share.
 
-R3D-18 and R(2+1)D-18 have torchvision's parameter names, so that its checkpoints and the official release's load; the
-last stage strides over space alone and dilates time instead: 16 frames leave 4 slices. `width` is the first stage's.
+R3D-18 and R(2+1)D-18 have torchvision's parameter names, so that checkpoints of torchvision and of the official release
+can be loaded. Their last stage has a stride in space only, and a dilation in time instead, so that 16 frames give 4
+time slices. `width` is the number of channels of the first stage.
 """
 
 import argparse
@@ -42,7 +43,7 @@ class Block(nn.Module):
 class TinyResNet3d(nn.Module):
     """Clips [N, F, 3, H, W] -> time slices [N, C, F / 2].
 
-    The net sees the differences of neighbouring frames: on RGB it learns to tell videos apart by their background.
+    It uses the differences of neighbouring frames. With RGB, it would learn to distinguish videos by their background.
     """
 
     def __init__(self, width=16):
@@ -61,9 +62,9 @@ class TinyResNet3d(nn.Module):
 
 
 class Inputs(nn.Module):
-    """What a checkpoint was trained on: RGB in [0, 1] unless a loader says otherwise. -> [N, 3, F, H, W]
+    """Converts RGB clips in [0, 1] to the inputs that a network was trained with: [N, 3, F, H, W].
 
-    The buffers travel with the weights, so a checkpoint of ours records the order of its colours.
+    The order of the colours, their mean and their deviation are buffers, so a checkpoint contains them.
     """
 
     def __init__(self):
@@ -78,13 +79,13 @@ class Inputs(nn.Module):
 
 
 def conv3x3x3(wide_in, wide, middle, stride=(1, 1, 1), dilation=1):
-    """R3D's convolution; a dilated one keeps the frames that its stride of time would have dropped."""
+    """R3D's convolution. With a dilation, it has no stride in time and keeps all frames."""
     pad = (dilation, 1, 1)
     return nn.Conv3d(wide_in, wide, 3, stride, pad, (dilation, 1, 1), bias=False)
 
 
 def conv2plus1d(wide_in, wide, middle, stride=(1, 1, 1), dilation=1):
-    """R(2+1)D's convolution: space, then time. The release's weights have the dilated one whole, as R3D's."""
+    """R(2+1)D's convolution: first in space, then in time. With a dilation, it is that of R3D, as in the release."""
     if dilation > 1:
         return conv3x3x3(wide_in, wide, middle, stride, dilation)
     return nn.Sequential(
@@ -96,7 +97,7 @@ def conv2plus1d(wide_in, wide, middle, stride=(1, 1, 1), dilation=1):
 
 
 class BasicBlock(nn.Module):
-    """torchvision's: conv1, conv2, downsample."""
+    """torchvision's residual block: conv1, conv2, downsample."""
 
     def __init__(self, conv, wide_in, wide, stride, dilation):
         super().__init__()
@@ -154,9 +155,9 @@ def r2plus1d18(width=64):
 
 
 class C3D(nn.Module):
-    """Eight 3x3x3 convolutions; the last two poolings leave time alone. [N, 16, 3, 112, 112] -> [N, 8 width, 4]
+    """C3D: eight 3x3x3 convolutions. [N, 16, 3, 112, 112] -> [N, 8 width, 4]. The last two poolings keep time.
 
-    Normalised after each convolution, which the original of 2015 is not: without, it hardly trains from scratch.
+    Unlike the original of 2015, it has a batch normalisation after each convolution, without which it hardly trains.
     """
 
     def __init__(self, width=64):
@@ -179,7 +180,7 @@ class C3D(nn.Module):
 
 
 class Projector(nn.Sequential):
-    """The head all embeddings share. [..., features] -> [..., dim]; the losses normalise."""
+    """The head that all embeddings share: [..., features] -> [..., dim]. Its outputs are normalised in the losses."""
 
     def __init__(self, features, dim=128):
         super().__init__(
@@ -205,22 +206,23 @@ def backbone(name, width):
 
 
 def load_torchvision(model, path):
-    """Loads a checkpoint of torchvision's video ResNets, whose inputs were normalised; its classifier is left out.
+    """Loads a checkpoint of torchvision's video ResNets without its classifier, and sets the normalisation of inputs.
 
-    Returns the names of our parameters that it does not have: R(2+1)D-18's `layer4.0.conv1.0`, which is no (2+1)D here.
+    Returns the names of parameters that it does not have: for R(2+1)D-18, `layer4.0.conv1.0`, which is not a (2+1)D
+    convolution here.
     """
     weights = unprefixed(read_weights(path), first_name(model), path)
     weights = {name: value for name, value in weights.items() if not name.startswith("fc.")}
-    weights.setdefault("inputs.mean", torch.tensor(TORCHVISION_MEAN))  # what `tclr export` wrote has its own
+    weights.setdefault("inputs.mean", torch.tensor(TORCHVISION_MEAN))  # a file of `tclr export` has other values
     weights.setdefault("inputs.std", torch.tensor(TORCHVISION_STD))
     return _load(model, weights, path, may_lack=("inputs.", "layer4.0.conv1.0."))
 
 
 def load_release(embedder, path):
-    """Loads a checkpoint of the official release into backbone and head: `0.*` and `1.*`, perhaps after `module.`.
+    """Loads a checkpoint of the official release: backbone `0.*` and head `1.*`, or the same after `module.`.
 
-    It was trained on blue-green-red frames; the bias of its first linear layer stands before a batch normalisation,
-    where it cancels: the normalisation's running mean takes it.
+    It was trained on frames in the order blue, green, red. The bias of its first linear layer, which this head does not
+    have, is subtracted from the running mean of the batch normalisation that follows it.
     """
     weights = unprefixed(read_weights(path), f"0.{first_name(embedder.backbone)}", path)
     trunk = {name[2:]: value for name, value in weights.items() if name.startswith("0.") and name[2:5] != "fc."}
@@ -242,9 +244,10 @@ def first_name(module):
 
 
 def read_weights(path):
-    """{name: tensor} of a checkpoint, wherever in it they lie: at its top, or below "model", "state_dict" and so on.
+    """The weights {name: tensor} in a checkpoint, either at its top level or in "model", "state_dict" and so on.
 
-    Options, paths and counts may stand beside them; an object of any other class is refused unread. Raises ValueError.
+    The checkpoint may also contain options, paths and numbers. Raises ValueError if it contains an object of any other
+    class, without loading it.
     """
     path = pathlib.Path(path)
     if path.suffix == ".safetensors":
@@ -253,7 +256,7 @@ def read_weights(path):
         weights = _unwrapped(checkpoint.load(path), path)
     if not weights:
         raise ValueError(f"{path}: found no tensors by name, wanted a state dict")
-    return {name.replace("_orig_mod.", ""): value for name, value in weights.items()}  # torch.compile's
+    return {name.replace("_orig_mod.", ""): value for name, value in weights.items()}  # torch.compile adds this prefix
 
 
 def _read_safetensors(path):
@@ -267,7 +270,7 @@ def _read_safetensors(path):
 
 
 def _unwrapped(found, path, depth=6):
-    """The state dict within a checkpoint, {} where there is none; several that are no less likely are refused."""
+    """The state dict in a checkpoint, or {} if there is none. Raises ValueError if there are several candidates."""
     if not isinstance(found, Mapping) or depth == 0:
         return {}
     inner = {name: value for name, value in found.items() if isinstance(name, str) and isinstance(value, Mapping)}
@@ -283,7 +286,7 @@ def _unwrapped(found, path, depth=6):
 
 
 def unprefixed(weights, anchor, path):
-    """Weights without what stands before `anchor`, such as `module.` or `model.backbone.`; others are left out."""
+    """The weights without the prefix before `anchor`, such as `module.` or `model.backbone.`. Others are left out."""
     prefixes = {name[: -len(anchor)] for name in weights if f".{name}".endswith(f".{anchor}")} or {""}
     if len(prefixes) > 1 and "" not in prefixes:
         names = ", ".join(sorted(prefix + anchor for prefix in prefixes))
@@ -293,9 +296,9 @@ def unprefixed(weights, anchor, path):
 
 
 def _plain_values():
-    """Classes that hold plain values, met beside weights in checkpoints; making one of them runs no code of the file.
+    """Classes of plain values that checkpoints contain in addition to weights. Loading them runs no code of the file.
 
-    With the names under which other versions of Python and NumPy, and Windows, pickle them.
+    Some are listed again under the names with which other versions of Python and NumPy, or Windows, pickle them.
     """
     scalar, rebuilt = np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]
     paths = [pathlib.PosixPath, pathlib.PurePosixPath, (pathlib.PurePosixPath, "pathlib._local.PosixPath")]
@@ -308,7 +311,7 @@ def _plain_values():
 
 
 def _grad_scaler():
-    """What the pickled GradScaler beside the release's weights consists of, under its names of then and of now."""
+    """The classes in the pickled GradScaler of the release's checkpoints, under their old and new names."""
     old, new = "torch.cuda.amp.grad_scaler", torch.amp.grad_scaler
     parts = new.GradScaler, new.OptState, new._refresh_per_optimizer_state
     return [
@@ -319,7 +322,7 @@ def _grad_scaler():
 
 
 def _load(module, weights, path, may_lack=()):
-    """Copies weights by name; anything unknown, or missing and not in `may_lack`, is an error that names it."""
+    """Copies weights by name. Raises ValueError, naming them, for weights that are unknown, or missing but required."""
     try:
         missing, unknown = module.load_state_dict(weights, strict=False)
     except RuntimeError as error:

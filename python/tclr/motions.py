@@ -1,13 +1,14 @@
-"""A procedural video data set in UCF101's layout, where only motion over time tells the class.
+"""A generated video data set in UCF101's layout, in which only motion over time identifies the class.
 
-A class is a movement. The looks (a shape, its texture, its colours, what is behind it) are a group's, and every group
-performs every class, from places and sizes drawn alike: no single frame tells anything about the class.
+A class is a movement. All videos of a group have the same appearance (shape, texture, colours and background). Every
+group has videos of every class, with positions and sizes from the same distribution, so that a single frame contains no
+information about the class.
 
-CLASSES are single movements, lasting the whole video. CHANGES are two of them in a row: each order is a class of its
-own, so that a clip before or after the change cannot tell a class, and an average over time cannot tell the order.
-ROUTINES are three movements, a third of the video each, in an order drawn for each video. A clip that is shorter than
-a third sees one or two of them, and cannot tell the class; its several times together can. Waves that drift behind the
-actor in one direction, at one pace, stay the same for the whole video, and say nothing about the class.
+CLASSES are single movements that last the whole video. CHANGES are two movements in a row, where each order is another
+class, so that a clip before or after the change cannot identify the class, and an average over time cannot identify the
+order. ROUTINES are three movements, each for a third of the video, in a random order. A clip that is shorter than a
+third shows one or two of them, so it cannot identify the class, but several clips together can. Waves drift behind the
+actor with a constant direction and speed, which do not depend on the class.
 """
 
 from itertools import permutations, product
@@ -20,7 +21,7 @@ from av.video.reformatter import VideoReformatter
 
 from .videos import Loaded
 
-MOVEMENTS = {  # name -> the coordinate that changes, and which way
+MOVEMENTS = {  # name -> the coordinate that changes, and the direction
     "SlideLeft": ("x", -1),
     "SlideRight": ("x", 1),
     "SlideUp": ("y", -1),
@@ -34,10 +35,10 @@ MOVEMENTS = {  # name -> the coordinate that changes, and which way
 }
 CLASSES = tuple(MOVEMENTS)
 CHANGES = tuple(f"{a}Then{b}" for a, b in permutations(("SlideRight", "SlideUp", "SpinLeft", "ZoomIn"), 2))
-CHOICES = ("SlideLeft", "SlideRight"), ("SwingAcross", "SwingUpright"), ("Pulse", "Wobble")  # a routine's movements
+CHOICES = ("SlideLeft", "SlideRight"), ("SwingAcross", "SwingUpright"), ("Pulse", "Wobble")  # a routine has one of each
 ROUTINES = tuple("And".join(movements) for movements in product(*CHOICES))
-MIRRORED = tuple(zip(ROUTINES[:4], ROUTINES[4:], strict=True))  # backwards in time, a video of one is one of the other
-SLIDES = dict(SlideLeft=-0.09, SlideRight=0.09)  # of a routine: along x, a frame
+MIRRORED = tuple(zip(ROUTINES[:4], ROUTINES[4:], strict=True))  # pairs: a video of one, backwards, is one of the other
+SLIDES = dict(SlideLeft=-0.09, SlideRight=0.09)  # in routines: the change of x in a frame
 SWINGS = dict(SwingAcross="x", SwingUpright="y", Pulse="zoom", Wobble="angle")
 FRAME_RATE = 25
 
@@ -67,7 +68,7 @@ def write_dataset(root, *, groups, test_groups, takes, frames, side, seed, progr
 
 
 def generate(*, classes, groups, first_group, takes, frames, side, seed):
-    """The same videos, not written but in memory."""
+    """Generates such videos in memory."""
     names, videos, labels = [], [], []
     for group in range(first_group, first_group + groups):
         actor = draw_actor(np.random.default_rng([seed, group]))
@@ -82,12 +83,12 @@ def generate(*, classes, groups, first_group, takes, frames, side, seed):
 
 
 def randomness(seed, group, take, label):
-    """Draws what a video of this class does, the same each time it is asked for."""
+    """The random generator for the movements of a video, which depends on the arguments only."""
     return np.random.default_rng([seed, group, take, label])
 
 
 def write_lists(folder, train, test):
-    """classInd.txt, trainlist01.txt and testlist01.txt with UCF101's CRLF line ends."""
+    """Writes classInd.txt, trainlist01.txt and testlist01.txt with CRLF line ends, as in UCF101."""
     folder.mkdir(parents=True, exist_ok=True)
     classes = [f"{i} {name}" for i, name in enumerate(CLASSES, 1)]
     for name, lines in ("classInd", classes), ("trainlist01", sorted(train)), ("testlist01", sorted(test)):
@@ -95,7 +96,7 @@ def write_lists(folder, train, test):
 
 
 def write_video(path, frames):
-    """Encodes MPEG-4 in AVI, as UCF101 is. frames: uint8 [F, H, W, 3]"""
+    """Writes a video as MPEG-4 in AVI, as in UCF101. frames: uint8 [F, H, W, 3]"""
     with av.open(str(path), "w", format="avi") as container:
         stream = container.add_stream("mpeg4", rate=FRAME_RATE, options={"qmin": "2", "qmax": "5"})
         stream.height, stream.width = frames.shape[1:3]
@@ -109,7 +110,7 @@ def write_video(path, frames):
 
 
 def draw_actor(rng):
-    """The looks: everything a single frame can show. The shape is lighter or darker than what is behind it."""
+    """A random appearance: shape, texture, colours. The shape is always lighter or darker than the background."""
     colours, background = (
         rng.random((2, 2, 3), np.float32) * 0.45 + np.float32([0, 0.55])[rng.permutation(2), None, None]
     )
@@ -125,9 +126,10 @@ def draw_actor(rng):
 
 
 def draw_track(movement, frames, rng):
-    """The actor's pose over time: a dict of x, y, angle, scale, each [F]. All but the movement itself is drawn alike.
+    """The actor's pose over time: a dict of x, y, angle, scale, each [F].
 
-    Slides leave on one side and come back on the other, zooms start again: every frame is as likely in every class.
+    Slides leave on one side and come back on the other, and zooms start again, so that every frame is equally likely in
+    every class.
     """
     time = np.arange(frames)
     pose = dict(x=rng.uniform(-1, 1) + 0 * time, y=rng.uniform(-1, 1) + 0 * time)
@@ -147,10 +149,10 @@ def draw_track(movement, frames, rng):
 
 
 def draw_routine(routine, frames, rng):
-    """The actor's pose over time, as `draw_track` gives it, and that of the waves behind it.
+    """The actor's pose over time, as in `draw_track`, and that of the waves behind it.
 
-    What a movement changes goes round a circle, on which it starts anywhere: any frame is as likely at any time and in
-    any routine, and a video backwards is as likely as a video of the mirrored routine.
+    All movements are periodic and start at a random phase. So every frame is equally likely at any time and in any
+    routine, and a video that is played backwards is as likely as a video of the mirrored routine.
     """
     phases = draw_phases(routine, frames, rng)
     start = dict(x=rng.uniform(-1, 1), y=rng.uniform(-0.4, 0.4), angle=rng.uniform(0, 2 * np.pi))
@@ -173,7 +175,7 @@ def draw_routine(routine, frames, rng):
 
 
 def draw_phases(routine, frames, rng):
-    """[(movement, its first frame, its last), ...] in the order of a video: each a third of it, but for 2 % at most."""
+    """[(movement, first frame, last frame), ...] in random order, each for about a third of the video (within 2 %)."""
     movements = rng.permutation(routine.split("And")).tolist()
     cuts = np.rint((np.arange(1, 3) / 3 + rng.uniform(-0.01, 0.01, 2)) * frames).astype(int).tolist()
     return list(zip(movements, [0, *cuts], [*cuts, frames - 1], strict=True))
@@ -184,7 +186,7 @@ def wrap(position, edge):
 
 
 def render(actor, track, side):
-    """Frames of a striped star-like shape on a shaded background, coordinates in [-1, 1]: uint8 [F, side, side, 3]"""
+    """Draws a striped star on a shaded background: uint8 [F, side, side, 3]. Coordinates are in [-1, 1]."""
     axis = np.linspace(-1, 1, side, dtype=np.float32)
     pose = {name: values.astype(np.float32)[:, None, None] for name, values in track.items()}
     dx, dy = axis[None, None, :] - pose["x"], axis[None, :, None] - pose["y"]

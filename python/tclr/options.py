@@ -1,4 +1,4 @@
-"""What `tclr COMMAND --help` says about each option, and errors of the command line in one line."""
+"""The help texts of all options, and errors of the command line in one line."""
 
 import re
 
@@ -7,20 +7,20 @@ from jsonargparse import ArgumentParser
 GROUPS = {
     "data": "The videos",
     "net": "The network",
-    "clips": "Which frames a clip takes",
-    "recipe": "How to pretrain",
-    "evaluation": "Which clips of a video an evaluation reads",
+    "clips": "The frames of a clip",
+    "recipe": "The pretraining",
+    "evaluation": "The clips that an evaluation reads",
     "scale": "The size of the ablation",
 }
 HELP = {
     "run": "folder of a pretraining",
     "out": "folder to write to",
-    "device": "cpu, cuda, cuda:1, ...; auto: a GPU where there is one",
-    "resume": "go on from the folder's last.pt",
+    "device": "cpu, cuda, cuda:1, ...; auto: a GPU if there is one",
+    "resume": "continue from the folder's last.pt",
     "overwrite": "write into a folder that is in use",
     "timeout": "seconds that a process waits for the others",
     "share": "share of the labels to train on, 0 to 1, the same of every class",
-    "seed": "for all that is drawn at random",
+    "seed": "seed of all random numbers",
     "epochs": "passes over the labelled videos",
     "batch": "clips a step",
     "lr": "learning rate",
@@ -36,9 +36,9 @@ HELP = {
     "seeds": "seeds of the rows that the claims are about",
     "other_seeds": "seeds of the other rows",
     "label_seeds": "seeds whose networks are finetuned on few labels",
-    "job": "measure this job alone",
-    "plan": "list the jobs and measure none",
-    "data": "evaluate on other videos than the pretraining's; --data.help lists the keys, such as --data.root",
+    "job": "run only this job",
+    "plan": "list the jobs and run none",
+    "data": "evaluate on other videos than those of the pretraining; --data.help lists the keys, such as --data.root",
     "data.dataset": "kind of data set",
     "data.root": "its folder",
     "data.split": "number of its split",
@@ -58,22 +58,22 @@ HELP = {
     "recipe.accumulate": "batches whose gradients are added up for one step",
     "recipe.optimizer": "AdamW or Adam",
     "recipe.lr": "highest learning rate",
-    "recipe.schedule": "cosine with a warm-up, or the release's: a tenth when the loss stays on a plateau",
+    "recipe.schedule": "cosine with a warm-up, or plateau, the official code's: a tenth when the loss stops decreasing",
     "recipe.warmup": "steps of the cosine's warm-up",
     "recipe.weight_decay": "weight decay",
     "recipe.temperature": "temperature of the losses",
-    "recipe.learn_temperature": "learn the temperature, from that value on",
-    "recipe.weights": "of the terms, such as '{ic_global: 1.0, ll: 1.0, gl: 0.0}'",
-    "recipe.form": "the terms' default weights: of the paper or of the official code",
-    "recipe.queue": "earlier global clips that are further negatives; 0: none",
-    "recipe.backend": "of tclr_kernels; without it, the best one",
+    "recipe.learn_temperature": "learn the temperature; recipe.temperature is its initial value",
+    "recipe.weights": "weights of the terms, such as '{ic_global: 1.0, ll: 1.0, gl: 0.0}'",
+    "recipe.form": "the objective: that of the paper or of the official code",
+    "recipe.queue": "number of earlier global clips that are further negatives; 0: none",
+    "recipe.backend": "backend of tclr_kernels; without it, the best one",
     "recipe.augment": "augmentation: of the demo or of the official code",
     "recipe.side": "height and width of a clip in pixels",
     "recipe.amp": "mixed precision",
     "recipe.compile": "compile the network by torch.compile",
     "recipe.readers": "threads that decode the next batch",
     "recipe.checkpoint_every": "steps between two checkpoints",
-    "recipe.seed": "for all that is drawn at random",
+    "recipe.seed": "seed of all random numbers",
     "evaluation.clips": "clips a video, evenly spaced",
     "evaluation.frames": "frames of a clip",
     "evaluation.stride": "frames of the video between two frames of a clip",
@@ -98,7 +98,7 @@ HELP = {
 
 
 class Parser(ArgumentParser):
-    """jsonargparse's parser with the texts above, errors in one line, and types by their names."""
+    """jsonargparse's parser with the help texts above, errors in one line, and short names of types."""
 
     def add_argument(self, *names, **settings):
         name = names[0].lstrip("-") if names else None

@@ -1,4 +1,4 @@
-"""`tclr report`: everything a run's folder says, as one HTML file that needs nothing else."""
+"""`tclr report`: shows the contents of a run's folder in a single HTML file, which includes all pictures."""
 
 import base64
 import csv
@@ -25,7 +25,7 @@ FIGURES = {  # of results.csv: the name, what it is multiplied by, the unit
     "lr": ("Learning rate", 1, ""),
     "seed": ("Seed", 1, ""),
 }
-SCORES = "r1", "accuracy"  # shown at the top
+SCORES = "r1", "accuracy"  # the figures that are shown at the top
 EVALUATIONS = {
     "retrieval": "Retrieval",
     "linear": "Linear classifier",
@@ -40,7 +40,7 @@ PICTURES = {
     "multiclip": ("Clips a video", "Retrieval and linear accuracy against the number of clips that describe a video."),
     "confusion": ("Confusion", "Each row is a class, and shows which classes its test videos were taken for."),
 }
-POINTS = 500  # of a curve: more are averaged
+POINTS = 500  # the largest number of points of a curve; neighbouring values are averaged if there are more
 STYLE = """
 :root { color-scheme: light dark; --text: #1f2328; --soft: #59636e; --page: #f6f8fa; --card: #fff; --line: #d1d9e0 }
 @media (prefers-color-scheme: dark) {
@@ -80,7 +80,7 @@ def write(run):
 
 
 def read_results(run):
-    """{(evaluation, hash of its settings): {figure: value}}; of repeated ones the last."""
+    """{(evaluation, hash of its settings): {figure: value}}. Of repeated evaluations, it has the last one."""
     found = {}
     if (run / "results.csv").exists():
         for row in csv.DictReader((run / "results.csv").open(newline="")):
@@ -89,7 +89,7 @@ def read_results(run):
 
 
 def summary(settings):
-    """What was trained on what, in a line."""
+    """The network and the data set of a run, in one line."""
     data, net, recipe = (settings.get(name) or {} for name in ("data", "net", "recipe"))
     parts = [f"Network {net['backbone']}, width {net['width']}"] if net else []
     parts += [f"{data['dataset']}, split {data['split']}"] if data else []
@@ -101,7 +101,7 @@ def summary(settings):
 
 
 def name_of(evaluation):
-    """An evaluation's name for people; "linear-0.1" is of a share of the labels, which has a column."""
+    """The title of an evaluation. "linear-0.1" has that of "linear", since the share of labels has its own column."""
     kind, _, rest = evaluation.partition("-")
     name = EVALUATIONS.get(kind, kind)
     return f"{name}: {rest}" if kind == "classify" else name
@@ -113,7 +113,7 @@ def value_of(figure, value):
 
 
 def tiles(results):
-    """The best known scores, large."""
+    """The most important scores, in large digits."""
     found = [
         section("", f"<b>{value_of(figure, values[figure])}</b><span>{FIGURES[figure][0]}<br>{labelled(*key)}</span>")
         for key, values in results.items()
@@ -130,7 +130,7 @@ def labelled(evaluation, _):
 
 
 def table_of(results):
-    """All evaluations side by side."""
+    """A table of all evaluations."""
     columns = [figure for figure in FIGURES if any(figure in values for values in results.values())]
     if not columns:
         return ""
@@ -144,7 +144,7 @@ def table_of(results):
 
 
 def curves(run, settings):
-    """Every term of the loss, the learning rate and the temperature against the step."""
+    """Curves of all terms of the loss, the learning rate and the temperature against the step."""
     path = run / "metrics.jsonl"
     rows = [json.loads(line) for line in path.open()] if path.exists() else []
     rows = [row for row in rows if "total" in row]
@@ -162,7 +162,7 @@ def curves(run, settings):
 
 @plt.rc_context(PLAIN)
 def drawn(panels, steps):
-    """A PNG: one panel beside the other, the first one wider."""
+    """A PNG with the panels side by side, the first one wider."""
     figure, axes = plt.subplots(
         1, len(panels), figsize=(11, 3.4), width_ratios=[2, 1, 1][: len(panels)], layout="constrained", squeeze=False
     )
@@ -180,13 +180,13 @@ def drawn(panels, steps):
 
 
 def thinned(values):
-    """At most POINTS values, each the mean of neighbours."""
+    """At most POINTS values, each the mean of neighbouring values."""
     each = -(-len(values) // POINTS)
     return [sum(some) / len(some) for some in (values[i : i + each] for i in range(0, len(values), each))]
 
 
 def pictures(run):
-    """The pictures that evaluations left."""
+    """The pictures that evaluations have written."""
     known = sorted(run.glob("*.png"), key=lambda path: [*PICTURES, path.stem].index(path.stem))
     parts = []
     for path in known:
@@ -204,7 +204,7 @@ def unreadable(run):
 
 
 def environment(run, settings):
-    """The machine and the versions of the pretraining."""
+    """A table of the machine and the versions with which the pretraining ran."""
     path = run / "environment.json"
     facts = json.loads(path.read_text()) if path.exists() else {}
     facts |= {name: settings[name] for name in ("device", "processes") if name in settings}

@@ -1,8 +1,8 @@
-"""What the processes that `torchrun` starts do together. The trainer reduces first and then decides.
+"""Communication between the processes that `torchrun` starts, so that all of them make the same decisions.
 
-Anything that one process may find for itself (a file, a signal, an error, a number) is first exchanged, and every
-process then makes the same decision from the same values. Without `torchrun`, or outside `group`, there is one process,
-and each function does what it does for one.
+Anything that one process may find by itself (a file, a signal, an error, a number) is first exchanged, and every
+process then decides from the same values. Without `torchrun`, or outside `group`, every function works for a single
+process.
 """
 
 import functools
@@ -21,7 +21,7 @@ TIMEOUT = 1800.0  # seconds
 
 
 def launched():
-    """How many processes `torchrun` started."""
+    """The number of processes that `torchrun` started."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -35,10 +35,12 @@ def ranks():
 
 @contextmanager
 def group(timeout=TIMEOUT):
-    """Joins the processes of `torchrun`. timeout: seconds after which one that waits for the others gives up.
+    """Creates the process group of the processes that `torchrun` started. Can be used as a decorator.
 
-    Also a decorator. Where a group is there already, or a single process, it does nothing. After an error the group is
-    left as it is: the process ends, and the others, which may wait for it, get an error from that.
+    It does nothing for a single process, or if there is a group already. After an error the group is not destroyed: the
+    process ends, and other processes that wait for it get an error.
+
+    timeout: the seconds after which a process that waits for the others raises an error.
     """
     if not 0 < timeout < float("inf"):
         raise ValueError(f"timeout: found {timeout}, wanted a number of seconds above 0")
@@ -55,7 +57,7 @@ def group(timeout=TIMEOUT):
 
 
 def agents_store(timeout=TIMEOUT):
-    """The store of torchrun's agents, which outlives the processes that they restart; None where there is none."""
+    """The store of torchrun's agents, which still exists after they restart the processes; None without agents."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -63,11 +65,11 @@ def agents_store(timeout=TIMEOUT):
 
 
 def met(store, timeout):
-    """A part of the agents' store for the processes of this start alone.
+    """A part of the agents' store, under a new prefix, that only the processes of this start use.
 
-    With the whole of it a process may read the address of one that was killed before, and wait for it
-    (https://github.com/pytorch/pytorch/issues/135712). Process 0 offers a new name; the others answer with names of
-    their own, until those are in what process 0 has received under that name.
+    In the store itself, a process may read the address of a process that was killed before a restart, and wait for it
+    (https://github.com/pytorch/pytorch/issues/135712). Process 0 offers a new prefix. The others answer with random
+    names, and accept an offer when process 0 confirms that it received their name.
     """
     own, name = int(os.environ["RANK"]), uuid.uuid4().hex
     if own == 0:
@@ -87,14 +89,14 @@ def met(store, timeout):
 
 @contextmanager
 def single(what):
-    """Refuses more than one process. Also a decorator."""
+    """Raises SystemExit if there is more than one process. Can be used as a decorator."""
     if (found := max(launched(), ranks())) > 1:
         raise SystemExit(f"{what}: found {found} processes, wanted one: start it without torchrun")
     yield
 
 
 def exchange(value):
-    """The values of all processes, in their order. Where one failed instead (see `telling`), all raise an error."""
+    """The values of all processes, in the order of ranks. If one of them failed (see `telling`), all raise an error."""
     if ranks() == 1:
         return [value]
     return _exchange(None, value)
@@ -114,38 +116,38 @@ def _elsewhere(number, failed):
 
 
 def _told(error):
-    """Marks an error that every process knows of."""
+    """Marks an error that all processes already know about."""
     error.told = True
     return error
 
 
 @contextmanager
 def telling():
-    """An error in its body is told to the other processes, which raise one at their next `exchange`.
+    """Tells the other processes about an error in its body. They raise an error at their next `exchange`.
 
-    So the body must not be left between an `exchange` and something else that all processes take part in, such as a
-    loss or a backward: the others would wait there for this one.
+    The next communication of the other processes must therefore be an `exchange`. If it were another collective, such
+    as that of a loss or a backward, they would wait there for this process.
     """
     try:
         yield
     except (Exception, SystemExit) as error:
         if ranks() > 1 and not getattr(error, "told", False):
             _told(error)
-            with suppress(RuntimeError):  # the others may have ended
+            with suppress(RuntimeError):  # the other processes may have ended
                 _exchange(type(error).__name__, None)
         raise
 
 
 @contextmanager
 def together():
-    """As `telling`; behind it, no process goes on before all have come so far."""
+    """As `telling`, and then waits until all processes have reached the end of the body."""
     with telling():
         yield
     exchange(None)
 
 
 def from_first(function):
-    """What function() gives in the first process, which alone calls it, for all of them."""
+    """Calls function() in the first process only, and returns its result in all processes."""
     with together():
         value = [function() if rank() == 0 else None]
     if ranks() > 1:
@@ -154,10 +156,10 @@ def from_first(function):
 
 
 class Job:
-    """What `torchrun` remembers of a run's folder while it restarts the processes: the last stage they came to.
+    """The stage that a run's processes reached, kept in the store of torchrun's agents over restarts.
 
-    TORCHELASTIC_RESTART_COUNT does not say so: it is another number on another machine, 0 where the number of machines
-    has changed, and above 0 also for processes that ended before they did anything.
+    TORCHELASTIC_RESTART_COUNT is not enough: it differs between machines, is 0 again after the number of machines has
+    changed, and is above 0 even if the processes ended before they did anything.
     """
 
     STAGES = "new", "claiming", "claimed"
@@ -166,7 +168,7 @@ class Job:
         self.store, self.key = agents_store(), f"tclr/{folder.resolve()}"
 
     def stage(self):
-        """The last stage of all processes of this job, before they were started again."""
+        """The last stage that any process of this job reached before the restart."""
         with telling():
             if self.store:
                 reached = [stage for stage in self.STAGES if self.store.check([self.key + stage])]
@@ -180,13 +182,13 @@ class Job:
 
 
 def say(text):
-    """Prints, once for all processes."""
+    """Prints in the first process only."""
     if rank() == 0:
         print(text, flush=True)
 
 
 def same(**facts):
-    """Raises ValueError, in all processes, where a fact is not the same in each."""
+    """Raises ValueError, in all processes, if a fact is not the same in all of them."""
     first, *others = exchange(facts)
     for number, other in enumerate(others, 1):
         for name, value in first.items():
@@ -196,9 +198,9 @@ def same(**facts):
 
 
 def newest(file, age, load):
-    """load(file) of the newest file of that name on any process's disk, in all processes; None where none has it.
+    """Loads the newest file of this name on any process's disk, in all processes; None if no process has one.
 
-    age(file): a number, larger for a newer one. Processes on several machines need no disk in common.
+    age(file): a number that is larger for a newer file. The machines need not share a disk.
     """
     if ranks() == 1:
         return load(file) if file.exists() else None
@@ -218,9 +220,10 @@ def newest(file, age, load):
 
 @torch.no_grad()
 def average_statistics(module, weight):
-    """Replaces the floating-point buffers of a module by their means over the processes, each with its weight.
+    """Replaces the floating-point buffers of a module by their weighted means over the processes.
 
-    So the running statistics of batch normalisation are the same everywhere. Of equal values the mean is that value.
+    This makes the running statistics of batch normalisation equal in all processes. weight: that of this process; the
+    weights of all processes add up to 1.
     """
     buffers = [each for each in module.buffers() if each.is_floating_point()]
     if ranks() == 1 or not buffers:
@@ -228,13 +231,13 @@ def average_statistics(module, weight):
     flat = torch.cat([each.flatten().double() for each in buffers]) * weight
     every = [torch.empty_like(flat) for _ in range(ranks())]
     distributed.all_gather(every, flat)
-    total = functools.reduce(torch.add, every)  # in their order, so that all get the same bits
+    total = functools.reduce(torch.add, every)  # in the order of ranks, so that all processes get the same bits
     for each, mean in zip(buffers, total.split([each.numel() for each in buffers]), strict=True):
         each.copy_(mean.view_as(each))
 
 
 def gpu():
-    """The GPU of this process, cuda:LOCAL_RANK, or the only one it is allowed to see."""
+    """The GPU of this process: cuda:LOCAL_RANK, or the only GPU that is visible to it."""
     count, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
     if 1 < count <= local or count == 0:
         raise ValueError(f"device: found {count} GPUs for local process {local}, wanted one for each process")
@@ -242,7 +245,7 @@ def gpu():
 
 
 def one_gpu_each(device):
-    """Raises ValueError, in all processes, where two of them would compute on one GPU."""
+    """Raises ValueError, in all processes, if two of them use the same GPU."""
     with telling():
         mine = socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid)
     found = exchange(mine)

@@ -1,4 +1,4 @@
-"""What a run leaves behind: metrics.jsonl, the table of the demo, and pictures."""
+"""The output of a run: metrics.jsonl, the table of the demo, and pictures."""
 
 import json
 import unicodedata
@@ -15,13 +15,13 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 TERMS = dict(total="total", ic_global="IC", ic_local="IC, local clips", ll="LL", gl="GL")
 RIGHT, WRONG = "#2a7f3f", "#b3261e"
-LONGEST = 40  # characters of a name in a picture; more leave no room for what the picture shows
-TURNING = set("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # they reorder what follows
-PLAIN = {"text.parse_math": False, "text.usetex": False}  # names are drawn as they are, `$`, `_` and `\` too
+LONGEST = 40  # characters of a name in a picture
+TURNING = set("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # they change the text's direction
+PLAIN = {"text.parse_math": False, "text.usetex": False}  # so that `$`, `_` and `\` in names are drawn as they are
 
 
 def shown(name, longest=None):
-    r"""A name as it can be drawn: bytes that are no UTF-8, line ends and the like as \xff, too long a one cut short."""
+    r"""A name for display: bytes that are not UTF-8 and control characters become \xff, a long name is shortened."""
     text = "".join(map(_visible, name))
     if longest and len(text) > longest:
         text = text[: longest // 2] + "…" + text[-(longest - longest // 2 - 1) :]
@@ -29,7 +29,7 @@ def shown(name, longest=None):
 
 
 def _visible(character):
-    if "\udc80" <= character <= "\udcff":  # how Python holds a byte of a file's name that is no UTF-8
+    if "\udc80" <= character <= "\udcff":  # Python's representation of a byte that is not UTF-8 in a file name
         return f"\\x{ord(character) - 0xDC00:02x}"
     if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") or character in TURNING:
         return character.encode("unicode_escape").decode()
@@ -37,7 +37,7 @@ def _visible(character):
 
 
 class Metrics:
-    """metrics.jsonl: one JSON object a line, in the order of the run, the same for the same seed."""
+    """Writes metrics.jsonl: a JSON object in each line, in the order of the run."""
 
     def __init__(self, path):
         self.file, self.rows = path.open("w"), []
@@ -55,7 +55,7 @@ class Metrics:
 
 
 def table(metrics, runs, counts, title):
-    """The rich table of R@1 and R@5, in %, one row a run, for each number of clips in `counts`."""
+    """A rich table of R@1 and R@5 in %: a row for each run, and two columns for each number of clips in `counts`."""
     result = Table(title=title)
     result.add_column("features")
     for clips in counts:
@@ -69,7 +69,7 @@ def table(metrics, runs, counts, title):
 
 @matplotlib.rc_context(PLAIN)
 def plot_losses(metrics, runs, path):
-    """One panel a run: each term the run was trained with, against the step."""
+    """Draws a panel for each run: all terms of its loss against the step."""
     figure, axes = plt.subplots(1, len(runs), figsize=(5 * len(runs), 3.6), squeeze=False, layout="constrained")
     for axis, run in zip(axes[0], runs, strict=True):
         rows = metrics.of("step", run=run)
@@ -83,7 +83,7 @@ def plot_losses(metrics, runs, path):
 
 @matplotlib.rc_context(PLAIN)
 def plot_clips(metrics, runs, chance, path):
-    """R@1 against the number of clips a video."""
+    """Draws R@1 against the number of clips a video."""
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
     for run in runs:
         rows = metrics.of("retrieval", run=run)
@@ -99,7 +99,7 @@ def plot_clips(metrics, runs, chance, path):
 
 @matplotlib.rc_context(PLAIN)
 def plot_gallery(queries, gallery, ranks, chosen, path, *, nearest=3, strip=6):
-    """A row a query: its frames over time, then its nearest videos', named in green where the class is the query's."""
+    """Draws a row for each query: its frames over time, and its nearest videos, in green if they have its class."""
     size = 3.4 * (1 + nearest), 0.85 * len(chosen) + 0.3
     figure, axes = plt.subplots(len(chosen), 1 + nearest, figsize=size, layout="constrained", squeeze=False)
     for row, query in zip(axes, chosen, strict=True):
@@ -112,7 +112,7 @@ def plot_gallery(queries, gallery, ranks, chosen, path, *, nearest=3, strip=6):
 
 @matplotlib.rc_context(PLAIN)
 def plot_curves(curve, path):
-    """R@1 and linear accuracy against the number of clips a video. curve: {clips: {r1, linear}}"""
+    """Draws R@1 and linear accuracy against the number of clips a video. curve: {clips: {r1, linear}}"""
     figure, axis = plt.subplots(figsize=(5, 3.6), layout="constrained")
     for name, label in dict(r1="R@1", linear="linear accuracy").items():
         axis.plot(list(curve), [100 * row[name] for row in curve.values()], marker="o", markersize=4, label=label)
@@ -123,7 +123,7 @@ def plot_curves(curve, path):
 
 @matplotlib.rc_context(PLAIN)
 def plot_confusion(counts, names, path):
-    """Rows: the true class; columns: the predicted one; each row's shares in %. counts: [classes, classes]"""
+    """Draws a confusion matrix in % of a row: rows are true classes, columns predicted ones. counts: [C, C]"""
     shares = 100 * counts / counts.sum(1, keepdim=True).clamp_min(1)
     names, side = [shown(name, LONGEST) for name in names], 2 + 0.35 * len(names)
     figure, axis = plt.subplots(figsize=(side + 1, side), layout="constrained")
@@ -137,7 +137,7 @@ def plot_confusion(counts, names, path):
 
 
 def _strip(axis, videos, index, count, prefix, colour):
-    """Evenly spaced frames side by side, a thin gap between them."""
+    """Draws evenly spaced frames of a video side by side."""
     frames = videos.read(index, torch.linspace(0, videos.length(index) - 1, count).long())
     frames = torch.nn.functional.pad(frames, (0, 2), value=255).permute(2, 0, 3, 1).flatten(1, 2)
     axis.imshow(frames[:, :-2].numpy())
@@ -152,7 +152,7 @@ def _class_of(videos, index):
 
 
 def _save(figure, path):
-    """Writes a picture whole or not at all, of at most 2^15 pixels a side: matplotlib draws no more than 2^16."""
+    """Writes a picture with at most 2^15 pixels a side, since matplotlib fails at 2^16."""
     try:
         with whole(path) as file:
             figure.savefig(file, dpi=min(130, 2**15 / max(figure.get_size_inches())), format="png")

@@ -1,10 +1,10 @@
 """A further experiment on the ablation's networks: why R@1 gains less from more clips than linear accuracy does.
 
-Retrieval by the mean of a video's features dilutes what only some of its clips show; here the same features are also
-compared clip by clip. And how much of a network's features stays the same over a video: the share of the variance of
-clips' features, over all videos, that lies between the means of videos. That of an invariant feature is 1.
+Retrieval by the mean of a video's features dilutes what only some of its clips show, so here the same features are also
+compared clip by clip. The experiment also measures how constant features are over a video: the share of the variance of
+all clips' features that is between the means of videos. It is 1 for features that do not change over a video.
 
-This was thought of after the ablation's first figures had been seen.
+This experiment was designed after the first results of the ablation were known.
 """
 
 import torch
@@ -23,7 +23,7 @@ def named(weights):
 
 @torch.no_grad()
 def measure(out, job, weights):
-    """sets: {clips: R@1, clip by clip}; constancy."""
+    """The figures of a network: "sets" {clips: R@1 of clip-by-clip retrieval} and "constancy"."""
     a, splits = job.scale, ablation.data(out, job.scale, job.seed)
     embedder = train.Embedder(TinyResNet3d(a.width)).eval()
     embedder.load_state_dict(checkpoint.load(weights)["embedder"])
@@ -37,6 +37,6 @@ def measure(out, job, weights):
 
 
 def constancy(features):
-    """The share of the variance of features [videos, clips, C] that lies between the means of videos."""
+    """The share of the variance of features [videos, clips, C] that is between the means of videos."""
     features = features - features.mean((0, 1))
     return (features.mean(1).square().sum() * features.shape[1] / features.square().sum()).item()

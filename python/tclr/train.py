@@ -1,8 +1,8 @@
-"""Pretraining without labels: the paper's algorithm.
+"""Pretraining without labels, as in the paper.
 
-What a step draws (its videos, windows and augmentations) is a function of the seed and of the step's number alone: a
-run that goes on from a checkpoint, in the middle of an epoch too, draws what the uninterrupted one would have. Nor does
-it depend on how many processes share each batch: all draw for the whole batch, and read and augment their own part.
+All random choices of a step (its videos, windows and augmentations) depend only on the seed and on the step's number.
+So a resumed run makes the same choices as an uninterrupted one, even in the middle of an epoch. They do not depend on
+the number of processes either: all processes draw for the whole batch, and read and augment their own part.
 """
 
 import dataclasses
@@ -33,26 +33,27 @@ from .videos import share_findings
 IC_ONLY = dict(ic_global=1.0, ll=0.0, gl=0.0)
 AUGMENTS = {"demo": Augment, "release": ReleaseAugment}
 AMP = {"fp16": torch.float16, "bf16": torch.bfloat16}
-# What a checkpoint's state, or the meaning of its number of steps, hangs on: the rest may change as a run goes on.
+# The settings that must not change when a run is resumed, since a checkpoint's state or step number depends on them.
 FIXED = "net.", "clips.", "data.dataset", "data.split", "data.train", "recipe.optimizer", "recipe.batch"
 FIXED += "recipe.accumulate", "recipe.learn_temperature", "recipe.queue", "recipe.seed"
-# of checkpoints that were written before these settings
+# the values of settings that older checkpoints do not have
 EARLIER = {"clips.windows": "same", "clips.decay": None, "recipe.queue": 0}
 OBJECTIVE = "recipe.weights", "recipe.form", "recipe.temperature"
 LEAST = dict(steps=0, epochs=0, batch=1, accumulate=1, lr=0, warmup=0, weight_decay=0, side=1, readers=0)
 LEAST |= dict(checkpoint_every=1, queue=0)
-WARM = 0.01, 0.05, 0.1, 0.5, 1.0  # the release's factors of the learning rate, an epoch each
+WARM = 0.01, 0.05, 0.1, 0.5, 1.0  # the release's factors of the learning rate in the first epochs
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to pretrain; `weights` are those of `tclr_kernels.tclr`, `form` too.
+    """The settings of a pretraining. `weights` and `form` are those of `tclr_kernels.tclr`.
 
-    steps: how many, or 0 for `epochs` times the steps of an epoch. schedule: "cosine" warms up over `warmup` steps;
-    "plateau" is the release's, five epochs of warm-up, then a tenth after 9 epochs without a new best mean loss.
-    accumulate: batches a step, each contrasted within itself. learn_temperature: `temperature` is where it starts.
-    queue: how many embeddings of earlier global clips are further negatives of ic_global.
-    readers: threads that decode the next batch while one is trained on; 0 for videos in memory.
+    steps: the number of steps, or 0 for `epochs` epochs. schedule: "cosine" has a warm-up of `warmup` steps; "plateau"
+    is that of the release, with five epochs of warm-up, after which the rate is divided by 10 whenever the mean loss
+    has no new minimum for 9 epochs. accumulate: batches in a step; the losses compare rows of the same batch only.
+    learn_temperature: `temperature` is its initial value. queue: the number of earlier global clips whose embeddings
+    are further negatives of ic_global. readers: threads that decode the next batch during a step; 0 for videos in
+    memory.
     """
 
     steps: int = 150
@@ -80,7 +81,10 @@ class Recipe:
 
 
 class Embedder(nn.Module):
-    """Backbone and shared head: clips [N, F, 3, H, W] -> time-pooled [N, D] and, on demand, time slices [N, T, D]."""
+    """Backbone and head: clips [N, F, 3, H, W] -> (embeddings [N, D], the backbone's features of slices [N, T, C]).
+
+    `head` also turns the features of time slices into embeddings [N, T, D].
+    """
 
     def __init__(self, backbone, dim=128):
         super().__init__()
@@ -93,15 +97,16 @@ class Embedder(nn.Module):
 
 
 def pretrain(embedder, videos, plan: ClipPlan, recipe: Recipe, record, progress=iter, *, file=None, device="cpu"):
-    """Trains `embedder` in place. videos: the protocol of videos.py; record(step=, total=, ...) follows each step.
+    """Trains `embedder` in place. videos: a set of videos, see videos.py; record(step=, total=, ...) follows each step.
 
-    file: the checkpoint, read if it is there and written every `checkpoint_every` steps, at the end and on SIGTERM,
-    after which the process exits with 143. A setting that differs from the checkpoint's is applied, or refused by a
-    ValueError that names it. A loss that is not finite raises FloatingPointError with the videos' names.
+    file: the checkpoint. It is read if it exists, and written every `checkpoint_every` steps, at the end, and on
+    SIGTERM, after which the process exits with status 143. If a setting differs from the checkpoint's, the new one is
+    used, or a ValueError that names it is raised if it must not change. A loss that is not finite raises
+    FloatingPointError with the names of the videos.
 
-    In a process group of torch.distributed each process calls this with the same arguments and trains on its share of
-    every batch. Their losses contrast the whole batch, so the run is that of one process up to rounding. The first one
-    writes; a signal to any of them, and an error of any, ends all.
+    In a process group of torch.distributed, each process calls this with the same arguments, and trains on its share of
+    every batch. Their losses compare the rows of the whole batch, so the result differs from that of one process by
+    rounding only. The first process writes the files. A signal to any process, or an error in one, ends all of them.
     """
     run = Run(embedder, videos, plan, recipe, device)
     if file and (state := checkpoint.newest(file)):
@@ -110,14 +115,14 @@ def pretrain(embedder, videos, plan: ClipPlan, recipe: Recipe, record, progress=
 
 
 def carry_on(run, record, progress=iter, *, file=None):
-    """Takes the steps that are left of a run, as `pretrain` describes."""
+    """Runs the remaining steps of a run, as `pretrain` describes."""
     run.embedder.train()
     with checkpoint.StopRequest() if file else nullcontext(False) as stop:
         for step in progress(range(run.done, run.steps)):
             terms = run.step()
             with processes.telling():
                 record(step=step, **terms)
-            stopped = any(processes.exchange(bool(stop)))  # all save and leave at the same step, whoever got the signal
+            stopped = any(processes.exchange(bool(stop)))  # if any process got the signal, all end at the same step
             finished = run.done == run.steps
             if file and (stopped or finished or run.done % run.recipe.checkpoint_every == 0):
                 with processes.together():
@@ -129,7 +134,7 @@ def carry_on(run, record, progress=iter, *, file=None):
 
 
 class Run:
-    """A pretraining at some step: everything that a checkpoint holds; `more` are settings to keep, such as net=Net()"""
+    """The state of a pretraining, which a checkpoint holds. more: further settings to store, such as net=Net()."""
 
     def __init__(self, embedder, videos, plan, recipe, device, **more):
         self.plan, self.recipe, self.videos, self.device = plan, recipe, videos, device
@@ -161,14 +166,14 @@ class Run:
         self.views = averaging(Views(self.embedder, self.embed).to(device), device)
 
     def compare(self):
-        """Raises ValueError, in all processes, where they were not started alike."""
+        """Raises ValueError, in all processes, if they were started with different settings or videos."""
         settings = {name: value for name, value in flat(self.settings).items() if name != "data.root"}
         here = dict(device=torch.device(self.device).type, torch=torch.__version__, tclr_kernels=tk.__version__)
         here |= dict(TCLR_KERNELS_CHECK=os.environ.get("TCLR_KERNELS_CHECK"))
         processes.same(**settings, **here, videos=f"{len(self.videos)}, {listing_digest(self.videos)[:8]}")
 
     def step(self):
-        """One step of the optimizer; returns the terms, averaged over its batches."""
+        """Makes one step of the optimizer. Returns the terms, averaged over its batches, and the learning rate."""
         lr = self.optimizer.param_groups[0]["lr"] = self.recipe.lr * self.factor()
         self.optimizer.zero_grad()
         batches = [self.backward(part) for part in range(self.recipe.accumulate)]
@@ -187,7 +192,7 @@ class Run:
         return dict(sums, lr=lr)
 
     def backward(self, part):
-        """The terms of one batch, their gradients added to what is there, and at the step's last averaged."""
+        """The terms of one batch. Accumulates their gradients, which are averaged after the last batch of a step."""
         recipe = self.recipe
         with processes.telling():
             windows, generator = self.taken(part)
@@ -202,10 +207,10 @@ class Run:
         return {name: term.detach() for name, term in terms._asdict().items()}
 
     def judged(self, batches):
-        """The terms of a step, averaged over its batches; FloatingPointError where one is not finite.
+        """The terms of a step, averaged over its batches. Raises FloatingPointError if one is not finite.
 
-        They are read once a step. Every process has the same; nonetheless each takes those of the first, and looks for
-        numbers that are not finite in those of all.
+        They are copied to the host once in a step. The terms should be the same in every process; to be safe, all use
+        those of the first process, and check those of all processes.
         """
         own = torch.stack([torch.stack([*terms.values()]) for terms in batches]).tolist()
         found = processes.exchange(own)
@@ -221,7 +226,7 @@ class Run:
         return sums
 
     def objective(self, g, s, x):
-        """The terms of a batch; with a queue, ic_global has the earlier global clips as further negatives."""
+        """The terms of a batch. With a queue, earlier global clips are further negatives of ic_global."""
         spread = dict(shares=[len(each) for each in shares(self.recipe.batch)]) if self.group else {}
         terms = self.loss(g, s, x, **spread)
         if self.queue is None:
@@ -233,14 +238,14 @@ class Run:
         return terms._replace(total=terms.total + weight * ic, ic_global=ic)
 
     def taken(self, part):
-        """What `read` gives for a batch of this step, read ahead where there are readers."""
+        """The result of `read` for a batch of this step, which was read ahead if there are readers."""
         if not self.ahead:
             return self.read(self.done, part)
         following = divmod(self.done * self.recipe.accumulate + part + 1, self.recipe.accumulate)
         return self.ahead.take(self.read, (self.done, part), following if following[0] < self.steps else None)
 
     def read(self, step, part, threads=None):
-        """The windows of this process's share of a batch, and the generator that draws the batch's augmentations."""
+        """The windows of this process's share of a batch, and the random generator for the batch's augmentations."""
         generator = drawn(self.recipe.seed, "step", step, part, 0)
         chosen = self.whole_batch(step, part)
         return random_windows(self.videos, chosen, self.plan, generator, threads, self.share), generator
@@ -250,7 +255,7 @@ class Run:
         return self.whole_batch(step, part)[self.share.start : self.share.stop]
 
     def whole_batch(self, step, part):
-        """The videos of a batch: an epoch's random order, cut; its remainder is left out."""
+        """The videos of a batch: a part of the epoch's random order. An incomplete last batch is left out."""
         recipe = self.recipe
         epoch, within = divmod(step, self.epoch_steps)
         order = torch.randperm(len(self.videos), generator=drawn(recipe.seed, "epoch", epoch))
@@ -259,11 +264,11 @@ class Run:
 
     @property
     def share(self):
-        """The places in a batch of the videos that are this process's."""
+        """The positions in a batch of the videos of this process."""
         return shares(self.recipe.batch)[rank()]
 
     def factor(self):
-        """Of the learning rate, at this step."""
+        """The factor of the learning rate at this step."""
         if self.recipe.schedule == "cosine":
             return warm_cosine(self.done, self.recipe.warmup, self.steps)
         epoch = self.done // self.epoch_steps
@@ -278,7 +283,7 @@ class Run:
         return dict(done=self.done, plateau=vars(self.plateau).copy(), **kept, **states)
 
     def restore(self, state):
-        """Takes a checkpoint's state under the settings of now; one that cannot be applied is a ValueError by name."""
+        """Loads a checkpoint's state and keeps the current settings. Raises ValueError, naming what does not fit it."""
         settings = state.get("settings", {})
         self.refuse(settings, state)
         self.done = state["done"]
@@ -293,7 +298,7 @@ class Run:
         now = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, given in zip(self.optimizer.param_groups, now, strict=True):
-            group.update(given)  # load_state_dict brings the checkpoint's weight decay back
+            group.update(given)  # load_state_dict has replaced settings, such as the weight decay
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         vars(self.plateau).update(state["plateau"])
@@ -302,7 +307,7 @@ class Run:
             self.plateau.restart()
 
     def refuse(self, settings, state):
-        """Raises ValueError that names every setting that differs from the checkpoint's and cannot change."""
+        """Raises ValueError, naming every setting that differs from the checkpoint's although it must not change."""
         before, now = EARLIER | flat(settings), flat(self.settings)
         fixed = FIXED + ("recipe.temperature",) * self.recipe.learn_temperature
         names = [name for name in before.keys() & now.keys() if before[name] != now[name] and name.startswith(fixed)]
@@ -317,7 +322,7 @@ class Run:
 
 @dataclass
 class Plateau:
-    """A tenth of the learning rate after `patience` epochs without a new best mean loss."""
+    """Divides the learning rate by 10 when the mean loss of an epoch has had no new minimum for `patience` epochs."""
 
     patience: int = 9
     factor: float = 1.0
@@ -329,11 +334,11 @@ class Plateau:
         self.losses.append(loss)
 
     def restart(self):
-        """Forgets the losses there were, which those of another objective cannot be compared with."""
+        """Forgets earlier losses, since those of another objective cannot be compared with them."""
         self.best, self.stale, self.losses = math.inf, 0, []
 
     def end_epoch(self, counts):
-        """`counts` is False during the warm-up, whose epochs are remembered but not held against the rate."""
+        """counts: False during the warm-up, whose epochs update the minimum but do not count as stale."""
         mean, self.losses = sum(self.losses) / len(self.losses), []
         self.stale = 0 if mean < self.best or not counts else self.stale + 1
         self.best = min(self.best, mean)
@@ -342,13 +347,13 @@ class Plateau:
 
 
 class Ahead:
-    """Reads the batch that follows while one is trained on."""
+    """Reads the next batch in threads during a step."""
 
     def __init__(self, readers):
         self.one, self.readers, self.coming = ThreadPoolExecutor(1), ThreadPoolExecutor(readers), {}
 
     def take(self, read, this, following):
-        """read(*this, threads), begun at the call before; begins read(*following, threads)."""
+        """Returns read(*this, threads), which the previous call has started, and starts read(*following, threads)."""
         found = self.coming.pop(this, None) or self.one.submit(read, *this, self.readers)
         if following:
             self.coming[following] = self.one.submit(read, *following, self.readers)
@@ -356,12 +361,12 @@ class Ahead:
 
 
 def check(recipe, plan, device):
-    """Raises ValueError, or RuntimeError for a backend that does not serve the device, that names a key of the recipe.
+    """Raises ValueError, naming a wrong setting, or RuntimeError if the backend cannot run on the device.
 
-    Found out here, before a run's folder is touched, and not at the first step.
+    It is called before a run's folder is touched.
     """
     for name, least in LEAST.items():
-        if not getattr(recipe, name) >= least:  # so that NaN is refused too
+        if not getattr(recipe, name) >= least:  # also true for NaN
             raise ValueError(f"recipe.{name}: found {getattr(recipe, name)}, wanted at least {least}")
     aligned = {name: value for name, value in weights(recipe).items() if name in ("ll", "gl")}
     if plan.windows == "independent" and any(aligned.values()):
@@ -376,7 +381,7 @@ def check(recipe, plan, device):
 
 
 def weights(recipe):
-    """The weight of each term, those that the recipe leaves to its form's defaults too."""
+    """The weight of each term, with the defaults of the recipe's form."""
     return FORMS.get(recipe.form, {}) | (recipe.weights or {})
 
 
@@ -386,13 +391,13 @@ def flat(settings):
 
 
 def listing_digest(videos):
-    """Stands for which videos there are, their labels and their order, on which what a step draws depends."""
+    """A hash of the videos, their labels and their order, on which the batches of all steps depend."""
     listed = [dataclasses.astuple(entry) for entry in getattr(videos, "entries", [])] or list(videos.names)
     return hashlib.sha256(repr((listed, videos.classes)).encode()).hexdigest()
 
 
 def length(recipe, videos):
-    """Steps of an epoch, and of the whole pretraining."""
+    """The number of steps of an epoch, and of the whole pretraining."""
     epoch = len(videos) // (recipe.batch * recipe.accumulate)
     if epoch == 0:
         wanted = f"wanted at most the {len(videos)} videos there are"
@@ -401,7 +406,7 @@ def length(recipe, videos):
 
 
 def drawn(seed, *what):
-    """A generator of random numbers that depends on nothing but its arguments."""
+    """A generator of random numbers that depend on the arguments only."""
     digest = hashlib.sha256(repr((seed, *what)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
@@ -409,9 +414,9 @@ def drawn(seed, *what):
 def embed(embedder, windows, plan, augment, *, local=True):
     """Two views of each video: g: [2, B, D] global clips; s: [2, B, T, D] their slices; x: [2, B, T, D] local clips.
 
-    windows: uint8, as `random_windows` gives them: [B, window, 3, H, W], of which two augmentations are the two views,
-    or, where plan.windows is "independent", [2 B, ...], each view's own. Without `local`, s and x are stand-ins for
-    losses that do not read them.
+    windows: uint8, a result of `random_windows`: [B, window, 3, H, W], where two augmentations of a window are the two
+    views, or [2 B, ...] with a window for each view if plan.windows is "independent". If `local` is False, s and x are
+    placeholders for losses that do not use them.
     """
     B, T = len(windows) // plan.windows_drawn, plan.local_clips
     views = 2 // plan.windows_drawn
@@ -427,29 +432,29 @@ def embed(embedder, windows, plan, augment, *, local=True):
 
 
 def shares(batch):
-    """The places in a batch of each process's videos, as ranges: joined in the order of processes, the batch."""
+    """The positions in a batch of each process's videos: consecutive ranges in the order of ranks."""
     ends = [number * batch // ranks() for number in range(ranks() + 1)]
     return [range(first, last) for first, last in zip(ends, ends[1:], strict=False)]
 
 
 class Views(nn.Module):
-    """`embed` as a module, as DistributedDataParallel wants it."""
+    """`embed` as a module, which DistributedDataParallel requires."""
 
     def __init__(self, embedder, embed):
         super().__init__()
         self.embedder, self.embed = embedder, embed
-        self.unused = nn.Parameter(torch.zeros(()))  # there always is one, of which `averaging` is not to warn
+        self.unused = nn.Parameter(torch.zeros(()))  # PyTorch warns if find_unused_parameters finds none: `averaging`
 
     def forward(self, windows, plan, augment, local):
         return self.embed(self.embedder, windows, plan, augment, local=local)
 
 
 def averaging(module, device):
-    """The module, whose parameters' gradients are averaged over the processes in its backward.
+    """The module, with gradients that are averaged over the processes in the backward.
 
-    The first process's weights are those of all from the start. find_unused_parameters: for networks that leave some
-    unused, and because PyTorch then never regroups the gradients after the first step. An all-reduce adds by a number's
-    place in its group, so that only thus a run that was interrupted keeps the bits of one that was not.
+    All processes start with the weights of the first one. find_unused_parameters is needed for networks that leave some
+    parameters unused. Also, PyTorch then does not regroup the gradients after the first step. The order of summation in
+    an all-reduce depends on the groups, so a resumed run would otherwise get other bits than an uninterrupted one.
     """
     if ranks() == 1:
         return module
@@ -457,19 +462,19 @@ def averaging(module, device):
     if (device := torch.device(device)).type == "cuda":
         ids = [torch.cuda.current_device() if device.index is None else device.index]
     module = DistributedDataParallel(module, device_ids=ids, find_unused_parameters=True)
-    module.broadcast_buffers = False  # every step averages them; as an argument, its name depends on PyTorch's version
+    module.broadcast_buffers = False  # each step averages them; the argument's name depends on the PyTorch version
     return module
 
 
 def synchronised(embedder, device):
-    """The network; on GPUs its batch normalisation is over the batches of all processes. PyTorch has none for CPUs."""
+    """The network, on GPUs with batch normalisation over all processes, which PyTorch does not have for CPUs."""
     if ranks() > 1 and torch.device(device).type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(embedder)
     return embedder
 
 
 def where(device):
-    """Of what a run's figures depend on beside its settings: {name: value} for config.yaml."""
+    """What the results of a run depend on in addition to its settings: {name: value} for config.yaml."""
     if ranks() == 1:
         return dict(device=device)
     kind = torch.device(device).type

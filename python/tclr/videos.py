@@ -1,7 +1,7 @@
-"""Sets of videos: `Loaded` holds every frame in memory, `Files` decodes what is asked for.
+"""Sets of videos: `Loaded` has all frames in memory, `Files` decodes them on demand.
 
-Both offer what the trainer is written on: names, labels [videos] or None, classes or None, counts, len(),
-length(i) -> frames of video i, and read(i, positions) -> uint8 [P, 3, H, W].
+Both have the interface that the trainer uses: names, labels [videos] or None, classes or None, counts, len(),
+length(i) -> the number of frames of video i, and read(i, positions) -> uint8 [P, 3, H, W].
 """
 
 import csv
@@ -16,12 +16,12 @@ import torch.nn.functional as F
 
 from . import annotations, decode, processes
 
-COUNTS = "missing", "unreadable", "replaced", "padded", "decoded", "held"  # of `Files`
+COUNTS = "missing", "unreadable", "replaced", "padded", "decoded", "held"  # the keys of `Files.counts`
 
 
 @dataclass
 class Loaded:
-    """Decoded videos. frames: a list of uint8 [F, 3, H, W]; labels: [videos]; counts: how the decoding went."""
+    """Decoded videos. frames: a list of uint8 [F, 3, H, W]; labels: [videos]; counts: of the decoding, see `load`."""
 
     names: list
     frames: list
@@ -40,16 +40,16 @@ class Loaded:
 
 
 class Files:
-    """Videos decoded on demand; safe to read from several threads.
+    """Videos that are decoded on demand. Several threads may read at the same time.
 
-    A video under `shortest` frames is played forwards and backwards up to it. One that cannot be read is replaced by
-    the next readable one in an order drawn from `seed`, of the same class where there are labels, and listed in
-    `bad_videos` with the reason. What read(i, positions) returns depends on nothing but the files and the seed, never
-    on what was read before: a resumed run sees what the uninterrupted one would have seen. `size` = (H, W) brings
-    videos of different sizes to one, covered and cut around the centre; without it they stay as they are.
+    A video with fewer than `shortest` frames is played forwards and backwards up to this length. An unreadable video is
+    replaced by the next readable one in a random order that depends on `seed`, with the same class if there are labels,
+    and is listed in `bad_videos` with the reason. The result of read(i, positions) depends on the files and the seed
+    only, so a resumed run sees the same frames as an uninterrupted one. If `size` = (H, W) is given, all frames are
+    resized to cover it and cropped around the centre.
 
-    counts: decoded, replaced, held (reads; "held" where a file has become shorter since its frames were counted, and
-    its last one was repeated); padded, unreadable (videos).
+    counts: "decoded", "replaced" and "held" count reads, "padded" and "unreadable" count videos. A read is "held" if
+    the file has become shorter since its frames were counted, so that its last frame was repeated.
     """
 
     def __init__(self, listing, *, shortest=64, size=None, seed=0, bad_videos=None, decoder=decode.DECODER):
@@ -69,7 +69,7 @@ class Files:
         return len(self.entries)
 
     def length(self, i):
-        """Frames of video i, or of the one that stands in for it."""
+        """The number of frames of video i, or of the video that replaces it."""
         return max(self.shortest, self._first_readable(i, self._own_length))
 
     def read(self, i, positions):
@@ -77,7 +77,7 @@ class Files:
         return self._first_readable(i, lambda j: self._own_frames(j, torch.as_tensor(positions)))
 
     def _first_readable(self, i, function):
-        """function(j) of video i, or of the first that takes its place."""
+        """function(j) for the first readable video j: i itself, or its replacement."""
         for j in self._candidates(i):
             try:
                 result = function(j)
@@ -96,7 +96,7 @@ class Files:
                 yield j
 
     def _own_length(self, j):
-        """Frames of video j itself."""
+        """The number of frames of video j. Raises Unreadable instead of replacing the video."""
         if j not in self._frames:
             entry = self.entries[j]
             frames = decode.length(self.root / entry.path)
@@ -118,18 +118,18 @@ class Files:
         return frames if self.size is None else covered(frames, self.size)
 
     def findings(self):
-        """The bad videos that this process met since the last call: [(name, reason), ...]"""
+        """The unreadable videos that this process has found since the last call: [(name, reason), ...]"""
         with self._lock:
             found, self._news = self._news, []
         return found
 
     def learn(self, findings):
-        """Takes the bad videos that another process met as met here."""
+        """Adds the unreadable videos that another process has found."""
         for name, reason in findings:
             self._report(name, reason, own=False)
 
     def tally(self):
-        """`counts` of all processes together, those that are not 0."""
+        """The `counts` of all processes together, without those that are 0."""
         with self._lock:
             mine = self.counts.copy(), self._padded.copy()
         counts, padded = zip(*processes.exchange(mine), strict=True)
@@ -142,7 +142,7 @@ class Files:
             self.counts[what] += 1
 
     def _report(self, name, reason, own=True):
-        """Counts a bad video when it is first met, and lists it unless an earlier run or another set has."""
+        """Counts an unreadable video when it is found first, and adds it to the list unless it is already there."""
         with self._lock:
             if name in self.bad:
                 return
@@ -157,7 +157,7 @@ class Files:
 
 
 def share_findings(videos):
-    """Every process learns which bad videos the others met, so that the first one lists them all."""
+    """Exchanges the unreadable videos between the processes, so that the first process can list all of them."""
     files = isinstance(videos, Files)
     for findings in processes.exchange(videos.findings() if files else []):
         if files:
@@ -165,9 +165,9 @@ def share_findings(videos):
 
 
 def check_sizes(found, threads=8):
-    """Raises ValueError where two readable videos of the set `found` differ in size: batches need one size.
+    """Raises ValueError if two readable videos of the set `found` differ in size, since a batch needs one size.
 
-    Each process looks at its part of the videos; the error is the same in all.
+    Each process checks its part of the videos, and all raise the same error.
     """
     paths = list(dict.fromkeys(entry.path for entry in found.entries))
     with processes.telling():
@@ -181,7 +181,7 @@ def check_sizes(found, threads=8):
 
 
 def _first_sizes(root, paths, places, threads):
-    """{(H, W): place} of the first two sizes that readable videos at these places have."""
+    """{(H, W): place} for the first two sizes among the readable videos at these places."""
     seen = {}
     with ThreadPoolExecutor(threads) as pool:
         for place, size in zip(places, pool.map(lambda place: _size(root / paths[place]), places), strict=True):
@@ -201,7 +201,7 @@ def _size(path):
 
 
 def _readable(path):
-    """By the whole file: one that is damaged behind its first frame is replaced, whatever its size."""
+    """Whether the whole file can be decoded. A file that is damaged after its first frame will be replaced."""
     try:
         return decode.length(path) > 0
     except decode.Unreadable:
@@ -209,7 +209,7 @@ def _readable(path):
 
 
 def _listed(path):
-    """{video: reason} of a list of bad videos; none where there is no list."""
+    """{video: reason} from a list of unreadable videos; empty if there is no list."""
     if path is None or not path.exists():
         return {}
     with open(path, newline="", errors="surrogateescape") as file:
@@ -217,7 +217,7 @@ def _listed(path):
 
 
 def covered(frames, size):
-    """Frames scaled until they cover `size` = (H, W), cut around the centre. uint8 [P, 3, h, w] -> [P, 3, H, W]"""
+    """Resizes frames to cover `size` = (H, W) and crops them around the centre. uint8 [P, 3, h, w] -> [P, 3, H, W]"""
     have, scale = frames.shape[2:], max(want / side for want, side in zip(size, frames.shape[2:], strict=True))
     if scale != 1:
         scaled = [max(want, round(scale * side)) for want, side in zip(size, have, strict=True)]
@@ -227,7 +227,7 @@ def covered(frames, size):
 
 
 def mirrored(positions, frames):
-    """Positions of a video played forwards, backwards, forwards, ... as positions in its `frames` frames."""
+    """Converts positions in a video that is played forwards, backwards, forwards, ... to positions in its frames."""
     there_and_back = torch.tensor([*range(frames), *range(frames - 2, 0, -1)])
     return there_and_back[positions % len(there_and_back)]
 
@@ -240,7 +240,7 @@ def mirror_pad(video, length):
 def load(root, split, shortest, progress=iter):
     """Decodes a split of UCF101, such as "trainlist01", into memory.
 
-    Videos under `shortest` frames are mirror-padded, unreadable ones left out; both are counted.
+    Videos with fewer than `shortest` frames are mirror-padded, and unreadable ones are left out; both are counted.
     """
     listing = annotations.read("ucf101", root, split[:-6], int(split[-2:]))
     videos, names, labels, counts = [], [], [], Counter(missing=len(listing.missing))

@@ -1,15 +1,15 @@
-"""What the two backends with CUDA kernels want of a device."""
+"""Which devices the CUDA and Triton kernels run on."""
 
 import functools
 
 import torch
 
-OLDEST = 8, 0  # compute capability: of older devices the kernels would spill registers, and lack bfloat16
+OLDEST = 8, 0  # compute capability; older devices have no bfloat16, and the kernels would spill registers there
 
 
 @functools.cache
 def why_not(device: torch.device) -> str | None:
-    """Why kernels cannot run on a CUDA or HIP device; None where they can."""
+    """The reason why the kernels cannot run on a CUDA or HIP device, or None if they can."""
     if torch.version.cuda is None and torch.version.hip is None:
         return "this PyTorch is built without CUDA"
     if not torch.cuda.is_available():

@@ -32,8 +32,9 @@ def unit_rows(z: Tensor) -> Tensor:
 def gram(sets: Sequence[Tensor], tau: float | Tensor, normalize: bool, cross: bool) -> tuple[Tensor, Tensor, Tensor]:
     """term, neg, pos: [G, V, V, N] of the sets: V tensors [G, N, D]; tau: a float or a 0-d tensor.
 
-    On the CPU all arithmetic is float64: the weights of very confident pairs lie below float32's range, the gradients
-    they give to small rows do not. Elsewhere float64 may be slow or missing, and it is the sets' own, float32 at least.
+    On the CPU all arithmetic is float64, since the weights of very confident pairs are below float32's range, but the
+    gradients that they give to short rows are not. Other devices may be slow in float64 or lack it, so the dtype there
+    is that of the sets, and at least float32.
     """
     wide = torch.promote_types(sets[0].dtype, torch.float32)
     dtype = torch.float64 if sets[0].device.type == "cpu" else wide
@@ -44,10 +45,10 @@ def gram(sets: Sequence[Tensor], tau: float | Tensor, normalize: bool, cross: bo
 def _gram(z: Tensor, tau: float | Tensor, normalize: bool, cross: bool) -> tuple[Tensor, Tensor, Tensor]:
     """z: [G, V, N, D]
 
-    Diagonals are copied by an index, not taken as views. torch.compile overwrites a tensor saved for the backward in
-    place once it is used up, even where a view of it, saved too, is still to be read (`donated_buffer` in
-    torch/_functorch/config.py, PyTorch 2.13): with `neg.diagonal()` the compiled gradient was wrong. The masks compare
-    integers, since inductor cannot generate code for a comparison of two boolean index expressions.
+    Diagonals are copied by indexing, since with the view `neg.diagonal()` the compiled gradient was wrong:
+    torch.compile overwrites a tensor saved for the backward after its last use, even if a saved view of it is read
+    later (`donated_buffer` in torch/_functorch/config.py, PyTorch 2.13). The masks compare integers, since inductor
+    cannot generate code that compares two boolean index expressions.
     """
     if isinstance(tau, torch.Tensor):
         tau = tau.to(device=z.device, dtype=z.dtype)
@@ -59,16 +60,16 @@ def _gram(z: Tensor, tau: float | Tensor, normalize: bool, cross: bool) -> tuple
     half = a // ((V + 1) // 2)  # which half of the sets, 0 or 1
     paired = (half[:, None] != half if cross else a[:, None] != a)[:, :, None]  # [V, V, 1]
     pos = S[:, :, :, i, i].masked_fill(~paired, 0)
-    if N == 1:  # no negatives: neg is -inf, and the term 0 with no -inf - -inf on the way, nor g - g in pos's gradient
+    if N == 1:  # without negatives neg is -inf and the term 0; the formula below would make NaN of -inf - (-inf)
         return 0 * (pos - pos.detach()), torch.full_like(pos, -torch.inf), pos
     neg = S.masked_fill(i[:, None] == i, -torch.inf).logsumexp(-1)
     negatives = neg if cross else torch.logaddexp(neg[:, a, a][:, :, None], neg)
-    term = -F.logsigmoid(pos - negatives)  # softplus, without its threshold
+    term = -F.logsigmoid(pos - negatives)  # F.softplus is not exact above its threshold
     return term.masked_fill(~paired, 0), neg.masked_fill(~paired, -torch.inf) if cross else neg, pos
 
 
 class _Matrix:
-    """The similarities S [G, A, C, n, K] of a rectangle, and masks of the kinds of candidates; see `rectangle`."""
+    """The similarities S [G, A, C, n, K] of rows and columns, and masks that say what each candidate is."""
 
     def __init__(
         self,
@@ -84,7 +85,7 @@ class _Matrix:
         wide = torch.promote_types(columns[0].dtype, torch.float32)
         self.dtype = torch.float64 if columns[0].device.type == "cpu" else wide
         self.normalize = normalize
-        # rows that are the columns are converted once, so that the gradients of both sides are added in this dtype
+        # if rows and columns are the same, they are converted once, so that their two gradients are added in this dtype
         stacked = [torch.stack([x.to(self.dtype) for x in sets], dim=1) for sets in (columns, rows) if sets]
         stacked = [unit_rows(x) for x in stacked] if normalize else stacked
         self.z, self.r = stacked[0], stacked[-1]
@@ -106,7 +107,11 @@ class _Matrix:
             self.positive = same_key & ~itself & self.there
 
     def weights(self, of: Sequence[Tensor], turn: Callable[[Tensor], Tensor]) -> Tensor:
-        """W of the anchors whose values and upstream are given; turn: to their view of the matrix from the rows'."""
+        """The weights W of the similarities in the gradient, for the anchors on one side.
+
+        of: the outputs and upstream gradients of these anchors. turn: the identity if the anchors are the rows, or
+        `_turned` if they are the columns.
+        """
         S, positive = turn(self.S.detach()), None if self.positive is None else turn(self.positive)
         of = [x.to(self.dtype)[..., None] for x in of]
         if len(of) == 2:
@@ -123,7 +128,7 @@ class _Matrix:
         return W
 
     def gradients(self, sets: Sequence[Tensor], z: Tensor, dz: Tensor) -> list[Tensor]:
-        """The gradients of sets, from those of their rows z [G, V, N, D] as the products take them."""
+        """The gradients of the sets, from the gradients dz of their (normalised) rows z [G, V, N, D]."""
         dz = dz.view_as(z)
         if self.normalize:
             x = torch.stack([x.to(z.dtype) for x in sets], dim=1)
@@ -147,10 +152,10 @@ def rectangle(
     column_keys: Tensor | None,
     mean: bool = False,
 ) -> tuple[Tensor, ...]:
-    """What `tclr_kernels/general.py` defines: neg, pos and, with keys, pos_lse, spread, count. No mean is made.
+    """neg, pos and, with keys, pos_lse, spread, count, as `tclr_kernels/general.py` defines them. `mean` is ignored.
 
-    rows: sets [G, n, D], none where they are the columns; columns: sets [G, K, D]; first: the rows' place among the
-    columns, or -1. Results have the dtype of the arithmetic, which is that of `gram`.
+    rows: sets [G, n, D], or no sets if they are the columns; columns: sets [G, K, D]; first: the column that has the
+    index of the first row, or -1. The results have the dtype in which they are computed, see `gram`.
     """
     m = _Matrix(rows, columns, tau, normalize, cross, first, row_keys, column_keys)
     neg = m.S.masked_fill(m.left_out | ~m.there, -torch.inf).logsumexp(-1)
@@ -196,7 +201,10 @@ def rectangle_backward(
     for_rows: bool,
     for_columns: bool,
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """The gradient by the weights that `tclr_kernels/general.py` prints, for anchors that other processes have."""
+    """The gradients of the sets on both sides, and <z, dz> of their rows, by the formula in `tclr_kernels/general.py`.
+
+    of_rows, of_columns: the outputs and upstream gradients of the anchors on this side; empty if it has no anchors.
+    """
     m = _Matrix(rows, columns, tau, normalize, cross, first, row_keys, column_keys)
     W = m.weights(of_rows, lambda x: x) if of_rows else torch.zeros_like(m.S)
     if of_columns:
@@ -212,5 +220,5 @@ def rectangle_backward(
 
 
 def _turned(x: Tensor) -> Tensor:
-    """Rows and columns exchanged: [..., n, K] as [..., K, n], and so their sets."""
+    """Exchanges rows and columns, and the dimensions of their sets if x has these."""
     return x.mT if x.dim() < 4 else x.mT.transpose(-4, -3)

@@ -1,15 +1,17 @@
-"""The Triton kernels of `tclr_kernels/triton/`, as operators `torch.ops.tclr_kernels_triton.*`.
+"""The Triton backend: the kernels of `tclr_kernels/triton/` as registered operators `torch.ops.tclr_kernels_triton.*`.
 
-Launches: small groups one forward and one backward; else three forward (rows, tiles' sums, finish) and three backward
-(rows, coefficients, tiles). Of more than 512 features, the backward makes chunks of rows in place of tiles: two
-products by the vendor's library and a launch each, and one launch at the end. A temperature that is a tensor is never
-read on the host: the tiles' kernel is launched for the range where exponentials are safe and for that where they need a
-maximum, and one of the two returns at once. Sets that lie in no rows of equal steps, strided gradients but one number
-for all terms, and float64 with a number for its temperature take a launch more.
+Launches of the operation of `symmetric.py`: small groups take one in the forward and one in the backward. Other groups
+take three in the forward (rows, sums, finish) and three in the backward (rows, coefficients, gradient). With more than
+512 features, the backward takes blocks of rows, with two matrix products by the vendor's library and one launch for
+each block, and one launch at the end. If the temperature is a tensor, it is never read on the host: one kernel is
+launched for temperatures where exp S cannot overflow, another for all others, and one of the two returns at once. One
+more launch is needed to stack sets that are not evenly spaced in memory, to copy a strided upstream gradient (except a
+single expanded number), and for float64 with a float as temperature.
 
-The general form (`rectangle`, `pairs`, `rectangle_backward`): four forward (both sides' rows, sums, finish), three
-where the rows are the columns, one more for the columns' mean, which a backward without columns is made of; six
-backward for one side (rows, units, coefficients, gradient, join), two more for the other.
+Launches of the general operation (`rectangle`, `pairs`, `rectangle_backward`): four in the forward (rows of both sides,
+sums, finish), or three if the rows are the columns, and one more for the columns' mean, from which a backward without
+gradients of the columns is computed. The backward takes six for one side (rows of both sides, units, coefficients,
+gradient, join), and two more for the other side.
 """
 
 import importlib.util
@@ -29,9 +31,9 @@ NAMESPACE = "tclr_kernels_triton"
 
 
 def version() -> str | None:
-    """Triton's version, without importing it; None where there is none.
+    """Triton's version, or None if Triton is not installed. Does not import it.
 
-    Read from the module, since not every distribution that brings it is called triton: ROCm's is pytorch-triton-rocm.
+    It is read from the module's file, since the package has other names too, such as pytorch-triton-rocm.
     """
     found = importlib.util.find_spec("triton")
     if found is None or found.origin is None:
@@ -41,7 +43,7 @@ def version() -> str | None:
 
 
 def _unusable() -> str | None:
-    """Why there is no Triton to use."""
+    """The reason why Triton cannot be used, or None if it can."""
     if (found := version()) is None:
         return "Triton is not installed"
     numbers = tuple(map(int, re.findall(r"\d+", found)[:2]))
@@ -63,7 +65,7 @@ def why_not(device: torch.device) -> str | None:
 
 
 def belongs(device: torch.device) -> bool:
-    """Whether the package has kernels for such a device, so that their absence is a fault of the installation."""
+    """Whether the package has kernels for this device, so that it is an installation fault if they cannot run."""
     return not _interpreted and device.type == "cuda" and cuda.why_not(device) is None
 
 
@@ -140,12 +142,12 @@ def rectangle_backward(
 
 
 def _split(tau: float | Tensor) -> tuple[Tensor | None, float]:
-    """The temperature as the operators take it: a tensor that is never read on the host, or a float."""
+    """The temperature as the two arguments of the operators: a tensor, never read on the host, or a float."""
     return (tau, 0.0) if isinstance(tau, torch.Tensor) else (None, tau)
 
 
 def _path(sets):
-    """The module whose kernels serve such sets; the first call imports Triton."""
+    """The module with the kernels for sets of this size. The first call imports Triton."""
     from tclr_kernels.triton import large, small
 
     return small if small.serves(len(sets), sets[0].shape[1]) else large
@@ -208,7 +210,7 @@ def _rectangle_backward(rows, columns, tau, tau_value, *others):
 
 
 def _pairs_of_rows(rows, columns):
-    """Whether there is anything to compare."""
+    """Whether rows and columns have any entries, so that there are similarities to compute."""
     return all(size > 0 for sets in (rows or columns, columns) for size in sets[0].shape)
 
 
@@ -260,7 +262,7 @@ _schemas = {
     "rectangle_backward": f"({_settings}, Tensor[] of_rows, Tensor[] of_columns, bool for_rows, bool for_columns)"
     " -> (Tensor, Tensor, Tensor)",
 }
-_general = {  # operator -> what computes, and what says the shapes alone
+_general = {  # operator -> its implementation, and its fake implementation, which only allocates outputs
     "rectangle": (_rectangle, _empty_rectangle),
     "pairs": (_pairs, _empty_pairs),
     "rectangle_backward": (_rectangle_backward, _empty_rectangle_backward),

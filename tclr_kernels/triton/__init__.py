@@ -1,9 +1,11 @@
-"""The kernels of `backends/triton.py`. They are imported with the first call, and Triton with them.
+"""The kernels of `backends/triton.py`. The first call of an operator imports them, and with them Triton.
 
-epilogue.py   what both paths do elementwise: unit rows, terms, the gradients of neg and pos
-small.py      many small groups: several of them in one tile, one launch each way
-large.py      few large groups: the Gram matrix by tiles
-wide.py       the gradient of rows of more than 512 features: its products by the vendor's library
-rectangle.py  the general form: some rows against some columns, with labels; by tiles
-tiles.py      the tiles of each kind of device, chosen by `python -m benchmarks.compile_triton`
+small.py      the operation of `symmetric.py` for many small groups: several groups in one tile, one launch each way
+large.py      the same for few large groups, whose Gram matrices are computed by tiles
+wide.py       the gradient of `large.py` for rows of more than 512 features, with matrix products by torch.bmm
+rectangle.py  the operation of `general.py`: some rows against some columns, with labels
+epilogue.py   the elementwise functions that they share: unit rows, terms, the gradients of neg and pos
+sets.py       preparation of arguments, and the launches
+tiles.py      the tile sizes for each class of devices, checked by `python -m benchmarks.compile_triton`
+tuning.py     tile sizes by measurement, with TCLR_KERNELS_AUTOTUNE=1
 """

@@ -1,8 +1,9 @@
-"""What the kernels do elementwise; in float64, as the CPU's do, since it is O(M V) beside O(M^2).
+"""The elementwise functions of the kernels. They compute in float64, since they are O(M V) and the products O(M^2).
 
 unit rows       z = x / |x|, 0 for a zero row, NaN for one that is not finite
 term            log(1 + (exp own + exp neg) / exp pos)
-its gradient    g = g_term sigmoid(log(exp own + exp neg) - pos):  -g for pos, and g for own and neg by their shares
+its gradient    g = g_term sigmoid(log(exp own + exp neg) - pos):  -g for pos, and g for own and neg, in proportion to
+                exp own and exp neg
 dx              (dz - z <z, dz>) / |x|
 """
 
@@ -12,7 +13,7 @@ import triton.language as tl
 
 @triton.jit
 def inverse_of(tau, TENSOR: tl.constexpr, ACC: tl.constexpr):
-    """1 / tau. tau: a pointer to a number of any dtype, or a number"""
+    """1 / tau. tau: a number, or a pointer to one of any dtype"""
     if TENSOR:
         value = tl.load(tau).to(tl.float32) if tau.dtype.element_ty != tl.float64 else tl.load(tau)
         inverse = 1.0 / value.to(ACC)
@@ -23,20 +24,20 @@ def inverse_of(tau, TENSOR: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def widened(x, scale):
-    """x / scale in float64; scale, of the rows, is 1 but for float64: squares of floats always fit a double."""
+    """x / scale in float64. Only float64 rows need a scale: the squares of narrower floats cannot overflow a double."""
     return x / scale[:, None] if x.dtype == tl.float64 else x.to(tl.float32).to(tl.float64)
 
 
 @triton.jit
 def largest_entry(x):
-    """Of each row; 1 for a row of zeros."""
+    """The largest |x| of each row, or 1 for a row of zeros."""
     largest = tl.max(tl.abs(x), 1)
     return tl.where(largest == 0, 1.0, largest)
 
 
 @triton.jit
 def inverse_length(squares):
-    """1 / length, 0 for a zero row, NaN for one that is not finite. squares: the sum of a row's squares"""
+    """1 / length: 0 for a row of zeros, NaN for a row that is not finite. squares: the sum of the row's squares"""
     length = tl.sqrt(squares)
     inverse = tl.where(length == 0, 0.0, 1.0 / tl.where(length == 0, 1.0, length))
     return tl.where(length * 0 == 0, inverse, float("nan"))
@@ -63,7 +64,7 @@ def sigmoid(t):
 
 @triton.jit
 def log_add(x, y):
-    """log(exp x + exp y), -inf where both are, NaN where one is."""
+    """log(exp x + exp y): -inf if both are -inf, NaN if one is NaN."""
     high = tl.where(x > y, x, y)
     low = tl.where(x > y, y, x)
     return tl.where(low == float("-inf"), high, high + log1p(tl.exp(low - high)))
@@ -71,7 +72,7 @@ def log_add(x, y):
 
 @triton.jit
 def term_of(own, neg, pos, CROSS: tl.constexpr):
-    """The term of rows that have negatives."""
+    """The term of anchors that have negatives."""
     negatives = neg
     if not CROSS:
         negatives = log_add(own, neg)
@@ -80,20 +81,20 @@ def term_of(own, neg, pos, CROSS: tl.constexpr):
 
 @triton.jit
 def start_of(a, inner, stride_w, stride_v):
-    """Where a set begins: sets lie in rows of `inner` sets, as `one_array` finds them."""
+    """The offset of set a in the grid of sets that `one_array` describes."""
     return (a // inner) * stride_w + (a % inner) * stride_v
 
 
 @triton.jit
 def exists(a, c, V, CROSS: tl.constexpr):
-    """Whether the block of sets a and c does. a or c may be vectors."""
+    """Whether the block of sets a and c exists. a or c may be vectors."""
     half = (V + 1) // 2
     return (a < half) != (c < half) if CROSS else (a >= 0) | (c >= 0)
 
 
 @triton.jit
 def given(pointer, at, mask, GIVEN: tl.constexpr):
-    """A gradient in float64, 0 where there is none."""
+    """An upstream gradient in float64, 0 if it is not given."""
     return tl.load(pointer + at, mask=mask, other=0.0).to(tl.float64) if GIVEN else tl.zeros(at.shape, tl.float64)
 
 
@@ -102,10 +103,10 @@ def pair_gradients(
     neg, pos, g_term, g_neg, g_pos, count, own, at, mask, TERM: tl.constexpr, NEG: tl.constexpr, POS: tl.constexpr,
     CROSS: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of neg and pos of a set's rows with another one, and what they add to that of own.
+    """The gradients of neg and pos in a block of two different sets, and its contribution to the gradient of own.
 
-    own: of the rows; at: the offsets of (row, other set); mask: rows that exist, in a block that exists, N > 1.
-    TERM: "each" where g_term has a number for every term / count, "one" where it has the same for all, or None.
+    own: neg of each row's own set; at: the rows' offsets in the block; mask: rows that exist, in an existing block.
+    TERM: "each" if g_term has a number for every term / count, "one" if it has one number for all, None if not given.
     """
     for_neg = given(g_neg, at, mask, NEG)
     for_pos = given(g_pos, at, mask, POS)
@@ -127,7 +128,7 @@ def pair_gradients(
 
 @triton.jit
 def finite_size(g):
-    """|g|, 0 where it is not finite: no measure for the others."""
+    """|g|, or 0 if g is not finite, so that it does not determine the scale of the other gradients."""
     size = tl.abs(g)
     return tl.where(size < float("inf"), size, 0.0)
 
@@ -147,7 +148,7 @@ def power_of_two(exponent):
 
 @triton.jit
 def gradient_scale(norm, unit, inverse_tau, NORMALIZE: tl.constexpr):
-    """What turns dz, projected if normalised, into the gradient of x; in float64, 0 for a zero row. norm: [rows]"""
+    """The factor from dz (projected, if rows are normalised) to the gradient of x, in float64; 0 for a row of zeros."""
     scale = (unit * inverse_tau).to(tl.float64) + tl.zeros_like(norm)
     if NORMALIZE:
         scale = tl.where(norm == 0, 0.0, scale / tl.where(norm == 0, 1.0, norm))
@@ -156,20 +157,20 @@ def gradient_scale(norm, unit, inverse_tau, NORMALIZE: tl.constexpr):
 
 @triton.jit
 def factors(scale, ACC: tl.constexpr):
-    """Two factors of scale, for a product in ACC whose own range is no narrower than that of its result."""
+    """Two numbers of dtype ACC whose product is scale, which itself may be outside the range of ACC."""
     if tl.float64 != ACC:
-        scale = tl.where(scale > 1e75, 1e75, scale)  # what is 0 stays so
+        scale = tl.where(scale > 1e75, 1e75, scale)  # an infinite scale would make NaN of a gradient of 0
     half = power_of_two(exponent_of(scale) // 2)
     return half.to(ACC), (scale / half).to(ACC)
 
 
 @triton.jit
 def scaled(dz, norm, one, other):
-    """dz by the two factors of each row; 0 for a zero row, though another row is not finite."""
+    """dz times the two factors of each row; 0 for a row of zeros, even if dz is not finite there."""
     return tl.where(norm[:, None] == 0, 0.0, dz * one[:, None] * other[:, None])
 
 
 @triton.jit
 def narrowed(x, dtype: tl.constexpr):
-    """float64 to any dtype; by way of float32, which the interpreter's bfloat16 needs."""
+    """Converts x to any dtype, by way of float32, since the interpreter cannot convert float64 to bfloat16."""
     return x if dtype == tl.float64 else x.to(tl.float32).to(dtype)

@@ -1,23 +1,27 @@
-"""Few large groups: the Gram matrix by tiles, never held, and by its upper triangle where it is symmetric.
+"""Few large groups: the Gram matrix is computed by tiles and never stored, and only half of it if it is symmetric.
 
     rows          z = x / |x|, packed and padded to whole tiles
     sums          sum_j exp S[(a,i),(c,j)] over j != i, and pos[a,c,i] = S[(a,i),(c,i)]
-    finish        neg = log of the sums, term
-    coefficients  g_neg, g_pos; alpha = g_neg exp(-neg) where the exponentials are safe
+    finish        neg = log of the sums, and term
+    coefficients  g_neg and g_pos; alpha = g_neg exp(-neg) in the bounded case
     gradient      dz_(a,i) = 1/tau sum_(c,j) exp S (alpha_i + alpha_j) z_j + 1/tau sum_c (g_pos_ac + g_pos_ca) z_(c,i)
-    join          the same from partial dz, where rows are few and several programs share their columns
+    join          adds up partial dz, if there are few rows and several programs share the columns of a row
 
-Where |S| <= 1/tau <= LIMIT, as of unit rows it is, exp S itself is kept ("bounded"); elsewhere (largest, sum), and
-the gradient takes two exponentials. The sums go by super-blocks of a set: one program has a pair of them and adds what
-its tiles have, in a fixed order, to slots that no other program writes. Where exp S is kept, one tile serves its rows
-and its columns; elsewhere rows and columns would take an exponential each, and S is made twice.
+"Bounded" means that rows have length one and 1/tau <= LIMIT. Then |S| <= LIMIT, so exp S and its sums cannot overflow,
+and the kernels sum exp S itself. Otherwise they keep the largest S and a sum relative to it, and the gradient needs two
+exponentials for each S.
 
-Unit rows of half precision are carried as float16, with eleven bits more exact than bfloat16 and as fast. Those of
-float32 are, where TF32 is not allowed, sums of two float16 ("pairs"), and each product is three: the tensor cores make
-them many times as fast as the arithmetic of float32, and nearly as exact.
+In the sums kernel, each program has two super-blocks, which are parts of a set. It adds up the sums of its tiles in a
+fixed order, and writes them to slots that no other program writes, so results are deterministic. In the bounded case
+it adds exp S of a tile to both the rows' and the columns' sums. Otherwise, rows and columns would need an exponential
+each, so S is computed twice instead, once for either side.
 
-Triton compiles a kernel anew for an int argument that is 1 (then a constant, no tensor) or divisible by 16. It does not
-for the arguments named in do_not_specialize; N, G and D are left to it where the registers would spill otherwise.
+Unit rows of half precision are stored as float16, which is as fast as bfloat16 and more exact (11 bits instead of 8).
+Unit rows of float32 are stored as sums of two float16 ("pairs") unless TF32 is used. A product then takes three
+products of float16, which on tensor cores are many times as fast as float32 arithmetic and nearly as exact.
+
+Triton compiles a kernel again when an int argument is 1 (which then becomes a constant) or divisible by 16, except for
+the arguments in do_not_specialize. N, G and D are not listed there in kernels that would spill registers otherwise.
 """
 
 import functools
@@ -54,20 +58,20 @@ from .epilogue import (
 from .sets import INTERPRETED, accumulator, cdiv, launch, one_array, temperature, upstream
 from .tiles import Tile
 
-LIMITS = {torch.float32: 60.0, torch.float64: 300.0}  # of 1 / tau, for exp S and its sums to stay within the range
+LIMITS = {torch.float32: 60.0, torch.float64: 300.0}  # largest 1 / tau for which exp S and its sums cannot overflow
 LOG2E = tl.constexpr(1.4426950408889634)
-UNIT = tl.constexpr(4096.0)  # of pairs: the lower half of a unit row's feature is a normal float16 or no matter
-RUN = tl.constexpr(64)  # of features that go to the same half of dz
+UNIT = tl.constexpr(4096.0)  # scale of pairs, so that the lower float16 of a feature is no subnormal if it matters
+RUN = tl.constexpr(64)  # consecutive features that go to the same half of dz
 
 
 @triton.jit
 def to_tf32(x):
-    """x rounded to the nearest number of TF32.
+    """x rounded to the nearest TF32 number.
 
-    The tensor cores take a float32 and ignore its last 13 bits. Without this, every operand would be too small.
+    The tensor cores ignore the last 13 bits of a float32, so without rounding every operand would be too small.
     """
     rounded = ((x.to(tl.int32, bitcast=True) + (1 << 12)) & -(1 << 13)).to(tl.float32, bitcast=True)
-    return tl.where(tl.abs(x) < 3.4e38, rounded, x)  # neither a NaN nor what would become infinite
+    return tl.where(tl.abs(x) < 3.4e38, rounded, x)  # keeps NaN, infinity, and numbers that would round to infinity
 
 
 @triton.jit(do_not_specialize=["V", "N", "inner"])
@@ -75,9 +79,9 @@ def rows_kernel(
     x, z, u, norms, V, N, NP, D, lower: tl.int64, inner, stride_w: tl.int64, stride_v: tl.int64, stride_g, stride_n,
     stride_d, NORMALIZE: tl.constexpr, PRECISION: tl.constexpr, BR: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """z: [G, V, NP, DP], padded with zeros, and norms: [G, V, NP], of V sets x [G, N, D], as `one_array` gives them.
+    """z: [G, V, NP, DP], padded with zeros, and norms: [G, V, NP]. x: V sets [G, N, D], as `one_array` returns them.
 
-    With pairs, u has UNIT * z in float16, and from `lower` on what that rounds away.
+    With pairs, also u: UNIT * z in float16 and, from offset `lower` on, the rounding error of that in float16.
     """
     block = tl.program_id(0).to(tl.int64) * BR
     i = (block % NP).to(tl.int32) + tl.arange(0, BR)
@@ -108,16 +112,17 @@ def rows_kernel(
 
 @triton.jit
 def halves_of(x):
-    """A float32 as the sum of two float16, together as exact as 22 bits are, above 2^-14 and below 65504."""
+    """A float32 as a sum of two float16, exact to 22 bits if it is between 2^-14 and 65504."""
     high = x.to(tl.float16)
     return high, (x - high.to(tl.float32)).to(tl.float16)
 
 
 @triton.jit
 def features(z, d, ROWS: tl.constexpr, DP: tl.constexpr, UPCAST: tl.constexpr, AGAIN: tl.constexpr = False):
-    """Features d of ROWS rows. z: the first of them; UPCAST: bfloat16 is wrong in the interpreter
+    """Features d of ROWS rows. z: a pointer to the first row.
 
-    AGAIN: another read of them, which the compiler shall not save by keeping the first in registers.
+    UPCAST: convert to float32, since the interpreter computes wrongly in bfloat16.
+    AGAIN: read them from memory again, so that the compiler does not keep an earlier read in registers.
     """
     x = tl.load(z + (tl.arange(0, ROWS)[:, None] * DP + d[None, :]), cache_modifier=".cg" if AGAIN else "")
     return x.to(tl.float32) if UPCAST else x
@@ -125,16 +130,17 @@ def features(z, d, ROWS: tl.constexpr, DP: tl.constexpr, UPCAST: tl.constexpr, A
 
 @triton.jit
 def operand(u, lower, d, ROWS: tl.constexpr, DP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """Features d of ROWS rows for a product: one tensor, with pairs two."""
+    """Features d of ROWS rows as an operand of `plus_product`: one tensor, or two with pairs."""
     high = features(u, d, ROWS, DP, UPCAST)
     return (high, features(u + lower, d, ROWS, DP, UPCAST)) if PRECISION == "pairs" else (high,)
 
 
 @triton.jit
 def plus_product(total, left, right, PRECISION: tl.constexpr, ACC: tl.constexpr):
-    """total and the product of two operands. Of pairs, the product of the lower ones is less than a rounding.
+    """total + left @ right. With pairs, the product of the two lower halves is left out: it is below rounding.
 
-    The tensor cores cut off what they add, so pairs are added up from 0 for each tile, and to the total exactly.
+    The tensor cores truncate sums. So with pairs, each product is summed from 0, and added to the total outside of
+    the tensor cores, with proper rounding.
     """
     if PRECISION == "pairs":
         small = tl.dot(left[1], right[0], out_dtype=ACC)
@@ -147,7 +153,7 @@ def plus_product(total, left, right, PRECISION: tl.constexpr, ACC: tl.constexpr)
 
 @triton.jit
 def as_operand(w, dtype: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """Weights as an operand beside rows of this dtype."""
+    """Weights as an operand of a product with rows of this dtype."""
     if PRECISION == "pairs":
         made = halves_of(w)
     elif PRECISION == "tf32":
@@ -169,7 +175,7 @@ def cosines(
     u_i, u_j, lower_i, lower_j, rows, columns, BM: tl.constexpr, BN: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """<u_i, u_j>: [BM, BN], of rows u_i and columns u_j; given as well where one read takes all their features."""
+    """<u_i, u_j>: [BM, BN]. u_i, u_j: pointers to rows and columns; rows, columns: their operands, used if BK = DP."""
     s = tl.zeros([BM, BN], ACC)
     if BK == DP:
         s = plus_product(s, rows, transposed(columns, PRECISION), PRECISION, ACC)
@@ -183,34 +189,35 @@ def cosines(
 
 @triton.jit
 def exponential(t):
-    """exp t; of a difference, taken before the scaling by log2 e would round what is large in either."""
+    """exp t. If t is a difference, it must be taken before the scaling by log2 e, which would round large terms."""
     return tl.exp2(t * LOG2E)
 
 
 @triton.jit
 def of_product(x, PRECISION: tl.constexpr):
-    """x for a product of two packed rows in the place of two unit rows."""
+    """x, divided by UNIT^2 with pairs: the factor for a product of two operands instead of two unit rows."""
     return x * (1.0 / (UNIT * UNIT)) if PRECISION == "pairs" else x
 
 
 @triton.jit
 def rounded(cosine, inverse_tau):
-    """S, rounded. A product that is not, fused into a difference with a rounded S, would leave what S was rounded by.
+    """S, rounded to its dtype, as neg and pos were computed from it.
 
-    That is no small part of 1 where S is large: the gradient of a large logit would be wrong in its third digit.
+    Without this, the compiler could fuse the product with the subtraction in exp(S - neg). S would then differ from the
+    rounded one by its rounding error, and the gradient of a large logit would be wrong in its third digit.
     """
     return tl.fma(cosine, tl.zeros_like(cosine) + inverse_tau, 0.0)
 
 
 @triton.jit
 def finite(largest):
-    """Of nothing but -inf: any finite offset serves."""
+    """The offset of a sum of exponentials: the largest S, or 0 if all of them are -inf."""
     return tl.where(largest == float("-inf"), 0.0, largest)
 
 
 @triton.jit
 def merged(largest, total, m, s):
-    """(largest, total) and (m, s), both meaning total * exp(largest), as one."""
+    """The sum of total * exp(largest) and s * exp(m), again as a pair (largest, total)."""
     top = tl.maximum(largest, m)
     offset = finite(top)
     return top, total * exponential(largest - offset) + s * exponential(m - offset)
@@ -218,11 +225,11 @@ def merged(largest, total, m, s):
 
 @triton.jit
 def pair_of_supers(program, supers, left, CROSS: tl.constexpr):
-    """The super-blocks p <= q of a program; q < 0: none. left: those of the first half of the sets"""
+    """The super-blocks p <= q of a program, or q = -1 if it has none. left: how many the first half of the sets has"""
     if CROSS:
         p = program % left
         q = left + program // left
-    else:  # each meets itself and the next half of the others, all taken as a ring
+    else:  # arranged in a ring, each one is paired with itself and with the half of the others that follow it
         one = program % supers
         step = program // supers
         other = (one + step) % supers
@@ -234,7 +241,7 @@ def pair_of_supers(program, supers, left, CROSS: tl.constexpr):
 
 @triton.jit
 def ordered_supers(program, supers, left, CROSS: tl.constexpr):
-    """The super-block of rows and that of columns of a program, among all pairs that meet, in both orders."""
+    """The super-block of rows p and that of columns q of a program, for all pairs in both orders."""
     if CROSS:
         right = supers - left
         turned = program >= left * right
@@ -249,7 +256,7 @@ def ordered_supers(program, supers, left, CROSS: tl.constexpr):
 
 @triton.jit
 def negatives(s, begin, start, N, BM: tl.constexpr, BN: tl.constexpr):
-    """The cosines of a tile, -inf where row and column have the same index or one is beyond the last row."""
+    """The cosines of a tile, with -inf where row and column have the same index or one of them is padding."""
     i = tl.arange(0, BM)
     j = tl.arange(0, BN) + (start - begin)
     last = N - begin
@@ -258,7 +265,7 @@ def negatives(s, begin, start, N, BM: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def has_others(begin, start, N, BM: tl.constexpr, BN: tl.constexpr):
-    """Whether a tile has entries that are no negatives: of one index, or beyond the last row."""
+    """Whether a tile has entries that are not negatives: those of the same index, or padding."""
     return ((start < begin + BM) & (begin < start + BN)) | (begin + BM > N) | (start + BN > N)
 
 
@@ -267,7 +274,7 @@ def store_positives(
     z, pos, first, end, a, c, g, V, N, NP, inverse_tau, ACC: tl.constexpr, BM: tl.constexpr, DP: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """pos of the rows from first to end of sets a and c, each the product of two rows."""
+    """pos of the rows first .. end of the sets a and c."""
     BD: tl.constexpr = 32 if DP % 32 == 0 else 16
     for begin in range(first, end, BM):
         i = begin + tl.arange(0, BM)
@@ -290,12 +297,12 @@ def sums_kernel(
     TENSOR: tl.constexpr, CROSS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """sums: [G, supers, V, NP], slot x of a row for sum exp S over its candidates in super-block x.
+    """sums: [G, supers, V, NP]; slot x of a row has sum exp S over its candidates in super-block x.
 
-    A super-block is rows_a_super rows, a multiple of BM and BN, or what is left of its set. The columns of a tile stay
-    while all rows of a super-block pass by. So what is added to the columns' sums stays in registers, one number for
-    each entry of a tile, and is added up once; the rows' sums, whose terms a quarter of a warp holds, go to memory.
-    Where the features come by parts, their products take longer than sums by tiles, and the registers.
+    A super-block is rows_a_super rows, a multiple of BM and BN, or the rest of its set. The outer loop is over the
+    columns of a tile, the inner loop over its rows. So the columns' sums stay in registers, one number for each entry
+    of a tile (HELD), which are added up after the inner loop; the rows' sums are added up in memory. If the features
+    are read in parts, the registers are needed for the products, and each tile's column sums are formed at once.
     """
     HELD: tl.constexpr = BK == DP
     inverse_tau = inverse_of(tau, TENSOR, ACC)
@@ -339,9 +346,9 @@ def sums_kernel(
             tl.store(to_rows + i, row_sum + tl.sum(e, 1))
         if HELD:
             column_sums = tl.sum(column_sums, 0)
-        # in one super-block, the columns are the rows
+        # if p = q, the columns are the rows, whose sums are complete
         tl.store(to_columns + j, column_sums, mask=j < tl.where(p != q, NP, 0))
-        tl.debug_barrier()  # the next columns read the rows' sums, by other threads perhaps
+        tl.debug_barrier()  # in the next pass, other threads may read the rows' sums
 
 
 @triton.jit(do_not_specialize=SUPERS)
@@ -350,9 +357,10 @@ def unbounded_sums_kernel(
     TENSOR: tl.constexpr, CROSS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """sums, largest: [G, supers, V, NP], as those of sums_kernel, but relative to exp of the largest S.
+    """sums, largest: [G, supers, V, NP]; as in sums_kernel, but each sum is relative to exp of the largest S.
 
-    Rows and columns would each take an exponential of their own, so S is made twice instead, for either's rows.
+    The columns' sums would need other exponentials than the rows' sums, so each pair of super-blocks is visited twice,
+    with the rows of either one.
     """
     inverse_tau = inverse_of(tau, TENSOR, ACC)
     if inverse_tau <= limit:
@@ -393,7 +401,7 @@ def unbounded_sums_kernel(
 
 @triton.jit
 def log_of_slots(sums, largest, first, M, supers, BI: tl.constexpr, SLOTS: tl.constexpr):
-    """neg in float64 of BI rows from slots first, first + M, ..."""
+    """neg of BI rows in float64, from the slots first, first + M, ...; -inf where first is negative."""
     total = tl.zeros([BI], tl.float64)
     top = tl.full([BI], float("-inf"), tl.float64)
     for x0 in range(0, supers, SLOTS):
@@ -409,7 +417,7 @@ def log_of_slots(sums, largest, first, M, supers, BI: tl.constexpr, SLOTS: tl.co
 
 @triton.jit
 def sum_of_slots(sums, first, M, supers, BI: tl.constexpr, SLOTS: tl.constexpr):
-    """The sum in float64 of the slots first, first + M, ... of BI rows; 0 where first is negative."""
+    """The sums over the slots first, first + M, ... of BI rows, in float64; 0 where first is negative."""
     total = tl.zeros([BI], tl.float64)
     for x0 in range(0, supers, SLOTS):
         x = x0 + tl.arange(0, SLOTS)
@@ -423,10 +431,10 @@ def finish_kernel(
     sums, largest, tau, limit, term, neg, pos, count, V, N, NP, supers, supers_a_set,
     TENSOR: tl.constexpr, CROSS: tl.constexpr, ACC: tl.constexpr, BI: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """neg and term / count: [G, V, V, N] from the slots and pos, which is 0 where there is no pair.
+    """neg and term / count: [G, V, V, N], from the slots and pos. Writes 0 to pos in blocks without pairs.
 
-    Where the slots hold sums of exponentials themselves, one logarithm gives neg and one the term; elsewhere every slot
-    takes an exponential in float64, and so do sums of sums.
+    In the bounded case, slots are added up, and neg and the term take one logarithm each. Otherwise, each slot takes
+    an exponential in float64.
     """
     blocks = tl.cdiv(N, BI)
     block = tl.program_id(0)
@@ -463,7 +471,7 @@ def finish_kernel(
 
 @triton.jit
 def store_scaled(for_neg, for_pos, alpha, beta, to_exponent, at, damping, mask):
-    """Both as multiples of a power of two of the block's own: float32 may be too narrow for them."""
+    """Stores the gradients of neg and pos in units of a power of two for the block, as float32 may not hold them."""
     exponent = exponent_of(tl.maximum(tl.max(finite_size(for_neg), 0), tl.max(finite_size(for_pos), 0)))
     shrink = power_of_two(-exponent)
     tl.store(alpha + at, tl.where(for_neg == 0, 0.0, for_neg * shrink * damping), mask=mask)
@@ -477,7 +485,7 @@ def coefficients_kernel(
     TENSOR: tl.constexpr, CROSS: tl.constexpr, ACC: tl.constexpr, TERM: tl.constexpr, NEG: tl.constexpr,
     POS: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
-    """alpha, of neg, and beta, of pos: [G, V, V, N], in units of 2^exponents: [G, V, V, blocks of BI rows]"""
+    """alpha from g_neg, and beta from g_pos: [G, V, V, N], in units of 2^exponents: [G, V, V, blocks of BI rows]"""
     inverse_tau = inverse_of(tau, TENSOR, ACC)
     bounded = (inverse_tau <= limit).to(tl.float64)
     block = tl.program_id(0) % blocks
@@ -517,7 +525,7 @@ def largest_exponent(exponents, count, BE: tl.constexpr):
 
 @triton.jit
 def factor_at(exponents, top, ACC: tl.constexpr):
-    """2^(exponent - top), 0 below the range of ACC. exponents: pointers, to int32 <= top"""
+    """2^(exponent - top), or 0 if that is below the range of ACC. exponents: pointers to int32 <= top"""
     exponent = tl.load(exponents) - top
     if tl.float64 == ACC:
         factor = tl.where(exponent < -1000, 0.0, power_of_two(tl.maximum(exponent, -1000)))
@@ -528,7 +536,10 @@ def factor_at(exponents, top, ACC: tl.constexpr):
 
 @triton.jit
 def weights_of(alpha, neg, at, mask, factor, BOUNDED: tl.constexpr):
-    """Of some anchors: scale and shift of W = scale * exp(S - shift). exp(S - inf) is 0, and neg may be -inf there"""
+    """scale and shift of some anchors, whose weights are W = scale * exp(S - shift).
+
+    If scale is 0, shift is inf, so that W is 0 even if neg is -inf.
+    """
     scale = tl.load(alpha + at, mask=mask, other=0.0) * factor
     if BOUNDED:
         shift = scale
@@ -540,7 +551,7 @@ def weights_of(alpha, neg, at, mask, factor, BOUNDED: tl.constexpr):
 
 @triton.jit
 def partners_of(a, V, CROSS: tl.constexpr):
-    """The range of sets that a set meets."""
+    """The range of sets with which set a is compared."""
     first = a * 0
     last = V
     if CROSS:
@@ -552,7 +563,7 @@ def partners_of(a, V, CROSS: tl.constexpr):
 
 @triton.jit
 def halved(dz, BM: tl.constexpr, DC: tl.constexpr):
-    """Every other RUN of dz's DC features, and the rest, which leaves all of them in the threads that had them."""
+    """Splits the DC features of dz in two: every other run of RUN features, and the rest. No data leaves its thread."""
     dz = tl.reshape(dz, [BM, DC // (2 * RUN), 2, RUN])
     one, other = tl.split(tl.permute(dz, (0, 1, 3, 2)))
     return tl.reshape(one, [BM, DC // 2]), tl.reshape(other, [BM, DC // 2])
@@ -560,7 +571,7 @@ def halved(dz, BM: tl.constexpr, DC: tl.constexpr):
 
 @triton.jit
 def features_of(part, DC: tl.constexpr, PARTS: tl.constexpr):
-    """Which features a part of dz has: of one part all, of two those of its half."""
+    """The features in a part of dz: all if there is one part, those of `halved` if there are two."""
     d = tl.arange(0, DC // PARTS)
     return d if PARTS == 1 else d // RUN * (2 * RUN) + d % RUN + part * RUN
 
@@ -571,14 +582,14 @@ def store_gradient(
     NORMALIZE: tl.constexpr, CROSS: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     DP: tl.constexpr, DC: tl.constexpr, PARTS: tl.constexpr, UPCAST: tl.constexpr, BOOST: tl.constexpr,
 ):  # fmt: skip
-    """From the negatives' dz of some rows to their gradient, with the positives and the projection."""
+    """Stores the gradient of some rows: adds the positives to dz of the negatives, and projects it."""
     i = begin + tl.arange(0, BM)
     z_i = z + ((g * V + a) * NP + begin) * DP
     dz *= 1.0 / BOOST
     along *= 1.0 / BOOST
     parts = halved(dz, BM, DC) if PARTS == 2 else (dz,)
     first, last = partners_of(a, V, CROSS)
-    for c in range(first, last):  # the positives, exactly
+    for c in range(first, last):  # the positives, whose weights are not rounded to the dtype of products
         if c != a:
             row_block = (g * V + a) * V + c
             column_block = (g * V + c) * V + a
@@ -628,12 +639,13 @@ def gradient_kernel(
     BN: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr, DC: tl.constexpr, SPLIT: tl.constexpr, PARTS: tl.constexpr,
     UPCAST: tl.constexpr, BOOST: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
-    """dx: [V, G, N, D] and zdz: [G, V, N]; a program has BM rows and DC of their features.
+    """dx: [V, G, N, D] and zdz: [G, V, N]. A program computes BM rows and DC of their features.
 
-    SPLIT: it has columns_a_split candidates of every set, and leaves what they add to dz and <z, dz> to join_kernel,
-    in partial: [splits, G, V, NP, DP] and partial_along: [splits, G, V, NP];
-    blocks: of BN rows a set, those of `exponents`; BOOST: lifts the weights into the middle of float16's range;
-    PARTS: 2 where dz and as many features do not fit the registers, so that what follows the products goes by halves.
+    SPLIT: a program has only columns_a_split candidates of every set. It stores its part of dz and <z, dz> for
+    join_kernel, in partial: [splits, G, V, NP, DP] and partial_along: [splits, G, V, NP].
+    blocks: the number of blocks of BN rows in a set, one for each of `exponents`.
+    BOOST: a factor that moves the weights into the middle of float16's range.
+    PARTS: 2 if dz and a read of as many features do not fit the registers together, so that dz is stored in halves.
     """
     inverse_tau = inverse_of(tau, TENSOR, ACC)
     if (inverse_tau <= limit) != BOUNDED:
@@ -658,7 +670,7 @@ def gradient_kernel(
     u_i = u + ((g * V + a) * NP + begin) * DP
     rows = operand(u_i, lower, tl.arange(0, BK), BM, DP, PRECISION, UPCAST)
     dz = tl.zeros([BM, DC], ACC)
-    along = tl.zeros([BM], ACC)  # <z, dz>, needed where a program has not all of dz
+    along = tl.zeros([BM], ACC)  # <z, dz>, added up here if a program does not have all features of dz
 
     first, last = partners_of(a, V, CROSS)
     for c in range(first, last):
@@ -680,7 +692,7 @@ def gradient_kernel(
                 w = exponential(s - row_shift[:, None]) * row_scale[:, None]
                 w += exponential(s - shift[None, :]) * scale[None, :]
             if ((start < begin + BM) & (begin < start + BN)) | (start + BN > N):
-                k = tl.arange(0, BN) + (start - begin)  # beyond the last row, a weight may be infinite
+                k = tl.arange(0, BN) + (start - begin)  # the weight of a padded row may be infinite
                 w = tl.where((tl.arange(0, BM)[:, None] != k[None, :]) & (k < N - begin)[None, :], w, 0.0)
             if DC != DP:
                 along += tl.sum(w * cosine, 1)
@@ -713,7 +725,7 @@ def join_kernel(
     TENSOR: tl.constexpr, NORMALIZE: tl.constexpr, CROSS: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, DP: tl.constexpr, DC: tl.constexpr, UPCAST: tl.constexpr, BOOST: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of BM rows and DC of their features, from what the splits left, in their order."""
+    """The gradient of BM rows and DC of their features: adds up the partial results of the splits, in their order."""
     chunk = (tl.program_id(0) % (DP // DC)) * DC
     block = tl.program_id(0) // (DP // DC)
     begin = (block % (NP // BM)) * BM
@@ -734,16 +746,17 @@ def join_kernel(
 
 
 def table_of(x: Tensor) -> tuple[str, int]:
-    """The name of the table of tiles, and the number of processors."""
+    """The name of the table of tiles for x's device, and the number of its multiprocessors."""
     if INTERPRETED:
         return "interpreter", 1
     return tiles.device_class(x.device.index)
 
 
 def carrier(x: Tensor, normalize: bool) -> torch.dtype:
-    """The dtype of the packed rows: of half precision, unit rows are more exact in float16.
+    """The dtype of the packed rows. Unit rows of half precision are stored as float16, which is more exact.
 
-    With fewer features, fewer roundings average out: a loss would be off by 1e-3 and more.
+    With fewer than 64 features, rounding errors average out less, and a loss would be off by 1e-3 or more, so these
+    rows are stored as float32.
     """
     if normalize and x.element_size() == 2:
         return torch.float16 if x.shape[-1] >= 64 else torch.float32
@@ -751,7 +764,10 @@ def carrier(x: Tensor, normalize: bool) -> torch.dtype:
 
 
 def ranges(tau: float | Tensor, dtype: torch.dtype, normalize: bool) -> list[tuple[bool, float]]:
-    """(BOUNDED, limit) of the launches. Each serves 1 / tau <= limit or the rest, and returns at once elsewhere."""
+    """(BOUNDED, limit) of each launch. A bounded kernel returns at once if 1 / tau > limit, an unbounded one otherwise.
+
+    If tau is a tensor, its value is not known on the host, and both kernels are launched.
+    """
     limit = LIMITS[torch.promote_types(dtype, torch.float32)]
     if normalize and isinstance(tau, torch.Tensor):
         return [(True, limit), (False, limit)]
@@ -760,9 +776,9 @@ def ranges(tau: float | Tensor, dtype: torch.dtype, normalize: bool) -> list[tup
 
 
 class Packed(NamedTuple):
-    """z: [G, V, NP, DP], padded; norms: [G, V, NP]; u: the rows as products take them, z itself or pairs.
+    """z: [G, V, NP, DP], padded; norms: [G, V, NP]; u: the operands of products, either z itself or pairs.
 
-    Pairs: [2, G, V, NP, DP] in float16, whose sum is UNIT * z; the second ones lie `lower` after the first.
+    Pairs are float16 [2, G, V, NP, DP], whose sum is UNIT * z; the second halves begin at offset `lower`.
     """
 
     z: Tensor
@@ -772,7 +788,7 @@ class Packed(NamedTuple):
 
 
 def packed(sets: Sequence[Tensor], normalize: bool, DP: int, whole: int) -> Packed:
-    """NP is a multiple of whole. By one launch."""
+    """Packs sets [G, N, D] by one launch. N is padded to NP, a multiple of `whole`."""
     x, strides = one_array(sets)
     G, N, D = sets[0].shape
     V, NP = len(sets), cdiv(N, whole) * whole
@@ -790,9 +806,9 @@ def packed(sets: Sequence[Tensor], normalize: bool, DP: int, whole: int) -> Pack
 
 
 def precision(carried: torch.dtype, normalize: bool, DP: int) -> str:
-    """Of the products of packed rows: as Triton names it, or "pairs" of float16 for unit rows of float32.
+    """The precision of products: a name of Triton's, or "pairs" of float16 for unit rows of float32.
 
-    Where TF32 is allowed too, unless features are so many that it is faster, as it is not with 128 on an H100.
+    If TF32 is allowed, it is used for more than 128 features only: with 128, pairs are faster on an H100.
     """
     if carried != torch.float32:
         return "ieee"
@@ -801,7 +817,7 @@ def precision(carried: torch.dtype, normalize: bool, DP: int) -> str:
 
 
 def of_tiles(z: Tensor, normalize: bool, tile: Tile) -> dict[str, Any]:
-    """What the kernels that make tiles have in common."""
+    """The settings that all kernels have that compute tiles of S."""
     return dict(
         ACC=accumulator(z),
         PRECISION=precision(z.dtype, normalize, tile.DP),
@@ -816,10 +832,11 @@ def of_tiles(z: Tensor, normalize: bool, tile: Tile) -> dict[str, Any]:
 
 
 def super_blocks(V: int, blocks: int, groups: int, enough: int) -> tuple[int, int]:
-    """Blocks a super-block, and super-blocks a set: as few as keep the device busy, since each is a slot of every row.
+    """The number of blocks in a super-block, and of super-blocks in a set.
 
-    blocks: of a set; enough: programs, of which a pair of super-blocks is one. A quarter of them will do for two blocks
-    in the place of one, whose columns would not stay for more than one or two tiles.
+    Every super-block is a slot of every row, so there are only as many as give the device `enough` programs, one for
+    each pair of super-blocks. But super-blocks of one block would load new columns for every tile or two, so they have
+    two blocks if that leaves a quarter of `enough`. blocks: the number of blocks in a set.
     """
 
     def of(programs):
@@ -831,15 +848,17 @@ def super_blocks(V: int, blocks: int, groups: int, enough: int) -> tuple[int, in
 
 @functools.lru_cache(maxsize=1024)
 def splits_of(programs: int, processors: int, alone: float, tiles: int, partners: int) -> tuple[int, int]:
-    """(splits, tiles a split) of the columns: what leaves the busiest processor the least to do, if that saves a tenth.
+    """(splits, tiles in a split) of the columns: the split with the least work for the busiest multiprocessor.
 
-    Never more splits than make four programs a processor, so that what they leave does not grow with the rows.
-    alone: what one program takes by itself, of what it takes beside others; tiles: of a set, of which it meets partners
+    The columns are split only if that saves a tenth of this work. There are at most four programs for each
+    multiprocessor, so that the memory for partial results does not grow with the rows.
+    alone: the least work on a multiprocessor, in programs; above 1, a program by itself leaves units idle.
+    tiles: the number of tiles of columns in a set; partners: the number of sets with which a row is compared.
     """
 
     def busiest(tiles_a_split):
         splits = -(-tiles // tiles_a_split)
-        handed_over = 3 if splits > 1 else 0  # dz written and read again, in tiles: a guess
+        handed_over = 3 if splits > 1 else 0  # the time to write and read dz, in tiles; an estimate
         return max(-(-programs * splits // processors), alone) * (tiles_a_split * partners + handed_over)
 
     most = max(1, 4 * processors // programs)
@@ -851,7 +870,7 @@ def splits_of(programs: int, processors: int, alone: float, tiles: int, partners
 
 
 def kind_of(sets: Sequence[Tensor], tau: float | Tensor, normalize: bool, cross: bool) -> tuple[Any, ...]:
-    """What calls have in common that one tile shall serve."""
+    """The properties of a call that decide which tile is the fastest; calls with equal ones share a tile."""
     first = sets[0]
     G, N, D = first.shape
     rows = tuple(size.bit_length() for size in (G, len(sets), N))
@@ -865,7 +884,7 @@ def kind_of(sets: Sequence[Tensor], tau: float | Tensor, normalize: bool, cross:
 
 
 def tile_of(kernel: str, x: Tensor, normalize: bool, bounded: bool) -> Tile:
-    """The table's tile of "sums" or "gradient". x: a set"""
+    """The tile of "sums" or "gradient" from the table. x: a set"""
     name = kernel if bounded else f"{kernel} unbounded"
     carried, D = carrier(x, normalize), x.shape[-1]
     return tiles.choose(table_of(x)[0], name, carried, D, precision(carried, normalize, tiles.padded(D)))
@@ -879,7 +898,7 @@ def forward(
     count: int = 1,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """term / count, neg, pos by three launches, four if tau is a tensor. tile: one for all, instead of the table's"""
+    """term / count, neg, pos by three launches, or four if tau is a tensor. tile: replaces those of the table"""
     first = sets[0]
     G, N, D = first.shape
     V = len(sets)
@@ -933,9 +952,9 @@ def backward(
     count: int = 1,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """dx [V, G, N, D] and <z, dz> [G, V, N] by three launches; one more if tau is a tensor, one if rows are few.
+    """dx [V, G, N, D] and <z, dz> [G, V, N] by three launches, one more if tau is a tensor, one more if rows are few.
 
-    g_term: the gradient of term / count, or one number for all of them. More than 512 features: as `wide.py` says.
+    g_term: the gradient of each term / count, or one number for all. For more than 512 features, see `wide.py`.
     """
     first = sets[0]
     G, N, D = first.shape
@@ -948,7 +967,7 @@ def backward(
         tile = tuning.by_trial(kind, start, lambda tile: backward(*arguments, tile))
     chosen = {bounded: tile or tile_of("gradient", first, normalize, bounded) for bounded, _ in launches}
     tile = chosen[launches[0][0]]
-    from . import wide  # which imports what is above
+    from . import wide  # not at the top of the file, since it imports this module
 
     by_library = wide.serves(D, V, normalize, cross) and launches[0][0]
     DP = cdiv(D, 64) * 64 if by_library and len(launches) == 1 else tile.DP
@@ -971,10 +990,10 @@ def backward(
         launches = launches[1:]
     in_halves = tile.DC * z.element_size() >= 512 and tile.DC % (2 * RUN.value) == 0
     programs, tiles_a_set = G * V * (NP // tile.BM) * (tile.DP // tile.DC), cdiv(N, tile.BN)
-    alone = 1.5 if tile.warps == 4 else 1.0  # two programs of 4 warps on a processor cover each other's waits: a guess
+    alone = 1.5 if tile.warps == 4 else 1.0  # one program of 4 warps does not fill a multiprocessor; an estimate
     partners = V // 2 if cross else V
     splits, tiles_a_split = splits_of(programs, table_of(first)[1], alone, tiles_a_set, partners)
-    if by_library:  # what joins the splits would write over its results
+    if by_library:  # join_kernel would overwrite its results
         splits = 1
     partial, partial_along, columns_a_split = neg, neg, 0
     if splits > 1:

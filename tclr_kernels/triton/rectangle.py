@@ -1,27 +1,27 @@
-"""The operation in its general form by tiles: some rows against some columns, with positives told by labels.
+"""The operation of `general.py` by tiles: some rows against some columns, with positives given by labels.
 
-`tclr_kernels/general.py` defines its outputs and gradients. The kernels, in the order of their launches:
+`tclr_kernels/general.py` defines its outputs and gradients. These are the kernels, in the order of their launches:
 
     rows          unit rows of both sides, packed and padded to whole tiles (`large.py`)
-    sums          of some rows and some columns: sum exp S and the largest S over the negatives; with keys the same over
-                  the positives, the sum of S over them and their number; on request the columns weighted by exp S
-    pairs         of some rows and some columns: sum softplus(negatives - S) and its slope over the positives
-    finish, mean  neg, pos_lse, spread, count in float64 and the columns' mean, from the splits of them in their order
+    sums          sum exp S and the largest S over the negatives; with keys, also over the positives, and their sum of S
+                  and number; if requested, the sum of the columns with weights exp S
+    pairs         the sums of softplus(negatives - S) and of its derivative over the positives
+    finish, mean  neg, pos_lse, spread and count in float64, and the columns' mean, from the partial sums of all splits
     units         the largest gradient of each block of rows, as a power of two
-    coefficients  what the weights of an anchor are made of, in units of the group's largest gradient
-    gradient      sum_j W_ij z_j of the rows of one side, from some rows of the other
-    join          their sum, the pair of the same index, the projection; the gradient of the inputs
+    coefficients  the factors of an anchor's weights, in units of the group's largest gradient
+    gradient      partial sums of dz_i = sum_j W_ij z_j, for the rows of one side
+    join          their sum, the pairs of the same index, and the projection: the gradient of the inputs
 
-A row of one side has one writer in every launch. The side whose gradient is made is called x and has i; the other, y,
-has j. W_ij adds what i contributes as an anchor and what j does, whichever of the two are anchors.
+In every launch, only one program writes to a row. In the gradient, x is the side whose gradient is computed, with index
+i, and y is the other side, with index j. W_ij is the sum of the weights of i as an anchor and of j as an anchor.
 
-Exponentials are taken of S - neg, never of S alone: no similarity is too large for that, so one kernel serves every
-temperature, and one launch a temperature on the device. What it costs beside `large.py`, which also has a kernel for
-exponentials of S itself, is a maximum and a difference for each similarity, and a second exponential where rows and
-columns are anchors. neg is more exact than float32: the nearest one is subtracted, and the coefficient has the rest.
+The kernels compute exp(S - neg), never exp S, so they cannot overflow at any temperature, and a temperature on the
+device needs no second launch. Compared with the bounded kernels of `large.py`, this takes a maximum and a subtraction
+more for each similarity, and a second exponential if both sides are anchors. neg has float64 precision: its nearest
+float32 number is subtracted, and the coefficient contains the exponential of the rest.
 
-Rows are padded to whole tiles, and to 16 where they are no more. Beside the packed rows of both sides, dz takes
-float32 memory as large as the rows of one side, a few times that where they are few and the columns are split.
+Rows are padded to whole tiles, or to 16 if there are at most 16. Apart from the packed rows of both sides, dz takes as
+much float32 memory as the rows of one side, or a few times that if there are few rows and the columns are split.
 """
 
 from collections.abc import Sequence
@@ -65,12 +65,12 @@ from .large import (
 from .sets import INTERPRETED, accumulator, cdiv, launch, temperature
 from .tiles import Tile
 
-ROW_KEY, COLUMN_KEY = tl.constexpr(-1), tl.constexpr(-2)  # in the place of negative keys, which are equal to nothing
+ROW_KEY, COLUMN_KEY = tl.constexpr(-1), tl.constexpr(-2)  # replace negative keys, so that these never match
 
 
 @triton.jit
 def keys_of(keys, i, n, none: tl.constexpr):
-    """The keys of rows i of n; `none` for a row without a key and beyond the end."""
+    """The keys of rows i out of n, or `none` for rows without a key and for padded rows."""
     key = tl.load(keys + i, mask=i < n, other=none)
     return tl.where(key < 0, none, key)
 
@@ -80,10 +80,10 @@ def candidates(
     s, x_key, y_key, i, j, begin, start, offset, end, alike, INDEX: tl.constexpr, KEYS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """S, which is -inf of columns left out of all sums, and whether each of the others is positive (with KEYS).
+    """S, set to -inf for columns that are in no sum, and with KEYS a mask of the positives.
 
-    i, j: rows and columns, from begin and start; column i + offset has the index of row i; end: the number of columns;
-    alike: whether rows and columns belong to one set, so that the same index is the row itself.
+    i, j: indices of rows and columns, which start at `begin` and `start`. Column i + offset has the index of row i.
+    end: the number of columns; alike: whether rows and columns are the same set, so that column i + offset is row i.
     """
     if KEYS:
         positive = x_key[:, None] == y_key[None, :]
@@ -101,11 +101,11 @@ def candidates(
 
 @triton.jit
 def more(total, largest, top, added):
-    """A sum of exp S, kept divided by the exponential of the largest S so far, with further ones relative to top."""
+    """The sum total * exp(largest) plus added * exp(top), divided by exp(top)."""
     return total * exponential(largest - finite(top)) + added
 
 
-SIZES = ["G", "A", "C", "n", "K", "first"]  # NP, KP and columns_a_split are always divisible by 16
+SIZES = ["G", "A", "C", "n", "K", "first"]  # the other sizes are always divisible by 16
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -116,9 +116,9 @@ def rectangle_sums_kernel(
     BOOST: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     DP: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """sums, largest and so on: [splits, G, A, C, n]; pos: [G, A, C, n]. A program has BM rows and a split of a set.
+    """sums, largest and so on: [splits, G, A, C, n]; pos: [G, A, C, n]. A program has BM rows and a split of columns.
 
-    MEAN: also weighted [splits, G, NP, DP], the sum of exp(S - largest) z_j, of one set of rows and one of columns.
+    MEAN: also weighted [splits, G, NP, DP], the sum of exp(S - largest) z_j, for one set of rows and one of columns.
     """
     block, a, c, g, split = places(tl.program_id(0), G, A, C, NP // BM)
     inverse_tau = inverse_of(tau, TENSOR, ACC)
@@ -197,7 +197,10 @@ def rectangle_sums_kernel(
 
 @triton.jit
 def places(program, G, A, C, blocks):
-    """Block of rows, its set, the other set, group and split of the columns, of which the blocks of one run together"""
+    """A program's block of rows, its set, the other set, its group, and its split of the columns.
+
+    The programs with the same columns have consecutive numbers, so that they find the columns in the cache.
+    """
     block = program % blocks
     pair = program // blocks
     c = pair % C
@@ -212,7 +215,7 @@ def rectangle_finish_kernel(
     A, C, n, splits, cells: tl.int64,
     CROSS: tl.constexpr, INDEX: tl.constexpr, KEYS: tl.constexpr, BI: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """The outputs of BI of all cells (g, a, c, i), in float64. pos comes with what there is of it."""
+    """The outputs of BI cells (g, a, c, i), in float64. Writes 0 to pos where there is no pair."""
     at = tl.program_id(0).to(tl.int64) * BI + tl.arange(0, BI)
     inside = at < cells
     c = at // n % C
@@ -234,7 +237,7 @@ def rectangle_finish_kernel(
             number += tl.load(counts + slot, mask=there, other=0)
             similarity += tl.load(similarities + slot, mask=there, other=0.0)
         several = tl.where(number > 1, number, 1).to(tl.float64)
-        # a NaN stays one; of one positive the difference is 0
+        # exactly 0 for a single positive, but NaN if its similarity is NaN
         apart = tl.where(number > 1, value - similarity / several, similarity - similarity)
         tl.store(pos_lse + at, value, mask=inside)
         tl.store(spread + at, tl.where(number > 0, apart, 0.0), mask=inside)
@@ -246,7 +249,7 @@ def rectangle_mean_kernel(
     largest, neg, weighted, mean, splits, G, n, NP, D, ACC: tl.constexpr, BR: tl.constexpr, DP: tl.constexpr,
     BD: tl.constexpr, BOOST: tl.constexpr,
 ):  # fmt: skip
-    """mean: [G, n, D] of BR rows, from the splits' weighted [splits, G, NP, DP] and largest [splits, G, n]."""
+    """mean: [G, n, D], BR rows of it, from the splits' weighted: [splits, G, NP, DP] and largest: [splits, G, n]."""
     begin = (tl.program_id(0) % (NP // BR)) * BR
     g = (tl.program_id(0) // (NP // BR)).to(tl.int64)
     i = begin + tl.arange(0, BR)
@@ -270,7 +273,7 @@ def rectangle_pairs_kernel(
     TENSOR: tl.constexpr, CROSS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """pairs, slopes: [splits, G, A, C, n], sums over the positives of softplus(negatives - S) and of its derivative."""
+    """pairs, slopes: [splits, G, A, C, n], sums of softplus(negatives - S) and of its derivative over the positives."""
     block, a, c, g, split = places(tl.program_id(0), G, A, C, NP // BM)
     inverse_tau = inverse_of(tau, TENSOR, ACC)
     begin = block * BM
@@ -309,7 +312,7 @@ def rectangle_units_kernel(
     first, second, third, fourth, exponents, cells: tl.int64, blocks, before, all_blocks,
     GRADIENTS: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
-    """exponents: [G, all_blocks], from `before` on those of blocks of BI cells of a group's GRADIENTS gradients."""
+    """exponents: [G, all_blocks], each for the largest gradient of BI cells. A launch writes `blocks` from `before`."""
     block = tl.program_id(0) % blocks
     g = (tl.program_id(0) // blocks).to(tl.int64)
     k = block.to(tl.int64) * BI + tl.arange(0, BI)
@@ -323,7 +326,7 @@ def rectangle_units_kernel(
 
 @triton.jit
 def relative_to(level, g, ACC: tl.constexpr):
-    """Shift and scale of g exp(S - level) = scale exp(S - shift); exp(S - inf) is 0 where there is no gradient."""
+    """(shift, scale) with scale exp(S - shift) = exp(S - level), shift in ACC; (inf, 0) where the gradient g is 0."""
     none = (g == 0) | (level == float("-inf"))
     level = tl.where(none, 0.0, level)
     shift = level.to(ACC)
@@ -337,11 +340,11 @@ def rectangle_coefficients_kernel(
     all_blocks, KIND: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr, BOOST: tl.constexpr, BI: tl.constexpr,
     BE: tl.constexpr,
 ):  # fmt: skip
-    """coefficients: [fields, G, A, C, NP], in units of the group; NP: n, padded with what weighs nothing.
+    """coefficients: [fields, G, A, C, NP], in units of the group's largest gradient. Padded rows get weight 0.
 
-    Fields: shift and scale of the negatives; with keys the positives' shift, the factor of e = exp(S - shift), the
-    factor of (e - share) and the share, so that the spread's weights are formed before they are added to anything; last
-    g_pos. For pairs: negatives and g_pairs, no more.
+    The fields are the shift and the scale of the negatives; with keys, the positives' shift, the factor of
+    e = exp(S - shift), the factor of (e - share), and the share; and g_pos. (e - share) is formed before anything is
+    added to it, since it may be a small difference. KIND "pairs" has two fields, negatives and g_pairs.
     """
     blocks = tl.cdiv(NP, BI)
     i = tl.program_id(0) % blocks * BI + tl.arange(0, BI)
@@ -366,7 +369,7 @@ def rectangle_coefficients_kernel(
             of_lse = tl.load(g_pos_lse + at, mask=valid, other=0.0) * unit * BOOST
             of_spread = tl.load(g_spread + at, mask=valid, other=0.0) * unit * BOOST
             number = tl.load(count + at, mask=valid, other=0.0)
-            of_spread = tl.where(number > 1, of_spread, 0.0)  # of one positive, the spread is 0 whatever S is
+            of_spread = tl.where(number > 1, of_spread, 0.0)  # with one positive, the spread is constantly 0
             level = tl.load(pos_lse + at, mask=valid, other=0.0)
             shift, scale = relative_to(level, tl.abs(of_lse) + tl.abs(of_spread), ACC)
             share = 1.0 / (tl.where(number > 1, number, 1.0) * tl.where(scale == 0, 1.0, scale))
@@ -382,7 +385,7 @@ def rectangle_coefficients_kernel(
 
 @triton.jit
 def anchor_of(coefficients, step, KIND: tl.constexpr):
-    """The fields of some anchors' weights. coefficients: pointers to their first field"""
+    """The fields of some anchors. coefficients: pointers to their first field"""
     fields = (tl.load(coefficients), tl.load(coefficients + step))
     if KIND == "keys":
         fields = fields + (
@@ -396,7 +399,7 @@ def anchor_of(coefficients, step, KIND: tl.constexpr):
 
 @triton.jit
 def weights(s, positive, fields, ROWS: tl.constexpr, KIND: tl.constexpr):
-    """What anchors contribute to W: the rows of S, or its columns."""
+    """The weights in W of the anchors on one side: the rows of S (ROWS), or its columns."""
     axis: tl.constexpr = 1 if ROWS else 0
     shift = tl.expand_dims(fields[0], axis)
     scale = tl.expand_dims(fields[1], axis)
@@ -422,10 +425,10 @@ def rectangle_gradient_kernel(
     OF_Y: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     DP: tl.constexpr, BK: tl.constexpr, DC: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """partial: [splits, G, A, NP, DP], sum_j W_ij y_j over a split of the columns of every set.
+    """partial: [splits, G, A, NP, DP], the sum of W_ij y_j over a split of the columns of every set.
 
-    A program has BM rows of a set of x and DC of their features. of_x: [fields, G, A, C, NP], if rows of x are anchors
-    (OF_X); of_y: [fields, G, C, A, KP], if rows of y are.
+    A program computes BM rows of a set of x and DC of their features. of_x: [fields, G, A, C, NP], the coefficients of
+    x if its rows are anchors (OF_X); of_y: [fields, G, C, A, KP], those of y if its rows are anchors (OF_Y).
     """
     KEYS: tl.constexpr = KIND != "plain"
     split = tl.program_id(0) // programs
@@ -483,7 +486,10 @@ def rectangle_join_kernel(
     OF_X: tl.constexpr, OF_Y: tl.constexpr, ACC: tl.constexpr, BR: tl.constexpr, DP: tl.constexpr, BD: tl.constexpr,
     UPCAST: tl.constexpr, BOOST: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
-    """dx: [A, G, n, D] and along = <z, dz>: [G, A, n] of BR rows, from what the splits left; LAST: g_pos's field."""
+    """dx: [A, G, n, D] and along = <z, dz>: [G, A, n], BR rows of them, from partial: [splits, G, A, NP, DP].
+
+    LAST: the number of the field that has g_pos.
+    """
     begin = (tl.program_id(0) % (NP // BR)) * BR
     a = tl.program_id(0) // (NP // BR) % A
     g = (tl.program_id(0) // (NP // BR) // A).to(tl.int64)
@@ -496,7 +502,7 @@ def rectangle_join_kernel(
     for split in range(splits):
         dz += tl.load(partial + (split * G * A * NP + row) * DP + lies, mask=inside, other=0.0)
     dz *= 1.0 / BOOST
-    if INDEX:  # the pairs of the same index, whose weights are not rounded to the products' dtype
+    if INDEX:  # the pairs with the same index, whose weights are not rounded to the dtype of products
         partner = i + offset
         paired = (i < n) & (partner >= 0) & (partner < K)
         first_set, last_set = partners_of(a, C, CROSS)
@@ -529,12 +535,12 @@ def rectangle_join_kernel(
 
 
 class Side(NamedTuple):
-    """The rows or the columns: packed, with the lengths of the rows and their keys."""
+    """The rows or the columns of a call, packed, with their lengths and keys."""
 
     sets: Sequence[Tensor]
     z: Tensor
     norms: Tensor
-    u: Tensor  # z as products take it, and with pairs how far the lower halves lie after the upper ones
+    u: Tensor  # the operands of products; `lower` is the offset of the second halves of pairs, see `large.Packed`
     lower: int
     keys: Tensor
 
@@ -552,11 +558,11 @@ class Side(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """What all launches of a call have in common. rows is columns where they are the same."""
+    """The arguments that all launches of a call need. `rows is columns` if the rows are the columns."""
 
     rows: Side
     columns: Side
-    tau: float | Tensor  # as `sets.temperature` gives it
+    tau: float | Tensor  # a result of `sets.temperature`
     tile: Tile
     normalize: bool
     cross: bool
@@ -567,7 +573,7 @@ class Problem(NamedTuple):
 
 
 def fitted(tile: Tile, rows: int, columns: int) -> Tile:
-    """The tile, with as few rows or columns as a product can have where there are no more: 16."""
+    """The tile, reduced to 16 rows or columns, the fewest that a product can have, if there are at most 16."""
     return tile._replace(BM=16 if rows <= 16 else tile.BM, BN=16 if columns <= 16 else tile.BN)
 
 
@@ -582,9 +588,10 @@ def problem(
     row_keys: Tensor | None,
     column_keys: Tensor | None,
 ) -> Problem:
-    """Both sides packed, once where they are the same: no rows are the columns. served: the tiles they shall do for.
+    """Packs both sides, or the columns only if there are no rows, which means that the rows are the columns.
 
-    Each side may be the rows of a tile, or its columns.
+    served: the tiles of all kernels of the call. Each side is padded to whole tiles for all of them, both as the rows
+    and as the columns of a tile.
     """
     n, K = (rows or columns)[0].shape[1], columns[0].shape[1]
 
@@ -599,13 +606,13 @@ def problem(
 
 
 def from_table(kernel: str, x: Tensor, normalize: bool, KEYS: bool) -> Tile:
-    """x: a set"""
+    """The tile of "sums" or "gradient" from the table. x: a set; KEYS: whether the call has keys"""
     name, dtype = f"{kernel} unbounded rectangle" + " keys" * KEYS, large.carrier(x, normalize)
     how = large.precision(dtype, normalize, tiles.padded(x.shape[-1]))
     tile = tiles.choose(large.table_of(x)[0], name, dtype, x.shape[-1], how)
     if not KEYS:
         return tile
-    # with keys there is more to hold for each similarity
+    # with keys, each similarity takes more registers
     if kernel == "sums":
         return tile._replace(BM=64, warps=8) if tile.BM > 32 else tile
     widest = 16 if x.dtype == torch.float64 else 64 if tile.DC <= 256 else 32
@@ -613,7 +620,7 @@ def from_table(kernel: str, x: Tensor, normalize: bool, KEYS: bool) -> Tile:
 
 
 def tile_for(kernel: str, call: Any, rows: Sequence[Tensor], columns: Sequence[Tensor], *settings: Any) -> Tile:
-    """The table's tile of "sums" or "gradient", or with TCLR_KERNELS_AUTOTUNE=1 the fastest for such a call."""
+    """The tile of "sums" or "gradient" from the table, or by measurement with TCLR_KERNELS_AUTOTUNE=1."""
     tau, normalize, cross, first, row_keys = settings[:5]
     tile = from_table(kernel, columns[0], normalize, row_keys is not None)
     if not tuning.ENABLED:
@@ -625,20 +632,20 @@ def tile_for(kernel: str, call: Any, rows: Sequence[Tensor], columns: Sequence[T
 
 
 def split(programs: int, tile: Tile, y: Side, partners: int) -> tuple[int, int]:
-    """The number of splits of the columns, and the columns a split."""
-    alone = 1.5 if tile.warps == 4 else 1.0  # as `large.py` guesses
+    """The number of splits of the columns, and the number of columns in a split."""
+    alone = 1.5 if tile.warps == 4 else 1.0  # the estimate of `large.backward`
     tiles_a_set = cdiv(y.n, tile.BN)
     splits, tiles_a_split = splits_of(programs, large.table_of(y.z)[1], alone, tiles_a_set, partners)
     return splits, tiles_a_split * tile.BN
 
 
 def boost(x: Side) -> float:
-    """What lifts weights of at most 4 into the middle of float16's range."""
+    """A factor that moves weights of at most 4 into the middle of float16's range."""
     return 4096.0 if x.u.dtype == torch.float16 else 1.0
 
 
 def rows_a_program(x: Side) -> int:
-    """Of a kernel that has whole rows: as many as fit its registers."""
+    """The rows of a program that holds whole rows: as many as fit the registers."""
     return 16 if INTERPRETED else min(16, max(1, 2048 // triton.next_power_of_2(x.z.shape[3])))
 
 
@@ -650,10 +657,10 @@ def over_pairs(
     rows: Sequence[torch.dtype | None] = (),
     **settings: Any,
 ) -> list[Tensor]:
-    """Launches a kernel whose programs have a block of rows and a split of a set's columns.
+    """Launches a kernel whose programs have a block of rows and a split of a set's columns. Returns its outputs.
 
-    outputs: the dtype of each, [splits, G, A, C, n]; None for one that it does not touch, given back as a stand-in;
-    rows: the same of outputs [splits, G, NP, DP]
+    outputs: the dtypes of the outputs [splits, G, A, C, n]; None for one that is not needed, which is then empty.
+    rows: the same for the outputs [splits, G, NP, DP].
     """
     x, y = p.rows, p.columns
     G, tile = len(x.z), fitted(p.tile, x.n, y.n)
@@ -682,10 +689,10 @@ def forward(
     mean: bool,
     tile: Tile | None = None,
 ) -> tuple[Tensor, ...]:
-    """neg, pos, pos_lse, spread, count, mean by four launches, three where rows are columns.
+    """neg, pos, pos_lse, spread, count, mean by four launches, or three if the rows are the columns.
 
-    The mean takes one more, made with the sums where all features of a row fit the registers; elsewhere three.
-    tile: in place of the table's
+    The mean takes one more launch if all features of a row fit the registers, and is then computed with the sums;
+    otherwise it takes three. tile: replaces that of the table
     """
     settings = tau, normalize, cross, first, row_keys, column_keys
     for_mean = from_table("gradient", columns[0], normalize, False)
@@ -714,7 +721,7 @@ def forward(
 
 
 def mean_of(p: Problem, largest: Tensor, neg: Tensor, weighted: Tensor) -> Tensor:
-    """The mean of the columns weighted by exp(S - neg): [G, n, D], from what the splits left."""
+    """The mean of the columns with weights exp(S - neg): [G, n, D], from the partial sums of the splits."""
     x = p.rows
     G, n, D = x.sets[0].shape
     mean = weighted.new_empty((G, n, D))
@@ -727,7 +734,7 @@ def mean_of(p: Problem, largest: Tensor, neg: Tensor, weighted: Tensor) -> Tenso
 
 
 def mean_by_gradient(p: Problem, neg: Tensor) -> Tensor:
-    """The same as the gradient of sum neg; one more product for each pair of rows."""
+    """The same mean, as the gradient of sum neg, which computes all similarities again."""
     w = coefficients(p, [neg, torch.ones_like(neg), neg], [])
     G, n, D = p.rows.sets[0].shape
     return partial_gradient(p, w, for_rows=True)[:, :, 0, :n, :D].sum(0).div_(boost(p.rows))
@@ -758,11 +765,11 @@ KINDS: dict[int, tuple[str, tuple[int, ...]]] = {
     2: ("pairs", (1,)),
     3: ("plain", (1, 2)),
     7: ("keys", (1, 4, 5, 2)),
-}  # -> gradients, that of pos the last
+}  # number of inputs -> (kind, which of the inputs are gradients, with that of pos the last)
 
 
 class Weights(NamedTuple):
-    """The coefficients of the rows as anchors, and of the columns; None where they are none."""
+    """The coefficients of the rows and of the columns, each None if this side has no anchors."""
 
     kind: str
     of_rows: Tensor | None
@@ -770,14 +777,14 @@ class Weights(NamedTuple):
     exponents: Tensor
 
     def of(self, for_rows: bool) -> tuple[tuple[Tensor | None, Tensor | None], dict[str, bool]]:
-        """Those of the side whose gradient is made and of the other, and which of them there are."""
+        """The coefficients of the side whose gradient is computed and of the other side, and which of them exist."""
         of_x, of_y = (self.of_rows, self.of_columns) if for_rows else (self.of_columns, self.of_rows)
         there = dict(OF_X=of_x is not None, OF_Y=of_y is not None)
         return (of_y if of_x is None else of_x, of_x if of_y is None else of_y), there
 
 
 def coefficients(p: Problem, of_rows: Sequence[Tensor], of_columns: Sequence[Tensor]) -> Weights:
-    """of_rows, of_columns: as `general.py` has them; where rows are columns, of_rows serves both."""
+    """The coefficients of both sides. of_rows, of_columns: as in `general.py`; if rows are columns, only of_rows."""
     anchors = [(p.rows, [x.contiguous() for x in of_rows])] if of_rows else []
     if of_columns and p.columns is not p.rows:
         anchors.append((p.columns, [x.contiguous() for x in of_columns]))
@@ -803,7 +810,7 @@ def coefficients(p: Problem, of_rows: Sequence[Tensor], of_columns: Sequence[Ten
 
 
 def units(gradients: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Exponents [G, blocks] of the largest gradients in blocks of each group. gradients: of each side with anchors"""
+    """The exponents [G, blocks] of the largest gradients in each group. gradients: a list for each side with anchors"""
     G, BI = len(gradients[0][0]), 1024
     cells = [x[0].numel() // G for x in gradients]
     blocks = [cdiv(count, BI) for count in cells]
@@ -817,7 +824,7 @@ def units(gradients: Sequence[Sequence[Tensor]]) -> Tensor:
 
 
 def partial_gradient(p: Problem, w: Weights, for_rows: bool) -> Tensor:
-    """What each split of the other side adds to dz of this one's rows: [splits, G, A, NP, DP]"""
+    """The contribution of each split of the other side to dz of this side's rows: [splits, G, A, NP, DP]"""
     x, y = (p.rows, p.columns) if for_rows else (p.columns, p.rows)
     G, tile = len(x.z), fitted(p.tile, x.n, y.n)
     programs = G * x.count * (x.padded // tile.BM) * (tile.DP // tile.DC)
@@ -869,9 +876,10 @@ def backward(
     for_columns: bool,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dr [A, G, n, D] and dz [C, G, K, D], empty if not asked for, and <r, dr> [G, A, n], or <z, dz> without dr.
+    """dr [A, G, n, D] and dz [C, G, K, D], empty if not requested, and <r, dr> [G, A, n], or <z, dz> without dr.
 
-    By six launches for one side, eight for both; two more where both sides are anchors, one less where rows are columns
+    This takes six launches for one side and eight for both, two more if both sides have anchors, and one less if the
+    rows are the columns.
     """
     settings = tau, normalize, cross, first, row_keys, column_keys
     rest = of_rows, of_columns, for_rows, for_columns

@@ -1,4 +1,4 @@
-"""What every launch needs: the sets as one array, the temperature as the kernels take it, the device they run on."""
+"""Preparation of the kernels' arguments, and a faster way to launch a kernel that is already compiled."""
 
 import os
 from collections.abc import Hashable, Sequence
@@ -10,17 +10,16 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton itself decides, once
-# whether compiled kernels are kept: AMD's are compiled for more properties of a tensor than `specialised` knows
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton also reads this only once
+# whether `launch` keeps compiled kernels; on AMD they depend on more properties of a tensor than `specialised` has
 HOLDS = not INTERPRETED and torch.version.hip is None
 
 
 def one_array(sets: Sequence[Tensor]) -> tuple[Tensor, tuple[int, ...]]:
-    """A tensor, and by what it reaches all sets, [G, N, D] each: how many sets a row of sets has, and the strides of
-    these rows, of the sets in a row, and of g, n, d.
+    """The sets [G, N, D] as a grid in memory: (first set, (inner, outer stride, inner stride, strides of g, n, d)).
 
-    Sets of equal strides are taken as they lie where their addresses are those of such rows, as of two always, or of
-    the sets of two tensors; others are stacked by one more launch.
+    Set a begins at a // inner * outer stride + a % inner * inner stride. Two sets always form such a grid, and so do
+    the views of two tensors. If sets have different strides or form no grid, they are stacked, which takes a launch.
     """
     first, size = sets[0], sets[0].element_size()
     g, n, d = first.stride()
@@ -33,7 +32,7 @@ def one_array(sets: Sequence[Tensor]) -> tuple[Tensor, tuple[int, ...]]:
 
 
 def grid_of(places: tuple[int, ...]) -> tuple[int, int, int]:
-    """(inner, outer_step, step): place a is a // inner * outer_step + a % inner * step; inner 0: there are none"""
+    """(inner, outer_step, step) with places[a] = a // inner * outer_step + a % inner * step; inner = 0 if none fit."""
     count = len(places)
     step = places[1] if count > 1 else 0
     inner = next((k for k, place in enumerate(places) if place != k * step), count)
@@ -43,7 +42,7 @@ def grid_of(places: tuple[int, ...]) -> tuple[int, int, int]:
 
 
 def cdiv(size: int, part: int) -> int:
-    """As Triton's, which takes several microseconds on the host: it is made for kernels."""
+    """size / part, rounded up. triton.cdiv does the same, but takes several microseconds on the host."""
     return -(-size // part)
 
 
@@ -52,38 +51,42 @@ def accumulator(x: Tensor) -> tl.dtype:
 
 
 def temperature(tau: float | Tensor, x: Tensor) -> float | Tensor:
-    """As a number, or a tensor on the device of x. A kernel's numbers are float32, so those of float64 are tensors."""
+    """tau as an argument of a kernel. For float64 sets it is a tensor, since a kernel receives a float as float32."""
     if isinstance(tau, torch.Tensor):
         return tau.to(x.device, non_blocking=True)
     return tau if x.dtype != torch.float64 else torch.full((), tau, dtype=torch.float64, device=x.device)
 
 
 def pointer(x: Tensor | None, stand_in: Tensor) -> Tensor:
-    """A tensor without gaps; a kernel that was told there is none does not touch the one in its place."""
+    """x, contiguous. If x is None, another tensor takes its place, which the kernel does not read."""
     return stand_in if x is None else x.contiguous()
 
 
 def upstream(
     g_term: Tensor | None, g_neg: Tensor | None, g_pos: Tensor | None, stand_in: Tensor
 ) -> tuple[list[Tensor], dict[str, Any]]:
-    """What arrives at term, neg and pos, as pointers, and which of it is given; of term perhaps one number for all."""
+    """The upstream gradients of term, neg and pos as arguments of a kernel, and constants that say which are given.
+
+    g_term may be a single number, expanded to the shape of term; it is then passed without a copy.
+    """
     one = g_term is not None and not any(g_term.stride())
     pointers = [g_term if one else pointer(g_term, stand_in), pointer(g_neg, stand_in), pointer(g_pos, stand_in)]
     kind = None if g_term is None else "one" if one else "each"
     return pointers, dict(TERM=kind, NEG=g_neg is not None, POS=g_pos is not None)
 
 
-# said in every launch, since Triton 3.10 will change its default: the tables of tiles were chosen with it
+# set explicitly because Triton 3.10 changes the default, and the tile sizes were chosen with this value
 COMPILER_OPTIONS = dict(enable_fp_fusion=True)
-_held: dict[Hashable, tuple[Any, ...]] = {}  # what launches have in common -> what starts the kernel
+_held: dict[Hashable, tuple[Any, ...]] = {}  # everything that a kernel is compiled for -> the compiled kernel
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, **settings: Any) -> None:
     """Starts a kernel on the device of its first argument, on the current stream.
 
-    settings: the kernel's constants, which its signature has after all arguments, and options of the compiler.
-    Triton looks for the compiled kernel of a call anew each time, which takes longer than the launch itself. Here it is
-    kept by what it was compiled for, and started directly by later calls, unless someone watches Triton's own way.
+    settings: the kernel's constants, which follow the arguments in its signature, and options of the compiler.
+
+    In each call, Triton searches for the compiled kernel, which takes longer than the launch itself. So compiled
+    kernels are kept here, and later calls launch them directly, unless hooks are set that Triton's launch has to call.
     """
     device = arguments[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
@@ -98,10 +101,10 @@ def launch(kernel: Any, programs: int, *arguments: Any, **settings: Any) -> None
     held = _held.get(alike)
     if held is None:
         compiled = kernel[(programs,)](*arguments, **settings, **COMPILER_OPTIONS)
-        if compiled is None:  # a hook of the compiler wanted nothing compiled
+        if compiled is None:  # a hook of Triton's compiler prevented the compilation
             return
         constants = [settings[name] for name in kernel.arg_names[len(arguments) :]]
-        what = compiled.function, compiled.packed_metadata, None, None, None  # no hooks, and no data for them
+        what = compiled.function, compiled.packed_metadata, None, None, None  # without hooks and their metadata
         _held[alike] = compiled, what, constants
         return
     compiled, what, constants = held
@@ -110,23 +113,23 @@ def launch(kernel: Any, programs: int, *arguments: Any, **settings: Any) -> None
 
 
 def _modes(kernel: Any) -> tuple[Hashable, ...] | None:
-    """What may be set at any time and makes Triton compile a kernel anew; None where its own way has to be gone.
+    """The settings of Triton that may change at any time and require another compilation of a kernel.
 
-    That is where functions are to be called at every launch, as profilers have them, or at every look for a kernel.
+    None if Triton's own launch must be used, because hooks are set that it calls, as profilers do.
     """
     runtime, compilation = knobs.runtime, knobs.compilation
     if not HOLDS or kernel.pre_run_hooks or runtime.add_stages_inspection_hook is not None:
         return None
-    # chains of functions, unless someone put a function in their place
+    # `calls` lists the functions of a hook; a hook without it was replaced by the user
     if getattr(runtime.launch_enter_hook, "calls", True) or getattr(runtime.launch_exit_hook, "calls", True):
         return None
     return runtime.debug, compilation.instrumentation_mode, getattr(compilation, "fpsan_homomorphic_casts", None)
 
 
 def specialised(arguments: Sequence[int | float | Tensor]) -> list[Hashable]:
-    """All that Triton compiles a kernel for of its arguments, and more: what is alike by this is alike for Triton.
+    """The properties of arguments that Triton compiles a kernel for. Arguments equal in these can share a kernel.
 
-    It looks at whether an int is 1, divisible by 16, or wider than 32 bits, at a tensor's dtype and at its address.
+    They are whether an int is 1, divisible by 16, or wider than 32 bits, and the dtype and the alignment of a tensor.
     """
     return [
         (x % 16 == 0 if 1 < x < 1 << 31 else (x == 1, x % 16 == 0, x.bit_length() // 32, x < 0))

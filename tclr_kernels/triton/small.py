@@ -1,10 +1,11 @@
-"""Many small groups: as many as fit share one tile of R rows, and one program does all there is to do for them.
+"""Many small groups: as many groups as fit share one tile of R rows, and one program computes everything for them.
 
-    S = z z^T / tau,  [R, R], of which a row uses what belongs to its own group
+    S = z z^T / tau,  [R, R], of which a row uses only the columns of its own group
     neg[a,c,i] = log sum_{j != i} exp S[(a,i),(c,j)],  pos[a,c,i] = S[(a,i),(c,i)],  term as in `epilogue.py`
     W = g_neg exp(S - neg) off the diagonals and g_pos on them,  dz = (W + W^T) z / tau
 
-Rows stay in float32 (float64): there is no speed to be had from less. One launch forward, one backward.
+Products are computed in float32, or in float64 for float64 rows, since lower precision would not be faster here. There
+is one launch in the forward and one in the backward.
 """
 
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def places(program, G, V, N, R: tl.constexpr):
-    """Of the tile's rows: group, set, row within it, and whether there is one."""
+    """For each row of the tile: its group, its set, its index in the set, and whether it exists."""
     M = V * N
     groups = R // M
     r = tl.arange(0, R)
@@ -49,7 +50,7 @@ def places(program, G, V, N, R: tl.constexpr):
 
 @triton.jit
 def read(x, rows, valid, d0, D, stride_d, BD: tl.constexpr):
-    """Features d0 .. d0 + BD of the tile's rows, padded with zeros. x + rows: where they begin; valid: [R]"""
+    """Features d0 .. d0 + BD of the tile's rows, padded with zeros. x + rows: pointers to the rows; valid: [R]"""
     d = d0 + tl.arange(0, BD)
     offsets = rows[:, None] + d.to(tl.int64)[None, :] * stride_d
     return tl.load(x + offsets, mask=valid[:, None] & (d < D)[None, :], other=0.0)
@@ -57,7 +58,10 @@ def read(x, rows, valid, d0, D, stride_d, BD: tl.constexpr):
 
 @triton.jit
 def lengths(x, rows, valid, D, stride_d, NORMALIZE: tl.constexpr, R: tl.constexpr, BD: tl.constexpr):
-    """The rows' largest entries (1 but for float64) and their inverse lengths after division by it, in float64."""
+    """A scale for each row, and the inverse length of row / scale, in float64.
+
+    The scale is the largest entry of a float64 row, whose squares could overflow, and 1 for all other rows.
+    """
     scale = tl.full([R], 1.0, tl.float64)
     inverse = tl.full([R], 1.0, tl.float64)
     if NORMALIZE:
@@ -76,7 +80,7 @@ def lengths(x, rows, valid, D, stride_d, NORMALIZE: tl.constexpr, R: tl.constexp
 
 @triton.jit
 def units(x, rows, valid, d0, D, stride_d, scale, inverse, ACC: tl.constexpr, BD: tl.constexpr):
-    """The same features of the unit rows."""
+    """Features d0 .. d0 + BD of the unit rows."""
     return (widened(read(x, rows, valid, d0, D, stride_d, BD), scale) * inverse[:, None]).to(ACC)
 
 
@@ -94,7 +98,7 @@ def similarities(
 
 @triton.jit
 def log_sum(S, mask):
-    """log sum exp of each row's entries under the mask, in float64; -inf where there are none."""
+    """log sum exp of each row's entries in the mask, in float64; -inf for a row without entries."""
     masked = tl.where(mask, S, float("-inf"))
     largest = tl.max(masked, 1)
     offset = tl.where(largest == float("-inf"), 0.0, largest)
@@ -109,7 +113,7 @@ def forward_kernel(
     TENSOR: tl.constexpr, NORMALIZE: tl.constexpr, CROSS: tl.constexpr, ACC: tl.constexpr, R: tl.constexpr,
     BD: tl.constexpr,
 ):  # fmt: skip
-    """term / count, neg, pos: [G, V, V, N] of x: V sets [G, N, D], as `one_array` gives them."""
+    """term / count, neg, pos: [G, V, V, N]. x: V sets [G, N, D], as `one_array` returns them"""
     g, a, i, valid = places(tl.program_id(0), G, V, N, R)
     rows = g * stride_g + start_of(a.to(tl.int64), inner, stride_w, stride_v) + i.to(tl.int64) * stride_n
     scale, inverse = lengths(x, rows, valid, D, stride_d, NORMALIZE, R, BD)
@@ -163,7 +167,7 @@ def backward_kernel(
         for_own += more
         top = tl.maximum(top, tl.maximum(finite_size(for_neg), finite_size(for_pos)))
     top = tl.maximum(top, finite_size(for_own))
-    exponent = exponent_of(tl.max(tl.where(group, top[None, :], 0.0), 1))  # of the group
+    exponent = exponent_of(tl.max(tl.where(group, top[None, :], 0.0), 1))  # that of the group's largest gradient
     shrink = power_of_two(-exponent)
 
     same = a[:, None] == a[None, :]
@@ -189,14 +193,14 @@ def backward_kernel(
 
     first = (g * V + a) * N + i
     unit = power_of_two(exponent)
-    along = tl.sum(tl.where(group, W * cosines, 0.0), 1)  # <z, dz>, and no need of the whole of dz for it
+    along = tl.sum(tl.where(group, W * cosines, 0.0), 1)  # <z, dz>, computed without dz
     norm = tl.where(inverse == 0, 0.0, largest / tl.where(inverse == 0, 1.0, inverse))
     tl.store(zdz + first, along.to(tl.float64) * (unit * inverse_tau.to(tl.float64)), mask=valid)
     one, other = factors(gradient_scale(norm, unit, inverse_tau, NORMALIZE), ACC)
     to = ((a.to(tl.int64) * G + g) * N + i) * D
     for d0 in range(0, D, BD):
         z = units(x, rows, valid, d0, D, stride_d, largest, inverse, ACC, BD)
-        # a row that is not finite makes W so within its group; beside other groups' zeros it must not
+        # W already carries a row that is not finite to its own group; here 0 * inf would make NaN in other groups
         dz = tl.dot(W, tl.where(tl.abs(z) < float("inf"), z, 0.0), input_precision="ieee", out_dtype=ACC)
         if NORMALIZE:
             dz -= z * along[:, None]
@@ -205,9 +209,9 @@ def backward_kernel(
         tl.store(dx + to[:, None] + d[None, :], gradient, mask=valid[:, None] & (d < D)[None, :])
 
 
-LARGEST = 32  # rows of a group that small groups have
-ROWS = 128 if INTERPRETED else LARGEST  # of a tile; with 64, the backward would spill registers
-FEATURES = 128 if INTERPRETED else 32  # read at a time; an interpreted operation costs the same for any size
+LARGEST = 32  # the largest number of rows in a small group
+ROWS = 128 if INTERPRETED else LARGEST  # rows of a tile; with 64, the backward would spill registers
+FEATURES = 128 if INTERPRETED else 32  # features that are read at a time; the interpreter is faster with more
 
 
 def serves(V: int, N: int) -> bool:
@@ -254,7 +258,7 @@ def backward(
     g_pos: Tensor | None,
     count: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """dx [V, G, N, D] and <z, dz> [G, V, N] by one launch. g_term: of term / count, or one number for all"""
+    """dx [V, G, N, D] and <z, dz> [G, V, N] by one launch. g_term: the gradient of each term / count, or one for all"""
     x, strides = one_array(sets)
     G, N, D = sets[0].shape
     V = len(sets)

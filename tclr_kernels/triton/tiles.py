@@ -1,7 +1,7 @@
-"""The tiles of each kind of device: chosen ahead of time, so that a first call compiles and does not search.
+"""The tile sizes for each class of devices. They are fixed ahead of time, so that a first call need not search.
 
-Hopper's were the fastest of those tried on an H100 and an H200 with Triton 3.6, where a comment says so. None spills
-registers on sm_90 in a loop, in the cases that `python -m benchmarks.compile_triton` compiles.
+Those of Hopper that are marked "measured" were the fastest of those tried on an H100 and an H200 with Triton 3.6. On
+sm_90, none of them spills registers in a loop in the cases that `python -m benchmarks.compile_triton` compiles.
 """
 
 import functools
@@ -11,9 +11,10 @@ import torch
 
 
 class Tile(NamedTuple):
-    """A tile of BM rows by BN columns, for rows of DP features, of which BK are read at a time.
+    """A tile of BM rows by BN columns, for rows padded to DP features, of which BK are read at a time.
 
-    DC: the features of the gradient that one program makes (BM and BN are powers of two; BK and DC divide DP).
+    DC: the number of features for which one program computes the gradient. BM and BN are powers of two; BK and DC
+    divide DP.
     """
 
     BM: int
@@ -27,7 +28,7 @@ class Tile(NamedTuple):
 
 Table = dict[str, list[tuple[int, ...]]]
 ANY = 1 << 30
-FLOAT: Table = {  # no tensor cores without TF32: what fits the registers
+FLOAT: Table = {  # without TF32 there are no tensor cores, and tiles are as large as the registers allow
     "sums": [(32, 64, 64, 16, 0, 4, 2), (ANY, 64, 64, 16, 0, 8, 2)],
     "gradient": [(256, 64, 32, 16, 0, 8, 2), (ANY, 64, 32, 16, 256, 8, 2)],
     "gradient unbounded rectangle": [(128, 64, 32, 0, 0, 8, 2), (ANY, 64, 32, 16, 256, 8, 2)],
@@ -42,10 +43,10 @@ INTERPRETED: Table = {
     "sums": [(512, 64, 64, 0, 0, 4, 1), (ANY, 64, 64, 256, 0, 4, 1)],
     "gradient": [(512, 64, 64, 0, 0, 4, 1), (ANY, 64, 64, 256, 256, 4, 1)],
 }
-# (largest DP, BM, BN, BK, DC, warps, stages); BK or DC of 0: all of DP. Where "unbounded" is missing, it is as bounded,
-# and where "rectangle" is, the general form's kernel is as that of a matrix with itself;
-# where "tf32" is, which the user has to allow, it is "float". Of the gradient, bounded and unbounded have the same BM,
-# BN and DC, as one launch of the coefficients serves both; a test holds that.
+# Each entry is (largest DP, BM, BN, BK, DC, warps, stages); BK or DC = 0 means all of DP. A missing kernel name falls
+# back to the name without its last word, such as "sums unbounded" to "sums"; missing "tf32" or "pairs" to "float". The
+# gradient's bounded and unbounded tiles must have the same BM, BN and DC, since both use the same coefficients; a test
+# checks this.
 TABLES: dict[str, dict[str, Table]] = {
     "hopper": {  # sm_90: 227 KiB of shared memory, wgmma
         "half": {  # measured: sums and gradient
@@ -81,7 +82,7 @@ TABLES: dict[str, dict[str, Table]] = {
         "float": FLOAT,
         "double": DOUBLE,
     },
-    "blackwell": {  # sm_100: 227 KiB; larger tiles spill more: the products come back from memory of their own
+    "blackwell": {  # sm_100: 227 KiB; larger tiles spill, since products are copied from tensor memory to registers
         "half": {
             "sums": [(256, 64, 64, 0, 0, 8, 2), (ANY, 128, 64, 64, 0, 8, 4)],
             "gradient": [
@@ -122,7 +123,7 @@ TABLES: dict[str, dict[str, Table]] = {
         "float": FLOAT,
         "double": DOUBLE,
     },
-    "amd": {  # gfx942: 64 KiB, and no copies that bypass the registers
+    "amd": {  # gfx942: 64 KiB, and copies to shared memory go through registers
         "half": {
             "sums": [(128, 128, 64, 0, 0, 8, 2), (ANY, 128, 64, 64, 0, 8, 2)],
             "gradient": [(128, 64, 64, 0, 0, 8, 2), (ANY, 64, 64, 64, 128, 8, 2)],
@@ -136,7 +137,7 @@ TABLES: dict[str, dict[str, Table]] = {
 
 @functools.lru_cache
 def device_class(index: int | None) -> tuple[str, int]:
-    """Which table serves a CUDA or HIP device; and its number of processors."""
+    """The name of the table for a CUDA or HIP device, and the number of its multiprocessors."""
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip is not None:
         name = "amd"
@@ -148,19 +149,19 @@ def device_class(index: int | None) -> tuple[str, int]:
 
 
 def padded(D: int) -> int:
-    """Features of a packed row where a program takes many at once: a power of two, or several times 256."""
+    """The features of a packed row that is read in large parts: a power of two, or a multiple of 256 above 512."""
     return max(16, 1 << (D - 1).bit_length()) if D <= 512 else -(-D // 256) * 256
 
 
 def by_parts(D: int) -> int:
-    """Features of a packed row where a program takes 64 or fewer at once."""
+    """The features of a packed row that is read in parts of 64 features or fewer: a multiple of 64."""
     return -(-D // 64) * 64
 
 
 def choose(table: str, kernel: str, dtype: torch.dtype, D: int, precision: str = "ieee") -> Tile:
-    """The tile of "sums" or "gradient"; after either, "unbounded", "rectangle" and "keys" say more, where a table does.
+    """The tile for a kernel: "sums" or "gradient", which "unbounded", "rectangle" and "keys" may follow.
 
-    table: of TABLES; dtype: of the packed rows; precision: of their products, as `large.precision` names it
+    table: a key of TABLES; dtype: that of the packed rows; precision: a result of `large.precision`
     """
     kind = precision if precision in ("tf32", "pairs") else {2: "half", 4: "float", 8: "double"}[dtype.itemsize]
     DP = padded(D)

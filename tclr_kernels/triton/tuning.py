@@ -1,6 +1,7 @@
-"""Tiles by trial, with TCLR_KERNELS_AUTOTUNE=1 alone: at the first call of a kind, the table's tile and its neighbours.
+"""Tile sizes by measurement, only with TCLR_KERNELS_AUTOTUNE=1: the first call of a kind times several tiles.
 
-That takes seconds and waits for the device. Another process may find another tile the fastest, and other last bits.
+These are the tile of the table and its neighbours. The measurement takes seconds and synchronises with the device. Two
+processes may choose different tiles, and then their results differ in the last bits.
 """
 
 import math
@@ -19,9 +20,10 @@ fastest: dict[Hashable, Tile] = {}  # kind of call -> tile
 
 
 def neighbours(tile: Tile) -> list[Tile]:
-    """The tile, and those that differ from it in one setting.
+    """The tile, and tiles that differ from it in one setting.
 
-    Not from 64 rows to fewer: Hopper has other instructions for those, and S need not have the same bits by both.
+    A tile of 64 or more rows is never reduced below 64: Hopper uses other instructions there, with which S may have
+    different bits.
     """
     sizes = [
         (name, size) for name in ("BM", "BN", "warps") for size in (getattr(tile, name) // 2, getattr(tile, name) * 2)
@@ -33,7 +35,7 @@ def neighbours(tile: Tile) -> list[Tile]:
 
 
 def milliseconds(step: Callable[[], Any]) -> float:
-    """On its device; infinite for what does not compile, or fits no processor."""
+    """The time of a call on its device; infinite if it does not compile or needs too much shared memory."""
     try:
         return triton.testing.do_bench(step, warmup=5, rep=20, return_mode="median")
     except TritonError:
@@ -41,9 +43,9 @@ def milliseconds(step: Callable[[], Any]) -> float:
 
 
 def by_trial(kind: Hashable, tile: Tile, run: Callable[[Tile], Any]) -> Tile | None:
-    """The fastest tile for a kind of call; None while a CUDA graph is captured, which allows no trial.
+    """The fastest tile for a kind of call, or None if it is not known while a CUDA graph is captured.
 
-    tile: the first to try; run: does the call with one
+    tile: the first to try; run: makes the call with a given tile
     """
     if kind not in fastest:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():

@@ -1,14 +1,14 @@
-"""The gradient of rows of more than 512 features: its two products by the vendor's library, for some rows at a time.
+"""The gradient of rows of more than 512 features, with both matrix products by the vendor's library (torch.bmm).
 
-A program of `large.py` keeps its rows' dz in registers, at most 256 features of it at once, and makes S anew for each
-256: so often that the library is faster, though it writes and reads the tiles.
+A program of `large.py` keeps dz of its rows in registers, at most 256 features at a time, and computes S again for
+every 256 features. For many features, the library is faster, although blocks of S then go through memory.
 
-    S = z_r z^T                                                          the library, of rows r
-    W_ij = exp S_ij (alpha_i + alpha_j), 0 where j is no candidate       weights_kernel
-    dz_r = W z                                                           the library
-    dx from dz, the positives, the projection                            wide_join_kernel
+    S = z_r z^T for a block of rows r                                    torch.bmm
+    W_ij = exp S_ij (alpha_i + alpha_j), 0 if j is not a candidate       weights_kernel
+    dz_r = W z                                                           torch.bmm
+    dx from dz, the positives and the projection                         wide_join_kernel
 
-It serves where exponentials are safe ("bounded"): elsewhere S has to have the bits that it had in the forward.
+This is used only where exp S cannot overflow ("bounded"). Elsewhere, S must have the same bits as in the forward.
 """
 
 from collections.abc import Iterator
@@ -23,9 +23,9 @@ from .epilogue import factors, gradient_scale, inverse_of, narrowed, power_of_tw
 from .large import LOG2E, factor_at, features, largest_exponent, partners_of, precision, to_tf32
 from .sets import INTERPRETED, accumulator, cdiv, launch
 
-NARROWEST = 512  # features: of more than so many
-ENTRIES = 1 << 23  # of S at a time: a few dozen MiB
-FEWEST = 256  # rows at a time, with more entries where it takes them
+NARROWEST = 512  # used for rows with more features than this
+ENTRIES = 1 << 23  # entries of S at a time, which take a few dozen MiB
+FEWEST = 256  # but at least this many rows at a time, even if they have more entries
 
 
 @triton.jit(do_not_specialize=["V", "N", "first_group", "first_row", "first_column", "columns_a_program", "blocks"])
@@ -34,9 +34,9 @@ def weights_kernel(
     columns_a_program, blocks, TENSOR: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BI: tl.constexpr, BOOST: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
-    """w: [groups, rows, columns] of s, the cosines of packed rows of some groups. Both begin and end with tiles.
+    """The weights w from the cosines s: [groups, rows, columns]. rows and columns are whole tiles.
 
-    exponents: of blocks of BI rows; the rest as in `gradient_kernel`.
+    exponents: one for every BI rows; the other arguments are those of `gradient_kernel`.
     """
     inverse_tau = inverse_of(tau, TENSOR, ACC)
     if not (inverse_tau <= limit):
@@ -75,7 +75,7 @@ def some_of_dz(
     dz, z, beta, exponents, d, begin, a, g, top, V, N, NP, blocks,
     CROSS: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr, DP: tl.constexpr, BOOST: tl.constexpr,
 ):  # fmt: skip
-    """Features d of BM rows: what the products left, and the positives, exactly."""
+    """Features d of the gradient dz of BM unit rows: the products' result, and the positives with unrounded weights."""
     i = begin + tl.arange(0, BM)
     some = features(dz + ((g * V + a) * NP + begin) * DP, d, BM, DP, False) * (1.0 / BOOST)
     first, last = partners_of(a, V, CROSS)
@@ -98,7 +98,7 @@ def wide_join_kernel(
     CROSS: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr,
     BOOST: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
-    """dx: [V, G, N, D] and zdz: [G, V, N] of unit rows, from dz: [G, V, NP, DP]; a program has BM rows."""
+    """dx: [V, G, N, D] and zdz: [G, V, N] from dz: [G, V, NP, DP], for unit rows. A program computes BM rows."""
     inverse_tau = inverse_of(tau, TENSOR, ACC)
     if not (inverse_tau <= limit):
         return
@@ -131,12 +131,12 @@ def wide_join_kernel(
 
 
 def serves(D: int, V: int, normalize: bool, cross: bool) -> bool:
-    """Whether there is anything to gain. Without unit rows nothing is bounded; one set alone has no other half."""
+    """Whether to use this module. It needs unit rows, which are bounded, and a second half of the sets if `cross`."""
     return D > NARROWEST and normalize and not (cross and V == 1)
 
 
 def chunks(G: int, V: int, NP: int, cross: bool, step: int) -> Iterator[tuple[slice, slice, slice]]:
-    """(groups, rows, columns) of every product: of whole groups, or of rows of one, a multiple of step."""
+    """(groups, rows, columns) of every product: several whole groups, or some rows of one group, a multiple of step."""
     half = (V + 1) // 2
     sides = [((0, half), (half, V)), ((half, V), (0, half))] if cross else [((0, V), (0, V))]
     for (first, last), (left, right) in sides:
@@ -150,7 +150,7 @@ def chunks(G: int, V: int, NP: int, cross: bool, step: int) -> Iterator[tuple[sl
 
 
 def product(left: Tensor, right: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """The product of batches of matrices, added up and given in a dtype no narrower than theirs."""
+    """The batched matrix product, accumulated and returned in `dtype`, which may be wider than that of the inputs."""
     if left.dtype == dtype:
         return torch.bmm(left, right, out=out)
     if left.is_cuda:
@@ -162,13 +162,13 @@ def gradient(
     z: Tensor, number: float | Tensor, limit: float, norms: Tensor, alpha: Tensor, beta: Tensor, exponents: Tensor,
     dx: Tensor, zdz: Tensor, cross: bool, step: int,
 ) -> None:  # fmt: skip
-    """dx and zdz of packed rows z: [G, V, NP, DP]; the other arguments as in `large.backward`. step: divides NP"""
+    """Computes dx and zdz for packed rows z: [G, V, NP, DP]. step divides NP; the others are as in `large.backward`."""
     G, V, NP, DP = z.shape
     N, D = dx.shape[2:]
     blocks, BI = exponents.shape[-1], NP // exponents.shape[-1]
     wide, rows_of = zdz.dtype, z.view(G, V * NP, DP)
     dz = zdz.new_empty(G, V * NP, DP)
-    BM = min(step, 64) if INTERPRETED else 8  # an interpreted operation costs the same for any size
+    BM = min(step, 64) if INTERPRETED else 8  # the interpreter is faster with more rows
     how: dict[str, Any] = dict(
         TENSOR=isinstance(number, torch.Tensor), ACC=accumulator(z), BI=BI,
         BOOST=8192.0 if z.dtype == torch.float16 else 1.0, BE=1024, num_warps=4,
@@ -178,7 +178,7 @@ def gradient(
         s = product(left, right.mT, wide)
         w = s if z.dtype == wide else torch.empty_like(s, dtype=z.dtype)
         k, n, m = s.shape
-        BN = min(NP & -NP, 256)  # of one set alone
+        BN = min(NP & -NP, 256)  # divides NP, so that a tile has columns of one set only
         span = BN * max(1, 4096 // BN)
         launch(
             weights_kernel, k * (n // BM) * cdiv(m, span), s, w, number, limit, alpha, exponents, V, N, NP,
