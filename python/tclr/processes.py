@@ -217,19 +217,18 @@ def newest(file, age, load):
 
 
 @torch.no_grad()
-def average_statistics(module, weight):
-    """Replaces the floating-point buffers of a module by their means over the processes, each with its weight.
+def average(tensors, weight):
+    """Replaces tensors by their means over the processes, each with its weight: the same bits in all processes.
 
-    So the running statistics of batch normalisation are the same everywhere. Of equal values the mean is that value.
+    Of equal values the mean is that value.
     """
-    buffers = [each for each in module.buffers() if each.is_floating_point()]
-    if ranks() == 1 or not buffers:
+    if ranks() == 1 or not tensors:
         return
-    flat = torch.cat([each.flatten().double() for each in buffers]) * weight
+    flat = torch.cat([each.flatten().double() for each in tensors]) * weight
     every = [torch.empty_like(flat) for _ in range(ranks())]
     distributed.all_gather(every, flat)
     total = functools.reduce(torch.add, every)  # in their order, so that all get the same bits
-    for each, mean in zip(buffers, total.split([each.numel() for each in buffers]), strict=True):
+    for each, mean in zip(tensors, total.split([each.numel() for each in tensors]), strict=True):
         each.copy_(mean.view_as(each))
 
 
