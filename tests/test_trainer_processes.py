@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import signal
@@ -280,6 +281,23 @@ def test_a_signal_to_any_saves_once_and_ends_all(videos, tmp_path, victim):
         for file in (file, None)
     )  # an epoch has two steps
     assert all(same(net, whole[0]) for net in resumed + whole)
+
+
+def test_processes_save_and_end_when_their_agent_is_killed(videos, tmp_path, monkeypatch):
+    file = tmp_path / "last.pt"
+
+    @processes.group()
+    def slow():
+        trained(videos, file=file, watch=lambda run: time.sleep(0.05), steps=1000, checkpoint_every=4)
+
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
+    agent = multiprocessing.get_context("fork").Process(target=lambda: Crowd(2, slow, tmp_path).ended())
+    agent.start()
+    wait_for(lambda: steps_of(file) >= 4)
+    agent.kill()
+    agent.join()
+    wait_for(lambda: len(list(tmp_path.glob("crowd-*/?.txt"))) == 2, 60)
+    assert all("SystemExit: 143" in end.read_text() for end in tmp_path.glob("crowd-*/?.txt"))
 
 
 def note(path, *words):

@@ -8,7 +8,9 @@ and each function does what it does for one.
 import functools
 import io
 import os
+import signal
 import socket
+import threading
 import time
 import uuid
 from contextlib import contextmanager, suppress
@@ -18,6 +20,7 @@ import torch
 from torch import distributed
 
 TIMEOUT = 1800.0  # seconds
+AGENT = 60.0  # seconds after which torchrun's agent, which is there before its processes, is given up
 
 
 def launched():
@@ -42,6 +45,8 @@ def group(timeout=TIMEOUT):
     """
     if not 0 < timeout < float("inf"):
         raise ValueError(f"timeout: found {timeout}, wanted a number of seconds above 0")
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     if launched() == 1 or distributed.is_initialized():
         yield
         return
@@ -54,12 +59,24 @@ def group(timeout=TIMEOUT):
     distributed.destroy_process_group()
 
 
+def end_with(parent):
+    """Sends this process a SIGTERM, as torchrun does when it ends, once the agent that started it was killed instead.
+
+    Nobody else would end it, and it might write to the folder of a run that was started again.
+    """
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def agents_store(timeout=TIMEOUT):
     """The store of torchrun's agents, which outlives the processes that they restart; None where there is none."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return distributed.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=timeout))
+    store = distributed.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=min(AGENT, timeout)))
+    store.set_timeout(timedelta(seconds=timeout))
+    return store
 
 
 def met(store, timeout):
