@@ -7,11 +7,13 @@ import math
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +26,8 @@ for needed in "av", "jsonargparse", "safetensors", "tensorboard":
     pytest.importorskip(needed, reason=f"the trainer needs {needed}: pip install .[train]")
 sys.path.insert(0, str(Path(__file__).parents[1] / "python"))
 
-from tclr import checkpoint, cli, config, evaluate, models, motions, processes, train  # noqa: E402
+from tclr import annotations, checkpoint, cli, config, evaluate, models, motions, processes, train  # noqa: E402
+from tclr import videos as videos_of  # noqa: E402
 from tclr.clips import ClipPlan  # noqa: E402
 from tclr.videos import Loaded  # noqa: E402
 
@@ -514,6 +517,45 @@ def test_bad_videos_are_replaced_and_counted_as_by_one_process(dataset, tmp_path
     settings = (tmp_path / "run3/config.yaml").read_text()
     assert "\nprocesses: 3\nbatch_statistics: of each process's share of a batch\n" in settings
     assert "processes" not in (tmp_path / "run1/config.yaml").read_text()
+
+
+@contextmanager
+def no_space():
+    """No file may become longer than 40 bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("full", ["first", "written before"])
+def test_a_list_of_bad_videos_that_cannot_be_written_ends_all(dataset, tmp_path, full):
+    """Another process met the bad video; a list that was there stays whole, and is gone on with."""
+    path = tmp_path / "bad_videos.csv"
+    if full == "written before":
+        path.write_text("video,reason\r\nearlier,why\r\n")
+    before = path.read_text() if path.exists() else None
+    listing = annotations.read("ucf101", dataset, "train", 1)
+
+    def meet(full):
+        found = videos_of.Files(listing, bad_videos=path if processes.rank() == 0 else None)
+        if processes.rank() == 1:
+            found.length(found.names.index(f"UCF-101/{BAD[0]}"))
+        with no_space() if full and processes.rank() == 0 else nullcontext():
+            videos_of.share_findings(found)
+        dist.barrier()
+
+    crowd = Crowd(3, lambda: meet(True), tmp_path)
+    assert crowd.ended() == [1, 1, 1] and "OSError: [Errno 27]" in crowd.messages()[0]
+    wanted = "RuntimeError: process 0 of 3 ended with OSError: see its own message"
+    assert all(wanted in text for text in crowd.messages()[1:])
+    assert (path.read_text() if path.exists() else None) == before
+    Crowd(3, lambda: meet(False), tmp_path).results()
+    with path.open(newline="") as file:
+        listed = [row["video"] for row in csv.DictReader(file)]
+    assert listed == ["earlier"] * bool(before) + [f"UCF-101/{BAD[0]}"]
 
 
 EVALUATION = [f"--evaluation.{what}" for what in ("clips=2", "frames=8", "stride=3", "side=32")]

@@ -5,6 +5,7 @@ length(i) -> frames of video i, and read(i, positions) -> uint8 [P, 3, H, W].
 """
 
 import csv
+import io
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from . import annotations, decode, processes
+from . import annotations, checkpoint, decode, processes
 
 COUNTS = "missing", "unreadable", "replaced", "padded", "decoded", "held"  # of `Files`
 
@@ -150,18 +151,18 @@ class Files:
                 self._news.append((name, reason))
             self.bad[name] = reason
             self.counts["unreadable"] += 1
-            if self.bad_videos and name not in _listed(self.bad_videos):
-                fresh = not self.bad_videos.exists()
-                with open(self.bad_videos, "a", newline="", errors="surrogateescape") as file:
-                    csv.writer(file).writerows([["video", "reason"]] * fresh + [[name, reason]])
+            if self.bad_videos and name not in (listed := _listed(self.bad_videos)):
+                _list(self.bad_videos, listed | {name: reason})
 
 
 def share_findings(videos):
     """Every process learns which bad videos the others met, so that the first one lists them all."""
     files = isinstance(videos, Files)
-    for findings in processes.exchange(videos.findings() if files else []):
-        if files:
-            videos.learn(findings)
+    found = processes.exchange(videos.findings() if files else [])
+    if any(found):
+        with processes.together():  # what follows need not be an exchange
+            for findings in found:
+                videos.learn(findings)
 
 
 def check_sizes(found, threads=8):
@@ -214,6 +215,14 @@ def _listed(path):
         return {}
     with open(path, newline="", errors="surrogateescape") as file:
         return {row["video"]: row["reason"] for row in csv.DictReader(file)}
+
+
+def _list(path, reasons):
+    """Writes a list of bad videos, {video: reason}, whole: on a full disk the one before stays."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([("video", "reason"), *reasons.items()])
+    with checkpoint.whole(path, shared=True) as file:
+        file.write(text.getvalue().encode(errors="surrogateescape"))
 
 
 def covered(frames, size):
