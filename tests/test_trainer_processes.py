@@ -393,6 +393,25 @@ def test_processes_that_were_not_started_alike_are_refused(videos, tmp_path):
         assert crowd.ended() == [1, 1] and all(f"ValueError: {message}" in text for text in crowd.messages())
 
 
+def test_commands_that_were_not_started_alike_are_refused(dataset, tmp_path):
+    out = tmp_path / "run"
+    pretrained(1, tmp_path, *options(dataset, out, 2))
+    before = (out / "last.pt").read_bytes()
+    cases = {
+        "overwrite: found True in process 0 and False in process 1": [
+            options(dataset, out, 2, given) for given in ("--overwrite=true", "--resume=true")
+        ],
+        "evaluation.clips: found 2 in process 0 and 3 in process 1": [
+            ["retrieval", f"--run={out}", *EVALUATION, f"--evaluation.clips={clips}"] for clips in (2, 3)
+        ],
+    }
+    for message, given in cases.items():
+        crowd = Crowd(2, lambda given=given: cli.main(given[processes.rank()]), tmp_path)
+        assert crowd.ended(30) == [1, 1]
+        assert all(f"ValueError: {message}, wanted the same in all 2" in text for text in crowd.messages())
+    assert (out / "last.pt").read_bytes() == before and not (out / "retrieval.json").exists()
+
+
 def test_every_process_needs_a_video(videos, tmp_path):
     crowd = Crowd(3, lambda: trained(videos, batch=2), tmp_path)
     assert crowd.ended() == [1] * 3
