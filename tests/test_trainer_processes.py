@@ -521,11 +521,18 @@ def pretrained(P, folder, *more, limit=60):
     return [(folder / f"said-{rank}.txt").read_text() for rank in range(P)]
 
 
-def test_bad_videos_are_replaced_and_counted_as_by_one_process(dataset, tmp_path):
-    """Each process reads its own videos; what they meet is listed once, and counted together."""
+DECAY = "--clips.windows=independent", "--clips.decay=1", "--recipe.weights={ic_global: 1, ll: 0, gl: 0}"
+
+
+@pytest.mark.parametrize("more", [(), DECAY])
+def test_bad_videos_are_replaced_and_counted_as_by_one_process(dataset, tmp_path, more):
+    """Each process reads its own videos; what they meet is listed once, and counted together.
+
+    With a decay, each looks up the length of all videos of a batch.
+    """
     found = {}
     for P in 1, 3:
-        first, *others = pretrained(P, tmp_path, *options(dataset, tmp_path / f"run{P}", 6))
+        first, *others = pretrained(P, tmp_path, *options(dataset, tmp_path / f"run{P}", 6), *more)
         assert not any(others)
         with open(tmp_path / f"run{P}/bad_videos.csv", newline="") as file:
             rows = list(csv.DictReader(file))
