@@ -20,7 +20,7 @@ import torch
 from torch import distributed
 
 TIMEOUT = 1800.0  # seconds
-AGENT = 60.0  # seconds after which torchrun's agent, which is there before its processes, is given up
+AGENT = 20.0  # seconds after which torchrun's agent, which is there before its processes, is given up
 
 
 def launched():
