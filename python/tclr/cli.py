@@ -53,6 +53,7 @@ def pretrain(
             resume, overwrite = True, False
         elif stage == "claiming":  # the processes ended before the first step
             overwrite = not resume
+        processes.same(overwrite=overwrite, resume=resume)
         first, device, last = processes.rank() == 0, config.device(device), out / "last.pt"
         with processes.together():
             checkpoint.vacant(out, resume=resume, overwrite=overwrite)

@@ -77,11 +77,12 @@ def random_windows(videos, chosen, plan, generator, threads=None, own=None):
     if not hasattr(videos, "read"):
         videos = Loaded(None, videos, None)
     own = range(len(chosen)) if own is None else own
-    # Drawing a start takes one random number, however long the video is, so the lengths of other processes' videos are
-    # not needed. Drawing a distance with a decay takes as many numbers as there are starts, so it needs all lengths.
-    known = range(len(chosen)) if plan.decay is not None else own
-    latest = [videos.length(i) - plan.window if place in known else 0 for place, i in enumerate(chosen)]
-    starts = [random_starts(each, plan, generator) for each in latest]
+    # A start takes one number of the generator, however long the video is, so nobody opens another process's videos;
+    # but a distance with a decay takes as many as there are starts.
+    lengths = [videos.length(i) if place in own else plan.window for place, i in enumerate(chosen)]
+    if plan.decay is not None:
+        lengths = [n if place in own else videos.length(chosen[place], False) for place, n in enumerate(lengths)]
+    starts = [random_starts(length - plan.window, plan, generator) for length in lengths]
     chosen, starts = ([each[place] for place in own] for each in (chosen, starts))
     positions = [(torch.tensor(some)[:, None] + torch.arange(plan.window)).flatten() for some in starts]
     windows = list((threads.map if threads else map)(videos.read, chosen, positions))

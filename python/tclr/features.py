@@ -1,7 +1,7 @@
 """The features of a data set, extracted once from a checkpoint and then cached for all evaluations."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -55,6 +55,8 @@ def features(run, embedder, data, part, evaluation, device="cpu", classes=None):
     settings = data.size, evaluation, videos.shortest, videos.decoder, torch.device(device).type, torch.__version__
     read = files(videos)
     weights = weights_hash(embedder)
+    given = {f"evaluation.{name}": value for name, value in asdict(e).items()}
+    processes.same(**given, weights=weights[:8], **{"data.size": data.size})
     key = config.digest(weights, code_hash(*CODE), *settings, read, digits=64)
     path, labels = run / "features" / f"{key}.safetensors", config.digest(videos.labels.tolist(), digits=64)
     clips = processes.from_first(lambda: cached(path, len(videos), labels))

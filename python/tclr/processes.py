@@ -8,7 +8,9 @@ process.
 import functools
 import io
 import os
+import signal
 import socket
+import threading
 import time
 import uuid
 from contextlib import contextmanager, suppress
@@ -18,6 +20,7 @@ import torch
 from torch import distributed
 
 TIMEOUT = 1800.0  # seconds
+AGENT = 20.0  # seconds after which torchrun's agent, which is there before its processes, is given up
 
 
 def launched():
@@ -44,6 +47,8 @@ def group(timeout=TIMEOUT):
     """
     if not 0 < timeout < float("inf"):
         raise ValueError(f"timeout: found {timeout}, wanted a number of seconds above 0")
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     if launched() == 1 or distributed.is_initialized():
         yield
         return
@@ -56,12 +61,24 @@ def group(timeout=TIMEOUT):
     distributed.destroy_process_group()
 
 
+def end_with(parent):
+    """Sends this process a SIGTERM, as torchrun does when it ends, once the agent that started it was killed instead.
+
+    Nobody else would end it, and it might write to the folder of a run that was started again.
+    """
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def agents_store(timeout=TIMEOUT):
     """The store of torchrun's agents, which still exists after they restart the processes; None without agents."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return distributed.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=timeout))
+    store = distributed.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=min(AGENT, timeout)))
+    store.set_timeout(timedelta(seconds=timeout))
+    return store
 
 
 def met(store, timeout):
@@ -219,20 +236,18 @@ def newest(file, age, load):
 
 
 @torch.no_grad()
-def average_statistics(module, weight):
-    """Replaces the floating-point buffers of a module by their weighted means over the processes.
+def average(tensors, weight):
+    """Replaces tensors by their means over the processes, each with its weight: the same bits in all processes.
 
-    This makes the running statistics of batch normalisation equal in all processes. weight: that of this process; the
-    weights of all processes add up to 1.
+    Of equal values the mean is that value.
     """
-    buffers = [each for each in module.buffers() if each.is_floating_point()]
-    if ranks() == 1 or not buffers:
+    if ranks() == 1 or not tensors:
         return
-    flat = torch.cat([each.flatten().double() for each in buffers]) * weight
+    flat = torch.cat([each.flatten().double() for each in tensors]) * weight
     every = [torch.empty_like(flat) for _ in range(ranks())]
     distributed.all_gather(every, flat)
-    total = functools.reduce(torch.add, every)  # in the order of ranks, so that all processes get the same bits
-    for each, mean in zip(buffers, total.split([each.numel() for each in buffers]), strict=True):
+    total = functools.reduce(torch.add, every)  # in their order, so that all get the same bits
+    for each, mean in zip(tensors, total.split([each.numel() for each in tensors]), strict=True):
         each.copy_(mean.view_as(each))
 
 

@@ -178,10 +178,13 @@ class Run:
         self.optimizer.zero_grad()
         batches = [self.backward(part) for part in range(self.recipe.accumulate)]
         sums = self.judged(batches)
+        if self.recipe.learn_temperature:  # the network's gradients are averaged already, see `averaging`
+            processes.average([self.loss.temperature.grad], 1 / ranks())
         self.scaler.unscale_(self.optimizer)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        processes.average_statistics(self.embedder, len(self.share) / self.recipe.batch)
+        statistics = [each for each in self.embedder.buffers() if each.is_floating_point()]  # of batch normalisation
+        processes.average(statistics, len(self.share) / self.recipe.batch)
         if self.recipe.learn_temperature:
             self.loss.temperature.data.clamp_(min=0.01)
             sums["temperature"] = self.loss.temperature.item()

@@ -1,10 +1,11 @@
 """Sets of videos: `Loaded` has all frames in memory, `Files` decodes them on demand.
 
-Both have the interface that the trainer uses: names, labels [videos] or None, classes or None, counts, len(),
-length(i) -> the number of frames of video i, and read(i, positions) -> uint8 [P, 3, H, W].
+Both offer what the trainer is written on: names, labels [videos] or None, classes or None, counts, len(),
+length(i, counted) -> frames of video i, and read(i, positions) -> uint8 [P, 3, H, W].
 """
 
 import csv
+import io
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from . import annotations, decode, processes
+from . import annotations, checkpoint, decode, processes
 
 COUNTS = "missing", "unreadable", "replaced", "padded", "decoded", "held"  # the keys of `Files.counts`
 
@@ -32,7 +33,7 @@ class Loaded:
     def __len__(self):
         return len(self.names)
 
-    def length(self, i):
+    def length(self, i, counted=True):
         return len(self.frames[i])
 
     def read(self, i, positions):
@@ -68,23 +69,23 @@ class Files:
     def __len__(self):
         return len(self.entries)
 
-    def length(self, i):
-        """The number of frames of video i, or of the video that replaces it."""
-        return max(self.shortest, self._first_readable(i, self._own_length))
+    def length(self, i, counted=True):
+        """Frames of video i, or of the one that stands in for it. counted=False: where another process reads it."""
+        return max(self.shortest, self._first_readable(i, self._own_length, counted))
 
     def read(self, i, positions):
         """The frames at these positions, in any order, repeats allowed: uint8 [P, 3, H, W]"""
         return self._first_readable(i, lambda j: self._own_frames(j, torch.as_tensor(positions)))
 
-    def _first_readable(self, i, function):
-        """function(j) for the first readable video j: i itself, or its replacement."""
+    def _first_readable(self, i, function, counted=True):
+        """function(j) of video i, or of the first that takes its place."""
         for j in self._candidates(i):
             try:
                 result = function(j)
             except decode.Unreadable as error:
                 self._report(self.names[j], str(error))
                 continue
-            if j != i:
+            if j != i and counted:
                 self._count("replaced")
             return result
         raise ValueError(f"{self.names[i]} cannot be read, nor can any video that could take its place")
@@ -150,18 +151,18 @@ class Files:
                 self._news.append((name, reason))
             self.bad[name] = reason
             self.counts["unreadable"] += 1
-            if self.bad_videos and name not in _listed(self.bad_videos):
-                fresh = not self.bad_videos.exists()
-                with open(self.bad_videos, "a", newline="", errors="surrogateescape") as file:
-                    csv.writer(file).writerows([["video", "reason"]] * fresh + [[name, reason]])
+            if self.bad_videos and name not in (listed := _listed(self.bad_videos)):
+                _list(self.bad_videos, listed | {name: reason})
 
 
 def share_findings(videos):
     """Exchanges the unreadable videos between the processes, so that the first process can list all of them."""
     files = isinstance(videos, Files)
-    for findings in processes.exchange(videos.findings() if files else []):
-        if files:
-            videos.learn(findings)
+    found = processes.exchange(videos.findings() if files else [])
+    if any(found):
+        with processes.together():  # what follows need not be an exchange
+            for findings in found:
+                videos.learn(findings)
 
 
 def check_sizes(found, threads=8):
@@ -214,6 +215,14 @@ def _listed(path):
         return {}
     with open(path, newline="", errors="surrogateescape") as file:
         return {row["video"]: row["reason"] for row in csv.DictReader(file)}
+
+
+def _list(path, reasons):
+    """Writes a list of bad videos, {video: reason}, whole: on a full disk the one before stays."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([("video", "reason"), *reasons.items()])
+    with checkpoint.whole(path, shared=True) as file:
+        file.write(text.getvalue().encode(errors="surrogateescape"))
 
 
 def covered(frames, size):
