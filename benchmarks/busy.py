@@ -47,7 +47,7 @@ class Busy:
 
     def __exit__(self, *_):
         for process in self.processes:
-            process.terminate()
+            process.kill()  # a handler of SIGTERM may have been inherited
             process.join()
 
 
