@@ -28,4 +28,6 @@ for step in range(61):
     optimizer.step()
     if step % 20 == 0 and rank == 0:
         print(f"step {step}: loss {loss.item():.3f}", flush=True)
+dist.barrier()  # no process ends while another still waits for it
+del model, loss, a, b, optimizer  # which hold the group
 dist.destroy_process_group()
