@@ -722,7 +722,6 @@ BUGS = {  # what is wrong -> (file, old, new, the check that finds it)
     "large: the unit of pairs": ("large", "dz *= 1.0 / UNIT", "dz *= 1.0", "large"),
     "large: a pair left out": ("large", "(one >= step), -1, q)", "(one >= 0), -1, q)", "large"),
     "large: slots of rows and columns swapped": ("large", "(g * supers + q) * M", "(g * supers + p) * M", "large"),
-    "large: slots not rescaled": ("large", "s * exponential(m - finite(highest)[None, :])", "s", "unbounded"),
     "large: earlier sums not rescaled": ("large", "total * exponential(top - offset) +", "total +", "unbounded"),
     "large: missing factor 2": ("large", "(row_scale[:, None] + scale[None, :])", "row_scale[:, None]", "large"),
     "large: missing factor 2, unbounded": ("large", "w += exponential", "w = exponential", "unbounded"),
