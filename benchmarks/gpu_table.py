@@ -8,8 +8,8 @@ FLOPS = 790e12  # a second, of large products of bfloat16 by cuBLAS on an H100, 
 PREFACE = f"""Times are device times in microseconds, loss and gradient together, of a CUDA graph's replays: the median
 of several. "Three products" are the matrix products that the usual form needs, by cuBLAS, and nothing else. The floor
 is the time of our own products (5 M^2 D operations for NT-Xent, half of them for CLIP) at {FLOPS / 1e12:.0f} TFLOP/s,
-which cuBLAS reaches there. "Eager" is the time as a caller sees it who calls the loss and waits for the gradient. MiB is
-the peak memory beyond the inputs: of the faster backend, and of PyTorch's form."""
+which cuBLAS reaches there. "Eager" is the time as a caller sees it who calls the loss and waits for the gradient. MiB
+is the peak memory beyond the inputs: of the faster backend, and of PyTorch's form."""
 
 
 def read(kind):
