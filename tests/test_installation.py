@@ -62,9 +62,7 @@ def test_a_clone_without_kernels_names_the_installation_that_it_hides(clone, tmp
 
 @pytest.mark.skipif(not (ROOT / "tclr_kernels/_cpu.so").exists(), reason="the kernels are not built")
 def test_the_selftest_fails_without_kernels_unless_that_is_allowed(clone):
-    only = (
-        "import sys, tclr_kernels.selftest as s; s.CHECKS = {'one row': s.one_row}; sys.exit(s.main(sys.argv[1:]))"
-    )
+    only = "import sys, tclr_kernels.selftest as s; s.CHECKS = {'one row': s.one_row}; sys.exit(s.main(sys.argv[1:]))"
     run = python(clone, "-c", only, "--device", "cpu")
     assert run.returncode == 1 and "missing: native on cpu: the CPU kernels are not built" in run.stdout
     assert python(clone, "-c", only, "--device", "cpu", "--allow-reference").returncode == 0
