@@ -13,6 +13,7 @@ import torch
 
 from benchmarks import importing
 from tclr_kernels import info
+from tclr_kernels.backends import native
 
 ROOT = Path(__file__).parents[1]
 CALL = "import torch, tclr_kernels as tk; x = torch.ones(2, 3); "
@@ -67,6 +68,18 @@ def test_the_selftest_fails_without_kernels_unless_that_is_allowed(clone):
     assert run.returncode == 1 and "missing: native on cpu: the CPU kernels are not built" in run.stdout
     assert python(clone, "-c", only, "--device", "cpu", "--allow-reference").returncode == 0
     assert python(ROOT, "-c", only, "--device", "cpu").returncode == 0
+
+
+def test_kernels_that_are_older_than_the_package_are_named(monkeypatch):
+    """As after `git pull` in a clone whose kernels are not built again: the reference serves, and the reason is said."""
+    monkeypatch.setattr(native, "OPERATORS", (*native.OPERATORS, "of_tomorrow"))
+    reason = native._load_cpu()
+    assert "_cpu.so has no operator 'of_tomorrow'" in reason and "make setup" in reason
+
+
+def test_every_operator_is_looked_for():
+    schemas = (ROOT / "csrc" / "schemas.h").read_text()
+    assert sorted(native.OPERATORS) == sorted(set(re.findall(r"^\s*\"(\w+)\(", schemas, re.MULTILINE)))
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,8 @@ from . import cuda
 
 PACKAGE = Path(__file__).parents[1]
 CPU, CUDA = PACKAGE / "_cpu.so", PACKAGE / "_cuda.so"
+OPERATORS = "gram_forward", "gram_backward", "reduced", "reduced_backward", "objective", "objective_backward"
+OPERATORS += "rectangle", "pairs", "rectangle_backward"
 
 
 def _load_cpu() -> str | None:
@@ -34,6 +36,19 @@ def _load_cpu() -> str | None:
         torch.ops.load_library(str(CPU))
     except OSError as error:
         return f"the CPU kernels cannot be loaded by PyTorch {torch.__version__}, wanted 2.11 or newer: {error}"
+    return _out_of_date(CPU, "CPU")
+
+
+def _out_of_date(library: Path, key: str) -> str | None:
+    """Why a library that was loaded does not fit this package: the sources changed since it was built; else None."""
+    for name in OPERATORS:
+        operator = f"tclr_kernels::{name}"
+        exists = hasattr(torch.ops.tclr_kernels, name)
+        if not exists or not torch._C._dispatch_has_kernel_for_dispatch_key(operator, key):
+            return (
+                f"{library} has no operator {name!r}, so it was built from other sources than these: build it again, by "
+                "`make setup` in a clone, else by installing the package again"
+            )
     return None
 
 
@@ -103,7 +118,7 @@ def _load_cuda() -> str | None:
         torch.ops.load_library(str(CUDA))
     except OSError as error:
         return f"the CUDA kernels cannot be loaded by PyTorch {torch.__version__}, wanted 2.11 or newer: {error}"
-    return None
+    return _out_of_date(CUDA, "CUDA")
 
 
 def cuda_targets() -> str:
