@@ -122,11 +122,14 @@ def test_unit_rows_of_half_precision_go_to_the_kernels_for_hopper(gpu, monkeypat
     def chosen(device, D, dtype=torch.bfloat16, unit_rows=True):
         return backends.choose(None, device, 10**6, D, dtype, unit_rows)
 
+    monkeypatch.setattr(backends.native, "cuda_targets", lambda: "8.0 9.0a")
     hopper = gpu((9, 0))
     assert [chosen(hopper, D) for D in (64, 65, 256, 257)] == ["triton", "native", "native", "triton"]
     assert chosen(hopper, 128, unit_rows=False) == chosen(hopper, 128, torch.float32) == "triton"
     for other in ((8, 0), (10, 0)):
         assert chosen(gpu(other), 128) == "triton"
+    monkeypatch.setattr(backends.native, "cuda_targets", lambda: "8.0 10.0+PTX")  # compiled without those kernels
+    assert chosen(gpu((9, 0)), 128) == "triton"
 
 
 def test_devices_that_are_too_old_are_named(gpu):

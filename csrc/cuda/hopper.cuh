@@ -700,7 +700,7 @@ const char* launch_on_all(void (*kernel)(A), int64_t pieces, size_t shared, Stre
 }
 
 // Chooses the size of super-blocks with the least time of the busiest multiprocessor, in tiles. The overheads of a
-// strip (0.8) and of a piece (0.5) were measured.
+// strip (0.8) and of a piece (0.5) are estimates.
 void arrange_supers(Sums& s) {
   double least = 0;
   int64_t all = processors();

@@ -121,8 +121,9 @@ def _order(device: torch.device, rows: int, features: int, dtype: torch.dtype | 
 
 @functools.cache
 def _is_hopper(device: torch.device) -> bool:
+    """Whether native's kernels for Hopper run there: they need the device, and to be compiled for it."""
     usable = torch.version.hip is None and torch.cuda.is_available()
-    return usable and torch.cuda.get_device_capability(device) == HOPPER
+    return usable and torch.cuda.get_device_capability(device) == HOPPER and "9.0a" in native.cuda_targets().split()
 
 
 _is_hopper._dynamo_marked_constant = True  # as above
