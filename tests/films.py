@@ -4,7 +4,9 @@ A frame is 4 x 4 cells, dark or light: the binary digits of its number. The `ffm
 what PyAV can write is written by PyAV, so that it is there without the program.
 """
 
+import contextlib
 import itertools
+import os
 import random
 import shutil
 import subprocess
@@ -116,10 +118,22 @@ def numbers(frames):
     return ((cells.flatten(1) > 125).int() << torch.arange(16)).sum(1).tolist()
 
 
+@contextlib.contextmanager
+def kept_scheduling():
+    """SVT-AV1, run by root, makes the thread that calls it a real-time one. Its child processes would be so too, and
+    then nothing else would run while they compute."""
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameters)
+
+
 def write(path, frames=20, codec="mpeg4", options=None, side=32, first=0):
     """Writes frames of the numbers from `first` on, by PyAV."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w", format="vob" if path.suffix == ".mpg" else None) as container:
+    kind = "vob" if path.suffix == ".mpg" else None
+    with kept_scheduling(), av.open(str(path), "w", format=kind) as container:
         stream = container.add_stream(codec, rate=25, options=options or {})
         stream.height = stream.width = side
         stream.pix_fmt = "yuv420p"

@@ -213,6 +213,12 @@ def shown(picture, a, b, c, d):
     return result
 
 
+def test_encoders_leave_the_scheduling_as_it_is(tmp_path):
+    before = os.sched_getscheduler(0)
+    write(tmp_path, "av1.mp4")
+    assert os.sched_getscheduler(0) == before
+
+
 def oblong(folder, codec="mpeg4"):
     """A film of 64 x 96, light in one corner and in half of one side."""
     path = folder / "oblong.mp4"
