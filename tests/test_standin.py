@@ -267,7 +267,7 @@ def test_a_kept_kernel_is_the_one_that_triton_takes(hopper, monkeypatch):
         kept(kernel, programs, *arguments, **settings)
         kernel[(programs,)](*arguments, **settings, **sets.COMPILER_OPTIONS)
 
-    for module in (large, small):
+    for module in (large, small, wide):
         monkeypatch.setattr(module, "launch", both)
     for problem in itertools.islice(problems(0), 40):
         for _ in range(2):
