@@ -196,6 +196,9 @@ def info_nce(
     query, key = checks.embeddings("... N D", group is not None, query=query, key=key)
     checks.flag("in_batch", in_batch)
     tau = _tau(temperature, logit_scale, normalize, reduction, query, group)
+    if in_batch and _is_plain(reduction, labels, negatives, decoupled, group):
+        count = query.shape[:-1].numel() if reduction == "mean" else 1
+        return reduced([query, key], tau, backend, normalize, True, one_sided=True, count=count)
     further = candidates.given("negatives", negatives, query, group)
     if in_batch:
         beside = None if further is None else [further, None]
