@@ -28,7 +28,7 @@ BACKENDS = tk.available_backends("cpu")
 USABLE = [name for name, reason in BACKENDS.items() if reason is None]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # not interpreted: too many operations of 50-100 us each (test_triton.py has them with smaller tiles), or CPU threads
-TOO_LONG = "many blocks, narrow", "is_the_slope", "test_bits_do_not_depend_on_threads", "test_threads_that_set"
+TOO_LONG = "many blocks, narrow", "finite_differences", "test_bits_do_not_depend_on_threads", "own_thread_counts"
 WRONG_THERE = ("dtype6-1e-38",)  # denormal bfloat16 numbers, of which the interpreter loses bits
 if INTERPRETED and BACKENDS["triton"] is None:
     from .interpreted import repair

@@ -59,7 +59,7 @@ def test_swapped_views_swap_gradients(name, float64):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_rotation_rotates_gradients(name, float64):
+def test_rotated_rows_have_the_same_loss_and_rotated_gradients(name, float64):
     inputs = LOSSES[name].inputs((5, 3, 6))
     Q = torch.linalg.qr(oracle.correlated([(6, 6)], 0, 3)[0])[0]
     out, grads = run(LOSSES[name].call, inputs, backend=float64)
@@ -68,7 +68,7 @@ def test_rotation_rotates_gradients(name, float64):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_row_length_does_not_matter_and_gradients_are_orthogonal(name, float64):
+def test_losses_ignore_the_length_of_rows_and_gradients_are_orthogonal_to_them(name, float64):
     inputs = LOSSES[name].inputs((5, 3, 6))
     lengths = [oracle.some_gradient(x.shape[:-1] + (1,)) * 100 for x in inputs]
     out, grads = run(LOSSES[name].call, inputs, backend=float64)
@@ -82,7 +82,7 @@ def test_row_length_does_not_matter_and_gradients_are_orthogonal(name, float64):
 
 
 @pytest.mark.parametrize("name", KINDS[:-1])
-def test_incoming_gradient_of_any_kind(name, backend):
+def test_strided_expanded_zero_and_scaled_upstream_gradients_are_applied(name, backend):
     """Strided, expanded, zero; and others than 1."""
     loss = LOSSES[name]
     inputs = loss.inputs((7, 3, 9), torch.float32)
@@ -104,7 +104,7 @@ def test_incoming_gradient_of_any_kind(name, backend):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", KINDS)
-def test_inputs_stay_as_they_are_and_runs_repeat_bit_by_bit(name, dtype, backend):
+def test_inputs_are_unchanged_and_runs_repeat_bit_by_bit(name, dtype, backend):
     inputs = LOSSES[name].inputs((9, 4, 21), dtype)
     before = [x.clone() for x in inputs]
     first = run(LOSSES[name].call, inputs, backend=backend)
@@ -148,7 +148,7 @@ def test_bits_do_not_depend_on_threads(name, sizes, seed, kernels, threads):
 
 
 @pytest.mark.parametrize("name", ["nt_xent", "clip_loss", "instance_contrastive", "local_local"])
-def test_saved_for_backward_is_linear_in_the_rows(name, kernels):
+def test_memory_saved_for_backward_is_linear_in_the_rows(name, kernels):
     inputs = [x.requires_grad_() for x in LOSSES[name].inputs((300, 4, 8), torch.float32)]
     numbers = sum(x.numel() for x in inputs)
     M, V = numbers // 8, 4 if name == "instance_contrastive" else 2
@@ -157,7 +157,7 @@ def test_saved_for_backward_is_linear_in_the_rows(name, kernels):
 
 
 @pytest.mark.parametrize("name", FURTHER)
-def test_saved_for_backward_is_linear_with_labels_and_negatives_too(name, kernels):
+def test_memory_saved_for_backward_is_linear_with_labels_and_negatives(name, kernels):
     """Of the composition in float64 some numbers a row and set; the matrix would be hundreds."""
     inputs = [x.requires_grad_() for x in LOSSES[name].inputs((300, 4, 8), torch.float32)]
     numbers = sum(x.numel() for x in inputs)
@@ -193,7 +193,7 @@ print(peak() - before)
 """
 
 
-def test_the_gram_matrix_is_never_held(native):
+def test_the_gram_matrix_is_never_allocated(native):
     """Of 12288 rows it would take 576 MiB."""
     status = subprocess.run([sys.executable, "-c", PEAK, native], capture_output=True, text=True)
     assert status.returncode == 0, status.stderr
@@ -238,7 +238,7 @@ def test_compile_needs_two_graphs_for_any_number_of_rows(name, backend):
 
 @pytest.mark.parametrize("leaves", ["none", "the second", "all, under no_grad"])
 @pytest.mark.parametrize("name", ["nt_xent", "tclr release"])
-def test_compile_where_not_every_input_needs_a_gradient(name, leaves, backend):
+def test_compiled_losses_agree_if_some_inputs_need_no_gradient(name, leaves, backend):
     torch._dynamo.reset()
     inputs = LOSSES[name].inputs((5, 3, 7), torch.float32)
     for k, x in enumerate(inputs):
@@ -250,7 +250,7 @@ def test_compile_where_not_every_input_needs_a_gradient(name, leaves, backend):
         assert found.requires_grad == (leaves == "the second")
 
 
-def test_threads_that_set_their_own_number_of_threads(kernels):
+def test_calls_from_threads_with_their_own_thread_counts_agree(kernels):
     """In a process of its own: it changes the number for good."""
     code = f"""
 import threading, torch, tclr_kernels as tk
@@ -273,7 +273,7 @@ assert len(results) == 4 and len(set(results)) == 1
 
 
 @pytest.mark.parametrize("how", ["highest", "high", "ieee", "tf32"])
-def test_precision_of_float32_may_be_said_in_both_ways(how, backend):
+def test_both_settings_of_the_float32_precision_are_accepted(how, backend):
     """What PyTorch itself raises where the newer way was used is not passed on; TF32 is for CUDA devices alone."""
     inputs = LOSSES["nt_xent"].inputs((5, 2, 3), torch.float32)
     wanted = run(tk.nt_xent, inputs, backend=backend)
@@ -297,7 +297,7 @@ def test_precision_of_float32_may_be_said_in_both_ways(how, backend):
 @pytest.mark.parametrize("tau", [0.1, torch.tensor(0.1)])
 @pytest.mark.parametrize("cross", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_opcheck(dtype, cross, tau, native):
+def test_the_operators_pass_pytorchs_opcheck(dtype, cross, tau, native):
     ops = torch.ops.tclr_kernels
     sets = oracle.correlated([(2, 5, 3)] * 4, 0.5, 0)
     sets = [x.to(dtype) for x in sets]
@@ -309,7 +309,7 @@ def test_opcheck(dtype, cross, tau, native):
 
 
 @pytest.mark.parametrize("dtype, labelled", [(torch.float32, False), (torch.bfloat16, True)], ids=str)
-def test_opcheck_of_the_general_operation(dtype, labelled, native):
+def test_the_general_operators_pass_pytorchs_opcheck(dtype, labelled, native):
     ops, check = torch.ops.tclr_kernels, torch.library.opcheck
     sets = [x.to(dtype) for x in oracle.correlated([(2, 5, 3)] * 2, 0.5, 0)]
     keys, tau = (torch.tensor([[0, 1, 0, -1, 1]] * 2), (torch.tensor(0.1), 0.0)) if labelled else (None, (None, 0.1))
@@ -332,7 +332,7 @@ def test_opcheck_of_the_general_operation(dtype, labelled, native):
             check(ops.rectangle_backward.default, (*settings, anchors, [], False, True))
 
 
-def test_func_grad_is_the_gradient(float64):
+def test_torch_func_grad_equals_autograd(float64):
     a, b = LOSSES["nt_xent"].inputs((5, 2, 4))
     found = torch.func.grad(lambda a, b: tk.nt_xent(a, b, backend=float64), argnums=(0, 1))(a, b)
     close(found, run(tk.nt_xent, [a, b], backend=float64)[1])

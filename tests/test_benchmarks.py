@@ -26,13 +26,13 @@ def test_every_provider_computes_the_same_loss(loss, name):
         assert oracle.holds(*oracle.errors(result, oracle.truth(case, inputs)), case.dtype)
 
 
-def test_every_case_has_a_name_of_its_own_and_ours_serves_it():
+def test_every_case_has_a_unique_name_and_is_measured_with_native():
     assert len(cases.BY_KEY) == len(cases.CASES)
     assert all("native" in providers.serving(case) for case in cases.CASES)
 
 
 @pytest.mark.parametrize("case", [cases.nt_xent(300, ""), cases.clip(150, "")], ids=["nt_xent", "clip"])
-def test_the_sampled_truth_is_the_truth(case, monkeypatch):
+def test_the_reference_of_sampled_rows_equals_that_of_all_rows(case, monkeypatch):
     inputs = case.inputs()
     whole = oracle.truth(case, inputs)
     monkeypatch.setattr(oracle, "LARGEST", 16)
@@ -42,7 +42,7 @@ def test_the_sampled_truth_is_the_truth(case, monkeypatch):
     assert of_loss < 1e-12 and of_grad < 1e-12
 
 
-def test_a_provider_that_is_wrong_or_breaks_gets_a_row_and_no_time():
+def test_a_provider_with_wrong_results_or_an_error_gets_a_row_without_a_time():
     def breaks(a, b, tau):
         raise RuntimeError("no such\nluck")
 
@@ -55,7 +55,7 @@ def test_a_provider_that_is_wrong_or_breaks_gets_a_row_and_no_time():
     assert broken["status"] == "error: RuntimeError: no such luck" and "p50_ms" not in broken
 
 
-def test_a_row_takes_the_place_of_the_one_before(tmp_path):
+def test_a_new_row_replaces_the_earlier_one_of_the_same_case(tmp_path):
     path = tmp_path / "cpu-x.csv"
     row = dict(case="nt_xent", provider="native", shape="8x4 8x4", rows=16, dtype="float32", mode="forward")
     rows.add(path, [{**row, "p50_ms": "2"}])
@@ -64,7 +64,7 @@ def test_a_row_takes_the_place_of_the_one_before(tmp_path):
     assert "| PyTorch, fastest form | 6 |" in table.page([path]) and "2x" in table.page([path])
 
 
-def test_a_case_without_a_truth_gets_rows_with_the_error(monkeypatch):
+def test_a_case_whose_reference_fails_gets_rows_with_the_error(monkeypatch):
     def truth(case, inputs):
         raise MemoryError("not enough")
 
@@ -87,7 +87,7 @@ def fails_at_first():
     return make
 
 
-def test_other_tables_have_a_row_for_an_error_too(tmp_path, monkeypatch):
+def test_an_error_becomes_a_row_of_the_step_and_accuracy_tables(tmp_path, monkeypatch):
     path = tmp_path / "rows.csv"
     monkeypatch.setattr(step, "measure", fails_at_first())
     monkeypatch.setattr(sys, "argv", ["step", "--out", str(path)])
@@ -102,7 +102,7 @@ def test_other_tables_have_a_row_for_an_error_too(tmp_path, monkeypatch):
     assert statuses == ["error: RuntimeError: no luck"] + ["ok"] * (3 * len(accuracy.NAMES) - 1)
 
 
-def test_the_tables_of_compiled_kernels_have_a_row_for_an_error_too(tmp_path, monkeypatch):
+def test_an_error_becomes_a_row_of_the_table_of_compiled_cuda_kernels(tmp_path, monkeypatch):
     pytest.importorskip("triton")
     from benchmarks import compile_cuda
 
@@ -118,7 +118,7 @@ def test_the_tables_of_compiled_kernels_have_a_row_for_an_error_too(tmp_path, mo
     assert found == [("sm_80", "error: RuntimeError: no luck"), ("sm_90a", "ok"), ("sm_100", "ok")]
 
 
-def test_the_committed_rows_have_hoppers_kernels_and_no_new_spill():
+def test_the_committed_rows_of_hoppers_kernels_show_no_new_spill():
     pytest.importorskip("triton")
     from benchmarks import compile_cuda
 
@@ -128,14 +128,14 @@ def test_the_committed_rows_have_hoppers_kernels_and_no_new_spill():
         assert int(of_hopper[name]["spills"]) <= compile_cuda.SPILLS.get(name, 0)
 
 
-def test_the_readme_shows_the_committed_rows():
+def test_readme_and_benchmarks_page_show_the_committed_rows():
     readme = (rows.ROOT / "README.md").read_text()
     shown = readme.partition(table.BEGIN)[2].partition(table.END)[0].strip()
     assert shown == table.markdown(rows.files())
     assert (rows.ROOT / "docs" / "benchmarks.md").read_text() == table.page(rows.files())
 
 
-def test_the_inputs_of_a_case_are_leaves_and_always_the_same():
+def test_the_inputs_of_a_case_are_leaves_with_the_same_values_every_time():
     first, again = (cases.CASES[0].inputs() for _ in range(2))
     assert all(x.is_leaf and x.requires_grad for x in first) and all(map(torch.equal, first, again))
 
@@ -148,13 +148,13 @@ def test_the_page_of_several_processes_shows_the_committed_rows():
         assert all(row["status"] == "ok" for row in found)
 
 
-def test_a_rank_s_own_work_by_itself():
+def test_the_compute_benchmark_gives_a_row_for_1_2_4_and_8_ranks():
     made = list(processes.compute(N=64, seconds=0.01))
     assert [row["P"] for row in made] == [1, 2, 4, 8] and all(float(row["ratio"]) > 0 for row in made)
 
 
 @pytest.mark.full
-def test_several_processes_are_measured(pool):
+def test_speed_accuracy_and_traffic_of_several_processes_are_measured(pool):
     made = list(processes.speed(N=64, runs=2, rounds=1))
     assert [(row["processes"], row["threads_each"]) for row in made] == [(1, 1), (1, 2), (2, 1)]
     row = processes.against_one_process(pool, "tclr-kernels nt_xent")
@@ -165,7 +165,7 @@ def test_several_processes_are_measured(pool):
     assert (sent["forward"], sent["backward"]) == (2, 2)
 
 
-def test_what_busy_processes_do_is_measured(capsys, tmp_path):
+def test_the_slowdown_beside_busy_processes_is_measured(capsys, tmp_path):
     arguments = [
         "busy",
         "--case",

@@ -66,7 +66,7 @@ def used(case, leading, x):
 @pytest.mark.parametrize("leading", GROUPS.values(), ids=GROUPS)
 @pytest.mark.parametrize("symmetric", BOOLS)
 @pytest.mark.parametrize("case", combinations)
-def test_nt_xent(case, symmetric, leading, float64):
+def test_nt_xent_equals_its_printed_formula(case, symmetric, leading, float64):
     labels, decoupled, further = case["labels"], case["decoupled"], case["further"] != "no"
 
     def loss(tau, a, b, q):
@@ -87,7 +87,7 @@ def test_nt_xent(case, symmetric, leading, float64):
 @pytest.mark.parametrize("leading", GROUPS.values(), ids=GROUPS)
 @pytest.mark.parametrize("sides", [(True, True), (True, False), (False, True)], ids=["both", "a", "b"])
 @pytest.mark.parametrize("case", combinations)
-def test_clip_loss(case, sides, leading, float64):
+def test_clip_loss_equals_its_printed_formula(case, sides, leading, float64):
     labels, decoupled = case["labels"], case["decoupled"]
     of = [case["further"] != "no" and side for side in sides]
 
@@ -107,7 +107,7 @@ def test_clip_loss(case, sides, leading, float64):
 @pytest.mark.parametrize("leading", GROUPS.values(), ids=GROUPS)
 @pytest.mark.parametrize("in_batch", BOOLS)
 @pytest.mark.parametrize("case", combinations)
-def test_info_nce(case, in_batch, leading, float64):
+def test_info_nce_equals_its_printed_formula(case, in_batch, leading, float64):
     labels, decoupled, further = case["labels"], case["decoupled"], case["further"] != "no"
     if not in_batch and (labels is not None or not further):
         return  # errors, below
@@ -128,7 +128,7 @@ def test_info_nce(case, in_batch, leading, float64):
 @pytest.mark.parametrize("V", [2, 3])
 @pytest.mark.parametrize("softmax", ["pairs", "joint"])
 @pytest.mark.parametrize("case", [case for case in combinations if case.values[0]["further"] != "own"])
-def test_instance_contrastive(case, softmax, V, float64):
+def test_instance_contrastive_equals_its_printed_formula(case, softmax, V, float64):
     labels, decoupled, further = case["labels"], case["decoupled"], case["further"] != "no"
 
     def loss(tau, q, *views):
@@ -153,7 +153,7 @@ def test_instance_contrastive(case, softmax, V, float64):
 @pytest.mark.parametrize("leading", GROUPS.values(), ids=GROUPS)
 @pytest.mark.parametrize("labels", [LABELS, ALIKE, torch.full((N,), -1), torch.arange(N)], ids=str)
 @pytest.mark.parametrize("normalize", BOOLS)
-def test_sup_con(labels, normalize, leading, float64):
+def test_sup_con_equals_its_printed_formula(labels, normalize, leading, float64):
     def loss(tau, z):
         return tk.sup_con(z, labels, tau, normalize=normalize, **EACH, backend=float64)
 
@@ -166,7 +166,7 @@ def test_sup_con(labels, normalize, leading, float64):
 
 @pytest.mark.parametrize("form", ["paper", "release"])
 @pytest.mark.parametrize("labels", [LABELS, ALIKE], ids=["some", "alike"])
-def test_labels_of_the_objective_are_those_of_both_ic_terms(labels, form, float64):
+def test_labels_of_the_objective_change_both_ic_terms_only(labels, form, float64):
     """The other terms are within a video, and have none."""
     inputs = oracle.LOSSES["tclr"].inputs((N, 2, D))
 
@@ -226,7 +226,7 @@ def test_logit_scale_is_one_over_the_temperature(name, shape, dtype, backend):
 
 
 @each
-def test_logit_scale_in_float64(name, float64):
+def test_logit_scale_is_exact_in_float64(name, float64):
     a, b = tensors()[:2]
     scale = torch.tensor(3.7, dtype=torch.float64)
     found, wanted = (
@@ -240,7 +240,7 @@ def test_logit_scale_in_float64(name, float64):
 
 
 @each
-def test_temperature_may_come_after_the_tensors(name, backend):
+def test_temperature_may_be_the_positional_argument_after_the_tensors(name, backend):
     a, b = (x.float() for x in tensors()[:2])
     given = CALLS[name](a, b, 0.3, backend=backend)
     assert torch.equal(given, CALLS[name](a, b, temperature=0.3, backend=backend))
@@ -249,7 +249,7 @@ def test_temperature_may_come_after_the_tensors(name, backend):
 
 
 @each
-def test_one_of_temperature_and_logit_scale(name):
+def test_temperature_beside_logit_scale_and_wrong_logit_scales_are_errors(name):
     a, b = tensors()[:2]
     for wrong in (0.1, torch.tensor(0.1)):
         with pytest.raises(ValueError, match="logit_scale: found .* beside temperature .*, wanted one of them"):
@@ -259,13 +259,13 @@ def test_one_of_temperature_and_logit_scale(name):
             CALLS[name](a, b, logit_scale=wrong)
 
 
-def test_the_value_of_a_logit_scale_is_checked_on_request(monkeypatch):
+def test_tclr_kernels_check_refuses_a_negative_logit_scale(monkeypatch):
     monkeypatch.setenv("TCLR_KERNELS_CHECK", "1")
     with pytest.raises(ValueError, match="logit_scale: found -3.0"):
         tk.nt_xent(*tensors()[:2], logit_scale=torch.tensor(-3.0))
 
 
-def test_views_in_a_list_are_a_stack(backend):
+def test_a_list_of_views_equals_the_stacked_tensor(backend):
     views = [x.float() for x in tensors()[:2]]
     assert torch.equal(
         tk.instance_contrastive(views, backend=backend), tk.instance_contrastive(torch.stack(views), backend=backend)
@@ -287,13 +287,13 @@ def test_views_in_a_list_are_a_stack(backend):
         ([torch.ones(3, 1, 2)] * 2, "views: found 4 dimensions"),
     ],
 )
-def test_wrong_lists_of_views_are_named(views, message):
+def test_errors_name_the_wrong_view_of_a_list(views, message):
     with pytest.raises((TypeError, ValueError), match=message):
         tk.instance_contrastive(views)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_negatives_of_both_sides_round_their_gradient_once(dtype, backend):
+def test_gradients_of_negatives_of_both_sides_are_rounded_once(dtype, backend):
     """Of a short row, each side's part is beyond float16 and they may have opposite signs."""
     a, b, n = torch.randn(3, 100, 4, 8)
     n[:, 0] *= torch.logspace(0, -5, 100)[:, None]
@@ -312,7 +312,7 @@ def test_negatives_of_both_sides_round_their_gradient_once(dtype, backend):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @each
-def test_reductions(name, reduction, backend):
+def test_mean_and_sum_equal_those_of_the_single_terms(name, reduction, backend):
     if name == "tclr":
         return
     a, b = (x.float() for x in tensors()[:2])
@@ -322,7 +322,7 @@ def test_reductions(name, reduction, backend):
     torch.testing.assert_close(found, terms.mean() if reduction == "mean" else terms.sum())
 
 
-def test_rows_without_positives_are_not_counted(backend):
+def test_rows_without_positives_are_not_counted_in_the_mean(backend):
     (z,) = oracle.correlated([(2, 6, D)], 0.5, 0)
     labels = torch.tensor([[0, 0, 1, 2, 2, 2], [3, 4, 5, -1, -1, 6]])
     each = tk.sup_con(z, labels, reduction="none", backend=backend)
@@ -333,7 +333,7 @@ def test_rows_without_positives_are_not_counted(backend):
 
 
 @pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
-def test_no_negatives_cost_exactly_zero(dtype, backend):
+def test_rows_without_negatives_have_loss_and_gradient_exactly_zero(dtype, backend):
     a, b = (x.to(dtype) for x in tensors()[:2])
     for settings in (dict(labels=ALIKE), dict(labels=ALIKE, decoupled=True)):
         for call in (tk.nt_xent, tk.clip_loss, tk.info_nce):
@@ -347,7 +347,7 @@ def test_no_negatives_cost_exactly_zero(dtype, backend):
     assert not out.any() and not any(g.any() for g in grads)
 
 
-def test_negatives_of_each_query_are_groups_of_one_row(backend):
+def test_each_query_may_have_negatives_of_its_own(backend):
     """The example of the docs."""
     q, k = (x.float() for x in tensors()[:2])
     (own,) = oracle.correlated([(N, 3, D)], 0, 1)
@@ -358,7 +358,7 @@ def test_negatives_of_each_query_are_groups_of_one_row(backend):
 
 
 @pytest.mark.parametrize("name", ["nt_xent", "clip_loss", "info_nce", "instance_contrastive"])
-def test_autocast_promotes_mixed_dtypes(name, backend):
+def test_autocast_promotes_mixed_dtypes_of_rows_and_negatives(name, backend):
     """And the rows of a queue are those of the anchors' dtype."""
     a, b, q = (x.float() for x in tensors())
     call = {
@@ -412,14 +412,14 @@ TAKE_NEGATIVES = {
 
 @pytest.mark.parametrize("fault", NEGATIVE_FAULTS)
 @pytest.mark.parametrize("name", TAKE_NEGATIVES)
-def test_wrong_negatives_are_named(name, fault):
+def test_errors_name_wrong_negatives(name, fault):
     wrong, message = NEGATIVE_FAULTS[fault]
     with pytest.raises((TypeError, ValueError), match=r"negatives(\[1\])?\b.*" + message) as raised:
         TAKE_NEGATIVES[name](wrong)
     assert "\n" not in str(raised.value)
 
 
-def test_a_negative_that_is_not_finite_is_named_on_request(monkeypatch):
+def test_tclr_kernels_check_names_the_negative_that_is_not_finite(monkeypatch):
     monkeypatch.setenv("TCLR_KERNELS_CHECK", "1")
     negatives = torch.ones(5, 3)
     negatives[4, 1] = math.nan
@@ -447,7 +447,7 @@ TAKE_LABELS = {
 
 @pytest.mark.parametrize("fault", LABEL_FAULTS)
 @pytest.mark.parametrize("name", TAKE_LABELS)
-def test_wrong_labels_are_named(name, fault):
+def test_errors_name_wrong_labels(name, fault):
     wrong, message = LABEL_FAULTS[fault]
     with pytest.raises((TypeError, ValueError), match="labels: " + message):
         TAKE_LABELS[name](wrong)
@@ -471,7 +471,7 @@ SETTING_FAULTS = {
 
 
 @pytest.mark.parametrize("message", SETTING_FAULTS)
-def test_wrong_settings_are_named(message):
+def test_errors_name_wrong_settings(message):
     with pytest.raises((TypeError, ValueError), match=message):
         SETTING_FAULTS[message]()
 
@@ -479,7 +479,7 @@ def test_wrong_settings_are_named(message):
 # ---- modules
 
 
-def test_values_that_change_at_every_step_are_arguments_of_forward(backend):
+def test_values_that_change_at_every_step_are_arguments_of_a_modules_forward(backend):
     a, b, q = (x.float() for x in tensors())
     some = dict(labels=LABELS, negatives=q)
     cases = [
@@ -510,7 +510,7 @@ def test_values_that_change_at_every_step_are_arguments_of_forward(backend):
         assert torch.equal(scaled, wanted)
 
 
-def test_a_module_learns_a_logit_scale_of_the_model(backend):
+def test_a_logit_scale_that_the_model_learns_gets_its_gradient(backend):
     """As CLIP has it: the parameter is the logarithm, and lives in the model."""
     a, b = (x.float() for x in tensors()[:2])
     log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
@@ -522,7 +522,7 @@ def test_a_module_learns_a_logit_scale_of_the_model(backend):
 # ---- the page that says which loss is which
 
 
-def test_the_examples_in_the_documentation_are_the_printed_formulas(float64, monkeypatch):
+def test_the_examples_in_the_documentation_equal_the_printed_formulas(float64, monkeypatch):
     monkeypatch.setenv("TCLR_KERNELS_BACKEND", float64)
     page = (Path(__file__).parents[1] / "docs/losses.md").read_text()
     names = {}
@@ -547,7 +547,7 @@ def test_the_examples_in_the_documentation_are_the_printed_formulas(float64, mon
     torch.testing.assert_close(found, torch.stack(terms).mean(), rtol=1e-12, atol=0)
 
 
-def test_with_indices_as_labels_the_losses_of_labels_are_nt_xent(float64):
+def test_losses_with_labels_equal_nt_xent_if_the_labels_are_indices(float64):
     a, b = tensors()[:2]
     wanted = tk.nt_xent(a, b, backend=float64)
     z, index = torch.cat([a, b]), torch.arange(N).repeat(2)

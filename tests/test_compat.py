@@ -125,7 +125,7 @@ def ranking(q, d, *hard, scale, normalize=True, directions=("query_to_doc",), jo
 
 
 @pytest.mark.parametrize("N, tau", [(1, 0.5), (2, 0.1), (9, 1.0), (17, 0.07)])
-def test_lightly(N, tau):
+def test_lightlys_losses_equal_their_formulas(N, tau):
     views = leaves((N, 6), (N, 6))
     labels = torch.tensor([k % 3 - 1.0 for k in range(N)])
     same(compat.lightly.NTXentLoss(tau), lambda a, b: nt_xent(a, b, tau), views)
@@ -156,7 +156,7 @@ def test_the_two_forms_of_lightlys_dcl_differ():
 
 
 @pytest.mark.parametrize("N", [1, 3, 4, 8, 11])
-def test_lightlys_memory_bank(N):
+def test_lightlys_memory_bank_gives_the_negatives_of_earlier_steps(N):
     loss = compat.lightly.NTXentLoss(0.2, memory_bank_size=(8, 6)).double()
     loss.memory_bank.bank.copy_(F.normalize(loss.memory_bank.bank, dim=1))  # of length one in float64 too
     bank, place = loss.memory_bank.bank.clone(), 0
@@ -178,7 +178,7 @@ def test_lightlys_memory_bank(N):
 
 
 @pytest.mark.parametrize("scale", [1.0, 100.0, torch.tensor(14.3, dtype=torch.float64), torch.tensor([5.0])])
-def test_open_clip(scale):
+def test_open_clips_loss_equals_its_formula(scale):
     images, texts = leaves((9, 6), (9, 6))
     images, texts = (F.normalize(x.detach(), dim=1).requires_grad_() for x in (images, texts))
     bias = torch.tensor(-10.0, dtype=torch.float64, requires_grad=True)
@@ -205,7 +205,7 @@ INDEXES = {
 
 
 @pytest.mark.parametrize("indexes", INDEXES.values(), ids=INDEXES)
-def test_solo_learn(indexes):
+def test_solo_learns_loss_equals_its_formula(indexes):
     same(
         lambda z: compat.solo.simclr_loss_func(z, indexes, 0.2),
         lambda z: simclr_of_solo(z, indexes, 0.2),
@@ -225,7 +225,7 @@ LABELLINGS = {
 
 @pytest.mark.parametrize("labels", LABELLINGS.values(), ids=LABELLINGS)
 @pytest.mark.parametrize("normalize", [True, False])
-def test_pytorch_metric_learning(labels, normalize):
+def test_pytorch_metric_learnings_losses_equal_their_formulas(labels, normalize):
     (z,) = leaves((11, 6))
     nt_xent, supervised = (getattr(compat.metric_learning, name)(0.2) for name in ("NTXentLoss", "SupConLoss"))
     if not normalize:
@@ -245,7 +245,7 @@ def test_pytorch_metric_learning(labels, normalize):
 
 
 @pytest.mark.parametrize("case", ["others", "same rows", "no labels", "labels of the rows", "equal labels"])
-def test_pytorch_metric_learning_with_references(case):
+def test_pytorch_metric_learnings_losses_with_references_equal_their_formulas(case):
     z, r = leaves((6, 5), (9, 5) if case == "others" else (6, 5))
     labels = torch.tensor([0, 1, -1, 1, 2, 0])
     given = {
@@ -279,7 +279,7 @@ def test_pytorch_metric_learning_with_references(case):
 
 @pytest.mark.parametrize("labels", [[0], [0, 0, 0], [1, 2, 3]])
 @pytest.mark.parametrize("name", ["NTXentLoss", "SupConLoss"])
-def test_pytorch_metric_learning_without_pairs_is_zero(name, labels):
+def test_pytorch_metric_learnings_losses_without_pairs_are_zero(name, labels):
     (z,) = leaves((len(labels), 4))
     loss = getattr(compat.metric_learning, name)()(z, torch.tensor(labels))
     loss.backward()
@@ -299,7 +299,7 @@ def sup_contrast(features, mask, tau, anchors, base=0.07):
 
 @pytest.mark.parametrize("V", [1, 2, 3])
 @pytest.mark.parametrize("mode", ["all", "one"])
-def test_sup_contrast(mode, V):
+def test_sup_contrasts_loss_equals_its_formula(mode, V):
     (features,) = leaves((5, V, 2, 3))
     anchors = 5 if mode == "one" else 5 * V
     loss = compat.sup_contrast.SupConLoss(0.5, mode, 0.2)
@@ -323,7 +323,7 @@ def moco(q, k, queue, T):
     return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long))
 
 
-def test_moco():
+def test_mocos_loss_equals_its_formula_and_fills_its_queue():
     torch.manual_seed(0)
     loss = compat.moco.MoCoLoss(6, 12, 0.2).double()
     torch.manual_seed(0)
@@ -353,7 +353,7 @@ class Encoder(nn.Module):
 
 
 @pytest.mark.parametrize("mlp", [False, True])
-def test_the_model_of_moco(mlp):
+def test_mocos_model_gives_the_logits_gradients_and_updates_of_its_formula(mlp):
     torch.manual_seed(0)
     model = compat.moco.MoCo(Encoder, dim=6, K=12, m=0.9, T=0.2, mlp=mlp).double()
     assert isinstance(model.encoder_q.fc, nn.Sequential if mlp else nn.Linear)
@@ -392,7 +392,7 @@ def of_columns(loss):
 
 @pytest.mark.parametrize("count", [2, 3, 4])
 @pytest.mark.parametrize("directions", DIRECTIONS, ids="+".join)
-def test_multiple_negatives_ranking(directions, count):
+def test_multiple_negatives_ranking_equals_its_formula(directions, count):
     Loss = compat.sentence_transformers.MultipleNegativesRankingLoss
     cos_sim, dot_score = compat.sentence_transformers.cos_sim, compat.sentence_transformers.dot_score
     for N, similarity in ((1, cos_sim), (7, cos_sim), (7, dot_score)):
@@ -537,7 +537,7 @@ def test_errors_name_the_argument(call, error, message):
         call()
 
 
-def test_settings_that_change_nothing_are_taken():
+def test_settings_equal_to_the_defaults_are_accepted():
     C.metric_learning.NTXentLoss(distance=CosineSimilarity(), reducer=MeanReducer())
     z, labels = leaves((5, 3))[0], torch.tensor([0, 0, 1, 1, 2])
     terms, _ = sup_con_terms(off_diagonal(similarities(z, z, 0.1)), positives(labels))
@@ -545,7 +545,7 @@ def test_settings_that_change_nothing_are_taken():
     RANKING(encode, hardness_mode="all_negatives")
 
 
-def test_a_gradient_that_open_clip_has_wrong_is_said_at_construction():
+def test_open_clip_settings_with_a_wrong_gradient_warn_at_construction():
     with pytest.warns(UserWarning, match="gather_with_grad: found False"):
         C.open_clip.ClipLoss(world_size=2)
     with warnings.catch_warnings():
@@ -578,7 +578,7 @@ LABELS = torch.tensor([0, 1, 0, 2, 1, 2, 3, 3])
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("call", EVERY.values(), ids=EVERY)
-def test_the_dtype_is_that_of_the_rows_but_for_autocast(call, dtype):
+def test_losses_have_the_dtype_of_the_rows_and_float32_under_autocast(call, dtype):
     views = [x.detach().to(dtype).requires_grad_() for x in leaves((8, 6), (8, 6))]
     for autocast, wanted in ((False, dtype), (True, torch.float32)):
         torch.manual_seed(0)
@@ -600,7 +600,7 @@ KEPT = {  # made outside of what is compiled, as a model's loss is
 
 @pytest.mark.rotating(5)
 @pytest.mark.parametrize("name", EVERY)
-def test_compiled_whole(name):
+def test_drop_ins_compile_without_a_graph_break_and_agree_with_eager_mode(name):
     views = leaves((8, 6), (8, 6), dtype=torch.float32)
     call = KEPT.get(name, EVERY[name])
     values = [f(*views) for f in (copy.deepcopy(call), torch.compile(call, backend="aot_eager", fullgraph=True))]
@@ -615,14 +615,14 @@ def test_a_second_derivative_is_an_error():
         g.sum().backward()
 
 
-def test_modules_are_copied_and_pickled():
+def test_copied_and_pickled_modules_give_the_same_loss():
     for loss in (C.lightly.DCLWLoss(), C.lightly.NTXentLoss(memory_bank_size=(8, 6)), C.moco.MoCoLoss(6, 8)):
         views = leaves((8, 6), (8, 6), dtype=torch.float32)
         again = pickle.loads(pickle.dumps(copy.deepcopy(loss)))
         assert torch.equal(loss(*views), again(*views))
 
 
-def test_nothing_of_the_other_libraries_is_imported():
+def test_importing_the_drop_ins_imports_no_other_library():
     names = "lightly", "open_clip", "pytorch_metric_learning", "solo", "sentence_transformers", "moco"
     code = f"import sys, tclr_kernels.compat; print([x for x in sys.modules if x.split('.')[0] in {names}])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
@@ -687,7 +687,7 @@ def a_fault_of_one_rank(group, name):
 
 
 @pytest.mark.parametrize("name", ["rows", "labels"])
-def test_a_fault_of_one_process_is_an_error_on_all(name, pool):
+def test_an_error_of_one_process_is_raised_on_all(name, pool):
     found = pool.run(4, a_fault_of_one_rank, name)
     assert all(isinstance(x, Error) for x in found)
     assert found[2].startswith(f"ValueError: {'out0 has shape' if name == 'rows' else 'labels: found shape'}")
@@ -768,7 +768,7 @@ LIBRARIES = {
 @pytest.mark.filterwarnings("ignore:To copy construct")
 @pytest.mark.parametrize("N, D", [(2, 1), (3, 5), (16, 8), (65, 16)])
 @pytest.mark.parametrize("tau", [0.05, 0.1, 0.5, 1, 10])
-def test_lightly_itself(tau, N, D):
+def test_lightlys_losses_equal_the_installed_library(tau, N, D):
     theirs, views = library("lightly"), leaves((N, D), (N, D))
     for gather in (False, True):
         same(C.lightly.NTXentLoss(tau, 0, gather), theirs.NTXentLoss(tau, 0, gather), views)
@@ -781,7 +781,7 @@ def test_lightly_itself(tau, N, D):
 @pytest.mark.full
 @pytest.mark.parametrize("N", [1, 2, 5, 16, 40])
 @pytest.mark.parametrize("size", [1, 7, 16, 33])
-def test_the_memory_bank_of_lightly_itself(size, N):
+def test_lightlys_memory_bank_equals_the_installed_library(size, N):
     torch.manual_seed(0)
     ours = C.lightly.NTXentLoss(0.2, (size, 6))
     torch.manual_seed(0)
@@ -799,7 +799,7 @@ def test_the_memory_bank_of_lightly_itself(size, N):
 @pytest.mark.parametrize("bias", [None, 0.0, -10.0])
 @pytest.mark.parametrize("scale", [0.5, 1.0, 14.3, 100.0])
 @pytest.mark.parametrize("flags", list(itertools.product([False, True], repeat=3)))
-def test_open_clip_itself(flags, scale, bias):
+def test_open_clips_loss_equals_the_installed_library(flags, scale, bias):
     theirs, ours = (module.ClipLoss(*flags) for module in (library("open_clip"), C.open_clip))
     for N in (1, 2, 40):
         image, text = (F.normalize(x.detach(), dim=1).requires_grad_() for x in leaves((N, 8), (N, 8)))
@@ -829,7 +829,7 @@ def labels_of(kind, N):
 @pytest.mark.parametrize("kind", ["pairs", "few", "many", "one", "apart", "floats"])
 @pytest.mark.parametrize("references", ["none", "others", "the same labels", "a copy", "no labels", "one"])
 @pytest.mark.parametrize("name", ["NTXentLoss", "SupConLoss"])
-def test_pytorch_metric_learning_itself(name, references, kind):
+def test_pytorch_metric_learnings_losses_equal_the_installed_library(name, references, kind):
     losses = library("pytorch_metric_learning")
     distances, reducers = (importlib.import_module(f"pytorch_metric_learning.{x}") for x in ("distances", "reducers"))
     settings = [
@@ -861,7 +861,7 @@ def labelled(loss, labels, of_others, z, r=None):
 @pytest.mark.parametrize("count", [2, 3, 5])
 @pytest.mark.parametrize("directions", DIRECTIONS, ids="+".join)
 @pytest.mark.parametrize("scale", [1.0, 20.0, 100.0])
-def test_sentence_transformers_itself(scale, directions, count):
+def test_multiple_negatives_ranking_equals_the_installed_library(scale, directions, count):
     Theirs = library("sentence_transformers").MultipleNegativesRankingLoss
     similarities = C.sentence_transformers.cos_sim, C.sentence_transformers.dot_score
     modes = ["joint"] if {"query_to_query", "doc_to_doc"} & set(directions) else ["joint", "per_direction"]
@@ -890,7 +890,7 @@ def run_example(line, code):
 
 
 @pytest.mark.parametrize("before, after, code", EXAMPLES, ids=[x[1].split()[1] for x in EXAMPLES])
-def test_the_examples_of_the_page_run(before, after, code):
+def test_the_examples_of_the_drop_ins_page_run(before, after, code):
     assert run_example(after, code).isfinite()
     assert before.partition("import")[2] == after.partition("import")[2]
 
@@ -898,7 +898,7 @@ def test_the_examples_of_the_page_run(before, after, code):
 @pytest.mark.full
 @pytest.mark.filterwarnings("ignore:To copy construct")
 @pytest.mark.parametrize("before, after, code", EXAMPLES, ids=[x[1].split()[1] for x in EXAMPLES])
-def test_the_examples_of_the_page_give_the_same_with_the_library(before, after, code):
+def test_the_examples_of_the_drop_ins_page_equal_the_installed_library(before, after, code):
     name = before.split()[1].split(".")[0]
     if name not in LIBRARIES:
         pytest.skip(f"{name} is in no package index, or only an older one")
@@ -906,11 +906,11 @@ def test_the_examples_of_the_page_give_the_same_with_the_library(before, after, 
     torch.testing.assert_close(run_example(after, code), run_example(before, code))
 
 
-def test_the_page_has_an_example_of_each_library():
+def test_the_drop_ins_page_has_an_example_of_each_library():
     assert [x[1].split()[1].split(".")[2] for x in EXAMPLES] == [
         *("lightly", "open_clip", "metric_learning", "solo", "sup_contrast", "moco", "sentence_transformers")
     ]
 
 
-def test_the_table_of_the_page_is_that_of_the_committed_rows():
+def test_the_table_of_the_drop_ins_page_shows_the_committed_rows():
     assert dropins.page(PAGE.read_text(), dropins.committed()) == PAGE.read_text()

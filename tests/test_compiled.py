@@ -47,7 +47,7 @@ def fresh():
 
 
 @pytest.mark.parametrize("name, backend, dynamic, tau", CASES)
-def test_every_loss(name, backend, dynamic, tau):
+def test_every_compiled_loss_agrees_with_eager_mode(name, backend, dynamic, tau):
     def call(*z):
         settings, z = (dict(temperature=z[0]), z[1:]) if tau == "learnt" else ({}, z)
         return LOSSES[name].call(*z, backend=backend, **settings)
@@ -59,7 +59,7 @@ def test_every_loss(name, backend, dynamic, tau):
         compiled = agree(call, inputs, compiled, dynamic=dynamic)
 
 
-def test_the_total_of_the_objective_by_the_reference():
+def test_the_compiled_total_of_the_objective_agrees_on_the_reference():
     """It could not be compiled: there was no code for masks that compare booleans."""
     call = functools.partial(LOSSES["tclr total"].call, backend="reference")
     agree(call, LOSSES["tclr"].inputs((8, 4, 16), torch.float32))
@@ -68,14 +68,14 @@ def test_the_total_of_the_objective_by_the_reference():
 @full
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["nt_xent", "tclr release"])
-def test_other_dtypes(name, dtype, backend):
+def test_compiled_losses_agree_in_other_dtypes(name, dtype, backend):
     agree(functools.partial(LOSSES[name].call, backend=backend), LOSSES[name].inputs((8, 3, 7), dtype))
 
 
 @full
 @pytest.mark.parametrize("sizes", [(1, 1, 4), (2, 2, 1), (1, 5, 3), (40, 4, 128)], ids=str)
 @pytest.mark.parametrize("name", ["nt_xent", "clip_loss", "instance_contrastive", "local_local"])
-def test_other_sizes(name, sizes, backend):
+def test_compiled_losses_agree_at_other_sizes(name, sizes, backend):
     if name == "instance_contrastive":
         sizes = sizes[0], max(sizes[1], 2), sizes[2]
     agree(functools.partial(LOSSES[name].call, backend=backend), LOSSES[name].inputs(sizes, torch.float32))
@@ -83,21 +83,21 @@ def test_other_sizes(name, sizes, backend):
 
 @full
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("tclr")])
-def test_reductions_and_plain_products(name, backend):
+def test_compiled_losses_agree_with_other_reductions_and_unnormalised_rows(name, backend):
     inputs = LOSSES[name].inputs((8, 3, 7), torch.float32)
     for settings in (dict(reduction="mean"), dict(reduction="sum", normalize=False)):
         agree(functools.partial(LOSSES[name].call, backend=backend, **settings), inputs)
 
 
 @full
-def test_weights_of_the_objective(backend):
+def test_the_compiled_objective_agrees_with_other_weights(backend):
     inputs = LOSSES["tclr"].inputs((8, 3, 7), torch.float32)
     for weights in (dict(ic_local=2.0, ll=0), dict(ic_global=0, gl=0), dict(ic_local=0.5, ll=0.25)):
         agree(functools.partial(tclr_terms, form="release", weights=weights, backend=backend), inputs)
 
 
 @full
-def test_a_temperature_that_changes_at_every_call(backend):
+def test_compiled_losses_agree_if_the_temperature_changes_at_every_call(backend):
     """torch.compile makes it a symbol."""
     inputs = LOSSES["nt_xent"].inputs((8, 2, 7), torch.float32)
     compiled = torch.compile(lambda tau, *z: tk.nt_xent(*z, temperature=tau, backend=backend), fullgraph=True)
@@ -110,7 +110,7 @@ def test_a_temperature_that_changes_at_every_call(backend):
 
 
 @full
-def test_a_network_and_its_loss_in_one_graph(backend):
+def test_a_network_compiled_with_its_loss_gets_the_gradients_of_eager_mode(backend):
     torch.manual_seed(0)
     net, loss = nn.Linear(7, 6), tk.NTXentLoss(temperature=nn.Parameter(torch.tensor([0.3])), backend=backend)
     parameters = [*net.parameters(), *loss.parameters()]
@@ -126,7 +126,7 @@ def test_a_network_and_its_loss_in_one_graph(backend):
 
 
 @full
-def test_a_second_derivative_is_an_error(backend):
+def test_a_second_derivative_of_a_compiled_loss_is_an_error(backend):
     a, b = (x.requires_grad_() for x in LOSSES["nt_xent"].inputs((5, 2, 4), torch.float32))
     out = torch.compile(functools.partial(tk.nt_xent, backend=backend))(a, b)
     (slope,) = torch.autograd.grad(out, a, create_graph=True)
@@ -136,7 +136,7 @@ def test_a_second_derivative_is_an_error(backend):
 
 @full
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_the_general_operation(dynamic, backend):
+def test_the_compiled_general_operation_agrees_with_eager_mode(dynamic, backend):
     keys = torch.tensor([0, 1, 0, 2, -1, 1, -1, 3])
 
     def call(tau, a, b, columns):
@@ -151,7 +151,7 @@ def test_the_general_operation(dynamic, backend):
 
 
 @full
-def test_a_rectangle_of_columns_without_gradient(backend):
+def test_a_compiled_rectangle_agrees_if_the_columns_need_no_gradient(backend):
     columns = torch.randn(20, 5)
     agree(lambda rows: tk.rectangle(rows, columns, backend=backend), [torch.randn(8, 5)])
 
@@ -170,7 +170,7 @@ WITHOUT_GRADIENT = {
 
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("name", WITHOUT_GRADIENT)
-def test_without_a_gradient(name, grad, backend):
+def test_compiled_losses_agree_without_gradients(name, grad, backend):
     """Evaluation: nothing requires a gradient, or gradients are off."""
     a, b = torch.randn(2, 6, 4, requires_grad=not grad).unbind()
     call = functools.partial(WITHOUT_GRADIENT[name], keys=torch.arange(6) // 2, backend=backend)

@@ -180,23 +180,23 @@ def test_the_kernels_agree_with_the_reference(host):
     assert not list(cuda.deviations(host, kernels.DTYPES))
 
 
-def test_those_on_tensor_cores_do(host):
+def test_the_tensor_core_kernels_agree_with_the_reference(host):
     assert not list(cuda.deviations_on_tensor_cores(host))
 
 
-def test_those_for_hopper_do(host):
+def test_the_hopper_kernels_agree_with_the_reference(host):
     assert not list(cuda.deviations_on_hopper(host))
 
 
-def test_rectangles_agree_with_the_reference(host):
+def test_the_rectangle_kernels_agree_with_the_reference(host):
     assert not list(cuda.rectangle_deviations(host, kernels.DTYPES))
 
 
-def test_rectangles_on_tensor_cores_do(host):
+def test_the_tensor_core_rectangle_kernels_agree_with_the_reference(host):
     assert not list(cuda.rectangle_deviations_on_tensor_cores(host))
 
 
-def test_pairs_of_great_confidence_have_a_gradient(host, monkeypatch):
+def test_confident_pairs_of_short_rows_have_a_gradient(host, monkeypatch):
     """Their weights lie below float32's range; so do those of the rows here, but not by the rows' small size."""
     monkeypatch.setitem(backends.BACKENDS, "host", host)
     x = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
@@ -249,7 +249,7 @@ def test_the_order_of_threads_and_blocks_changes_no_bit(loss, dtype, sizes, hopp
 
 
 @pytest.mark.parametrize("on_tensor_cores, dtype", [(False, torch.float32), (True, torch.float16)])
-def test_nor_does_it_of_rectangles(on_tensor_cores, dtype, host, monkeypatch):
+def test_the_order_of_threads_changes_no_bit_of_rectangles(on_tensor_cores, dtype, host, monkeypatch):
     monkeypatch.setitem(backends.BACKENDS, "host", host)
     cases = cuda.RECTANGLES_ON_TENSOR_CORES if on_tensor_cores else cuda.RECTANGLES
     for case in cases.values():
@@ -262,7 +262,7 @@ def test_nor_does_it_of_rectangles(on_tensor_cores, dtype, host, monkeypatch):
         assert all(map(torch.equal, *found))
 
 
-def test_the_objective_takes_the_launches_that_its_source_names(host, monkeypatch):
+def test_the_objective_takes_as_many_launches_as_its_source_states(host, monkeypatch):
     named = int(re.search(r"objective_launches = (\d+);", (kernels.CSRC / "cuda/objective.cuh").read_text())[1])
     monkeypatch.setitem(backends.BACKENDS, "host", host)
     before = host.executor.launches()
@@ -272,7 +272,7 @@ def test_the_objective_takes_the_launches_that_its_source_names(host, monkeypatc
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("name", test_reduced.LOSSES)
-def test_a_loss_by_one_call_has_the_bits_and_the_launches_of_its_composition(name, dtype, host, monkeypatch):
+def test_a_loss_in_one_call_has_the_bits_and_launches_of_the_separate_calls(name, dtype, host, monkeypatch):
     monkeypatch.setitem(backends.BACKENDS, "host", host)
     leaves = test_reduced.inputs((40, 9) if name == "instance_contrastive" else (3, 5, 9), dtype)
     made, launches = [], []
@@ -288,7 +288,7 @@ def test_a_loss_by_one_call_has_the_bits_and_the_launches_of_its_composition(nam
     assert all(map(test_reduced.same, made[:half], made[half:])) and launches[0] == launches[1]
 
 
-def test_sanitizers_find_nothing(tmp_path):
+def test_address_and_undefined_behaviour_sanitizers_find_nothing(tmp_path):
     runtimes = [
         subprocess.run([kernels.compiler(), f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
         for name in ("libasan.so", "libstdc++.so")
@@ -334,14 +334,14 @@ def test_planted_bug_on_hopper_is_found(bug, built, tmp_path, host):
 
 @pytest.mark.rotating(6)
 @pytest.mark.parametrize("bug", OF_RECTANGLES)
-def test_planted_bug_of_rectangles_is_found(bug, built, tmp_path, host):
+def test_planted_bug_in_rectangles_is_found(bug, built, tmp_path, host):
     planted = cuda.Host(cuda.build(tmp_path, ["-O0"], [OF_RECTANGLES[bug]], built[1]))
     assert any(cuda.rectangle_deviations(planted, [torch.float32])), f"the kernels pass with a planted bug: {bug}"
 
 
 @pytest.mark.rotating(6)
 @pytest.mark.parametrize("bug", RECTANGLES_ON_TENSOR_CORES)
-def test_planted_bug_of_rectangles_on_tensor_cores_is_found(bug, built, tmp_path, host):
+def test_planted_bug_in_rectangles_on_tensor_cores_is_found(bug, built, tmp_path, host):
     planted = cuda.Host(cuda.build(tmp_path, ["-O0"], [RECTANGLES_ON_TENSOR_CORES[bug]], built[1]))
     found = any(cuda.rectangle_deviations_on_tensor_cores(planted))
     assert found, f"the kernels pass with a planted bug: {bug}"

@@ -49,7 +49,7 @@ def agree(found, wanted):
 
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("name", LOSSES)
-def test_loss_is_the_printed_formula(name, normalize, float64):
+def test_losses_equal_their_printed_formulas(name, normalize, float64):
     loss = LOSSES[name]
     inputs = loss.inputs((4, 3, 5), normalize=normalize)
     sim = functools.partial(oracle.sim, tau=TAU, normalize=normalize)
@@ -59,7 +59,7 @@ def test_loss_is_the_printed_formula(name, normalize, float64):
 
 
 @pytest.mark.parametrize("name", REDUCED)
-def test_reduction_is_the_mean_or_sum_of_none(name, backend):
+def test_mean_and_sum_equal_those_of_reduction_none(name, backend):
     loss = LOSSES[name]
     inputs = loss.inputs((4, 3, 5), torch.float32)
     each = loss.call(*inputs, backend=backend)
@@ -72,7 +72,7 @@ def test_reduction_is_the_mean_or_sum_of_none(name, backend):
 
 
 @pytest.mark.parametrize("name", ["nt_xent", "nt_xent one way", "clip_loss"])
-def test_leading_dimensions_are_groups(name, backend):
+def test_leading_dimensions_are_independent_groups(name, backend):
     a, b = oracle.correlated([(2, 3, 5, 4)] * 2, 0.5, 0)
     call = functools.partial(LOSSES[name].call, backend=backend)
     each = torch.stack([torch.stack([call(a[i, j], b[i, j]) for j in range(3)]) for i in range(2)])
@@ -80,7 +80,7 @@ def test_leading_dimensions_are_groups(name, backend):
     torch.testing.assert_close(call(a, b, reduction="mean"), each.mean())
 
 
-def test_collapsed_embeddings_cost_what_the_release_costs(backend):
+def test_collapsed_embeddings_have_the_loss_of_the_official_code(backend):
     B, T = 40, 4
     g, s, x = torch.ones(2, B, 8), torch.ones(2, B, T, 8), torch.ones(2, B, T, 8)
     wanted = [math.log(2 * B - 1), 14 * math.log(2 * B - 1), B * math.log(7), 16 * math.log(4)]
@@ -112,7 +112,7 @@ WORK = {"ic_global": [(2, False)], "ic_local": [(6, False)], "ll": [(2, False)],
 
 @pytest.mark.parametrize("form", ["paper", "release"])
 @pytest.mark.parametrize("left_out", WORK)
-def test_weight_zero_costs_nothing_and_reads_zero(left_out, form, calls, backend):
+def test_a_term_of_weight_zero_is_not_computed_and_returned_as_zero(left_out, form, calls, backend):
     inputs = LOSSES["tclr"].inputs((4, 3, 5), torch.float32)
     full = tk.tclr(*inputs, form=form, weights=dict(ic_local=2.0), backend=backend)
     calls.clear()
@@ -128,7 +128,7 @@ def test_weight_zero_costs_nothing_and_reads_zero(left_out, form, calls, backend
     torch.testing.assert_close(terms.total, sum(weights[name] * getattr(full, name) for name in names))
 
 
-def test_weights_scale_terms_and_not_what_they_read(float64):
+def test_weights_scale_the_total_but_not_the_returned_terms(float64):
     weights = dict(ic_global=0.5, ic_local=3.0, ll=2.0, gl=0.25)
     inputs = LOSSES["tclr"].inputs((4, 3, 5))
     sim = functools.partial(oracle.sim, tau=TAU)
@@ -140,7 +140,7 @@ def test_weights_scale_terms_and_not_what_they_read(float64):
 
 
 @pytest.mark.parametrize("form", ["paper", "release"])
-def test_input_of_weight_zero_gets_a_gradient_of_zeros_whatever_it_holds(form, backend):
+def test_an_input_of_weight_zero_gets_a_zero_gradient_even_if_it_is_not_finite(form, backend):
     g, s, x = (z.requires_grad_() for z in LOSSES["tclr"].inputs((4, 3, 5), torch.float32))
     with torch.no_grad():
         s.fill_(math.nan)
@@ -153,6 +153,6 @@ def test_input_of_weight_zero_gets_a_gradient_of_zeros_whatever_it_holds(form, b
 
 
 @pytest.mark.parametrize("weights", [dict(lg=1.0), dict(ll=-1), dict(ll=math.nan), dict(gl=math.inf), dict(gl="1")])
-def test_wrong_weights_are_named(weights):
+def test_errors_name_wrong_weights(weights):
     with pytest.raises((ValueError, TypeError), match=f"weights.*{next(iter(weights))}"):
         tk.tclr(*LOSSES["tclr"].inputs((2, 2, 3)), weights=weights)

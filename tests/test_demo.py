@@ -45,7 +45,7 @@ def test_files_are_videos_in_ucf101_layout(runs):
         assert decode.decode(root / "UCF-101" / name).shape == (40, 3, 40, 40)
 
 
-def test_what_a_run_leaves(runs):
+def test_a_run_writes_metrics_pictures_and_settings(runs):
     folder, rows = runs[0]
     assert [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] == rows
     assert {row["run"] for row in rows if row["kind"] == "retrieval"} == RUNS
@@ -73,12 +73,12 @@ def test_ic_shows_two_times_of_a_video_and_tclr_the_same_frames(tmp_path, monkey
     assert (tclr.windows, every.weights) == ("same", None)
 
 
-def test_same_seed_same_metrics(runs):
+def test_the_same_seed_gives_the_same_metrics(runs):
     (first, _), (second, _) = runs
     assert (first / "metrics.jsonl").read_bytes() == (second / "metrics.jsonl").read_bytes()
 
 
-def test_a_foreign_folder_is_left_alone(tmp_path):
+def test_a_folder_with_other_files_is_refused_without_overwrite(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(SystemExit, match="--overwrite"):
         demo.claim(tmp_path, overwrite=False)
@@ -99,7 +99,7 @@ def test_global_frames_lie_in_their_local_clip(frames, stride):
     assert local.flatten().tolist() == list(range(plan.window))
 
 
-def test_windows_and_even_clips():
+def test_random_windows_reach_every_start_and_even_clips_are_evenly_spaced():
     video = torch.arange(50, dtype=torch.uint8)[:, None, None, None].expand(50, 3, 2, 2)
     generator = torch.Generator().manual_seed(0)
     starts = {
@@ -120,7 +120,7 @@ def test_augmentation_is_constant_over_a_clip_and_differs_between_views():
             assert (views[i] - views[j]).abs().mean() > 0.01
 
 
-def test_views_share_frames_and_locals_follow_their_slices():
+def test_views_share_frames_and_local_clips_align_with_their_time_slices():
     """With no augmentation and an embedder that reports the frames it saw, g, s and x line up in time and views."""
 
     class Clock(torch.nn.Module):
@@ -137,7 +137,7 @@ def test_views_share_frames_and_locals_follow_their_slices():
     assert torch.allclose(s, x, atol=4) and torch.equal(x[0, :, :, 0].argsort(1), torch.arange(4).expand(3, 4))
 
 
-def test_bad_videos_are_counted(tmp_path, capsys):
+def test_unreadable_missing_and_short_videos_are_counted(tmp_path, capsys):
     motions.write_dataset(tmp_path, groups=2, test_groups=1, takes=1, frames=20, side=16, seed=0)
     names = [entry.path for entry in annotations.read("ucf101", tmp_path, "test").entries]
     (tmp_path / names[0]).write_bytes(b"not a video")
@@ -148,7 +148,7 @@ def test_bad_videos_are_counted(tmp_path, capsys):
     assert Path(names[0]).name in capsys.readouterr().out
 
 
-def test_mirror_pad():
+def test_mirror_pad_plays_a_video_forwards_and_backwards():
     video = torch.arange(4)[:, None, None, None]
     assert videos.mirror_pad(video, 9).flatten().tolist() == [0, 1, 2, 3, 2, 1, 0, 1, 2]
     assert videos.mirror_pad(video[:1], 3).flatten().tolist() == [0, 0, 0]

@@ -32,12 +32,12 @@ def call(**settings):
     return tk.nt_xent(torch.ones(2, 3), torch.ones(2, 3), **settings)
 
 
-def test_default_is_the_first_that_is_usable(ran):
+def test_the_default_is_the_first_usable_backend(ran):
     call()
     assert ran == ["first"]
 
 
-def test_environment_goes_before_the_default_and_the_argument_before_both(ran, monkeypatch):
+def test_the_argument_overrides_the_environment_which_overrides_the_default(ran, monkeypatch):
     monkeypatch.setenv("TCLR_KERNELS_BACKEND", "second")
     call()
     call(backend="first")
@@ -47,7 +47,7 @@ def test_environment_goes_before_the_default_and_the_argument_before_both(ran, m
     assert ran[2:] == ["first"]
 
 
-def test_unknown_name_is_an_error_that_lists_the_known_ones(ran, monkeypatch):
+def test_an_unknown_backend_is_an_error_that_lists_the_known_ones(ran, monkeypatch):
     with pytest.raises(ValueError, match="backend: found 'cuda', wanted one of 'broken', 'first', 'second'"):
         call(backend="cuda")
     monkeypatch.setenv("TCLR_KERNELS_BACKEND", "cuda")
@@ -55,7 +55,7 @@ def test_unknown_name_is_an_error_that_lists_the_known_ones(ran, monkeypatch):
         call()
 
 
-def test_named_backend_that_is_not_usable_never_falls_back(ran, monkeypatch):
+def test_a_named_backend_that_cannot_run_is_an_error_without_fallback(ran, monkeypatch):
     with pytest.raises(RuntimeError, match="backend='broken' cannot serve tensors on cpu: it has no wings"):
         call(backend="broken")
     monkeypatch.setenv("TCLR_KERNELS_BACKEND", "broken")
@@ -64,12 +64,12 @@ def test_named_backend_that_is_not_usable_never_falls_back(ran, monkeypatch):
     assert ran == []
 
 
-def test_available_backends_says_why_not(ran):
+def test_available_backends_gives_the_reason_why_a_backend_cannot_run(ran):
     assert tk.available_backends("cpu") == {"broken": "it has no wings", "first": None, "second": None}
     assert tk.available_backends() == tk.available_backends(torch.device("cpu"))
 
 
-def test_the_reference_serves_every_device_and_is_last():
+def test_the_reference_runs_on_every_device_and_is_last():
     names = list(backends.BACKENDS)
     assert names[-1] == "reference" and tk.available_backends("meta")["reference"] is None
 
@@ -114,7 +114,7 @@ def gpu(monkeypatch):
     backends._is_hopper.cache_clear()
 
 
-def test_unit_rows_of_half_precision_go_to_the_kernels_for_hopper(gpu, monkeypatch):
+def test_normalised_half_precision_rows_go_to_native_on_hopper(gpu, monkeypatch):
     usable = types.SimpleNamespace(why_not=lambda device: None)
     monkeypatch.setattr(backends, "BACKENDS", dict.fromkeys(("native", "triton", "reference"), usable))
     monkeypatch.delenv("TCLR_KERNELS_BACKEND", raising=False)
@@ -132,7 +132,7 @@ def test_unit_rows_of_half_precision_go_to_the_kernels_for_hopper(gpu, monkeypat
     assert chosen(gpu((9, 0)), 128) == "triton"
 
 
-def test_devices_that_are_too_old_are_named(gpu):
+def test_the_reason_names_the_capability_of_a_gpu_that_is_too_old(gpu):
     device = gpu((7, 5))
     assert tk.available_backends(device)["triton"] == "the device has compute capability 7.5: wanted 8.0 or newer"
     assert backends.choose(None, device, 10**6, 128) == "reference"
@@ -140,18 +140,18 @@ def test_devices_that_are_too_old_are_named(gpu):
         backends.choose("triton", device)
 
 
-def test_devices_that_are_new_enough_and_those_of_amd(gpu):
+def test_triton_accepts_new_enough_nvidia_gpus_and_any_amd_gpu(gpu):
     assert triton.why_not(gpu((8, 0))) is None
     assert triton.why_not(gpu((6, 0), hip="6.4")) is None  # AMD's numbers are no compute capabilities
 
 
-def test_a_device_that_is_not_there_is_a_reason():
+def test_a_missing_gpu_is_a_reason_against_triton():
     if not torch.cuda.is_available():
         assert tk.available_backends("cuda")["triton"] is not None
 
 
 @pytest.mark.parametrize("rows", [80, 10**6])
-def test_the_choice_for_a_gpu_is_traced_without_a_break(rows, monkeypatch):
+def test_choosing_the_backend_of_a_gpu_causes_no_graph_break(rows, monkeypatch):
     """How a backend finds out what is there, by files and devices, is not for torch.compile to trace."""
     device = torch.device("cuda", 0)
     monkeypatch.setattr(cuda, "why_not", lambda device: None)
@@ -168,7 +168,7 @@ def test_the_choice_for_a_gpu_is_traced_without_a_break(rows, monkeypatch):
         assert twice(torch.zeros(()), named) == len(wanted)
 
 
-def test_a_temperature_on_the_cpu_is_not_captured(gpu, monkeypatch):
+def test_a_cpu_temperature_during_the_capture_of_a_cuda_graph_is_an_error(gpu, monkeypatch):
     device = gpu()
     tau = torch.tensor(0.1)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -188,7 +188,7 @@ def test_a_temperature_on_the_cpu_is_not_captured(gpu, monkeypatch):
         ("", "Triton of unknown version is too old: wanted 3.6 or newer"),
     ],
 )
-def test_triton_is_found_by_its_module(line, reason, tmp_path, monkeypatch):
+def test_triton_is_found_by_its_module_and_its_version_is_checked(line, reason, tmp_path, monkeypatch):
     """Not every distribution that brings it is called triton."""
     (tmp_path / "__init__.py").write_text(f"# a comment\n{line}\n")
     found = types.SimpleNamespace(origin=str(tmp_path / "__init__.py"))

@@ -175,7 +175,7 @@ def test_value_and_gradient_are_those_of_one_process(P, shares, name, pool):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_the_kernels_serve_it(name, float64, pool):
+def test_every_backend_gives_the_value_and_gradient_of_one_process(name, float64, pool):
     if float64 == "reference":
         return
     cases = [(3, [5, 1, 3])] if INTERPRETED else [(2, [3, 3]), (3, [5, 1, 3]), (4, [1, 0, 0, 0])]
@@ -206,7 +206,7 @@ def test_each_rank_gets_its_own_terms(name, normalize, pool):
 
 
 @pytest.mark.parametrize("name", REDUCED)
-def test_the_sum_of_all_terms(name, pool):
+def test_reduction_sum_adds_the_terms_of_all_ranks(name, pool):
     shares, settings = [2, 2, 2], dict(reduction="sum", normalize=False)
     found = tensors(pool.run(3, on_ranks, name, shares, settings, False))
     inputs, out = by_one_process(name, 6, **settings)
@@ -228,7 +228,7 @@ def without_graph(group):
     return found
 
 
-def test_an_evaluation_needs_no_graph(pool):
+def test_values_without_gradients_are_those_of_one_process(pool):
     a, b = oracle.correlated([(6, 5), (6, 5)], 0.5, 0)
     wanted = tk.nt_xent(a, b, negatives=b, backend="reference").item()
     terms = tk.clip_loss(a, b, reduction="none", backend="reference")
@@ -249,12 +249,12 @@ def with_group(group, how):
 
 
 @pytest.mark.parametrize("how", ["group", "mesh"])
-def test_a_group_of_one_is_a_process_by_itself(how, pool):
+def test_a_group_of_one_process_gives_the_loss_without_a_group(how, pool):
     (found,) = check(pool.run(1, with_group, how))
     assert all((x == y).all() for x, y in zip(*found, strict=True))
 
 
-def test_a_mesh_and_the_world_are_groups(pool):
+def test_a_mesh_and_world_give_the_loss_of_the_process_group(pool):
     world, group, mesh = (check(pool.run(4, with_group, how)) for how in ("world", "group", "mesh"))
     for rank in range(4):
         assert all(
@@ -264,7 +264,7 @@ def test_a_mesh_and_the_world_are_groups(pool):
         assert world[rank][0][0] == world[0][0][0] != world[rank][1][0]
 
 
-def test_the_world_is_this_process_until_others_are_there():
+def test_world_is_this_process_alone_without_an_initialised_group():
     a, b = oracle.correlated([(3, 6), (3, 6)], 0.5, 0)
     loss = tk.NTXentLoss(group="world", backend="reference")
     for other in (loss, copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
@@ -289,7 +289,7 @@ def subgroups(group):
         return out.item(), (g / 4).numpy(), str(error)
 
 
-def test_subgroups_contrast_among_themselves(pool):
+def test_subgroups_compare_only_their_own_rows(pool):
     found = check(pool.run(4, subgroups))
     w = torch.eye(6, dtype=torch.float64).requires_grad_()
     a, b = oracle.correlated([(12, 6), (12, 6)], 0.5, 0)
@@ -328,7 +328,7 @@ def test_a_rank_outside_of_the_group_gets_an_error(pool):
         ([0, 1], TypeError, "group: found .0, 1., wanted None"),
     ],
 )
-def test_what_is_no_group(group, error, message):
+def test_a_wrong_group_and_shares_without_a_group_are_errors(group, error, message):
     a = torch.randn(3, 4)
     with pytest.raises(error, match=message):
         tk.nt_xent(a, a, group=group)
@@ -449,7 +449,7 @@ TABLE = {  # name, settings: what a rank sends in the forward, and in the backwa
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name, reduction", TABLE, ids=str)
-def test_what_is_sent_is_what_the_page_says(name, reduction, dtype, pool):
+def test_collectives_send_as_many_bytes_as_the_page_says(name, reduction, dtype, pool):
     forward, backward = TABLE[name, reduction](dtype.itemsize, max(dtype.itemsize, 4))
     settings = NONE if reduction else {}
     for known, shares in ((False, [4, 4, 4]), (True, [4, 1, 3]), (True, [4, 0, 1])):
@@ -474,7 +474,7 @@ def some_bits(group, shares, backend, threads=1):
 
 @pytest.mark.parametrize("backend", ["reference", "native"])
 @pytest.mark.parametrize("shares", [[150, 150], [100, 101, 99]], ids=str)
-def test_the_same_bits_on_every_rank_and_in_every_run(shares, backend, pool):
+def test_results_have_the_same_bits_on_every_rank_and_in_every_run(shares, backend, pool):
     usable(backend)
     found = check(pool.run(len(shares), some_bits, shares, backend))
     assert found == check(pool.run(len(shares), some_bits, shares, backend))
@@ -482,7 +482,7 @@ def test_the_same_bits_on_every_rank_and_in_every_run(shares, backend, pool):
         assert runs[0] == runs[1] == runs[2] and runs[0][0] == found[0][0][0]
 
 
-def test_the_same_bits_with_any_number_of_threads(pool, native):
+def test_results_have_the_same_bits_with_any_number_of_threads(pool, native):
     one, two = (check(pool.run(2, some_bits, [150, 150], native, threads)) for threads in (1, 2))
     assert one == two
 
@@ -500,7 +500,7 @@ def narrow(group, name, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["nt_xent", "clip negatives", "moco", "sup_con", "tclr release"])
-def test_narrow_dtypes_give_one_process_s_values(name, dtype, pool):
+def test_float32_and_half_precision_agree_with_one_process(name, dtype, pool):
     found = tensors(pool.run(3, narrow, name, dtype))
     whole = [x.to(dtype).requires_grad_() for x in LOSSES[name].inputs(8)]
     labels = labels_of(LOSSES[name], 8)
@@ -549,7 +549,7 @@ def compiled(group, name, shares, known, backend, kernels="reference"):
 @pytest.mark.full
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_whole_with_shares(name, backend, pool):
+def test_losses_with_shares_compile_into_one_graph(name, backend, pool):
     for shares in ([3, 3], [4, 1]):
         for graphs, difference in check(pool.run(2, compiled, name, shares, True, backend, limit=300)):
             assert graphs == 1 and difference < 1e-12
@@ -558,12 +558,12 @@ def test_compiled_whole_with_shares(name, backend, pool):
 @pytest.mark.parametrize(
     "name", ["nt_xent", *(pytest.param(x, marks=pytest.mark.full) for x in LOSSES if x != "nt_xent")]
 )
-def test_the_kernels_compiled_whole(name, native, pool):
+def test_native_losses_with_shares_compile_into_one_graph(name, native, pool):
     for graphs, difference in check(pool.run(2, compiled, name, [4, 1], True, "aot_eager", native, limit=300)):
         assert graphs == 1 and difference < 1e-12
 
 
-def test_one_graph_break_without_shares(pool):
+def test_a_loss_without_shares_has_one_graph_break(pool):
     for graphs, difference in check(pool.run(2, compiled, "nt_xent", [4, 1], False, "aot_eager", limit=300)):
         assert graphs == 2 and difference < 1e-12
 
@@ -590,14 +590,14 @@ def over_sizes(group, plans, kernels):
 
 @pytest.mark.full
 @pytest.mark.parametrize("kernels", ["reference", "native"])
-def test_two_graphs_serve_all_sizes(kernels, pool):
+def test_two_graphs_are_enough_for_all_sizes(kernels, pool):
     """The first is made for its sizes alone. Sizes of 1, as of one row of padding, would take graphs of their own."""
     for plans in ([[n, n] for n in (3, 5, 7, 9, 4)], [[6, 2], [9, 4], [12, 3], [8, 5], [9, 6]]):
         for graphs, difference in check(pool.run(2, over_sizes, plans, usable(kernels), limit=300)):
             assert graphs <= 2 and difference < 1e-12
 
 
-def test_a_loss_without_a_group_hardly_costs_more():
+def test_looking_for_a_group_takes_less_than_two_microseconds():
     """The look for a group takes less than 2 us, and sends nothing: see above."""
 
     def plain(a, b, *, temperature=0.1, group=None, shares=None):

@@ -235,7 +235,7 @@ def known(kind, P):
 
 
 @pytest.mark.parametrize("kind", [*CALLS, *(f"own: {kind}" for kind in OWN)])
-def test_a_fault_of_one_rank_is_an_error_on_all(kind, pool):
+def test_an_error_of_one_rank_is_raised_on_all(kind, pool):
     kind = kind.removeprefix("own: ") if kind.startswith("own: ") else kind
     for P, where in ((3, 1), (2, 0)):
         judge(kind, where, pool.run(P, with_fault, kind, where, False, {}))
@@ -277,7 +277,7 @@ def test_wrong_shares_are_an_error(wrong, error, message, pool):
         assert all(text.startswith(error.__name__) for text, *_ in found)
 
 
-def test_a_false_promise_about_others_is_an_error_where_it_is_checked(pool):
+def test_tclr_kernels_check_refuses_shares_that_differ_between_ranks(pool):
     for given in ([[3, 3], [2, 3]], [[3, 4], [3, 3]], [None, [3, 3]]):
         for text, seconds, _ in pool.run(2, shares_fault, given, True):
             assert (
@@ -295,7 +295,7 @@ def negatives_of_many_sizes(group, checked):
         os.environ.pop("TCLR_KERNELS_CHECK")
 
 
-def test_negatives_may_differ_in_number_without_shares_alone(pool):
+def test_the_number_of_negatives_may_differ_only_without_shares(pool):
     assert [x[0] for x in pool.run(2, negatives_of_many_sizes, False)] == ["no error"] * 2
     for text, seconds, value in pool.run(2, negatives_of_many_sizes, True):
         assert "negatives: found K = [4, 5] on the ranks, wanted one value beside shares" in text
@@ -318,7 +318,7 @@ def alike(group):
     return [x.item() for x in values]
 
 
-def test_settings_that_say_the_same_are_the_same(pool):
+def test_equal_settings_of_different_types_are_no_error(pool):
     found = pool.run(2, alike)
     assert not any(isinstance(x, Error) for x in found) and found[0] == found[1]
 
@@ -358,7 +358,7 @@ def attempt_alone(call):
 
 
 @pytest.mark.parametrize("how", ["header", pytest.param("shares", marks=pytest.mark.full)])
-def test_a_dead_rank_is_the_backend_s_error_on_the_others(how):
+def test_the_other_ranks_raise_an_error_if_one_dies(how):
     with Pool(3) as pool:
         found = pool.run(3, dies, how, dead=[1])
     assert found[1] is None
@@ -432,7 +432,7 @@ def agrees(found):
 
 
 @pytest.mark.parametrize("name", ["none", *BUGS])
-def test_a_planted_bug_is_found(name, pool):
+def test_a_planted_bug_in_the_distributed_code_is_found(name, pool):
     old, new = BUGS.get(name, ("", ""))
     assert old in SOURCE
     found = pool.run(3, planted, old, new)

@@ -133,7 +133,7 @@ def accumulate(group, sync_last):
 
 
 @pytest.mark.parametrize("sync_last", [True, False], ids=["no_sync", "every batch"])
-def test_accumulated_gradients_are_those_of_one_process(sync_last, pool):
+def test_accumulated_gradients_give_the_weights_of_one_process(sync_last, pool):
     run = Run(False, "sgd")
     micro = batches()
     for first, second in zip(micro[::2], micro[1::2], strict=True):
@@ -160,7 +160,7 @@ def cached(group):
     return run.weights()
 
 
-def test_cached_gradients_are_those_of_one_process(pool):
+def test_gradcache_gives_the_weights_of_one_process(pool):
     run = Run(False, "sgd")
     for x in batches()[:3]:
         run.forward(x).backward()
@@ -185,7 +185,7 @@ def scaled(group):
     return run.weights(), scales
 
 
-def test_a_nan_of_one_rank_makes_all_leave_out_the_step(pool):
+def test_a_nan_on_one_rank_makes_all_ranks_skip_the_step(pool):
     found = pool.run(2, scaled)
     assert not any(isinstance(x, Error) for x in found), found
     assert found[0][1] == found[1][1] == [2.0**10, 2.0**10, 2.0**9, 2.0**9]
@@ -213,7 +213,7 @@ def recomputed(group, reentrant):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_a_loss_under_activation_checkpointing(reentrant, pool):
+def test_activation_checkpointing_gives_the_weights_of_one_process(reentrant, pool):
     run = Run(False, "sgd")
     for x in 2 * batches()[:2]:
         run.forward(x).backward()
@@ -267,7 +267,7 @@ def normalised(group, shares):
     return [p.grad.numpy() for p in net.parameters()]
 
 
-def test_a_batch_norm_over_all_ranks(pool):
+def test_batch_norm_over_all_ranks_gives_the_gradients_of_one_process(pool):
     check(pool.run(3, normalised, [4, 1, 3]), normalised(None, None))
 
 
@@ -281,7 +281,7 @@ def with_a_loss_of_its_own(group):
     return run.weights()
 
 
-def test_a_rank_s_own_loss_beside_it(pool):
+def test_another_loss_of_each_rank_is_averaged_over_the_ranks(pool):
     run = Run(False, "sgd")
     z, _ = run.net(batches()[0])
     (tk.nt_xent(*z, temperature=run.tau, backend="reference") + z.square().mean()).backward()
@@ -308,7 +308,7 @@ def errors_of_transforms(group):
     return found
 
 
-def test_what_autograd_cannot_do_is_an_error(pool):
+def test_second_derivatives_vmap_and_forward_mode_are_errors(pool):
     for second, vmap, forward in pool.run(2, errors_of_transforms):
         assert "differentiate twice" in second
         assert "vmap" in vmap and "Error" in vmap
@@ -338,7 +338,7 @@ __import__("os")._exit(0)  # gloo's threads sometimes abort a process that ends 
     "name",
     [name if name == "DistributedDataParallel" else pytest.param(name, marks=pytest.mark.full) for name in BLOCKS],
 )
-def test_the_page_s_loops_run(name, tmp_path):
+def test_the_training_loops_of_the_page_give_equal_weights_on_all_ranks(name, tmp_path):
     for library in ("accelerate", "lightning"):
         if f"import {library}" in BLOCKS[name] or f"from {library}" in BLOCKS[name]:
             pytest.importorskip(library)
@@ -350,5 +350,5 @@ def test_the_page_s_loops_run(name, tmp_path):
     assert done.returncode == 0 and done.stdout.count("the same") == 2, done.stdout + done.stderr
 
 
-def test_every_loop_of_the_page_is_run():
+def test_the_page_has_exactly_the_training_loops_that_are_run():
     assert list(BLOCKS) == ["DistributedDataParallel", "FSDP2", "Accelerate", "Lightning", "By hand"]

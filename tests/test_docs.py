@@ -57,7 +57,7 @@ EVERY = sorted({command: words for page in PAGES for command, words in commands(
 
 
 @pytest.mark.parametrize("command, words", EVERY, ids=[command for command, _ in EVERY])
-def test_a_command_of_a_page_exists(command, words, monkeypatch):
+def test_a_command_of_a_page_exists_and_takes_its_arguments(command, words, monkeypatch):
     """Every program is known, and takes these arguments. Those that need no data run elsewhere: see the docstrings."""
     known = {"make": made, "tclr": parsed, "pip": installed, "python": started, "bash": file_exists, "cd": nothing}
     known |= {"torchrun": launched, "accelerate": launched, "pytest": collected}
@@ -163,7 +163,7 @@ def test_every_link_of_a_page_leads_somewhere(page):
         assert not anchor or anchor in anchors(file), target
 
 
-def test_the_drawings_are_those_of_the_losses():
+def test_the_committed_drawings_are_up_to_date():
     sys.path.insert(0, str(ROOT / "docs"))
     try:
         import figures
@@ -173,7 +173,7 @@ def test_the_drawings_are_those_of_the_losses():
         assert (ROOT / "docs" / "figures" / f"{title}.svg").read_text() == picture, "python -m docs.figures"
 
 
-def test_the_readme_fits():
+def test_the_readme_has_at_most_150_lines():
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) <= 150 and max(map(len, lines)) <= 220
 

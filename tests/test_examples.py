@@ -32,7 +32,7 @@ def losses(printed):
         if name != "distributed"
     ],
 )
-def test_an_example_trains(name):
+def test_an_example_lowers_its_loss(name):
     if name in NEEDED:
         pytest.importorskip(NEEDED[name])
     printed = io.StringIO()
@@ -43,7 +43,7 @@ def test_an_example_trains(name):
     assert last < 0.9 * first
 
 
-def test_the_example_of_several_processes_trains():
+def test_the_example_of_several_processes_lowers_its_loss():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run([*command, FOLDER / "distributed.py"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

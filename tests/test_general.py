@@ -164,7 +164,7 @@ EVERY = [name for name in PROBLEMS if not INTERPRETED or PROBLEMS[name].n * PROB
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_outputs_and_gradients_are_those_of_the_formula(name, float64):
+def test_outputs_and_gradients_equal_those_of_the_formula(name, float64):
     problem = PROBLEMS[name]
     sets = problem.sets()
     outputs, grads = run(functools.partial(problem.call, float64), sets, 0.3)
@@ -207,20 +207,20 @@ def slope_size(problem, sets, tau, only):
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("name", EVERY)
-def test_every_dtype(name, dtype, kernels):
+def test_every_dtype_meets_the_accuracy_criteria(name, dtype, kernels):
     judge(PROBLEMS[name], 0.1, dtype, kernels)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("tau", [10.0, 0.01, 0.001])
 @pytest.mark.parametrize("name", ["ragged", "range", "keys", "keys of sets", "keys, plain dot products"])
-def test_extreme_temperatures(name, tau, dtype, kernels):
+def test_extreme_temperatures_meet_the_accuracy_criteria(name, tau, dtype, kernels):
     judge(PROBLEMS[name]._replace(n=min(PROBLEMS[name].n, 33)), tau, dtype, kernels)
 
 
 @pytest.mark.parametrize("rho, tau", [(0.9, 0.1), (0.9, 0.01), (0.999, 0.1)])
 @pytest.mark.parametrize("only", ["neg", "pos_lse", "spread"])
-def test_confident_classes_of_two(only, rho, tau, kernels):
+def test_confident_classes_of_two_meet_the_accuracy_criteria(only, rho, tau, kernels):
     """C4 with keys: composed afterwards, as log-sum-exp minus mean, the spread's gradient would lose its direction."""
     pairs = Problem(1, n=66, K=66, D=48, first=0, classes=-1, symmetric=True, rho=rho)
     judge(pairs, tau, torch.float32, kernels, (only,))
@@ -260,7 +260,7 @@ def size(x):
 @pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.parametrize("V, cross", [(1, False), (2, False), (3, False), (2, True), (4, True)])
 @pytest.mark.parametrize("shares", SHARES, ids=str)
-def test_ranges_of_anchors_together_are_the_whole(shares, V, cross, labelled, float64):
+def test_ranges_of_anchors_together_equal_the_whole(shares, V, cross, labelled, float64):
     N = sum(shares)
     sets = oracle.correlated([(2, N, 6)] * V, 0.5, 0)
     keys = torch.arange(N).clamp(max=2 * N // 3) - 1 if labelled else None
@@ -276,7 +276,7 @@ def test_ranges_of_anchors_together_are_the_whole(shares, V, cross, labelled, fl
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.parametrize("shares", SHARES, ids=str)
-def test_ranks_that_know_all_coefficients_make_the_gradient_of_their_rows(shares, labelled, dtype, backend):
+def test_the_coefficients_of_all_anchors_give_the_gradient_of_a_range_of_rows(shares, labelled, dtype, backend):
     """What a rank of many processes does: it gets every anchor's values and upstream, and sends no gradient."""
     N, V = sum(shares), 2
     sets = [x.to(dtype).requires_grad_() for x in oracle.correlated([(2, N, 6)] * V, 0.5, 0)]
@@ -303,7 +303,7 @@ def test_ranks_that_know_all_coefficients_make_the_gradient_of_their_rows(shares
 
 
 @pytest.mark.parametrize("name", ["rectangle", "few rows, many columns", "range", "keys", "keys of a range"])
-def test_either_side_alone(name, backend):
+def test_gradients_of_one_side_alone_equal_those_of_both(name, backend):
     """Columns without gradient: that of the rows may be made along with the result."""
     problem = PROBLEMS[name]
     sets = problem.sets(torch.float32)
@@ -319,7 +319,7 @@ def test_either_side_alone(name, backend):
 
 
 @pytest.mark.parametrize("labelled", [False, True])
-def test_columns_for_all_groups(labelled, float64):
+def test_columns_shared_by_all_groups_equal_repeated_columns(labelled, float64):
     rows, columns = oracle.correlated([(2, 3, 5, 4)], 0.5, 0)[0], oracle.correlated([(6, 4)], 0.5, 1)[0]
     settings = dict(temperature=0.3, backend=float64)
     if labelled:
@@ -336,7 +336,7 @@ def test_columns_for_all_groups(labelled, float64):
 
 
 @pytest.mark.parametrize("columns", [None, "shared", "own"])
-def test_pair_sum_is_the_printed_formula(columns, float64):
+def test_pair_sum_equals_the_printed_formula(columns, float64):
     rows = oracle.correlated([(2, 7, 5)], 0.5, 0)[0]
     others = [] if columns is None else oracle.correlated([(9, 5) if columns == "shared" else (2, 9, 5)], 0.5, 1)
     row_keys = torch.tensor([0, 1, 0, -1, 0, 1, -1])
@@ -361,7 +361,7 @@ def test_pair_sum_is_the_printed_formula(columns, float64):
 
 @pytest.mark.parametrize("tau", [0.1, 0.01])
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-def test_pair_sum_in_every_dtype(dtype, tau, kernels):
+def test_pair_sum_is_accurate_in_every_dtype(dtype, tau, kernels):
     problem = Problem(1, n=60, K=60, D=40, first=0, classes=7, symmetric=True, rho=0.9)
     (rows,), keys = problem.sets(dtype)[1], problem.keys()[0]
     results = []
@@ -377,7 +377,7 @@ def test_pair_sum_in_every_dtype(dtype, tau, kernels):
 
 
 @pytest.mark.parametrize("name", ["rectangle", "keys of sets", "range"])
-def test_gradient_is_the_slope(name, float64):
+def test_gradients_equal_finite_differences(name, float64):
     problem = PROBLEMS[name]._replace(G=1, D=2)
     rows, columns = problem.sets()
     tau = torch.tensor(0.4, dtype=torch.float64)
@@ -390,7 +390,7 @@ def test_gradient_is_the_slope(name, float64):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rows_without_negatives_cost_nothing(dtype, backend):
+def test_rows_without_negatives_have_loss_and_gradient_zero(dtype, backend):
     """Decided row by row: in the first group, labels 0 0 0 and one other; in the second, all alike."""
     sets = [x.to(dtype).requires_grad_() for x in oracle.correlated([(2, 4, 5)] * 2, 0.5, 0)]
     keys = torch.tensor([[0, 0, 0, 1], [0, 0, 0, 0]])
@@ -403,7 +403,7 @@ def test_rows_without_negatives_cost_nothing(dtype, backend):
     assert all(g[1].any() and g.isfinite().all() for g in kept)
 
 
-def test_unlabelled_rows_equal_nothing(backend):
+def test_unlabelled_rows_have_no_positives(backend):
     z = oracle.correlated([(1, 6, 5)], 0.5, 0)[0].float()
     none = tk.gram([z], keys=torch.full((6,), -1), backend=backend)
     assert (none.pos_lse == -math.inf).all() and not none.count.any() and not none.spread.any()
@@ -411,7 +411,7 @@ def test_unlabelled_rows_equal_nothing(backend):
 
 
 @pytest.mark.parametrize("classes", [0, 3])
-def test_a_row_that_is_not_finite_stays_in_its_group(classes, backend):
+def test_a_row_that_is_not_finite_affects_only_its_group(classes, backend):
     problem = Problem(3, n=9, K=20, D=33, classes=classes)
     rows, columns = problem.sets(torch.float32)
     whole, whole_grads = run(functools.partial(problem.call, backend), (rows, columns), 0.1)
@@ -426,7 +426,7 @@ def test_a_row_that_is_not_finite_stays_in_its_group(classes, backend):
 
 
 @pytest.mark.parametrize("scale", [1e-18, 1e18])
-def test_scale_of_the_rows_changes_nothing_but_the_gradient(scale, kernels):
+def test_very_short_and_very_long_rows_meet_the_accuracy_criteria(scale, kernels):
     judge(Problem(2, n=9, K=20, D=33, classes=3, scale=scale), 0.1, torch.float32, kernels)
 
 
@@ -440,7 +440,7 @@ def test_zero_rows_have_similarity_and_gradient_zero(backend):
     assert not grads[0][:, 1].any() and not grads[1][:, 2].any() and all(g.isfinite().all() for g in grads)
 
 
-def test_no_rows_and_no_groups(backend):
+def test_empty_ranges_and_no_groups_give_empty_outputs(backend):
     z = [torch.randn(2, 5, 3, requires_grad=True) for _ in range(2)]
     found = tk.gram(z, rows=(3, 0), keys=torch.arange(5), backend=backend)
     assert all(x.shape == (2, 2, 2, 0) for x in found)
@@ -450,7 +450,7 @@ def test_no_rows_and_no_groups(backend):
 
 
 @pytest.mark.parametrize("name", ["rectangle", "range", "keys of sets"])
-def test_second_derivatives_are_the_reference_s_alone(name, kernels):
+def test_second_derivatives_are_errors_except_on_the_reference(name, kernels):
     rows, columns = PROBLEMS[name].sets()
     sets = [x.requires_grad_() for x in (*rows, *columns)]
     out = PROBLEMS[name].call(kernels, 0.3, sets[: len(rows)], sets[len(rows) :])[0]
@@ -460,7 +460,7 @@ def test_second_derivatives_are_the_reference_s_alone(name, kernels):
 
 
 @pytest.mark.parametrize("of", ["rectangle", "pair_sum"])
-def test_what_only_the_reference_provides_names_the_backend(of, kernels):
+def test_errors_of_forward_mode_and_vmap_name_the_backend(of, kernels):
     z, keys = torch.randn(4, 3), torch.arange(4) // 2
 
     def call(z):
@@ -475,7 +475,7 @@ def test_what_only_the_reference_provides_names_the_backend(of, kernels):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_a_range_rounds_the_gradient_of_a_row_once(dtype, backend):
+def test_the_gradient_of_a_row_in_a_range_is_rounded_once(dtype, backend):
     """Of a short row, that of an anchor and that of a candidate are beyond float16 and may have opposite signs."""
     z = torch.randn(200, 2, 4, 8)
     z[:, :, 0] *= torch.logspace(0, -5, 200)[:, None, None]
@@ -522,12 +522,12 @@ WRONG = {
 
 
 @pytest.mark.parametrize("message", WRONG)
-def test_wrong_arguments_are_named(message):
+def test_errors_name_wrong_arguments(message):
     with pytest.raises((ValueError, TypeError), match=message):
         WRONG[message](torch.randn(2, 5, 3))
 
 
-def test_the_example_in_the_documentation_is_the_printed_formula(float64):
+def test_the_example_in_the_documentation_equals_the_printed_formula(float64):
     page = (Path(__file__).parents[1] / "docs/operation.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     names = {}

@@ -20,7 +20,7 @@ def with_temperature(call, tau, *inputs, **settings):
 
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("name", LOSSES)
-def test_gradient_is_the_slope_for_every_subset_of_inputs(name, normalize, float64):
+def test_gradients_of_every_subset_of_inputs_equal_finite_differences(name, normalize, float64):
     loss = LOSSES[name]
     call = functools.partial(with_temperature, loss.call, normalize=normalize, backend=float64)
     inputs = [torch.tensor(0.4, dtype=torch.float64), *loss.inputs(SIZES, normalize=normalize)]
@@ -38,7 +38,7 @@ def test_gradient_is_the_slope_for_every_subset_of_inputs(name, normalize, float
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("name", [name for name in LOSSES if not name.startswith("tclr")])
-def test_gradient_is_the_slope_for_every_reduction(name, reduction, float64):
+def test_gradients_of_every_reduction_equal_finite_differences(name, reduction, float64):
     inputs = [x.requires_grad_() for x in LOSSES[name].inputs(SIZES)]
     call = functools.partial(LOSSES[name].call, temperature=0.4, reduction=reduction, backend=float64)
     assert torch.autograd.gradcheck(call, inputs)
@@ -47,7 +47,7 @@ def test_gradient_is_the_slope_for_every_reduction(name, reduction, float64):
 @pytest.mark.parametrize("cross", [False, True])
 @pytest.mark.parametrize("V", [1, 2, 3, 4])
 @pytest.mark.parametrize("output", ["term", "neg", "pos"])
-def test_gradient_is_the_slope_for_every_output_of_the_operation(output, V, cross, float64):
+def test_gradients_of_every_output_of_the_operation_equal_finite_differences(output, V, cross, float64):
     """Also neg, which no loss of the library takes by itself."""
     sets = [x.requires_grad_() for x in oracle.correlated([(2, 3, 2)] * V, 0.3, 0)]
     tau = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
@@ -76,7 +76,7 @@ def test_rows_of_the_weight_matrix_sum_to_zero(float64):
 
 
 @pytest.mark.parametrize("name", ["nt_xent", "clip_loss", "local_local", "global_local"])
-def test_the_same_tensor_twice_takes_both_gradients(name, float64):
+def test_a_tensor_used_twice_gets_the_sum_of_both_gradients(name, float64):
     loss = LOSSES[name]
     x = loss.inputs((5, 3, 4))[0]
     found = oracle.run(lambda z: loss.call(z, z, backend=float64), [x])
@@ -84,7 +84,7 @@ def test_the_same_tensor_twice_takes_both_gradients(name, float64):
     torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-12)
 
 
-def test_the_objective_of_one_tensor_takes_all_gradients(float64):
+def test_a_tensor_used_three_times_in_the_objective_gets_the_sum_of_all_gradients(float64):
     loss = LOSSES["tclr release"]
     (x,) = oracle.correlated([(2, 4, 3, 5)], 0, 0)
     found = oracle.run(lambda x: loss.call(x[:, :, 0], x, x, backend=float64), [x])

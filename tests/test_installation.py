@@ -38,7 +38,7 @@ def python(folder, *arguments, **environment):
 @pytest.mark.parametrize(
     "call", ["tk.nt_xent(x, x)", "torch.compile(tk.nt_xent, fullgraph=True, backend='eager')(x, x)"]
 )
-def test_the_reference_as_default_warns_once_where_kernels_belong(call, clone):
+def test_falling_back_to_the_reference_warns_once(call, clone):
     run = python(clone, "-c", f"{CALL} {call}; {call}; tk.nt_xent(x[:1], x[:1])")
     assert (
         run.returncode == 0
@@ -62,7 +62,7 @@ def test_a_clone_without_kernels_names_the_installation_that_it_hides(clone, tmp
 
 
 @pytest.mark.skipif(not (ROOT / "tclr_kernels/_cpu.so").exists(), reason="the kernels are not built")
-def test_the_selftest_fails_without_kernels_unless_that_is_allowed(clone):
+def test_the_selftest_fails_without_kernels_unless_allow_reference_is_given(clone):
     only = "import sys, tclr_kernels.selftest as s; s.CHECKS = {'one row': s.one_row}; sys.exit(s.main(sys.argv[1:]))"
     run = python(clone, "-c", only, "--device", "cpu")
     assert run.returncode == 1 and "missing: native on cpu: the CPU kernels are not built" in run.stdout
@@ -70,14 +70,14 @@ def test_the_selftest_fails_without_kernels_unless_that_is_allowed(clone):
     assert python(ROOT, "-c", only, "--device", "cpu").returncode == 0
 
 
-def test_kernels_that_are_older_than_the_package_are_named(monkeypatch):
-    """As after `git pull` in a clone whose kernels are not built again: the reason says how to build them."""
+def test_kernels_built_from_older_sources_are_refused_with_a_reason(monkeypatch):
+    """As after `git pull` in a clone whose kernels are not built again: the reference serves, and the reason is said."""
     monkeypatch.setattr(native, "OPERATORS", (*native.OPERATORS, "of_tomorrow"))
     reason = native._load_cpu()
     assert "_cpu.so has no operator 'of_tomorrow'" in reason and "make setup" in reason
 
 
-def test_every_operator_is_looked_for():
+def test_the_operators_that_are_looked_for_are_those_of_the_schemas():
     schemas = (ROOT / "csrc" / "schemas.h").read_text()
     assert sorted(native.OPERATORS) == sorted(set(re.findall(r"^\s*\"(\w+)\(", schemas, re.MULTILINE)))
 
@@ -92,7 +92,7 @@ def test_every_operator_is_looked_for():
         (dict(CXX="false"), "kernels do not compile: false .*; TCLR_KERNELS_REQUIRE_NATIVE=0 installs without"),
     ],
 )
-def test_a_build_that_cannot_compile_stops_in_one_sentence(environment, message, tmp_path):
+def test_a_build_that_cannot_compile_stops_with_one_line(environment, message, tmp_path):
     command = [str(ROOT / "setup.py"), "--quiet", "build_ext", f"--build-temp={tmp_path}", f"--build-lib={tmp_path}"]
     run = python(ROOT, *command, TCLR_KERNELS_REQUIRE_NATIVE="", **environment)
     assert run.returncode == 1
@@ -119,7 +119,7 @@ def sources(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="there are kernels for Linux alone")
-def test_the_remedy_for_missing_kernels_builds_them_where_pip_has_cached_a_wheel_without(clone, sources, tmp_path):
+def test_the_suggested_pip_options_build_the_kernels_despite_a_cached_wheel(clone, sources, tmp_path):
     """That a build is tried is seen by its failure: the compiler that it is given does not exist."""
     without = dict(TCLR_KERNELS_REQUIRE_NATIVE="0", PIP_CACHE_DIR=str(tmp_path / "cache"))
     assert python(sources, "setup.py", "--quiet", "sdist", **without).returncode == 0
@@ -134,7 +134,7 @@ def test_the_remedy_for_missing_kernels_builds_them_where_pip_has_cached_a_wheel
 
 @pytest.mark.full
 @pytest.mark.skipif(sys.platform != "linux", reason="there are kernels for Linux alone")
-def test_the_readmes_commands_in_their_order_install_kernels_that_pass_the_selftest(sources, tmp_path):
+def test_the_readmes_install_commands_give_kernels_that_pass_the_selftest(sources, tmp_path):
     section = re.search("## Install\n(.*?)\n## ", (ROOT / "README.md").read_text(), re.DOTALL)[1]
     commands = re.findall("^    (.*)", section, re.MULTILINE)
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "env"], check=True)
@@ -150,7 +150,7 @@ def test_the_readmes_commands_in_their_order_install_kernels_that_pass_the_selft
     assert re.search("native on cpu +usable", run.stdout) and "all good" in run.stdout
 
 
-def test_the_trainer_without_its_extra_names_it(tmp_path):
+def test_importing_the_trainer_without_its_extra_names_the_extra(tmp_path):
     """With the interpreter's own packages and PyTorch's alone: those of the extra are hidden by empty entries."""
     code = "import sys; sys.modules.update(rich=None, av=None); import tclr"
     run = python(tmp_path, "-c", code, PYTHONPATH=str(ROOT / "python"))
@@ -158,7 +158,7 @@ def test_the_trainer_without_its_extra_names_it(tmp_path):
     assert run.stderr.strip().endswith("the trainer needs av, rich: pip install 'tclr-kernels[train]'")
 
 
-def test_the_index_page_has_absolute_addresses_alone():
+def test_the_readme_for_the_package_index_has_only_absolute_links():
     import setup
 
     links = re.findall(r"\]\(([^)]*)\)", setup.readme())
@@ -174,6 +174,6 @@ def test_info_warns_of_a_pytorch_newer_than_those_tested(version, warned, monkey
     assert (info.untested() is not None) == warned
 
 
-def test_the_import_takes_no_longer_than_it_may():
+def test_importing_takes_less_than_50_ms_of_cpu_time():
     """Of the processor, beside `import torch`; the rows of benchmarks/importing.py have the seconds on the clock."""
     assert min(importing.seconds()[1] for _ in range(2)) < 0.05  # the first may have to write the bytecode

@@ -165,11 +165,11 @@ def same_for_all_threads(library):
     return all(torch.equal(x, y) for other in others for x, y in zip(alone, other, strict=True))
 
 
-def test_neither_the_number_of_threads_nor_a_slow_one_changes_a_bit(library):
+def test_neither_the_number_of_threads_nor_a_slow_thread_changes_a_bit(library):
     assert same_for_all_threads(library)
 
 
-def test_threads_that_do_not_wait_for_each_other_are_found(tmp_path):
+def test_a_planted_missing_wait_between_threads_is_found(tmp_path):
     assert not same_for_all_threads(
         kernels.build(tmp_path, replace=[("while (__atomic_load_n", "if (__atomic_load_n")])
     )
@@ -186,7 +186,7 @@ def times_asleep(library):
     return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw - before
 
 
-def test_a_thread_that_waits_sleeps(library, tmp_path):
+def test_a_thread_that_waits_long_goes_to_sleep(library, tmp_path):
     awake = kernels.build(tmp_path, replace=[("awake = 50000;", "awake = 50000000000;")])
     assert times_asleep(library) > 3 > times_asleep(awake)
 

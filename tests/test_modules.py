@@ -38,7 +38,7 @@ def values(out):
 
 
 @each
-def test_module_equals_function(name, backend):
+def test_modules_give_the_results_of_their_functions(name, backend):
     module, function, settings = MODULES[name]
     inputs = inputs_of(name)
     for given in ({}, dict(temperature=0.3, **settings)):
@@ -66,7 +66,7 @@ def defaults(function):
 
 
 @each
-def test_temperature_may_come_first(name):
+def test_temperature_is_the_first_positional_argument_of_a_module(name):
     module, _, _ = MODULES[name]
     assert module(0.5).temperature == 0.5 and repr(module(0.5)) == repr(module(temperature=0.5))
 
@@ -101,7 +101,7 @@ def test_temperature_as_parameter_is_learnt_and_saved(name):
 
 
 @each
-def test_temperature_as_tensor_is_a_buffer_and_as_float_neither(name):
+def test_temperature_as_tensor_is_saved_as_a_buffer_and_as_float_is_not_saved(name):
     module, _, _ = MODULES[name]
     assert list(module(temperature=torch.tensor(0.3)).state_dict()) == ["temperature"]
     assert not module().state_dict() and not list(module().parameters())

@@ -59,7 +59,7 @@ def test_values_and_every_gradient_are_those_of_the_reference(size, form, weight
             torch.testing.assert_close(f, w, rtol=1e-12, atol=1e-12)
 
 
-def test_views_of_any_strides(fused):
+def test_strides_change_no_bit_of_the_gradients(fused):
     g, s, x = LOSSES["tclr"].inputs((5, 3, 4))
     odd = g.mT.contiguous().mT, s.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0), x.repeat(1, 2, 1, 1)[:, ::2]
     even = [z.contiguous() for z in odd]
@@ -67,7 +67,7 @@ def test_views_of_any_strides(fused):
     assert all(map(torch.equal, found, wanted))
 
 
-def test_one_tensor_as_several_inputs_and_a_second_use(fused):
+def test_one_tensor_as_several_inputs_gets_the_same_gradient_twice(fused):
     _, _, x = LOSSES["tclr"].inputs((5, 3, 4))
     x.requires_grad_()
     g = x.mean(2)
@@ -78,7 +78,7 @@ def test_one_tensor_as_several_inputs_and_a_second_use(fused):
     assert torch.equal(first, again) and oracle.error(first, wanted) < 1e-12
 
 
-def test_no_gradient_is_made_unless_one_is_wanted(fused, monkeypatch):
+def test_no_gradient_is_computed_unless_one_is_needed(fused, monkeypatch):
     asked = []
     original = backends.BACKENDS[fused].objective
 
@@ -97,7 +97,7 @@ def test_no_gradient_is_made_unless_one_is_wanted(fused, monkeypatch):
     assert asked == [False, False, True, True]
 
 
-def test_small_gradients_of_half_inputs_survive_a_scaled_loss(fused):
+def test_small_gradients_of_float16_inputs_are_accurate_with_a_scaled_loss(fused):
     inputs = [1e3 * z for z in LOSSES["tclr"].inputs((8, 2, 16))]  # the gradients are some 1e-5 of a thousandth
     half = [z.half().requires_grad_() for z in inputs]
     (2.0**14 * tk.tclr(*half, backend=fused).total).backward()
@@ -107,7 +107,7 @@ def test_small_gradients_of_half_inputs_survive_a_scaled_loss(fused):
         torch.testing.assert_close(h.grad.double(), e.grad, rtol=2e-3, atol=1e-3 * e.grad.abs().max().item())
 
 
-def test_a_second_derivative_and_an_input_changed_meanwhile_are_errors(fused):
+def test_a_second_derivative_and_an_input_modified_before_backward_are_errors(fused):
     leaves = [z.requires_grad_() for z in LOSSES["tclr"].inputs((3, 2, 4))]
     slope = torch.autograd.grad(tk.tclr(*leaves, backend=fused).total, leaves, create_graph=True)
     with pytest.raises(NotImplementedError, match='second derivative.*backend="reference"'):
@@ -119,7 +119,7 @@ def test_a_second_derivative_and_an_input_changed_meanwhile_are_errors(fused):
         total.backward()
 
 
-def test_compiled_it_is_composed(fused):
+def test_the_compiled_objective_has_the_gradients_of_eager_mode(fused):
     leaves = [z.requires_grad_() for z in LOSSES["tclr"].inputs((3, 2, 4))]
     function = torch.compile(
         lambda *z: tk.tclr(*z, form="release", backend=fused).total, fullgraph=True, backend="aot_eager"
@@ -129,7 +129,7 @@ def test_compiled_it_is_composed(fused):
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
-def test_a_gradient_beyond_float32_is_scaled_before_it_is_made(fused):
+def test_a_gradient_beyond_float32_is_scaled_before_it_is_rounded(fused):
     """Rows so short that their gradient is infinite, but for what comes from above."""
     leaves = [(1e-38 * z).float().requires_grad_() for z in LOSSES["tclr"].inputs((5, 3, 7))]
     for factor in (1e-6, 0.0):

@@ -49,7 +49,7 @@ CASES = [
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name, size", CASES)
-def test_sizes(name, size, dtype, backend):
+def test_every_size_meets_the_accuracy_criteria(name, size, dtype, backend):
     sizes = (ROWS | VIDEOS)[size]
     normalize = sizes[-1] > 1  # of one feature, rows are +-1 and the gradient 0
     judge(LOSSES[name], LOSSES[name].inputs(sizes, dtype, normalize=normalize), 0.1, backend, normalize)
@@ -69,7 +69,7 @@ CONFIDENT = [  # C4: views of one cosine, at temperatures from easy to hard
 
 
 @pytest.mark.parametrize("name, rho, tau, dtype", CONFIDENT)
-def test_confident_pairs(name, rho, tau, dtype, backend):
+def test_confident_pairs_meet_the_accuracy_criteria(name, rho, tau, dtype, backend):
     # of a queue, one row or two make the gradient: C1 compares little more than their own roundings
     seed = 1 if name == "moco" else 0
     judge(LOSSES[name], LOSSES[name].inputs((33, 3, 48), dtype, rho, seed=seed), tau, backend)
@@ -79,21 +79,21 @@ def test_confident_pairs(name, rho, tau, dtype, backend):
 @pytest.mark.parametrize("tau", [10.0, 0.005, 0.001])
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("name", ["nt_xent", "clip_loss", "moco", "sup_con"])
-def test_extreme_temperatures(name, normalize, tau, dtype, backend):
+def test_extreme_temperatures_meet_the_accuracy_criteria(name, normalize, tau, dtype, backend):
     loss = LOSSES[name]
     judge(loss, loss.inputs((37, 2, 24), dtype, normalize=normalize), tau, backend, normalize)
 
 
 @pytest.mark.parametrize("scale", [3.0, 30.0])
 @pytest.mark.parametrize("name", ["nt_xent", "clip_loss", "instance_contrastive"])
-def test_long_rows_without_normalisation(name, scale, backend):
+def test_long_rows_without_normalisation_meet_the_accuracy_criteria(name, scale, backend):
     loss = LOSSES[name]
     judge(loss, loss.inputs((37, 3, 24), torch.float32, scale=scale, normalize=False), 1.0, backend, False)
 
 
 @pytest.mark.parametrize("cross", [False, True])
 @pytest.mark.parametrize("V, N", [(2, 1), (2, 17), (2, 205), (3, 33), (4, 7), (5, 97), (8, 40)])
-def test_exact_similarities_show_every_index_error(V, N, cross, backend):
+def test_exact_similarities_reveal_every_wrong_index(V, N, cross, backend):
     """C5: entries of -1, 0, 1 with D and 1/tau powers of two. The positives and their gradient are exact, bit by bit;
     of zero rows, neg counts the candidates; neg tells rows apart."""
     generator = torch.Generator().manual_seed(0)
@@ -184,7 +184,7 @@ def problems(draw, names):
 
 
 @pytest.mark.parametrize("names", [[name for name in LOSSES if name not in FURTHER], FURTHER], ids=["plain", "further"])
-def test_any_shape_dtype_scale_temperature_correlation_and_stride(names, backend):
+def test_random_problems_meet_the_accuracy_criteria(names, backend):
     @hypothesis.settings(max_examples=30 if INTERPRETED else 150, deadline=None, derandomize=True, database=None)
     @hypothesis.given(problems(names))
     def holds(problem):

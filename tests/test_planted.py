@@ -114,10 +114,10 @@ def check_candidates():
     own = dict(labels=test_candidates.LABELS, further="own", decoupled=False)
     alone = dict(labels=None, further="of all", decoupled=True)
     for case, leading in ((own, (2,)), (alone, ())):
-        test_candidates.test_nt_xent(case, True, leading, "reference")
-        test_candidates.test_clip_loss(case, (True, False), leading, "reference")
-        test_candidates.test_info_nce(case, case is own, leading, "reference")
-    test_candidates.test_instance_contrastive(alone, "joint", 3, "reference")
+        test_candidates.test_nt_xent_equals_its_printed_formula(case, True, leading, "reference")
+        test_candidates.test_clip_loss_equals_its_printed_formula(case, (True, False), leading, "reference")
+        test_candidates.test_info_nce_equals_its_printed_formula(case, case is own, leading, "reference")
+    test_candidates.test_instance_contrastive_equals_its_printed_formula(alone, "joint", 3, "reference")
     short = [1e-6 * x.double() for x in oracle.LOSSES["moco"].inputs((3, 2, 4))]
     _, grads = oracle.run(
         tk.info_nce, [x.half() for x in short[:2]], in_batch=False, negatives=short[1].half(), backend="reference"
@@ -125,7 +125,7 @@ def check_candidates():
     assert not any(g.isnan().any() for g in grads)
 
 
-def test_the_definition_passes():
+def test_the_unchanged_code_passes_every_check():
     check()
     check_general()
     check_candidates()

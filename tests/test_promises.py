@@ -56,7 +56,7 @@ def pair():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", KINDS)
-def test_zero_row_has_similarity_zero_and_gradient_zero(name, dtype, backend):
+def test_a_zero_row_has_similarity_zero_and_gradient_zero(name, dtype, backend):
     inputs = LOSSES[name].inputs((5, 4, 6), dtype)
     for x in inputs:
         x.flatten(0, -2)[1] = 0
@@ -75,7 +75,7 @@ def or_zero(x):
     return oracle.unit(x.masked_fill(zero, 1)).masked_fill(zero, 0)
 
 
-def test_all_rows_zero(backend):
+def test_if_all_rows_are_zero_the_loss_is_uniform_and_the_gradient_zero(backend):
     a = torch.zeros(5, 8)
     out, grads = run(tk.nt_xent, [a, a], backend=backend)
     assert out.item() == pytest.approx(math.log(9)) and all(torch.equal(g, a) for g in grads)
@@ -91,7 +91,7 @@ def test_all_rows_zero(backend):
     ],
 )
 @pytest.mark.parametrize("name", KINDS)
-def test_rows_of_any_length(name, dtype, scale, backend, request):
+def test_extremely_short_and_long_rows_have_accurate_losses_and_gradients(name, dtype, scale, backend, request):
     if dtype == torch.float64:
         request.getfixturevalue("float64")
     inputs = LOSSES[name].inputs((5, 4, 16), dtype, scale=scale)
@@ -130,7 +130,7 @@ def test_nan_stays_within_its_group(name, dtype, bad, backend):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("name", KINDS)
-def test_nan_reaches_the_loss(name, bad, backend):
+def test_nan_and_infinity_reach_the_loss_and_the_gradient(name, bad, backend):
     inputs = LOSSES[name].inputs((5, 4, 6), torch.float32)
     inputs[-1].view(-1)[7] = bad
     for normalize in (True, False) if math.isnan(bad) else (True,):
@@ -139,7 +139,7 @@ def test_nan_reaches_the_loss(name, bad, backend):
 
 
 @pytest.mark.parametrize("function, name", ARGUMENTS)
-def test_check_names_the_row(function, name, backend, monkeypatch):
+def test_tclr_kernels_check_names_the_row_that_is_not_finite(function, name, backend, monkeypatch):
     given = tensors(function)
     row = [size - 1 for size in given[name].shape[:-1]]
     given[name][tuple(row)][2] = math.nan
@@ -181,7 +181,7 @@ def test_temperature_may_be_a_tensor_of_any_dtype(name, dtype, backend):
     ids=repr,
 )
 @pytest.mark.parametrize("function", TAKES)
-def test_wrong_temperature_is_named(function, wrong, backend):
+def test_errors_name_a_wrong_temperature(function, wrong, backend):
     with pytest.raises((ValueError, TypeError), match="temperature: found"):
         function(**tensors(function), temperature=wrong, backend=backend)
 
@@ -218,18 +218,18 @@ def test_one_element_of_a_larger_tensor_may_be_the_temperature(pair, backend):
     [10**400, 5e-324, np.float32(np.inf), Fraction(1, 10**400)],
     ids=["a large integer", "5e-324", "float32 inf", "a small fraction"],
 )
-def test_numbers_beyond_the_range_of_a_float_are_named(value, pair):
+def test_errors_name_a_temperature_beyond_the_range_of_a_float(value, pair):
     with pytest.raises(ValueError, match="temperature: found"):
         tk.nt_xent(*pair, temperature=value)
 
 
-def test_temperature_on_another_device_is_named(pair, backend):
+def test_temperature_on_another_device_is_an_error(pair, backend):
     with pytest.raises(ValueError, match="temperature: found a tensor on meta"):
         tk.nt_xent(*pair, temperature=torch.tensor(0.1, device="meta"), backend=backend)
 
 
 @pytest.mark.parametrize("wrong", [0.0, -1.0, math.nan, math.inf])
-def test_value_of_a_tensor_is_checked_on_request(wrong, pair, backend, monkeypatch):
+def test_tclr_kernels_check_refuses_a_temperature_tensor_with_a_wrong_value(wrong, pair, backend, monkeypatch):
     tk.nt_xent(*pair, temperature=torch.tensor(wrong), backend=backend)
     monkeypatch.setenv("TCLR_KERNELS_CHECK", "1")
     with pytest.raises(ValueError, match="temperature: found"):
@@ -242,7 +242,7 @@ def test_value_of_a_tensor_is_checked_on_request(wrong, pair, backend, monkeypat
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("frozen", ["the last", "all but the temperature", "the temperature"])
 @pytest.mark.parametrize("name", KINDS)
-def test_inference_tensors_are_inputs_like_others(name, frozen, dtype, backend):
+def test_inference_tensors_are_accepted_as_inputs(name, frozen, dtype, backend):
     """As the keys of a network that is not trained; autograd itself cannot save them."""
     call, inputs = temperature_first(name, backend), LOSSES[name].inputs((5, 3, 8), dtype)
     inputs = [torch.tensor(0.25, dtype=dtype), *inputs]
@@ -265,7 +265,7 @@ def test_inference_tensors_are_inputs_like_others(name, frozen, dtype, backend):
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
 @pytest.mark.parametrize("name", KINDS)
-def test_inference_tensors_where_no_gradient_is_made(name, mode, backend):
+def test_inference_tensors_are_accepted_without_gradients(name, mode, backend):
     with torch.inference_mode():
         made = [torch.tensor([0.25]), *LOSSES[name].inputs((5, 3, 8), torch.float32)]
     plain = [torch.tensor([0.25]), *LOSSES[name].inputs((5, 3, 8), torch.float32)]
@@ -282,7 +282,7 @@ def test_inference_tensors_where_no_gradient_is_made(name, mode, backend):
 
 
 @pytest.mark.parametrize("function, name", ARGUMENTS)
-def test_empty_input_is_named(function, name, backend):
+def test_errors_name_an_empty_input(function, name, backend):
     shapes = TAKES[function]
     for dimension in range(len(shapes[name])):
         given = tensors(function)
@@ -296,7 +296,7 @@ def test_empty_input_is_named(function, name, backend):
 @pytest.mark.parametrize(
     "name", ["nt_xent", "clip_loss", "instance_contrastive", "sup_con", "local_local", "global_local"]
 )
-def test_one_row_costs_exactly_zero(name, dtype, backend):
+def test_one_row_has_loss_and_gradient_exactly_zero(name, dtype, backend):
     """B = 1, and T = 1 within videos."""
     sizes = (4, 1, 8) if name.endswith("local") else (1, 3, 8)
     for tau in (0.1, 0.01):
@@ -304,7 +304,7 @@ def test_one_row_costs_exactly_zero(name, dtype, backend):
         assert all(torch.equal(x, torch.zeros_like(x)) for x in (out, *grads))
 
 
-def test_one_video_of_one_clip_costs_exactly_zero(backend):
+def test_one_video_of_one_clip_has_loss_and_gradient_exactly_zero(backend):
     for form in ("tclr", "tclr release"):
         out, grads = run(LOSSES[form].call, LOSSES[form].inputs((1, 1, 8), torch.float32), backend=backend)
         assert all(torch.equal(x, torch.zeros_like(x)) for x in (out, *grads))
@@ -331,7 +331,7 @@ SIZES = {  # beside the others
 
 @pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.parametrize("function, name", ARGUMENTS)
-def test_wrong_input_is_named_in_one_line(function, name, wrong, backend):
+def test_errors_name_a_wrong_input_in_one_line(function, name, wrong, backend):
     make, words = WRONG[wrong]
     given = tensors(function)
     given[name] = make(given[name])
@@ -340,7 +340,7 @@ def test_wrong_input_is_named_in_one_line(function, name, wrong, backend):
 
 @pytest.mark.parametrize("wrong", SIZES)
 @pytest.mark.parametrize("function, name", [(f, name) for f, name in ARGUMENTS if len(TAKES[f]) > 1])
-def test_inputs_that_differ_are_named_in_one_line(function, name, wrong, backend):
+def test_errors_name_inputs_that_differ_in_one_line(function, name, wrong, backend):
     make, words = SIZES[wrong]
     given = tensors(function)
     shape = list(given[name].shape)
@@ -349,7 +349,7 @@ def test_inputs_that_differ_are_named_in_one_line(function, name, wrong, backend
     named(function, given, backend, [name, "wanted" if wrong == "another size" else "and", *words])
 
 
-def test_too_many_dimensions_and_views_are_named(backend):
+def test_errors_name_a_wrong_number_of_dimensions_or_views(backend):
     x = torch.randn(3, 4, 2, 8)
     for function in (tk.local_local, tk.global_local):
         with pytest.raises(ValueError, match="4 dimensions"):
@@ -363,7 +363,7 @@ def test_too_many_dimensions_and_views_are_named(backend):
 
 
 @pytest.mark.parametrize("function, setting", [*((f, "reduction") for f in list(TAKES)[:-1]), (tk.tclr, "form")])
-def test_unknown_setting_is_named(function, setting, backend):
+def test_errors_name_an_unknown_setting(function, setting, backend):
     with pytest.raises(ValueError, match=f"{setting}: found 'other', wanted one of"):
         function(**tensors(function), **{setting: "other"}, backend=backend)
 
@@ -375,7 +375,7 @@ def named(function, given, backend, words):
     assert all(word in message for word in words) and "\n" not in message, message
 
 
-def test_meta_tensors_give_the_shape_by_default_and_a_named_error_by_a_backend_without_them(backend):
+def test_meta_tensors_give_the_shape_or_an_error_that_names_the_backend(backend):
     a = torch.empty(5, 8, device="meta")
     assert tk.nt_xent(a, a, reduction="none").shape == (10,)
     with pytest.raises(TypeError, match="float32 and b torch.float16"):
@@ -401,7 +401,7 @@ def test_reference_has_second_derivatives(name):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_second_derivative_is_a_named_error_elsewhere(name, kernels):
+def test_second_derivatives_on_other_backends_are_an_error_that_names_the_reference(name, kernels):
     inputs = [x.requires_grad_() for x in LOSSES[name].inputs((3, 2, 4), torch.float32)]
     loss = LOSSES[name].call(*inputs, backend=kernels).sum()
     grads = torch.autograd.grad(loss, inputs, create_graph=True)
@@ -409,7 +409,7 @@ def test_second_derivative_is_a_named_error_elsewhere(name, kernels):
         torch.autograd.grad(sum(g.square().sum() for g in grads), inputs)
 
 
-def test_forward_mode_and_vmap_are_named_errors_elsewhere(kernels, pair):
+def test_forward_mode_and_vmap_on_other_backends_are_errors_that_name_the_reference(kernels, pair):
     def loss(a):
         return tk.nt_xent(a, pair[1], backend=kernels)
 
@@ -451,6 +451,6 @@ def test_a_zero_row_has_gradient_zero_beside_a_row_that_is_not_finite(backend):
         (dict(temperature=1e-320), "temperature"),
     ],
 )
-def test_settings_of_the_wrong_kind_are_named(settings, name):
+def test_errors_name_settings_of_a_wrong_type_or_value(settings, name):
     with pytest.raises((TypeError, ValueError), match=f"^{name}: found .* wanted"):
         tk.tclr(*LOSSES["tclr"].inputs((2, 2, 3)), **settings)

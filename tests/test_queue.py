@@ -28,7 +28,7 @@ def unit(x):
     return x / x.norm(dim=-1, keepdim=True)
 
 
-def test_rows_take_the_place_of_the_oldest():
+def test_new_rows_replace_the_oldest():
     queue = tk.NegativeQueue(5, 3)
     first = queue()
     a, b, c = batches(2, 2, 4)
@@ -41,7 +41,7 @@ def test_rows_take_the_place_of_the_oldest():
 
 
 @pytest.mark.parametrize("sizes", [(12,), (3, 12), (5,), (4, 5), (1, 1, 25)], ids=str)
-def test_of_a_batch_beyond_its_size_the_last_rows_stay(sizes):
+def test_a_batch_larger_than_the_queue_leaves_its_last_rows(sizes):
     """Bit by bit what the same rows leave that come one at a time."""
     torch.manual_seed(0)
     queue = tk.NegativeQueue(5, 3)
@@ -53,14 +53,14 @@ def test_of_a_batch_beyond_its_size_the_last_rows_stay(sizes):
     assert torch.equal(queue.rows, other.rows) and torch.equal(queue.position, other.position)
 
 
-def test_before_it_is_full_it_holds_random_rows_of_length_one():
+def test_a_new_queue_holds_random_unit_rows():
     torch.manual_seed(0)
     queue = tk.NegativeQueue(100, 8)
     torch.testing.assert_close(queue.rows.norm(dim=1), torch.ones(100))
     assert queue.rows.mean(0).abs().max() < 0.2 and not torch.equal(queue.rows, tk.NegativeQueue(100, 8).rows)
 
 
-def test_rows_may_be_kept_as_they_are():
+def test_rows_are_normalised_unless_normalize_is_false():
     (a,) = batches(4)
     queue = tk.NegativeQueue(4, 3, normalize=False)
     queue.enqueue(a)
@@ -82,7 +82,7 @@ each = pytest.mark.parametrize("name", LOSSES)
 
 @pytest.mark.parametrize("dtype", oracle.DTYPES, ids=str)
 @pytest.mark.parametrize("name", [name for name in LOSSES if name != "its rows"])
-def test_a_loss_takes_its_rows_in_the_dtype_of_the_anchors(name, dtype, backend):
+def test_a_loss_converts_the_queues_rows_to_the_dtype_of_the_anchors(name, dtype, backend):
     a, b = (x.to(dtype) for x in batches(4, 4))
     queue = filled()
     found = run(lambda a, b: LOSSES[name](a, b, queue, backend=backend), [a, b])
@@ -102,7 +102,7 @@ def test_enqueueing_between_loss_and_backward_changes_no_gradient(name, backend)
 
 
 @each
-def test_no_rows_are_copied_where_no_gradient_is_made(name, backend):
+def test_a_loss_is_the_same_with_and_without_gradients(name, backend):
     a, b = batches(4, 4)
     queue = filled()
     with torch.no_grad():
@@ -110,7 +110,7 @@ def test_no_rows_are_copied_where_no_gradient_is_made(name, backend):
     assert torch.equal(without, LOSSES[name](a.requires_grad_(), b, queue, backend=backend))
 
 
-def test_a_run_goes_on_from_its_state_bit_by_bit(backend):
+def test_a_queue_continues_from_its_saved_state_bit_by_bit(backend):
     def steps(queue, data):
         return [tk.info_nce(x, x.flip(0), negatives=enqueued(queue, x), in_batch=False, backend=backend) for x in data]
 
@@ -133,7 +133,7 @@ def test_a_run_goes_on_from_its_state_bit_by_bit(backend):
     assert torch.equal(queue.rows, other.rows)
 
 
-def test_it_is_part_of_a_model():
+def test_a_queue_in_a_model_is_moved_cast_and_saved_but_has_no_parameters():
     """Moved and cast with it, and nothing that an optimizer would find."""
     model = nn.Sequential(nn.Linear(3, 3))
     model.queue = filled()
@@ -157,7 +157,7 @@ def test_keys_may_have_any_dtype_leading_dimensions_and_a_graph():
     assert torch.equal(queues[0].rows, a)
 
 
-def test_nothing_on_the_device_is_read():
+def test_no_value_is_read_from_the_device():
     """Meta tensors have no values: what reads one raises."""
     queue = tk.NegativeQueue(5, 3).to("meta")
     queue.enqueue(torch.ones(7, 3, device="meta"))
@@ -166,7 +166,7 @@ def test_nothing_on_the_device_is_read():
     assert tk.sup_con(a, torch.zeros(4, dtype=torch.int64, device="meta")).shape == ()
 
 
-def test_a_step_with_its_queue_compiles_whole(backend):
+def test_a_step_that_enqueues_compiles_without_a_graph_break(backend):
     queue = filled()
     other = copy.deepcopy(queue)
 
@@ -198,7 +198,7 @@ KEYS = {
 
 
 @pytest.mark.parametrize("wrong", KEYS)
-def test_wrong_keys_are_named_and_nothing_is_changed(wrong):
+def test_wrong_keys_are_an_error_and_leave_the_queue_unchanged(wrong):
     queue = filled()
     before = copy.deepcopy(queue.state_dict())
     keys, message = KEYS[wrong]
@@ -207,7 +207,7 @@ def test_wrong_keys_are_named_and_nothing_is_changed(wrong):
     assert all(torch.equal(x, before[name]) for name, x in queue.state_dict().items())
 
 
-def test_keys_that_are_not_finite_are_named_on_request(monkeypatch):
+def test_tclr_kernels_check_names_the_key_that_is_not_finite(monkeypatch):
     monkeypatch.setenv("TCLR_KERNELS_CHECK", "1")
     with pytest.raises(ValueError, match=r"keys: found a NaN or Inf in row \[1\]"):
         filled().enqueue(torch.tensor([[1.0, 2, 3], [1, torch.nan, 3]]))
@@ -216,7 +216,7 @@ def test_keys_that_are_not_finite_are_named_on_request(monkeypatch):
 @pytest.mark.parametrize(
     "arguments, name", [((0, 3), "size"), ((5, 0), "dim"), ((5.0, 3), "size"), ((True, 3), "size")]
 )
-def test_wrong_sizes_are_named(arguments, name):
+def test_errors_name_wrong_sizes(arguments, name):
     with pytest.raises(ValueError, match=f"{name}: found .*, wanted an integer >= 1"):
         tk.NegativeQueue(*arguments)
     with pytest.raises(TypeError, match="normalize: found 1"):

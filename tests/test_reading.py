@@ -93,7 +93,7 @@ def test_windows_are_slices_of_the_sequential_decode(tmp_path, name, decoder):
 
 
 @pytest.mark.skipif(not films.FFMPEG, reason="no ffmpeg program to write and judge these films: apt-get install ffmpeg")
-def test_a_sample_of_the_matrix_against_the_ffmpeg_program(tmp_path, rotation):
+def test_a_sample_of_all_films_is_read_as_by_the_ffmpeg_program(tmp_path, rotation):
     """300 windows; other films after each commit."""
     against_the_program(random.Random(rotation).sample(list(films.matrix()), 30), tmp_path, 10)
 
@@ -101,7 +101,7 @@ def test_a_sample_of_the_matrix_against_the_ffmpeg_program(tmp_path, rotation):
 @pytest.mark.full
 @pytest.mark.skipif(not films.FFMPEG, reason="no ffmpeg program to write and judge these films: apt-get install ffmpeg")
 @pytest.mark.parametrize("container", films.CONTAINERS)
-def test_the_matrix_against_the_ffmpeg_program(tmp_path, container):
+def test_every_film_is_read_as_by_the_ffmpeg_program(tmp_path, container):
     against_the_program([film for film in films.matrix() if film.container == container], tmp_path, 8)
 
 
@@ -133,7 +133,7 @@ ODD = {  # what a film is written by, and what it is copied by afterwards
 
 @pytest.mark.skipif(not films.FFMPEG, reason="no ffmpeg program to write and judge these films: apt-get install ffmpeg")
 @pytest.mark.parametrize("name", ODD)
-def test_odd_files_against_the_ffmpeg_program(tmp_path, name):
+def test_odd_files_are_read_as_by_the_ffmpeg_program(tmp_path, name):
     writing, copying = ODD[name]
     path = films.run(writing, tmp_path / name, films.pictures(films.FRAMES).tobytes())
     if copying == "joined":  # stamps start again in the middle
@@ -165,7 +165,7 @@ STAMPS = {  # pts and dts in thousandths of a frame
 @pytest.mark.parametrize(
     "name, codec", [pair for pair in itertools.product(STAMPS, ("libx264", "mpeg4")) if pair != ("late.ts", "mpeg4")]
 )  # without that pair: a copy of MPEG-4 from MP4 into TS lacks its header
-def test_stamps_of_all_kinds(tmp_path, name, codec, decoder):
+def test_films_with_unusual_timestamps_are_read_exactly(tmp_path, name, codec, decoder):
     """Repeated, late, negative (which MP4 turns into an edit list that hides frames) and uneven ones."""
     b_frames = {} if name in REPEATED else dict(bf="2")
     whole = films.write(tmp_path / "whole.mp4", 70, codec, dict(g="10", **b_frames), side=films.SIDE)
@@ -176,7 +176,7 @@ def test_stamps_of_all_kinds(tmp_path, name, codec, decoder):
     assert wrong_windows(path, expected, 12, decoder) == 0
 
 
-def test_a_cut_counts_the_frames_that_are_shown(tmp_path):
+def test_hidden_frames_of_a_cut_film_are_not_counted(tmp_path):
     """Evaluation and pretraining see the same clips of a film whose first packets are hidden."""
     whole = films.write(tmp_path / "whole.mp4", 100, "libx264", dict(g="10", bf="2"), side=films.SIDE)
     path = films.copied(whole, tmp_path / "data" / "cut.mp4", lambda pts, dts: (pts - 23000, dts - 23000))
@@ -234,7 +234,7 @@ def oblong(folder, codec="mpeg4"):
 
 
 @pytest.mark.parametrize("turn", MATRICES)
-def test_frames_are_turned_and_mirrored(tmp_path, turn):
+def test_frames_are_turned_and_mirrored_by_the_display_matrix(tmp_path, turn):
     plain = oblong(tmp_path)
     path = with_matrix(plain, *turn)
     expected = torch.stack([shown(picture, *turn) for picture in films.sequential(plain)])
@@ -246,7 +246,7 @@ def test_frames_are_turned_and_mirrored(tmp_path, turn):
 
 
 @pytest.mark.skipif(not films.FFMPEG, reason="no ffmpeg program to judge odd angles: apt-get install ffmpeg")
-def test_odd_angles_are_turned_as_the_program_does(tmp_path):
+def test_odd_angles_are_turned_as_by_the_ffmpeg_program(tmp_path):
     sine, cosine = np.sin(np.pi / 6), np.cos(np.pi / 6)
     path = with_matrix(oblong(tmp_path), cosine, sine, -sine, cosine)
     expected = films.oracle(path)
@@ -282,7 +282,7 @@ def placed(packets, stream):
 
 @pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("suffix", ["ts", "mkv", "mpg"])
-def test_sizes_that_change_come_to_the_first(tmp_path, suffix, decoder):
+def test_frames_of_another_size_are_resized_to_the_first(tmp_path, suffix, decoder):
     path = growing(tmp_path / f"growing.{suffix}")
     with av.open(str(path)) as container:
         pictures = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
@@ -316,7 +316,7 @@ def test_files_of_different_sizes_stop_before_training(tmp_path):
     assert config.open_videos(data, "all", 16).read(0, [0]).shape == (1, 3, 64, 64)
 
 
-def test_the_walk_names_files_of_another_size(tmp_path):
+def test_data_check_lists_files_of_another_size(tmp_path):
     """They stop a run without data.size, so they are not fine; nor does one that cannot be read set the size."""
     (tmp_path / "a.avi").write_bytes(b"<html>")
     for name, side in ("b.avi", 32), ("c.avi", 64), ("d.avi", 32):
@@ -329,7 +329,7 @@ def test_the_walk_names_files_of_another_size(tmp_path):
     assert "1 of another size" in check.summary("folder", counts, "check.csv")
 
 
-def test_frames_that_look_alike(tmp_path):
+def test_windows_among_identical_frames_are_read_exactly(tmp_path):
     """A still picture for most of the film: which frame is which must not be guessed."""
     pictures = films.pictures(200, 64)
     for name, codec in ("still.mp4", "libx264"), ("still.avi", "mpeg4"), ("still.ts", "mpeg2video"):
@@ -409,7 +409,7 @@ def test_an_index_of_a_file_of_the_same_size_and_time_is_not_trusted(tmp_path):
         assert decode.length(path) == lengths[1] != lengths[0]
 
 
-def test_a_folder_that_cannot_be_written_is_told_once(tmp_path, monkeypatch):
+def test_a_cache_folder_that_cannot_be_written_warns_once(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TCLR_INDEX", str(tmp_path / "file" / "indices"))
     path, other = write(tmp_path, "mpeg4_b.avi"), write(tmp_path, "h264_b.mp4")
@@ -433,7 +433,7 @@ def test_an_index_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert list((tmp_path / "indices").iterdir()) == []
 
 
-def test_a_file_that_is_gone_is_not_remembered_as_bad(tmp_path):
+def test_a_missing_file_is_not_remembered_as_unreadable(tmp_path):
     path = write(tmp_path, "mpeg4_b.avi")
     path.rename(tmp_path / "elsewhere.avi")
     with pytest.raises(decode.Unreadable, match="No such file"):
@@ -443,7 +443,7 @@ def test_a_file_that_is_gone_is_not_remembered_as_bad(tmp_path):
 
 
 @pytest.mark.parametrize("name", CONTAINERS)
-def test_files_cut_anywhere_are_read_exactly_or_named(tmp_path, name):
+def test_truncated_files_are_read_exactly_or_refused_with_a_reason(tmp_path, name):
     """20 lengths each: what decoding from end to end reads is read alike, and anything else is refused everywhere."""
     content = write(tmp_path, name, 60).read_bytes()
     refused = 0
@@ -472,7 +472,7 @@ def test_files_cut_anywhere_are_read_exactly_or_named(tmp_path, name):
 
 
 @pytest.mark.parametrize("suffix", ["avi", "mp4", "mkv", "mov", "webm", "ts", "mpg"])
-def test_what_is_no_video_is_named_whatever_it_is_called(tmp_path, suffix):
+def test_files_without_video_are_refused_whatever_their_suffix(tmp_path, suffix):
     contents = {"empty": b"", "page": b"<!DOCTYPE html><html><body>404</body></html>" * 50, "noise": os.urandom(5000)}
     for name, content in contents.items():
         path = tmp_path / f"{name}.{suffix}"
@@ -483,7 +483,7 @@ def test_what_is_no_video_is_named_whatever_it_is_called(tmp_path, suffix):
 
 @pytest.mark.parametrize("suffix, codec", [("avi", "mp2"), ("mp4", "aac"), ("mkv", "aac"), ("mov", "aac"),
                                            ("webm", "libopus"), ("ts", "mp2"), ("mpg", "mp2")])  # fmt: skip
-def test_sound_alone_is_named(tmp_path, suffix, codec):
+def test_files_with_audio_alone_are_refused_with_that_reason(tmp_path, suffix, codec):
     path = tmp_path / f"sound.{suffix}"
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=48000, layout="mono")
@@ -499,7 +499,7 @@ def test_sound_alone_is_named(tmp_path, suffix, codec):
         decode.length(path)
 
 
-def test_positions_that_are_refused_or_held(tmp_path):
+def test_negative_positions_are_refused_and_later_ones_give_the_last_frame(tmp_path):
     path = write(tmp_path, "mpeg4.avi", 20)
     with pytest.raises(ValueError, match=r"positions: found \[-1\]"):
         decode.read(path, [-1])
@@ -509,7 +509,7 @@ def test_positions_that_are_refused_or_held(tmp_path):
     assert films.numbers(frames) == [18, 19, 19, 19] and held == 2
 
 
-def test_a_file_that_becomes_shorter_while_it_is_used_is_held_and_counted(tmp_path):
+def test_a_file_that_becomes_shorter_repeats_its_last_frame_and_is_counted(tmp_path):
     write(tmp_path, "mpeg4.avi", 40)
     found = videos.Files(annotations.read("folder", tmp_path, "all"), shortest=16)
     assert found.length(0) == 40

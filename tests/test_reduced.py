@@ -78,7 +78,7 @@ def same(found, wanted):
 
 
 @pytest.mark.parametrize("name, shape", CASES)
-def test_the_bits_are_those_of_the_composition(name, shape, fused, compose):
+def test_one_call_has_the_bits_of_the_separate_calls(name, shape, fused, compose):
     settings = [
         (dtype, tau, dict(reduction=reduction, normalize=normalize, backend=fused))
         for dtype in DTYPES
@@ -100,7 +100,7 @@ def test_the_bits_are_those_of_the_composition(name, shape, fused, compose):
     assert all(map(same, found, everything()))
 
 
-def test_any_other_factor_costs_one_rounding(fused, compose):
+def test_an_upstream_gradient_that_is_no_power_of_two_costs_one_rounding(fused, compose):
     leaves = inputs((40, 128))
     found = results(tk.nt_xent, leaves, 0.1, 0.3, backend=fused)
     compose()
@@ -109,7 +109,7 @@ def test_any_other_factor_costs_one_rounding(fused, compose):
 
 
 @pytest.mark.parametrize("name, shape", [case for case in CASES if case[1] in ("a batch", "groups")])
-def test_it_is_one_call_and_its_gradient_another(name, shape, fused):
+def test_a_loss_and_its_gradient_are_one_operator_call_each(name, shape, fused):
     leaves = inputs(SHAPES[shape])
     loss = functools.partial(LOSSES[name], backend=fused)
     with Calls() as calls:
@@ -125,7 +125,7 @@ def test_it_is_one_call_and_its_gradient_another(name, shape, fused):
     assert calls.names[-1] == "tclr_kernels::reduced" and (len(calls.names) == 1 or name == "instance_contrastive")
 
 
-def test_large_ones_are_composed(fused):
+def test_large_losses_use_the_separate_calls(fused):
     leaves = inputs((20000, 2))
     with Calls() as calls:
         tk.nt_xent(*leaves, backend=fused)
@@ -145,7 +145,7 @@ def test_only_what_needs_a_gradient_gets_one(needed, fused):
     )
 
 
-def test_a_graph_that_is_kept_gives_the_same_again(fused):
+def test_a_retained_graph_gives_the_same_gradients_again(fused):
     leaves = inputs((7, 5))
     value = tk.nt_xent(*leaves, backend=fused)
     first = torch.autograd.grad(value, leaves, retain_graph=True)
@@ -155,14 +155,14 @@ def test_a_graph_that_is_kept_gives_the_same_again(fused):
     assert all(map(torch.equal, torch.autograd.grad(value, leaves), kept))
 
 
-def test_a_checkpoint_computes_it_again(fused):
+def test_activation_checkpointing_gives_the_same_gradients(fused):
     leaves = inputs((7, 5))
     loss = functools.partial(tk.nt_xent, backend=fused)
     found = torch.autograd.grad(checkpoint(loss, *leaves, use_reentrant=False), leaves)
     assert same(found, torch.autograd.grad(loss(*leaves), leaves))
 
 
-def test_a_second_derivative_and_an_input_changed_meanwhile_are_errors(fused):
+def test_a_second_derivative_and_an_input_modified_before_backward_are_errors(fused):
     leaves = inputs((7, 5))
     slope = torch.autograd.grad(tk.nt_xent(*leaves, backend=fused), leaves, create_graph=True)
     with pytest.raises(NotImplementedError, match='second derivative.*backend="reference"'):
@@ -175,14 +175,14 @@ def test_a_second_derivative_and_an_input_changed_meanwhile_are_errors(fused):
 
 
 @pytest.mark.parametrize("scale, factor", [(1e-38, 1e-6), (1e-38, 0.0), (1e37, 2.0**40)])
-def test_a_gradient_at_the_ends_of_float32_is_scaled_before_it_is_made(scale, factor, fused, compose):
+def test_a_gradient_at_the_limits_of_float32_is_scaled_before_it_is_rounded(scale, factor, fused, compose):
     leaves = inputs((7, 5), scale=scale)
     found = results(tk.nt_xent, leaves, torch.tensor(0.001), factor, backend=fused)
     compose()
     assert same(found, results(tk.nt_xent, leaves, torch.tensor(0.001), factor, backend=fused))
 
 
-def test_transforms_and_subclasses_see_the_composition(fused):
+def test_transforms_and_tensor_subclasses_use_the_separate_calls(fused):
     leaves = [x.detach() for x in inputs((7, 5))]
     loss = functools.partial(tk.nt_xent, backend=fused)
     wanted = torch.autograd.grad(loss(*(x.requires_grad_() for x in leaves)), leaves)
@@ -204,7 +204,7 @@ def test_transforms_and_subclasses_see_the_composition(fused):
 
 
 @pytest.mark.parametrize("tau", [None, torch.tensor(0.1)], ids=["float", "tensor"])
-def test_the_operators_are_what_pytorch_expects(tau, fused):
+def test_the_operators_pass_pytorchs_opcheck(tau, fused):
     leaves = [x.detach() for x in inputs((7, 5))]
     settings = tau, 0.1, True, False, False, 1.0, 14
     ops = torch.ops.tclr_kernels

@@ -53,11 +53,11 @@ def test_all_limits_together_are_below_nine_minutes():
     assert sum(map(budget.limit, budget.ON_ONE)) < budget.TOTAL
 
 
-def test_fewer_processes_take_longer():
+def test_the_limit_is_longer_for_fewer_processes():
     assert budget.limit(TESTS, 2) > budget.limit(TESTS, 16) == budget.limit(TESTS, 64)
 
 
-def test_the_busiest_process():
+def test_busiest_counts_the_compilations_of_the_busiest_process():
     jobs = [{"a", "b"}, {"a"}, {"a", "c"}, {"b", "c", "d"}]
     assert budget.busiest(jobs, 1) == 4 and budget.busiest(jobs, 4) == 3
     assert budget.busiest(jobs, 2) == 4  # a b | a, then a b | a c, then a b c d
@@ -126,7 +126,7 @@ sys.exit(gpu.main(["--results", sys.argv[1]]))
 """
 
 
-def test_times_without_a_gpu(tmp_path):
+def test_the_times_step_writes_its_rows_in_the_rehearsal(tmp_path):
     environment = os.environ | rehearsing(ROOT, tmp_path / "log") | dict(TRITON_CACHE_DIR=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", FEW, tmp_path], cwd=ROOT, env=environment)
     assert done.returncode == 1
@@ -139,7 +139,7 @@ def test_times_without_a_gpu(tmp_path):
 
 @pytest.mark.full
 @pytest.mark.skipif(setup.nvcc() is None, reason="the build of the CUDA kernels needs nvcc")
-def test_all_of_it_runs(tmp_path):
+def test_every_step_of_the_gpu_script_runs_in_the_rehearsal(tmp_path):
     folder, log = copy(tmp_path), tmp_path / "log"
     one_target = dict(TCLR_KERNELS_CUDA_ARCHS="9.0a")  # compile_cuda.py compiles for the others
     done = run(folder, PYTHON=sys.executable, **one_target, **rehearsing(folder, log))

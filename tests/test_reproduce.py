@@ -34,7 +34,7 @@ def dry(*command):
 
 @pytest.mark.rotating(len(COMMANDS))
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_a_command_of_the_page_runs_in_small(command, folder, monkeypatch):
+def test_a_command_of_the_page_runs_as_a_dry_run(command, folder, monkeypatch):
     monkeypatch.chdir(folder)
     named = command[command.index("--out" if command[0] == "pretrain" else "--run") + 1]
     run = folder / f"{named}-dry-run"
@@ -67,7 +67,7 @@ def test_the_page_names_what_its_commands_need():
         assert command[0] == "pretrain" or command[command.index("--run") + 1] in PRETRAININGS
 
 
-def test_the_ablation_s_tables_are_those_of_its_rows(tmp_path):
+def test_the_ablations_tables_show_the_committed_rows(tmp_path):
     """ablation.md is what the committed rows give, and the page quotes nothing else."""
     results = ROOT / "benchmarks" / "results"
     for name in claims.LINES:
@@ -81,7 +81,7 @@ def test_the_ablation_s_tables_are_those_of_its_rows(tmp_path):
     assert len(tables) > 20 and set(tables) <= set(text.splitlines())
 
 
-def test_a_dry_run_touches_no_run_of_that_name(tmp_path, monkeypatch):
+def test_a_dry_run_changes_no_run_of_that_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "last.pt").write_bytes(b"days of training")
@@ -92,13 +92,13 @@ def test_a_dry_run_touches_no_run_of_that_name(tmp_path, monkeypatch):
     assert checkpoint.load(tmp_path / "mine-dry-run" / "last.pt")["settings"]["net"]["width"] == 4
 
 
-def test_what_cannot_be_made_small_is_refused(tmp_path, capsys):
+def test_commands_without_a_dry_run_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         dry("export", "--run", str(tmp_path), "--file", str(tmp_path / "x"))
     assert ended.value.code and "invalid choice: 'export'" in capsys.readouterr().err
 
 
-def test_generated_videos_that_were_cut_short_are_not_taken(tmp_path, monkeypatch):
+def test_an_interrupted_generation_of_videos_leaves_nothing_behind(tmp_path, monkeypatch):
     """An interruption while they are written leaves nothing behind."""
 
     def interrupted(root, **_):

@@ -33,7 +33,7 @@ def release(request):
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_the_binding_compiles_without_a_warning_and_finds_all_it_needs(source, release, tmp_path):
+def test_the_binding_compiles_without_a_warning_and_uses_only_exported_symbols(source, release, tmp_path):
     file, definitions = SOURCES[source]
     made = tmp_path / "binding.o"
     command = [
@@ -55,7 +55,7 @@ def test_the_binding_compiles_without_a_warning_and_finds_all_it_needs(source, r
 
 
 @pytest.mark.parametrize("source", sorted({file for file, _ in SOURCES.values()}))
-def test_what_is_looked_up_by_name_is_declared(source, release):
+def test_functions_looked_up_by_dlsym_are_declared_in_the_headers(source, release):
     names = re.findall(r'dlsym\(\w+, "(\w+)"\)', (kernels.CSRC / source).read_text())
     declared = "".join(path.read_text() for path in (release.include / "torch/csrc/inductor").rglob("shim*.h"))
     assert all(f"{name}(" in declared for name in names)

@@ -238,7 +238,7 @@ CALLS = {  # -> inputs, temperature, launches forward and backward
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_launches_and_other_operations_of_a_call(name, hopper):
+def test_a_call_makes_the_expected_launches_and_operations(name, hopper):
     inputs, tau, launches = CALLS[name]
     for _ in range(2):
         with hopper.counted() as forward:
@@ -251,14 +251,14 @@ def test_launches_and_other_operations_of_a_call(name, hopper):
 
 @pytest.mark.parametrize("form, most", [("paper", 20), ("release", 30)])
 @pytest.mark.parametrize("B", [8, 40, 256])
-def test_launches_and_other_operations_of_the_objective(B, form, most, hopper):
+def test_the_objective_makes_few_launches_and_operations(B, form, most, hopper):
     inputs = [torch.zeros(shape, requires_grad=True) for shape in ((2, B, 128), (2, B, 4, 128), (2, B, 4, 128))]
     with hopper.counted() as (launches, operations):
         torch.autograd.grad(tk.tclr(*inputs, form=form, backend="triton").total, inputs)
     assert len(launches) + len(operations) <= most, (launches, operations)
 
 
-def test_a_kept_kernel_is_the_one_that_triton_takes(hopper, monkeypatch):
+def test_a_kept_kernel_is_the_one_that_triton_would_choose(hopper, monkeypatch):
     """Over sizes, dtypes, layouts and temperatures, and every address of a tensor."""
     ran, kept = [], sets.launch
     monkeypatch.setattr(standin._NotCompiled, "run", lambda kernel, *arguments: ran.append(kernel))
@@ -277,11 +277,11 @@ def test_a_kept_kernel_is_the_one_that_triton_takes(hopper, monkeypatch):
 
 
 @pytest.mark.parametrize("x, y", [(1, 2), (15, 16), (2**31 - 1, 2**31), (2**63 - 16, 2**63), (-16, 0), (-15, -16)])
-def test_integers_that_triton_tells_apart_are_not_alike(x, y):
+def test_integers_that_triton_specialises_differently_are_told_apart(x, y):
     assert sets.specialised([x]) != sets.specialised([y])
 
 
-def test_what_watches_launches_sees_kept_kernels_too(monkeypatch):
+def test_launch_hooks_see_kept_kernels_too(monkeypatch):
     device = standin.install(monkeypatch, whole=True)
     inputs, seen = pair(4, G=40), []
 
@@ -312,7 +312,7 @@ def test_a_kernel_is_kept_for_one_mode_of_the_compiler(hopper, monkeypatch):
 
 
 @pytest.mark.parametrize("tau, sums", [(0.1, ["sums"]), (torch.tensor(0.1), ["sums", "unbounded_sums"])])
-def test_many_features_take_products_of_the_library(tau, sums, hopper):
+def test_many_features_use_matrix_products_of_the_library(tau, sums, hopper):
     """S is made once, for some rows at a time; where it may be unbounded, a launch more that returns at once."""
     inputs = pair(4096, 1024)
     with hopper.counted() as forward:
@@ -367,7 +367,7 @@ RECTANGLES = {
 
 
 @pytest.mark.parametrize("name", RECTANGLES)
-def test_launches_of_a_rectangle(name, hopper):
+def test_a_rectangle_makes_the_expected_launches(name, hopper):
     call, more, gradient = RECTANGLES[name]
     rows, columns = (torch.zeros(size, 64, requires_grad=True) for size in (100, 256))
     with hopper.counted() as forward:
@@ -379,7 +379,7 @@ def test_launches_of_a_rectangle(name, hopper):
 
 
 @pytest.mark.parametrize("keys", [None, LABELS[None]])
-def test_launches_of_rows_against_themselves(keys, hopper):
+def test_rows_against_themselves_make_the_expected_launches(keys, hopper):
     rows = torch.zeros(1, 256, 64, requires_grad=True)
     settings = general.Settings("triton", True, False, 0)
     with hopper.counted() as forward:
@@ -419,7 +419,7 @@ def test_sizes_compile_few_variants(D, dtype, hopper):
     assert len(hopper.variants) == (11 if D > 512 else 9) and max(hopper.variants.values()) <= 12, hopper.variants
 
 
-def test_where_the_sets_lie_compiles_nothing_new(hopper):
+def test_other_addresses_of_the_sets_compile_nothing_new(hopper):
     """The second set after the first or before it, near or far: the allocator decides that."""
     memory = torch.zeros(64, 300, 64, dtype=torch.bfloat16)
     for first, second in ((0, 1), (1, 0), (0, 63), (63, 0)):
@@ -430,7 +430,7 @@ def test_where_the_sets_lie_compiles_nothing_new(hopper):
 @pytest.mark.full
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("name", CALLS)
-def test_calls_compile_to_the_end(name, capability, monkeypatch):
+def test_calls_compile_down_to_a_cubin(name, capability, monkeypatch):
     device = standin.install(monkeypatch, capability, whole=True)
     inputs, tau, launches = CALLS[name]
     torch.autograd.grad(tk.nt_xent(*inputs, temperature=tau, backend="triton"), inputs)

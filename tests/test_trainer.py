@@ -52,7 +52,7 @@ def in_child(target, *arguments):
     return child
 
 
-def test_twenty_kills_resume_bitwise(videos, tmp_path):
+def test_a_run_killed_twenty_times_gets_the_weights_of_an_uninterrupted_run(videos, tmp_path):
     """SIGKILL at random moments: each child goes on from the last checkpoint, the weights are those of one run."""
     file, moments, seen = tmp_path / "last.pt", random.Random(0), []
     trained(videos, steps=1)  # imports what each child would import again at its first step
@@ -96,7 +96,7 @@ def test_sigterm_saves_and_exits_143(videos, tmp_path):
     assert same(trained(videos, file=file, steps=40), trained(videos, steps=40))
 
 
-def test_the_interrupted_run_draws_what_the_whole_one_does(videos, tmp_path):
+def test_an_interrupted_run_has_the_terms_and_weights_of_an_uninterrupted_run(videos, tmp_path):
     whole, parts = [], []
     wanted = trained(videos, lambda **terms: whole.append(terms), steps=7)
     for steps in 3, 7:  # an epoch has two steps: both stop within one
@@ -132,7 +132,7 @@ def test_a_queue_gives_ic_global_the_embeddings_of_earlier_steps(weights, videos
         trained(videos, file=tmp_path / "last.pt", steps=6, **recipe | dict(queue=21))
 
 
-def test_a_loss_that_is_no_number_names_its_videos(videos):
+def test_a_nan_loss_is_an_error_that_names_its_videos(videos):
     result = embedder()
     with torch.no_grad():
         result.head[0].weight[0, 0] = math.nan
@@ -159,7 +159,7 @@ def test_code_in_a_checkpoint_is_refused(tmp_path):
         checkpoint.load(tmp_path / "last.pt")
 
 
-def test_a_full_folder_needs_a_word(tmp_path):
+def test_a_folder_with_files_is_refused_without_resume_or_overwrite(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(SystemExit, match="--resume"):
         checkpoint.claim(tmp_path, resume=False, overwrite=False)
@@ -167,7 +167,7 @@ def test_a_full_folder_needs_a_word(tmp_path):
     assert (tmp_path / "thesis.txt").exists()
 
 
-def test_plateau_is_the_release_s():
+def test_plateau_divides_the_rate_after_9_epochs_without_a_new_minimum():
     """Warm-up, then a tenth after 9 epochs without a new best."""
     plateau, factors = train.Plateau(), []
     for loss in [5.0, 4.0] + [4.5] * 9 + [4.2] * 9 + [3.0]:
@@ -177,7 +177,7 @@ def test_plateau_is_the_release_s():
     assert factors == [1.0] * 10 + [0.1] * 9 + [0.01] * 2
 
 
-def test_every_video_once_an_epoch_and_a_share_a_rank(videos, monkeypatch):
+def test_an_epoch_repeats_no_video_and_ranks_divide_each_batch(videos, monkeypatch):
     recipe = train.Recipe(**RECIPE | dict(batch=4, accumulate=1))
     run = train.Run(embedder(), videos, PLAN, recipe, "cpu")
     whole = []
@@ -194,7 +194,7 @@ def test_every_video_once_an_epoch_and_a_share_a_rank(videos, monkeypatch):
 
 
 @pytest.mark.parametrize("amp", ["off", "bf16"])
-def test_any_term_alone_with_accumulation_and_amp(videos, amp):
+def test_each_term_alone_can_be_trained_with_accumulation_and_amp(videos, amp):
     for name in "ic_global", "ll", "gl":
         rows, weights = [], {"ic_global": 0.0, "ll": 0.0, "gl": 0.0, name: 2.0}
         recipe = dict(form="paper", weights=weights, accumulate=2, amp=amp, steps=2, learn_temperature=False)
@@ -224,7 +224,7 @@ def test_two_processes_keep_the_same_weights(videos, tmp_path):
     assert not all(torch.equal(first[name], alone[name]) for name in first)
 
 
-def test_the_release_s_augmentation_trains_too(videos):
+def test_the_loss_is_finite_with_the_augmentation_of_the_release(videos):
     rows = []
     trained(videos, lambda **terms: rows.append(terms), steps=1, augment="release")
     assert math.isfinite(rows[0]["total"])
@@ -270,7 +270,7 @@ def test_the_distance_of_independent_windows_is_distributed_as_documented(decay,
         assert first.unique().tolist() == list(range(latest - distance + 1))
 
 
-def test_same_windows_are_one_and_drawn_as_before():
+def test_same_windows_take_one_random_start():
     drawn = starts(ClipPlan(4, 2), 9, count=50)
     generator = torch.Generator().manual_seed(0)
     assert drawn.tolist() == [[int(torch.randint(10, (), generator=generator))] for _ in range(50)]
@@ -306,7 +306,7 @@ def test_each_view_shows_its_window(windows):
     ("paper", dict(ll=0.0), "ll 0.0, gl 1.0"),
     ("paper", dict(ic_global=1.0, ll=0.5, gl=0.0), "ll 0.5, gl 0.0"),
 ])  # fmt: skip
-def test_ll_and_gl_need_the_same_windows(videos, form, weights, found):
+def test_ll_and_gl_with_independent_windows_are_an_error(videos, form, weights, found):
     recipe = train.Recipe(**RECIPE | dict(form=form, weights=weights))
     with pytest.raises(
         ValueError, match=rf"^recipe.weights: found {found} beside clips.windows 'independent', wanted 0"
@@ -320,7 +320,7 @@ def test_ll_and_gl_need_the_same_windows(videos, form, weights, found):
     (dict(windows="independent", decay=-1.0), "clips.decay: found -1.0, wanted a finite number of at least 0"),
     (dict(windows="independent", decay=math.nan), "clips.decay: found nan, wanted a finite number of at least 0"),
 ])  # fmt: skip
-def test_a_plan_that_cannot_be_is_refused_by_name(given, message):
+def test_errors_name_wrong_clip_settings(given, message):
     with pytest.raises(ValueError, match=f"^{message}$"):
         ClipPlan(4, 2, **given)
 

@@ -61,13 +61,13 @@ def evaluated(command, run, *more):
     return json.loads((run / f"{command}.json").read_text())
 
 
-def test_what_a_pretraining_leaves(run):
+def test_a_pretraining_writes_metrics_settings_and_a_checkpoint(run):
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").open()] == [0, 1, 2]
     assert "width: 2" in (run / "config.yaml").read_text() and any((run / "tensorboard").iterdir())
     assert (run / "last.pt").exists() and not list(run.glob("*.part"))
 
 
-def test_a_folder_in_use_and_its_resumption(dataset, run, tmp_path):
+def test_a_folder_in_use_is_refused_and_can_be_resumed(dataset, run, tmp_path):
     with pytest.raises(SystemExit, match="--resume"):
         pretrain(dataset, run)
     whole = tmp_path / "whole"
@@ -86,7 +86,7 @@ def test_unknown_keys_are_refused(dataset, tmp_path, capsys):
     assert "learning_rate" in capsys.readouterr().err and not (tmp_path / "x").exists()
 
 
-def test_evaluations(run):
+def test_evaluations_agree_share_a_cache_and_appear_in_the_report(run):
     before = features.weights_hash(features.embedder_of(run))
     recall = evaluated("retrieval", run)
     assert 0 <= recall["r1"] <= recall["r5"] <= recall["r10"] <= recall["r20"] <= 1
@@ -114,7 +114,7 @@ def test_evaluations(run):
         assert wanted in page
 
 
-def test_real_footage(tmp_path, capsys):
+def test_real_footage_is_trained_on_and_evaluated(tmp_path, capsys):
     """Stretches of four films in Diving48's layout; the films are those that TCLR_REAL_VIDEOS names."""
     folder = os.environ.get("TCLR_REAL_VIDEOS")
     if not folder:
@@ -137,7 +137,7 @@ def test_real_footage(tmp_path, capsys):
     assert figures["r1"] <= figures["r5"] <= figures["r20"] == 1  # few: what they show is that real files are read
 
 
-def test_finetune_and_export(run, tmp_path):
+def test_finetuning_measures_its_accuracy_and_export_writes_the_backbone(run, tmp_path):
     tuned = evaluated("finetune", run, "--epochs", "2")
     assert 0 <= tuned["accuracy"] <= 1 and len(tuned["losses"]) == 2
     cli.main(["export", "--run", str(run), "--file", str(tmp_path / "b.safetensors")])
@@ -147,7 +147,7 @@ def test_finetune_and_export(run, tmp_path):
     assert all(torch.equal(value, wanted[name]) for name, value in load_file(tmp_path / "b.safetensors").items())
 
 
-def test_checkpoints_of_others_are_evaluated(run, dataset, tmp_path):
+def test_a_checkpoint_of_the_release_is_loaded_and_evaluated(run, dataset, tmp_path):
     """The release's names and its `module.` in front: retrieval then reads its blue-green-red order."""
     net = config.Net("r3d18", width=4)
     given = config.build(net, seed=1)
@@ -167,7 +167,7 @@ def test_checkpoints_of_others_are_evaluated(run, dataset, tmp_path):
         pretrain(dataset, out, "--resume", "true")
 
 
-def test_data_check(dataset, tmp_path, capsys):
+def test_data_check_lists_problems_and_fails_for_a_missing_video(dataset, tmp_path, capsys):
     out = tmp_path / "check.csv"
     cli.main(["data", "check", "--dataset", "ucf101", "--root", str(dataset), "--part", "test", "--out", str(out)])
     assert "10 videos" in capsys.readouterr().out
@@ -199,7 +199,7 @@ def test_subsets_are_balanced_seeded_and_nested():
     assert small == finetune.subset(labels, 0.1, 0) != finetune.subset(labels, 0.1, 1)
 
 
-def test_linear_layer_is_the_convex_minimum():
+def test_the_linear_layer_separates_features_of_very_different_scales():
     """Two features that tell three classes apart, at scales the layer must undo."""
     torch.manual_seed(0)
     labels = torch.arange(3).repeat(40)
@@ -212,7 +212,7 @@ def test_linear_layer_is_the_convex_minimum():
 SMALL = ["groups=2", "test_groups=1", "takes=1", "steps=2", "batch=4", "width=2", "eval_clips=2"]
 
 
-def test_ablation_job_by_job(tmp_path, capsys, monkeypatch):
+def test_ablation_jobs_run_singly_and_are_measured_once(tmp_path, capsys, monkeypatch):
     """A job is measured once; the tables hold the jobs there are, and say only what they can."""
     monkeypatch.setitem(labels.SETTINGS, "epochs", 1)
     given = ["ablation", "--out", str(tmp_path), "--seeds=1", "--other_seeds=0", "--label_seeds=1"]
@@ -241,14 +241,14 @@ def test_ablation_job_by_job(tmp_path, capsys, monkeypatch):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_more_steps_and_other_rows_come_after_what_the_claims_need():
+def test_the_jobs_that_the_claims_need_come_first():
     listed = ablation.jobs(ablation.Ablation(), seeds=8, other_seeds=3)
     assert len(listed) == len(set(listed)) == 8 * 6 + 3 * 5 + 2 * 3 * 2
     assert {job.row for job in listed[:24]} == {claims.SCRATCH, claims.INVARIANT, claims.TCLR}
     assert {job.row for job in listed} == set(ablation.ROWS) and {job.scale.steps for job in listed[-12:]} == {75, 300}
 
 
-def test_the_tables_come_from_the_rows_alone(tmp_path):
+def test_the_tables_are_the_same_when_made_again_from_the_csv_files(tmp_path):
     """Written, read back and tabled again: the same text."""
     rows = []
     for seed in range(3):
@@ -287,7 +287,7 @@ def test_videos_are_compared_clip_by_clip():
     assert torch.equal(evaluate.set_ranking(shuffled, random[1], 4), evaluate.set_ranking(*random, 4))
 
 
-def test_constancy_is_1_of_what_stays_and_small_of_what_changes():
+def test_constancy_is_1_for_constant_features_and_small_for_changing_ones():
     generator = torch.Generator().manual_seed(0)
     still = torch.randn(50, 1, 6, generator=generator).expand(50, 8, 6)
     moving = torch.randn(50, 8, 6, generator=generator)
@@ -304,7 +304,7 @@ def figures(row, seed, r1, linear):
 
 
 @pytest.mark.parametrize("better, verdict", [(6, "above"), (1, "not told apart"), (-6, "below")])
-def test_the_statement_follows_the_figures(better, verdict):
+def test_the_statement_says_whether_a_difference_exceeds_its_interval(better, verdict):
     """Paired differences of better - 1, better, better + 1: half of their 95 % interval is 4.303 / sqrt(3)."""
     rows = []
     for seed, noise in enumerate((-1, 0, 1)):
@@ -328,7 +328,7 @@ def test_rows_of_other_steps_and_unpaired_seeds_are_left_out():
     assert found.difference(claims.TCLR, claims.INVARIANT, found.gain("linear"))[0] == pytest.approx(20)
 
 
-def test_one_clip_cannot_tell_a_routine():
+def test_one_clip_cannot_identify_a_routine():
     """Of three movements a clip shows two at most, so that a half is the best that is to be had; two clips show all."""
     scale = ablation.Ablation(test_groups=3)
     bounds = ablation.oracle(scale, seed=0)
@@ -373,13 +373,13 @@ def test_mirrored_routines_share_their_frames_but_for_the_order():
         assert steps[0] < -0.02 and steps[1] > 0.02
 
 
-def test_each_change_has_its_order():
+def test_every_change_of_movements_exists_in_both_orders():
     assert len(motions.CHANGES) == 12 and {tuple(reversed(c.split("Then"))) for c in motions.CHANGES} == {
         tuple(c.split("Then")) for c in motions.CHANGES
     }
 
 
-def test_not_a_run(tmp_path):
+def test_a_folder_without_a_run_is_an_error(tmp_path):
     with pytest.raises(SystemExit, match="wanted the folder of a pretraining"):
         config.read_run(tmp_path)
 
@@ -408,13 +408,13 @@ def program(monkeypatch, capsys, *arguments):
         (["data", "check", "--dataset", "ucf102", "--root", "y"], "error: "),
     ],
 )
-def test_an_error_is_one_line(arguments, wanted, monkeypatch, capsys, tmp_path):
+def test_errors_of_the_command_line_are_one_line(arguments, wanted, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     printed, status = program(monkeypatch, capsys, *arguments)
     assert status in (1, 2) and printed.startswith(wanted) and "\n" not in printed and not list(tmp_path.iterdir())
 
 
-def test_an_unforeseen_error_says_how_to_find_its_place(monkeypatch, capsys):
+def test_an_unexpected_error_says_how_to_get_its_traceback(monkeypatch, capsys):
     monkeypatch.setattr(cli, "main", lambda: {}["missing"])
     assert program(monkeypatch, capsys) == ("error: KeyError: 'missing' (TCLR_TRACEBACK=1 shows where)", 1)
     monkeypatch.setenv("TCLR_TRACEBACK", "1")

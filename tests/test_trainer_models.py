@@ -12,14 +12,14 @@ from tclr import models, train  # noqa: E402
 
 
 @pytest.mark.parametrize("name", ["r3d18", "r2plus1d18", "c3d"])
-def test_time_is_kept(name):
+def test_backbones_turn_16_frames_into_4_time_slices(name):
     net = models.backbone(name, 8).eval()
     with torch.no_grad():
         slices = net(torch.rand(2, 16, 3, 112, 112))
     assert slices.shape == (2, 64, 4) and net.features == 64
 
 
-def test_parameters_and_names():
+def test_backbones_have_the_parameter_names_and_counts_of_torchvision():
     with torch.device("meta"):
         r3d, r21d = models.backbone("r3d18", 64), models.backbone("r2plus1d18", 64)
     assert sum(p.numel() for p in r3d.parameters()) == 33_166_272
@@ -37,7 +37,7 @@ def test_parameters_and_names():
     assert dict(r21d.named_parameters())["layer3.1.conv2.0.3.weight"].shape[2:] == (3, 1, 1)
 
 
-def test_torchvision_checkpoint(tmp_path):
+def test_a_torchvision_checkpoint_is_loaded_and_a_missing_weight_named(tmp_path):
     torch.manual_seed(0)
     theirs = {k: torch.rand_like(v) for k, v in models.r3d18(8).state_dict().items() if v.is_floating_point()}
     theirs = {k: v for k, v in theirs.items() if not k.startswith("inputs")} | {"fc.weight": torch.rand(400, 64)}
@@ -53,7 +53,7 @@ def test_torchvision_checkpoint(tmp_path):
         models.load_torchvision(net, tmp_path / "tv.pth")
 
 
-def test_release_checkpoint(tmp_path):
+def test_a_checkpoint_of_the_release_gives_its_embeddings(tmp_path):
     """Written as the release writes it: `module.`, a pickled GradScaler beside, a bias in the head's first layer."""
     torch.manual_seed(0)
     theirs = train.Embedder(models.r3d18(8))
@@ -80,7 +80,7 @@ def test_release_checkpoint(tmp_path):
             assert torch.allclose(found, wanted, atol=1e-5)
 
 
-def test_no_code_runs_from_a_checkpoint(tmp_path):
+def test_a_checkpoint_with_code_is_an_error(tmp_path):
     class Evil:
         def __reduce__(self):
             return (print, ("ran",))
@@ -90,6 +90,6 @@ def test_no_code_runs_from_a_checkpoint(tmp_path):
         models.load_release(train.Embedder(models.r3d18(8)), tmp_path / "evil.pth")
 
 
-def test_unknown_backbone():
+def test_an_unknown_backbone_is_an_error():
     with pytest.raises(ValueError, match="backbone: found 'vit'"):
         models.backbone("vit", 8)

@@ -236,7 +236,7 @@ def test_processes_keep_the_same_bits_in_every_precision(videos, tmp_path, amp, 
 @pytest.mark.parametrize("augment", ["demo", "release"])
 @pytest.mark.parametrize("plan", [PLAN, ClipPlan(4, 2, "independent"), ClipPlan(4, 2, "independent", 1.0)])
 @pytest.mark.parametrize("P", [2, 3, 7])
-def test_the_parts_of_the_processes_are_the_batch_of_one(videos, monkeypatch, augment, plan, P):
+def test_the_shares_of_the_processes_form_the_batch_of_one_process(videos, monkeypatch, augment, plan, P):
     """Bit by bit: videos, windows and augmentations. No process reads another one's videos."""
     recipe = train.Recipe(batch=7, side=8, weights=train.IC_ONLY, augment=augment)
     run, reads = train.Run(embedder(), videos, plan, recipe, "cpu"), []
@@ -263,7 +263,7 @@ def augmented(run, augment):
 
 
 @pytest.mark.parametrize("victim", [2, pytest.param(0, marks=FULL)])
-def test_a_signal_to_any_saves_once_and_ends_all(videos, tmp_path, victim):
+def test_a_signal_to_one_process_saves_once_and_ends_all(videos, tmp_path, victim):
     file, saves = tmp_path / "last.pt", tmp_path / "saves"
 
     def slow():
@@ -362,7 +362,7 @@ def faulty(videos, file, fault):
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_fails_in_one_process_ends_all(videos, tmp_path, fault):
+def test_an_error_in_one_process_ends_all(videos, tmp_path, fault):
     file, (number, _, message) = tmp_path / "last.pt", FAULTS[fault]
     crowd = Crowd(3, lambda: faulty(videos, file, fault), tmp_path)
     assert crowd.ended(60) == [1] * 3
@@ -377,7 +377,7 @@ def test_what_fails_in_one_process_ends_all(videos, tmp_path, fault):
     assert steps_of(file) == (2 if fault == "recording" else 3)
 
 
-def test_processes_that_were_not_started_alike_are_refused(videos, tmp_path):
+def test_processes_with_different_settings_or_videos_are_refused(videos, tmp_path):
     fewer = Loaded(videos.names[:9], videos.frames[:9], videos.labels[:9])
     cases = {
         "recipe.lr: found 0.001 in process 0 and 0.002 in process 1, wanted the same in all 2": (videos, 1e-3, 2e-3),
@@ -393,7 +393,7 @@ def test_processes_that_were_not_started_alike_are_refused(videos, tmp_path):
         assert crowd.ended() == [1, 1] and all(f"ValueError: {message}" in text for text in crowd.messages())
 
 
-def test_commands_that_were_not_started_alike_are_refused(dataset, tmp_path):
+def test_commands_with_different_arguments_are_refused(dataset, tmp_path):
     out = tmp_path / "run"
     pretrained(1, tmp_path, *options(dataset, out, 2))
     before = (out / "last.pt").read_bytes()
@@ -412,7 +412,7 @@ def test_commands_that_were_not_started_alike_are_refused(dataset, tmp_path):
     assert (out / "last.pt").read_bytes() == before and not (out / "retrieval.json").exists()
 
 
-def test_every_process_needs_a_video(videos, tmp_path):
+def test_a_batch_smaller_than_the_number_of_processes_is_refused(videos, tmp_path):
     crowd = Crowd(3, lambda: trained(videos, batch=2), tmp_path)
     assert crowd.ended() == [1] * 3
     wanted = "ValueError: recipe.batch: found 2 videos for 3 processes, wanted one each at least"
@@ -474,7 +474,7 @@ def kill_and_go_on(videos, folder, P, kills, seed, longest):
 
 @pytest.mark.parametrize("P, kills", [(3, 3), pytest.param(2, 20, marks=FULL),
                                       pytest.param(3, 20, marks=FULL)])  # fmt: skip
-def test_runs_with_random_kills_end_with_the_weights_of_one_without(videos, tmp_path, P, kills):
+def test_runs_with_random_kills_end_with_the_weights_of_an_uninterrupted_run(videos, tmp_path, P, kills):
     recipe, seen = kill_and_go_on(videos, tmp_path, P, kills, seed=P, longest=0.2)
     print(seen)
     done = [steps for steps, *_ in seen]
@@ -607,7 +607,7 @@ def test_evaluations_are_those_of_one_process(dataset, tmp_path, commands):
     assert lines[: len(lines) // 2] == lines[len(lines) // 2 :]
 
 
-def test_processes_meet_whatever_killed_ones_have_left(tmp_path, monkeypatch):
+def test_restarted_processes_meet_despite_what_killed_ones_left(tmp_path, monkeypatch):
     """In the store of torchrun's agents, where the others find a name that an earlier process 0 had offered."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -632,7 +632,7 @@ def test_processes_meet_whatever_killed_ones_have_left(tmp_path, monkeypatch):
     assert Crowd(3, meet, tmp_path).results() == [["here"] * 3] * 3
 
 
-def test_a_restart_goes_on_whatever_was_asked_for(dataset, tmp_path):
+def test_a_restart_resumes_even_if_overwriting_was_requested(dataset, tmp_path):
     """The count of restarts is that of one machine: another one has 0."""
     for given in "--overwrite=true", "--resume=false":
         out = tmp_path / given
@@ -651,7 +651,7 @@ def test_a_restart_goes_on_whatever_was_asked_for(dataset, tmp_path):
         cli.main(options(dataset, out, 3))
 
 
-def test_an_older_run_on_another_machine_s_disk_is_seen(dataset, tmp_path):
+def test_an_older_run_on_another_machines_disk_is_refused_or_overwritten(dataset, tmp_path):
     """It is not written over unasked, and where it is, nothing of it is gone on with."""
     disks = [tmp_path / "disk0", tmp_path / "disk1"]
     disks[1].mkdir()
@@ -709,7 +709,7 @@ def test_torchrun_restarts_a_run_from_its_last_checkpoint(dataset, tmp_path, P, 
     assert same(whole["embedder"], interrupted["embedder"]) and whole["plateau"] == interrupted["plateau"]
 
 
-def test_one_process_is_asked_for_where_more_would_do_the_same_work(tmp_path, monkeypatch):
+def test_commands_for_a_single_process_refuse_several(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for command in ("finetune", "classify", "report"):
         with pytest.raises(SystemExit, match=f"{command}: found 2 processes, wanted one: start it without torchrun"):

@@ -163,7 +163,7 @@ def test_every_reader_takes_the_names_of_a_trained_classifier(tmp_path, name):
 
 
 @pytest.mark.parametrize("command", ["finetune", "linear", "retrieval", "multiclip", "confusion"])
-def test_an_evaluation_of_videos_without_classes_says_so(run, tmp_path, command):
+def test_an_evaluation_of_videos_without_classes_is_an_error_that_names_the_data(run, tmp_path, command):
     for i in range(2):
         video(tmp_path / f"flat/{i}.avi", i)
     data = ["--data.dataset=folder", f"--data.root={tmp_path / 'flat'}", "--data.train=all", "--data.test=all"]
@@ -171,7 +171,7 @@ def test_an_evaluation_of_videos_without_classes_says_so(run, tmp_path, command)
         cli.main([command, f"--run={run}", *OPTIONS, *data])
 
 
-def test_an_evaluation_changes_the_data_that_it_names_alone(run, tmp_path):
+def test_an_evaluation_changes_only_the_data_settings_that_it_names(run, tmp_path):
     """With other videos named, their kind, split and parts stay those of the pretraining."""
     other = dataset(tmp_path / "other", each=1)
     cli.main(["retrieval", f"--run={run}", *OPTIONS, f"--data.root={other}"])
@@ -182,7 +182,7 @@ def test_an_evaluation_changes_the_data_that_it_names_alone(run, tmp_path):
 
 
 @pytest.mark.parametrize("command", ["linear", "finetune"])
-def test_a_classifier_keeps_its_classes_on_another_listing(run, tmp_path, command):
+def test_a_classifier_keeps_its_classes_on_another_data_set(run, tmp_path, command):
     """Another data set's classes stand at other places, and it has no training part to take them from."""
     cli.main([command, f"--run={run}", *OPTIONS, *(["--epochs=1", "--batch=4"] if command == "finetune" else [])])
     assert checkpoint.load(run / f"{command}.pt")["classes"] == checkpoint.load(run / "last.pt")["classes"] == [*"abc"]
@@ -300,13 +300,13 @@ def moved(root):
 
 
 @pytest.mark.parametrize("change", [added, removed, rewritten, longer, rewritten_unseen, swapped, moved])
-def test_features_of_other_videos_are_not_taken(cache, change):
+def test_features_are_extracted_again_if_a_video_changes(cache, change):
     cache.fresh()
     change(Path(cache.data.root))
     assert cache.fresh() and not cache.fresh()
 
 
-def test_features_of_other_settings_code_weights_or_decoder_are_not_taken(cache, monkeypatch):
+def test_features_are_extracted_again_for_other_settings_code_weights_or_decoders(cache, monkeypatch):
     cache.fresh()
     assert cache.fresh(data=dataclasses.replace(cache.data, size=[20, 20])) and cache.fresh(part="test")
     changes = dict(clips=3, frames=3, stride=2, side=12, pooled=True)
@@ -328,7 +328,7 @@ def test_features_of_other_settings_code_weights_or_decoder_are_not_taken(cache,
     assert cache.fresh()
 
 
-def test_stretches_of_a_film_are_told_apart(monkeypatch, tmp_path):
+def test_features_are_extracted_again_for_other_frames_of_a_film(monkeypatch, tmp_path):
     for path in write_diving48(tmp_path):
         video(path)
     (tmp_path / "run").mkdir()
@@ -339,7 +339,7 @@ def test_stretches_of_a_film_are_told_apart(monkeypatch, tmp_path):
     assert cache.fresh()
 
 
-def test_new_labels_take_old_features_unless_a_class_stands_in_for_an_unreadable_video(monkeypatch, tmp_path):
+def test_new_labels_reuse_features_unless_an_unreadable_video_was_replaced(monkeypatch, tmp_path):
     for path in write_ucf101(tmp_path):
         video(path)
     (tmp_path / "run").mkdir()
@@ -360,7 +360,7 @@ def test_new_labels_take_old_features_unless_a_class_stands_in_for_an_unreadable
     assert cache.fresh()
 
 
-def test_a_damaged_cache_is_extracted_again_and_said(cache, capsys):
+def test_a_damaged_cache_is_extracted_again_with_a_message(cache, capsys):
     cache.fresh()
     (file,) = (cache.run / "features").iterdir()
     for content in b"", b"\0" * 40, file.read_bytes()[:-8]:
@@ -382,7 +382,7 @@ def test_features_of_videos_that_change_as_they_are_read_are_not_kept(cache, mon
     assert not (cache.run / "features").exists()
 
 
-def test_an_ablation_s_rows_and_videos_of_other_code_are_not_taken(tmp_path, monkeypatch):
+def test_ablation_rows_and_videos_of_other_code_are_not_reused(tmp_path, monkeypatch):
     scale = ablation.Ablation(groups=1, test_groups=1, takes=1, video_frames=8, video_side=8)
     job = ablation.Job("IC + LL", 0, scale)
     figures = ablation.figures_file(tmp_path, job)
@@ -395,7 +395,7 @@ def test_an_ablation_s_rows_and_videos_of_other_code_are_not_taken(tmp_path, mon
     assert len(list(tmp_path.iterdir())) == 2 and rendered.exists()
 
 
-def test_two_writers_of_a_file_do_not_meet(tmp_path):
+def test_two_processes_may_write_the_same_file(tmp_path):
     """As two evaluations of one run at a time."""
     path = tmp_path / "x"
     child = "import sys, pathlib; sys.path.insert(0, sys.argv[1])\nfrom tclr import checkpoint\n"
@@ -536,7 +536,7 @@ def trained(videos, file=None, width=2, **recipe):
 
 
 @pytest.mark.parametrize("changed", [dict(weight_decay=0.5), dict(lr=0.1), dict(temperature=0.5), dict(form="release")])
-def test_a_resumed_step_is_the_one_of_a_run_that_changes_its_settings_on_the_way(loaded, tmp_path, changed):
+def test_a_resumed_step_uses_the_changed_settings(loaded, tmp_path, changed):
     trained(loaded, tmp_path / "last.pt")
     resumed = trained(loaded, tmp_path / "last.pt", steps=3, **changed)
     torch.manual_seed(0)
@@ -552,13 +552,13 @@ def test_a_resumed_step_is_the_one_of_a_run_that_changes_its_settings_on_the_way
         assert torch.equal(found, value), name
 
 
-def test_the_optimizer_has_the_weight_decay_that_was_asked_for_last(loaded, tmp_path):
+def test_a_resumed_optimizer_has_the_new_weight_decay(loaded, tmp_path):
     trained(loaded, tmp_path / "last.pt")
     trained(loaded, tmp_path / "last.pt", steps=3, weight_decay=0.5)
     assert checkpoint.load(tmp_path / "last.pt")["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
 
 
-def test_a_learnt_temperature_s_start_cannot_change(loaded, tmp_path):
+def test_the_initial_value_of_a_learnt_temperature_cannot_change(loaded, tmp_path):
     trained(loaded, tmp_path / "last.pt", learn_temperature=True)
     with pytest.raises(ValueError, match=r"recipe.temperature: found 0.5, wanted 0.1"):
         trained(loaded, tmp_path / "last.pt", learn_temperature=True, temperature=0.5, steps=3)
@@ -593,7 +593,7 @@ def test_a_plateau_forgets_the_losses_of_another_objective(loaded, tmp_path, tem
     assert (run.plateau.best == state["plateau"]["best"] < float("inf")) == kept and run.plateau.factor == 0.1
 
 
-def test_compiling_may_begin_on_the_way(loaded):
+def test_compilation_may_be_turned_on_when_resuming(loaded):
     embedder = train.Embedder(models.TinyResNet3d(2), 8)
     state = train.Run(embedder, loaded, PLAN, train.Recipe(**SMALL), "cpu").state()
     run = train.Run(embedder, loaded, PLAN, train.Recipe(**SMALL, compile=True), "cpu")
@@ -602,7 +602,7 @@ def test_compiling_may_begin_on_the_way(loaded):
 
 
 @pytest.mark.parametrize("before, after", [("off", "fp16"), ("fp16", "off")])
-def test_the_scaler_of_another_precision_is_not_taken(loaded, before, after):
+def test_the_scaler_of_another_precision_is_not_loaded(loaded, before, after):
     embedder = train.Embedder(models.TinyResNet3d(2), 8)
     run = train.Run(embedder, loaded, PLAN, train.Recipe(**SMALL, amp=before), "cpu")
     now = train.Run(embedder, loaded, PLAN, train.Recipe(**SMALL, amp=after), "cpu")
@@ -610,7 +610,7 @@ def test_the_scaler_of_another_precision_is_not_taken(loaded, before, after):
     assert now.scaler.is_enabled() == (after == "fp16")
 
 
-def test_a_folder_of_the_same_videos_elsewhere_is_gone_on_with(videos_root, run, tmp_path):
+def test_a_run_resumes_after_its_videos_were_moved(videos_root, run, tmp_path):
     (tmp_path / "moved").symlink_to(videos_root)
     pretrain(tmp_path / "moved", run, "--resume=true", steps=2)
     assert checkpoint.load(run / "last.pt")["settings"]["data"]["root"] == str(tmp_path / "moved")
@@ -624,7 +624,7 @@ def test_videos_that_were_added_are_refused_on_resuming(run, tmp_path):
     assert contents(run) == before
 
 
-def test_a_checkpoint_of_before_takes_its_settings_from_config_yaml(videos_root, run):
+def test_an_older_checkpoint_takes_its_settings_from_config_yaml(videos_root, run):
     state = checkpoint.load(run / "last.pt")
     for name in "settings", "videos", "classes":
         del state[name]
@@ -634,7 +634,7 @@ def test_a_checkpoint_of_before_takes_its_settings_from_config_yaml(videos_root,
     pretrain(videos_root, run, "--resume=true", steps=2)
 
 
-def test_a_checkpoint_of_before_independent_windows_goes_on_with_the_same_alone(videos_root, run):
+def test_a_checkpoint_without_window_settings_resumes_only_with_same_windows(videos_root, run):
     state = checkpoint.load(run / "last.pt")
     for name in "windows", "decay":
         del state["settings"]["clips"][name]
@@ -661,7 +661,7 @@ IMPOSSIBLE = [
 
 
 @pytest.mark.parametrize("way", ["resume", "overwrite"])
-def test_a_value_that_no_run_can_have_is_refused_by_name_and_nothing_is_written(videos_root, run, way):
+def test_an_invalid_value_is_refused_by_name_and_nothing_is_written(videos_root, run, way):
     """Some were found out at the first step, when config.yaml was written and, to overwrite, last.pt was deleted."""
     before = contents(run)
     for given in IMPOSSIBLE:
@@ -724,7 +724,7 @@ SHAPES = {
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("zipped", [True, False])
-def test_weights_are_found_wherever_they_lie(tmp_path, shape, zipped):
+def test_weights_are_found_in_every_common_layout_of_a_checkpoint(tmp_path, shape, zipped):
     given, net = backbone(), backbone(1)
     torch.save(SHAPES[shape](weights_of(given)), tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
     assert models.load_torchvision(net, tmp_path / "w.pth") == []
@@ -733,7 +733,7 @@ def test_weights_are_found_wherever_they_lie(tmp_path, shape, zipped):
 
 
 @pytest.mark.parametrize("shape", ["bare", "model", "state_dict", "module.", "compiled", "nested"])
-def test_the_release_s_weights_are_found_wherever_they_lie(tmp_path, shape):
+def test_the_releases_weights_are_found_in_every_common_layout_of_a_checkpoint(tmp_path, shape):
     given = train.Embedder(backbone())
     weights = prefixed("0.", weights_of(given.backbone))
     for name, value in given.head.state_dict().items():
@@ -746,7 +746,7 @@ def test_the_release_s_weights_are_found_wherever_they_lie(tmp_path, shape):
     assert torch.equal(net.backbone.layer4[1].conv2[0].weight, given.backbone.layer4[1].conv2[0].weight)
 
 
-def test_what_was_exported_loads_again_and_so_does_a_run_s_own_checkpoint(tmp_path):
+def test_exported_weights_and_a_runs_own_checkpoint_load_again(tmp_path):
     given = train.Embedder(backbone())
     given.backbone.inputs.mean.fill_(0.3)
     from safetensors.torch import save_file
@@ -808,7 +808,7 @@ def test_weights_of_several_networks_are_refused(tmp_path):
         assert ("student, teacher" in said or "k.stem.0.weight, q.stem.0.weight" in said) and "wanted" in said
 
 
-def test_a_run_s_own_checkpoint_is_refused_in_the_same_words(tmp_path):
+def test_an_object_in_a_runs_own_checkpoint_is_refused_too(tmp_path):
     torch.save(dict(done=Options()), tmp_path / "last.pt")
     with pytest.raises(ValueError, match="found an object of .*Options, and loading such an object can run code"):
         checkpoint.load(tmp_path / "last.pt")
@@ -865,7 +865,7 @@ def test_a_user_s_own_settings_of_matplotlib_change_no_name(tmp_path):
         report.matplotlib.rcParams["text.usetex"] = False
 
 
-def test_more_classes_than_a_picture_has_room_for(tmp_path, monkeypatch):
+def test_a_picture_of_many_classes_is_drawn_at_a_lower_resolution(tmp_path, monkeypatch):
     """matplotlib draws no picture of 2^16 pixels or more: 2,000 classes at 130 dots an inch."""
     seen = []
     monkeypatch.setattr(report.plt.Figure, "savefig", lambda self, file, dpi, format: seen.append(
@@ -892,7 +892,7 @@ def test_a_data_set_of_odd_names_is_evaluated_and_reported(tmp_path):
 @pytest.mark.parametrize(
     "command, picture", [("retrieval", "gallery"), ("multiclip", "curves"), ("confusion", "confusion")]
 )
-def test_a_picture_that_fails_loses_no_figures(run, monkeypatch, command, picture):
+def test_results_are_kept_if_a_picture_fails(run, monkeypatch, command, picture):
     def fails(*_):
         raise OSError("no space left on the plotter")
 
@@ -903,7 +903,7 @@ def test_a_picture_that_fails_loses_no_figures(run, monkeypatch, command, pictur
     assert command not in ("retrieval",) or "retrieval" in (run / "results.csv").read_text()
 
 
-def test_a_picture_is_whole_or_the_last_one(tmp_path, monkeypatch):
+def test_a_picture_that_fails_leaves_the_previous_one(tmp_path, monkeypatch):
     path = tmp_path / "c.png"
     report.plot_confusion(torch.eye(2, dtype=torch.long), ["a", "b"], path)
     before = path.read_bytes()

@@ -74,20 +74,20 @@ def some_sets(G, V, N, D, dtype=torch.float32, seed=0):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["nt_xent", "clip_loss", "instance_contrastive", "local_local", "global_local"])
-def test_small_problems_by_the_large_path(name, dtype, only_large):
+def test_small_problems_are_accurate_on_the_large_path(name, dtype, only_large):
     judge(LOSSES[name], LOSSES[name].inputs((5, 3, 33), dtype), 0.1, "triton")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["nt_xent", "local_local", "global_local"])
-def test_small_groups_carry_half_precision_exactly(name, dtype, kernels, monkeypatch):
+def test_small_groups_use_unrounded_unit_rows_of_half_precision(name, dtype, kernels, monkeypatch):
     monkeypatch.setattr(oracle, "FLOAT16_UNIT_ROWS", ())
     judge(LOSSES[name], LOSSES[name].inputs((4, 4, 21), dtype), 0.1, "triton")
 
 
 @pytest.mark.parametrize("cross", [False, True])
 @pytest.mark.parametrize("M", [32, 34])
-def test_boundary_of_small_and_large(M, cross, kernels):
+def test_problems_on_both_sides_of_the_boundary_of_the_paths_are_accurate(M, cross, kernels):
     assert kernels.small.serves(2, M // 2) == (M <= 32)
     assert deviation(tk.backends.triton, some_sets(3, 2, M // 2, 7), 0.2, cross=cross) < 1e-5
 
@@ -95,7 +95,7 @@ def test_boundary_of_small_and_large(M, cross, kernels):
 @pytest.mark.parametrize("cross", [False, True])
 @pytest.mark.parametrize("tau", [0.1, 0.005])
 @pytest.mark.parametrize("enough", [1, 6, 30, 10**6])
-def test_super_blocks_of_every_size(enough, tau, cross, kernels, monkeypatch):
+def test_super_blocks_of_every_size_are_accurate(enough, tau, cross, kernels, monkeypatch):
     tiny(kernels, monkeypatch)
     of_size = kernels.large.super_blocks
     monkeypatch.setattr(kernels.large, "super_blocks", lambda V, blocks, G, _: of_size(V, blocks, G, enough))
@@ -105,7 +105,7 @@ def test_super_blocks_of_every_size(enough, tau, cross, kernels, monkeypatch):
 @pytest.mark.parametrize("D", [12, 40])
 @pytest.mark.parametrize("cross", [False, True])
 @pytest.mark.parametrize("tau", [0.2, torch.tensor(0.2), torch.tensor(0.005)])
-def test_gradients_by_splits_of_the_columns(tau, cross, D, kernels, monkeypatch):
+def test_gradients_from_splits_of_the_columns_are_accurate(tau, cross, D, kernels, monkeypatch):
     tiny(kernels, monkeypatch)
     monkeypatch.setattr(kernels.large, "table_of", lambda x: ("interpreter", 40))
     sets = some_sets(1, 2, 50, D)
@@ -113,7 +113,7 @@ def test_gradients_by_splits_of_the_columns(tau, cross, D, kernels, monkeypatch)
 
 
 @pytest.mark.parametrize("D, DP", [(100, 128), (150, 192), (384, 384), (400, 448), (520, 576)])
-def test_features_are_padded_to_a_multiple_of_64(D, DP, kernels, monkeypatch):
+def test_features_are_padded_to_a_multiple_of_64_without_changing_results(D, DP, kernels, monkeypatch):
     tiny(kernels, monkeypatch, BM=64, BN=64, BK=64, DC=64)
     assert kernels.tiles.choose("hopper", "sums", torch.float16, D).DP == DP
     assert kernels.tiles.choose("interpreter", "sums", torch.float32, D).DP == DP
@@ -128,7 +128,7 @@ def test_features_are_padded_to_a_multiple_of_64(D, DP, kernels, monkeypatch):
 @pytest.mark.parametrize(
     "dtype, G, V", [(torch.float32, 1, 2), pytest.param(torch.float64, 3, 3, marks=pytest.mark.full)], ids=str
 )
-def test_gradients_by_products_of_the_library(dtype, G, V, cross, tau, kernels, monkeypatch):
+def test_gradients_from_matrix_products_of_the_library_are_accurate(dtype, G, V, cross, tau, kernels, monkeypatch):
     """By chunks of rows, and of several groups."""
     tiny(kernels, monkeypatch)
     monkeypatch.setattr(kernels.wide, "NARROWEST", 4)
@@ -154,7 +154,7 @@ def test_columns_are_split_where_rows_are_few(kernels):
 
 
 @pytest.mark.parametrize("table", ["hopper", "blackwell", "ampere", "compact", "amd", "interpreter"])
-def test_tiles_of_a_gradient_agree_bounded_and_unbounded(table, kernels):
+def test_bounded_and_unbounded_gradient_tiles_have_equal_shapes(table, kernels):
     """And divide what they have to."""
     choose = kernels.tiles.choose
     for D in (1, 16, 33, 64, 128, 200, 256, 512, 513, 768, 1024, 1536):
@@ -181,7 +181,7 @@ def test_super_blocks_are_as_few_as_keep_the_device_busy(kernels):
 
 @pytest.mark.parametrize("D", [17, 40, 600])
 @pytest.mark.parametrize("normalize", [True, False])
-def test_gradients_in_several_chunks_of_features(D, normalize, kernels, monkeypatch):
+def test_gradients_in_several_chunks_of_features_are_accurate(D, normalize, kernels, monkeypatch):
     if D < 512:
         tiny(kernels, monkeypatch)
     sets = [x / math.sqrt(D) for x in some_sets(1, 2, 37, D)]
@@ -190,7 +190,7 @@ def test_gradients_in_several_chunks_of_features(D, normalize, kernels, monkeypa
 
 @pytest.mark.parametrize("cross", [False, True])
 @pytest.mark.parametrize("tau", [0.1, 0.005])
-def test_unbounded_kernels_with_tiles_of_their_own(tau, cross, kernels, monkeypatch):
+def test_unbounded_kernels_with_other_tiles_are_accurate(tau, cross, kernels, monkeypatch):
     """One packing of the rows serves both, and which of them works is known on the device alone."""
     table = {"sums": (64, 32), "sums unbounded": (16, 64), "gradient": (32, 16), "gradient unbounded": (32, 16)}
     table = {kernel: [(1 << 30, BM, BN, 16, 16, 4, 1)] for kernel, (BM, BN) in table.items()}
@@ -202,7 +202,7 @@ def test_unbounded_kernels_with_tiles_of_their_own(tau, cross, kernels, monkeypa
 @pytest.mark.parametrize("cross", [False, True])
 @pytest.mark.parametrize("tau", [0.1, 0.005])
 @pytest.mark.parametrize("enough", [1, 16, 10**6])
-def test_tiles_wider_than_high(enough, tau, cross, kernels, monkeypatch):
+def test_tiles_wider_than_high_are_accurate(enough, tau, cross, kernels, monkeypatch):
     """As the search for tiles may choose."""
     tiny(kernels, monkeypatch, BM=16, BN=64)
     of_size = kernels.large.super_blocks
@@ -210,7 +210,7 @@ def test_tiles_wider_than_high(enough, tau, cross, kernels, monkeypatch):
     assert deviation(tk.backends.triton, some_sets(1, 3, 71, 5), tau, cross=cross) < 1e-4 * max(1, 0.01 / tau)
 
 
-def test_tf32_has_tiles_of_its_own_where_it_is_allowed(kernels, monkeypatch):
+def test_tf32_uses_its_own_tiles_if_it_is_allowed(kernels, monkeypatch):
     tiny(kernels, monkeypatch, kinds=("tf32",))
     sets = some_sets(1, 2, 20, 130)
     with pytest.raises(KeyError):
@@ -238,13 +238,13 @@ def tensor_cores(kernels, monkeypatch):
     monkeypatch.setattr(kernels.large, "tf32_allowed", lambda: True)
 
 
-def test_few_features_go_by_pairs_though_tf32_is_allowed(kernels, monkeypatch):
+def test_few_features_use_float16_pairs_even_if_tf32_is_allowed(kernels, monkeypatch):
     monkeypatch.setattr(kernels.large, "tf32_allowed", lambda: True)
     assert deviation(tk.backends.triton, some_sets(1, 2, 40, 128), 0.1) < 1e-6
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-20, 1e20])
-def test_pairs_have_22_bits_of_unit_rows(scale, kernels):
+def test_float16_pairs_hold_22_bits_of_unit_rows(scale, kernels):
     rows = [scale * x * 10.0 ** torch.linspace(-8, 0, 40) for x in some_sets(1, 1, 30, 40)]
     z, _, halves, lower = kernels.large.packed(rows, True, 64, 64)
     assert halves.dtype == torch.float16 and lower == z.numel()
@@ -271,7 +271,7 @@ def test_tf32_errs_no_more_than_rounded_operands_do(tensor_cores, monkeypatch):
 
 
 @pytest.mark.parametrize("entry", [math.nan, math.inf, 3.4028e38, 1e36, -0.0, 1e-40])
-def test_tf32_keeps_what_is_not_to_be_rounded(entry, tensor_cores):
+def test_tf32_rounding_makes_no_finite_term_infinite(entry, tensor_cores):
     rows = torch.zeros(2, 40, 8)
     rows[:, :, 0], rows[0, 3, 1] = 1.0, entry
     tau = torch.tensor(1.0, requires_grad=True)
@@ -280,13 +280,13 @@ def test_tf32_keeps_what_is_not_to_be_rounded(entry, tensor_cores):
     assert torch.equal(terms.isfinite(), wanted.isfinite())
 
 
-def test_without_tiles_for_tf32_those_of_float_serve(kernels):
+def test_tf32_uses_the_tiles_of_float_if_it_has_none(kernels):
     assert "tf32" not in kernels.tiles.TABLES["amd"]
     found, wanted = (kernels.tiles.choose("amd", "gradient", torch.float32, 64, how) for how in ("tf32", "ieee"))
     assert found == wanted
 
 
-def test_tiles_by_trial(kernels, monkeypatch):
+def test_autotuning_keeps_the_fastest_tile_of_each_kind_of_call(kernels, monkeypatch):
     """The fastest of the table's tile and its neighbours, all of which serve; tried once for every kind of call."""
     tried = []
 
@@ -318,7 +318,7 @@ def test_tiles_by_trial(kernels, monkeypatch):
 
 
 @pytest.mark.parametrize("tau", [10.0, 0.1, 1 / 59, 1 / 61, 0.002])
-def test_temperature_as_a_tensor_or_a_number(tau, kernels):
+def test_a_temperature_gives_the_same_result_as_a_tensor_or_a_number(tau, kernels):
     """On either side of where the exponentials are safe."""
     a, b = LOSSES["nt_xent"].inputs((40, 2, 8), torch.float32)
     number = run(lambda *z: tk.nt_xent(*z, temperature=tau, backend="triton"), [a, b])
@@ -327,7 +327,7 @@ def test_temperature_as_a_tensor_or_a_number(tau, kernels):
     torch.testing.assert_close(tensor, number, rtol=tolerance, atol=tolerance)
 
 
-def test_sets_anywhere_in_memory_change_no_bit(kernels):
+def test_the_addresses_of_the_sets_change_no_bit(kernels):
     together = torch.stack(some_sets(2, 3, 20, 6), 1)
     apart = [together[:, k].clone() for k in (2, 0, 1)]
     apart = [apart[1], apart[2], apart[0]]
@@ -371,7 +371,7 @@ def launches(case, table="hopper"):
     return recorded(case, table)
 
 
-def test_launches_and_memory_are_what_is_promised(kernels):
+def test_launches_and_memory_of_large_and_small_problems_are_as_expected(kernels):
     from benchmarks.compile_triton import Case
 
     large = launches(Case(1, 2, 65536, 128, torch.bfloat16))
@@ -384,7 +384,7 @@ def test_launches_and_memory_are_what_is_promised(kernels):
     assert len(launches(Case(40, 2, 4, 128, torch.float32))) == 2
 
 
-def test_fuzz_by_the_large_path(only_large):
+def test_random_inputs_on_the_large_path_are_within_the_tolerance(only_large):
     assert fuzz.lost(range(10000, 10060), "triton") == []
 
 
@@ -418,14 +418,14 @@ BLOCKS = {  # several blocks of rows and of columns by tiles of 32 x 16
 
 
 @pytest.mark.parametrize("name, processors", [*((name, 40) for name in BLOCKS), ("keys", 1), ("range", 1)])
-def test_rectangles_by_many_blocks_and_splits(name, processors, kernels, monkeypatch):
+def test_rectangles_in_many_blocks_and_splits_are_accurate(name, processors, kernels, monkeypatch):
     tiny(kernels, monkeypatch)
     monkeypatch.setattr(kernels.large, "table_of", lambda x: ("interpreter", processors))
     assert general_deviation(kernels.rectangle, BLOCKS[name], 0.2) < 1e-5
 
 
 @pytest.mark.parametrize("D, normalize", [(40, True), (600, False)])
-def test_rectangles_in_several_chunks_of_features(D, normalize, kernels, monkeypatch):
+def test_rectangles_in_several_chunks_of_features_are_accurate(D, normalize, kernels, monkeypatch):
     if D < 512:
         tiny(kernels, monkeypatch)
     for name in ("rectangle", "keys of sets"):
@@ -433,13 +433,13 @@ def test_rectangles_in_several_chunks_of_features(D, normalize, kernels, monkeyp
 
 
 @pytest.mark.parametrize("tau", [0.2, 0.005])
-def test_temperature_of_a_rectangle_on_the_device(tau, kernels):
+def test_rectangles_with_a_temperature_tensor_are_accurate(tau, kernels):
     for dtype in (torch.float32, torch.float64):
         assert general_deviation(kernels.rectangle, PROBLEMS["keys"], torch.tensor(tau, dtype=dtype)) < 1e-6 / tau
 
 
 @pytest.mark.parametrize("D", [24, 600])
-def test_mean_of_the_columns(D, kernels, monkeypatch):
+def test_the_weighted_mean_of_the_columns_is_accurate(D, kernels, monkeypatch):
     """What the gradient of the rows is made of where the columns have none."""
     monkeypatch.setattr(kernels.large, "table_of", lambda x: ("interpreter", 40))
     for dtype, bound in ((torch.float32, 1e-5), (torch.float64, 1e-13), (torch.float16, 2e-3)):
@@ -450,7 +450,7 @@ def test_mean_of_the_columns(D, kernels, monkeypatch):
         assert mean.dtype == torch.promote_types(dtype, torch.float32) and oracle.error(mean, wanted) < bound
 
 
-def test_gradients_of_every_size_in_one_group(kernels):
+def test_gradients_scale_with_upstream_gradients_of_every_size(kernels):
     """In units of the largest gradient of a group, which are powers of two."""
     problem = PROBLEMS["keys"]
     rows, columns = problem.sets(torch.float64)
@@ -467,7 +467,7 @@ def test_gradients_of_every_size_in_one_group(kernels):
         torch.testing.assert_close(shares, first)
 
 
-def test_tiles_of_a_rectangle_by_trial(kernels, monkeypatch):
+def test_autotuning_tries_the_tiles_of_each_kind_of_rectangle_once(kernels, monkeypatch):
     """Each kind of call once; the last tile that is tried, of which all serve."""
     tried = []
 
@@ -516,7 +516,7 @@ def test_uninitialised_memory_changes_no_bit_of_a_rectangle(labelled, kernels, m
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
-def test_no_columns_and_no_rows(kernels):
+def test_no_columns_or_no_rows_give_empty_sums_and_zero_gradients(kernels):
     """Empty sums; gradients of nothing."""
     for n, K in ((0, 5), (5, 0)):
         rows, columns = [torch.ones(2, n, 3)], [torch.ones(2, K, 3)]
@@ -538,7 +538,7 @@ def test_no_columns_and_no_rows(kernels):
 @pytest.mark.parametrize("tau", [0.1, torch.tensor(0.1)])
 @pytest.mark.parametrize("cross", [False, True])
 @pytest.mark.parametrize("N", [5, 20])
-def test_opcheck(N, cross, tau, kernels):
+def test_the_operators_pass_pytorchs_opcheck(N, cross, tau, kernels):
     ops = torch.ops.tclr_kernels_triton
     sets = some_sets(2, 2, N, 3)
     tau = (tau, 0.0) if isinstance(tau, torch.Tensor) else (None, tau)
@@ -548,7 +548,7 @@ def test_opcheck(N, cross, tau, kernels):
 
 
 @pytest.mark.parametrize("name", ["rectangle", "keys of a range"])
-def test_opcheck_of_a_rectangle(name, kernels):
+def test_the_rectangle_operators_pass_pytorchs_opcheck(name, kernels):
     ops, problem = torch.ops.tclr_kernels_triton, PROBLEMS[name]
     rows, columns = problem.sets(torch.float32)
     first = -1 if problem.first is None else problem.first
@@ -822,7 +822,7 @@ def plant(kernels, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("check", CHECKS)
-def test_the_kernels_pass(check, plant):
+def test_the_unchanged_kernels_pass_every_check(check, plant):
     CHECKS[check](plant())
 
 

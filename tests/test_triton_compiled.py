@@ -21,13 +21,13 @@ assert all((row["DP"], row["stages"]) == (128, 2) for row in waiting), waiting
 """
 
 
-def test_the_page_follows_the_table():
+def test_the_triton_page_shows_the_committed_rows():
     pytest.importorskip("triton")
     code = "from benchmarks import compile_triton as c; assert c.PAGE.read_text() == c.page(c.read(c.RESULTS))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-def test_importing_does_not_import_triton():
+def test_importing_tclr_kernels_does_not_import_triton():
     code = "import sys, torch; n = set(sys.modules); import tclr_kernels; sys.exit('triton' in set(sys.modules) - n)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
@@ -40,7 +40,7 @@ def test_importing_does_not_import_triton():
         pytest.param("RECTANGLES", 9, marks=pytest.mark.full),
     ],
 )
-def test_what_the_tiles_of_sm_90_select_compiles_without_spills(cases, kernels):
+def test_the_kernels_selected_for_sm_90_compile_without_spills(cases, kernels):
     pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", COMPILE.replace("SELECTED", cases).replace("KERNELS", str(kernels))]

@@ -24,7 +24,7 @@ def at_its_own_size():
     return inputs, torch.tensor(0.1, device="cuda", requires_grad=True)
 
 
-def test_the_objective_repeats_without_synchronisation(at_its_own_size):
+def test_the_objective_repeats_its_bits_without_synchronisation(at_its_own_size):
     first = objective(*at_its_own_size)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -46,7 +46,7 @@ def test_the_objective_takes_six_launches_at_most(at_its_own_size):
     assert 0 < sum(event.count for event in profile.key_averages() if event.device_time_total > 0) <= 6
 
 
-def test_the_objective_captured_in_a_graph(at_its_own_size):
+def test_the_objective_captured_in_a_graph_replays_the_same_bits(at_its_own_size):
     inputs, tau = at_its_own_size
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -33,14 +33,14 @@ def backend(request):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_every_problem(name, dtype, backend):
+def test_every_problem_meets_the_accuracy_criteria(name, dtype, backend):
     judge(OnGPU(*PROBLEMS[name]), 0.1, dtype, backend)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("tau", [10.0, 0.01])
 @pytest.mark.parametrize("name", ["ragged", "keys of sets"])
-def test_extreme_temperatures(name, tau, dtype, backend):
+def test_extreme_temperatures_meet_the_accuracy_criteria(name, tau, dtype, backend):
     judge(OnGPU(*PROBLEMS[name]), tau, dtype, backend)
 
 
@@ -60,7 +60,7 @@ def supervised(a, b, negatives, backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("loss", [queued, labelled, supervised])
-def test_losses_of_many_rows(loss, dtype, backend):
+def test_losses_of_many_rows_agree_with_the_reference_and_repeat_their_bits(loss, dtype, backend):
     """As the reference in float64 has them, and the same bits again."""
     generator = torch.Generator("cuda").manual_seed(0)
     inputs = [torch.randn(size, 96, device="cuda", generator=generator).to(dtype) for size in (700, 700, 3000)]

@@ -31,21 +31,21 @@ def on_gpu(name, sizes, dtype, **settings):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("name", ["nt_xent", "clip_loss", "instance_contrastive"])
-def test_sizes(name, sizes, dtype, backend):
+def test_sizes_meet_the_accuracy_criteria(name, sizes, dtype, backend):
     judge(LOSSES[name], on_gpu(name, sizes, dtype), 0.1, backend)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", [(3, 4, 16), (40, 4, 128), (5, 17, 48), (3, 65, 64), (2, 130, 72)], ids=str)
 @pytest.mark.parametrize("name", ["local_local", "global_local", "tclr", "tclr release"])
-def test_videos(name, sizes, dtype, backend):
+def test_videos_meet_the_accuracy_criteria(name, sizes, dtype, backend):
     judge(LOSSES[name], on_gpu(name, sizes, dtype), 0.1, backend)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rho", [0.9, 0.99, 0.999, 1])
 @pytest.mark.parametrize("tau", [0.5, 0.1, 0.05, 0.01])
-def test_confident_pairs(tau, rho, dtype, backend):
+def test_confident_pairs_meet_the_accuracy_criteria(tau, rho, dtype, backend):
     D = 96 if dtype in HALF else 48  # Hopper's own kernels want more than 64
     judge(LOSSES["nt_xent"], on_gpu("nt_xent", (133, 2, D), dtype, rho=rho), tau, backend)
 
@@ -53,7 +53,7 @@ def test_confident_pairs(tau, rho, dtype, backend):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("tau", [10.0, 0.02, 0.005, 0.001])
-def test_extreme_temperatures(tau, normalize, dtype, backend):
+def test_extreme_temperatures_meet_the_accuracy_criteria(tau, normalize, dtype, backend):
     D = 72 if dtype in HALF else 24
     inputs = on_gpu("clip_loss", (77, 2, D), dtype, normalize=normalize)
     judge(LOSSES["clip_loss"], inputs, tau, backend, normalize)
@@ -62,14 +62,14 @@ def test_extreme_temperatures(tau, normalize, dtype, backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("B", [9, 1500, 5000])
 @pytest.mark.parametrize("D", [8, 128])
-def test_the_default_is_that_of_the_regime(D, B, dtype):
+def test_the_default_backend_is_the_one_chosen_for_the_size(D, B, dtype):
     a, b = on_gpu("nt_xent", (B, 2, D), dtype)
     chosen = backends.choose(None, a.device, 2 * B, D, dtype, unit_rows=True)
     assert torch.equal(tk.nt_xent(a, b), tk.nt_xent(a, b, backend=chosen))
 
 
 @pytest.mark.parametrize("D", [24, 128, 500])
-def test_tf32_where_it_is_allowed(D, backend):
+def test_tf32_is_accurate_if_it_is_allowed(D, backend):
     inputs = on_gpu("nt_xent", (300, 2, D), torch.float32)
     exact = run(tk.nt_xent, [x.double() for x in inputs], backend="reference")
     full = run(tk.nt_xent, inputs, backend=backend)
@@ -98,7 +98,7 @@ def step(a, b, tau, backend):
 
 
 @pytest.mark.parametrize("B", [8, 700])
-def test_no_synchronisation(B, backend):
+def test_no_step_synchronises_with_the_host(B, backend):
     a, b = (x.requires_grad_() for x in on_gpu("nt_xent", (B, 2, 64), torch.bfloat16))
     tau = torch.tensor(0.1, device="cuda", requires_grad=True)
     step(a, b, tau, backend)
@@ -111,7 +111,7 @@ def test_no_synchronisation(B, backend):
 
 
 @pytest.mark.parametrize("B", [8, 700])
-def test_captured_in_a_graph_and_replayed(B, backend):
+def test_captured_graphs_replay_the_bits_of_eager_steps(B, backend):
     a, b = (x.requires_grad_() for x in on_gpu("nt_xent", (B, 2, 64), torch.bfloat16))
     tau = torch.tensor(0.1, device="cuda", requires_grad=True)
     stream = torch.cuda.Stream()
@@ -132,7 +132,7 @@ def test_captured_in_a_graph_and_replayed(B, backend):
 
 
 @pytest.mark.parametrize("B", [8, 300])
-def test_compiled_without_a_break(B, backend):
+def test_compiled_losses_agree_without_a_graph_break(B, backend):
     torch._dynamo.reset()
     compiled = torch.compile(lambda a, b: tk.nt_xent(a, b, backend=backend), fullgraph=True)
     inputs = on_gpu("nt_xent", (B, 2, 32), torch.float32)
@@ -140,7 +140,7 @@ def test_compiled_without_a_break(B, backend):
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_gram_of_more_than_two_to_the_31_entries(dtype, backend):
+def test_gram_matrices_of_more_than_2_to_the_31_entries_are_accurate(dtype, backend):
     """65,536 rows, some of whose losses are taken from their row of similarities in float64."""
     a, b = on_gpu("nt_xent", (32768, 2, 64), dtype)
     found = tk.nt_xent(a, b, reduction="none", backend=backend)
@@ -154,7 +154,7 @@ def test_gram_of_more_than_two_to_the_31_entries(dtype, backend):
 
 
 @pytest.mark.xdist_group("much memory")
-def test_offsets_of_more_than_two_to_the_31(backend, much_memory):
+def test_offsets_beyond_2_to_the_31_change_no_bit(backend, much_memory):
     """Rows whose entries, and whose groups' entries, lie beyond."""
     if torch.cuda.get_device_properties(0).total_memory < 60 * 2**30:
         pytest.skip("takes 40 GiB of memory")
@@ -165,7 +165,7 @@ def test_offsets_of_more_than_two_to_the_31(backend, much_memory):
     assert torch.equal(all_groups[-2:], last)
 
 
-def test_memory_is_linear(backend):
+def test_memory_stays_below_that_of_the_gram_matrix(backend):
     a, b = (x.requires_grad_() for x in on_gpu("nt_xent", (32768, 2, 128), torch.bfloat16))
     tk.nt_xent(a, b, backend=backend).backward()
     a.grad = b.grad = None

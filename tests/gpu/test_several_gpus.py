@@ -104,7 +104,7 @@ def one_process(P):
     return [p.detach().double().cpu().numpy() for p in net.parameters()]
 
 
-def test_a_network_with_synchronised_batch_norm(P, gpus):
+def test_a_network_with_synchronised_batch_norm_gets_the_weights_of_one_process(P, gpus):
     for weights in check(gpus.run(P, trained)):
         for x, y in zip(weights, one_process(P), strict=True):
             assert abs(x - y).max() <= 1e-3 * max(1, abs(y).max())
@@ -139,7 +139,7 @@ def captured(group, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_captured_in_a_graph_and_replayed(backend, gpus):
+def test_a_captured_step_replays_its_bits_and_needs_shares(backend, gpus):
     for same, message in check(gpus.run(len(gpus.pipes), captured, backend)):
         assert same and "shares: found None while a CUDA graph is captured" in message
 
@@ -166,7 +166,7 @@ def compiled(group):
     return (call(*own) - tk.nt_xent(*own, group=group, shares=shares)).abs().item()
 
 
-def test_compiled_whole(gpus):
+def test_the_compiled_loss_agrees_without_a_graph_break(gpus):
     assert all(x < 1e-5 for x in check(gpus.run(2, compiled, limit=300)))
 
 
@@ -180,5 +180,5 @@ def faulty(group):
         return str(error)
 
 
-def test_a_fault_is_an_error_on_all(gpus):
+def test_an_error_of_one_rank_is_raised_on_all(gpus):
     assert all("ranks differ in dtype" in x for x in check(gpus.run(len(gpus.pipes), faulty)))
