@@ -7,7 +7,7 @@
 
 VENV ?= .venv
 TORCH ?= torch==2.13.0
-NATIVE ?= 1# 0: go without the compiled kernels (no C++ compiler needed)
+NATIVE ?= 1# 0: do not build the compiled kernels, which need a C++ compiler
 PYTHON ?=
 TORCHES ?= $(TORCH)# for wheel-check
 CHECK_PYTHON ?= $(BIN)/python
@@ -27,19 +27,19 @@ endif
 demo: setup
 	$(BIN)/python -m tclr.demo $(ARGS)
 
-# What a change can break, in ten minutes. The second command runs a sample of the Triton tests in Triton's interpreter,
-# another one after each commit; its status is 5 if ARGS select none of them.
+# The tests to run after a change, in ten minutes. The second command runs a sample of the Triton tests in Triton's
+# interpreter, a different sample after each commit. Its exit status is 5 if ARGS select none of them.
 test: setup
 	$(BIN)/python -m pytest $(PARALLEL) tests $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests --sample 16 $(ARGS) || [ $$? -eq 5 ]
 
-# Everything, in about two hours: also the tests marked full, all tests in Triton's interpreter, each version of Triton.
+# All tests, in about two hours: also those marked full, all in Triton's interpreter, and with each version of Triton.
 test-all: setup $(VENV)/.peers
 	$(BIN)/python -m pytest $(PARALLEL) tests --full $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests --full $(ARGS) || [ $$? -eq 5 ]
 	$(MAKE) test-triton-versions
 
-# what depends on PyTorch's version, for the oldest and the newest: make test-core TORCH=torch==2.11.0 VENV=.venv-2.11
+# The tests that depend on PyTorch's version. For the oldest one: make test-core TORCH=torch==2.11.0 VENV=.venv-2.11
 CORE := candidates queue objective parity behaviour promises gradients definitions modules dispatch installation \
 	stable_abi distributed distributed_training distributed_faults compat
 test-core: setup
@@ -64,7 +64,7 @@ test-triton-versions: setup $(TRITONS:%=.cache/triton-%)
 torch-headers: setup
 	$(BIN)/python -m tests.torch_headers
 
-# with the oldest release of each dependency that pyproject.toml allows, in an environment of its own
+# The tests with the oldest release of each dependency that pyproject.toml allows, in a separate environment.
 test-oldest:
 	mkdir -p build && python3 tests/oldest.py > build/oldest.txt
 	PIP_CONSTRAINT=$(CURDIR)/build/oldest.txt $(MAKE) VENV=$(VENV)-oldest setup
@@ -117,14 +117,14 @@ $(VENV)/.installed: pyproject.toml $(VENV)/.torch
 	TCLR_KERNELS_REQUIRE_NATIVE=0 $(BIN)/python -m pip install --quiet --no-build-isolation -e '.[train,test]'
 	@touch $@
 
-# all but the first without what they depend on: torchvision would bring a torch of its own, and their losses do not
-# use it
+# Other libraries with contrastive losses. All but the first are installed without their dependencies: torchvision would
+# install another torch, and the losses do not need it.
 $(VENV)/.peers: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet pytorch-metric-learning
 	$(BIN)/python -m pip install --quiet --no-deps lightly open_clip_torch sentence-transformers
 	@touch $@
 
-# build_ext in place rather than by pip: it keeps object files, so only what changed is compiled again
+# This calls build_ext and not pip, because it keeps object files, so that only changed files are compiled again.
 $(VENV)/.native-1: setup.py $(SOURCES) $(VENV)/.torch
 	@command -v "$${CXX:-c++}" >/dev/null || { \
 	  echo "error: needs a C++ compiler (g++ or clang++), found no $${CXX:-c++}; without one: make NATIVE=0 ..." >&2; exit 1; }
@@ -151,7 +151,8 @@ wheel: $(VENV)/.torch
 	  --exclude libtorch_cpu.so --exclude libc10.so --wheel-dir dist build/wheel/*.whl
 	ls -l dist
 
-# tries the wheel in new environments without a compiler: make wheel-check TORCHES="torch==2.11.0 torch==2.15.0"
+# Installs the wheel in new environments without a compiler and tests it there, for example with
+# make wheel-check TORCHES="torch==2.11.0 torch==2.15.0"
 wheel-check: wheel
 	for torch in $(TORCHES); do rm -rf build/check && $(CHECK_PYTHON) -m venv build/check && \
 	  build/check/bin/python -m pip install --quiet $$torch && build/check/bin/python -m pip install --quiet dist/*.whl && \

@@ -1,11 +1,11 @@
-"""Builds the compiled kernels: `tclr_kernels/_cpu.so` and, where nvcc is, `tclr_kernels/_cuda.so`.
+"""Builds the compiled kernels: `tclr_kernels/_cpu.so` and, if nvcc is found, `tclr_kernels/_cuda.so`.
 
-Both are plain libraries on the stable ABI of PyTorch 2.11, no Python modules: one build serves every later PyTorch and
-every Python. Compiling needs a C++ compiler and an installed PyTorch, whose headers are used.
+Both are shared libraries, not Python modules, and use only the stable ABI of PyTorch 2.11. So one build works with
+every later PyTorch and with every Python. Compiling needs a C++ compiler and an installed PyTorch with its headers.
 
-TCLR_KERNELS_REQUIRE_NATIVE=0: installs without them, for the reference backend alone, as on systems other than Linux.
-TCLR_KERNELS_CUDA=1: a build without the CUDA kernels is an error. =0: they are not tried. Else they are built where
-nvcc is and PyTorch has CUDA, for TCLR_KERNELS_CUDA_ARCHS, such as "8.0 9.0a 10.0+PTX".
+TCLR_KERNELS_REQUIRE_NATIVE=0 installs without the kernels, so that only the reference backend works, as on macOS.
+TCLR_KERNELS_CUDA=1 makes a build without the CUDA kernels an error, and =0 leaves them out. By default they are built
+if nvcc is found and PyTorch is a CUDA build. TCLR_KERNELS_CUDA_ARCHS lists their targets, such as "8.0 9.0a 10.0+PTX".
 CXX, CXXFLAGS and LDFLAGS are used as usual.
 """
 
@@ -26,7 +26,7 @@ from setuptools.command.build_ext import build_ext
 REQUIRE = os.environ.get("TCLR_KERNELS_REQUIRE_NATIVE", "")
 ROOT = Path(__file__).resolve().parent
 SOURCE = ROOT / "csrc"
-# 2.11 is the oldest PyTorch to load into; no -m flags: each source names its own instruction set
+# TORCH_TARGET_VERSION is the oldest supported PyTorch, 2.11. Each source sets its own instruction set: no -m.
 BINDING_FLAGS = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"]
 FLAGS = [*BINDING_FLAGS, "-O3", "-g0", "-ffp-contract=fast", "-fno-math-errno", "-Wall", f"-I{SOURCE}"]
 
@@ -58,7 +58,7 @@ def torch_folder():
         raise SystemExit(f"error: tclr_kernels needs torch>=2.11, found torch {version} in {folder}; {WITHOUT}")
     raise SystemExit(
         "error: tclr_kernels compiles with PyTorch's headers: install torch>=2.11 first, and add --no-build-isolation "
-        f"where this build cannot see it; {WITHOUT}"
+        f"if this build does not find it; {WITHOUT}"
     )
 
 
@@ -67,7 +67,7 @@ def has_cuda(torch):
 
 
 def cpu(folder, objects):
-    """Builds the CPU kernels, `_cpu.so` in the folder; sources older than their objects are not compiled again."""
+    """Builds `_cpu.so`, the CPU kernels, in the folder. Only sources that are newer than their objects are compiled."""
     torch = torch_folder()
     flags = [*compiler(), *FLAGS, *shlex.split(os.environ.get("CXXFLAGS", "")), "-isystem", torch / "include"]
     headers = max(path.stat().st_mtime for path in (*SOURCE.rglob("*.h"), *SOURCE.rglob("*.inl"), Path(__file__)))
@@ -86,7 +86,7 @@ def cpu(folder, objects):
 
 
 def link(command, objects, torch, library):
-    """Links against PyTorch's C functions; the file is replaced at once, since a process may have the old one."""
+    """Links a library with PyTorch. It replaces the old file atomically, since a process may have loaded it."""
     flags = ["-shared", *shlex.split(os.environ.get("LDFLAGS", "")), f"-L{torch}/lib", "-ltorch_cpu", "-lc10"]
     new = library.with_suffix(".new")
     run([*command, *objects, *flags, "-o", new])
@@ -99,13 +99,13 @@ def run(command):
 
 
 def nvcc():
-    """The compiler's path, or None."""
+    """The path of nvcc, or None if it is not found."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     return (home and shutil.which("nvcc", path=f"{home}/bin")) or shutil.which("nvcc")
 
 
 def supported_targets():
-    """Those of TARGETS that this nvcc compiles for; prints the others, which an older one does not know."""
+    """Those of TARGETS that this nvcc supports. Prints a warning for the others, which are too new for it."""
     listed = subprocess.run([nvcc(), "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout.split()
     wanted = TARGETS.replace(",", " ").replace(";", " ").split()
     known = [target for target in wanted if f"compute_{re.sub('[^0-9]', '', target)}" in listed]
@@ -127,8 +127,7 @@ def gencode(targets):
 
 
 def cuda(folder, objects):
-    """Builds the CUDA kernels, `_cuda.so` in the folder, or says why not. They are a library of their own: whatever
-    becomes of them, the CPU's are there."""
+    """Builds `_cuda.so`, the CUDA kernels, in the folder, or says why not. Without them, the CPU kernels still work."""
     torch = torch_folder()
     if CUDA == "0" or (CUDA != "1" and (nvcc() is None or not has_cuda(torch))):
         return
@@ -141,12 +140,12 @@ def cuda(folder, objects):
         binding = objects / "bind.o"
         targets = supported_targets()
         named = " ".join(targets)
-        hopper = ["-DTCLR_HOPPER"] if "9.0a" in named else []  # kernels whose instructions no other target has
+        hopper = ["-DTCLR_HOPPER"] if "9.0a" in named else []  # kernels with instructions that only 9.0a has
         for source, kernels in zip(CUDA_SOURCES, made, strict=True):
             run([nvcc(), *NVCC_FLAGS, *hopper, *gencode(targets), "-c", source, "-o", kernels])
         flags = [*BINDING_FLAGS, f'-DTCLR_CUDA_TARGETS="{named}"', f"-I{torch}/include"]
         run([*compiler(), *flags, "-c", SOURCE / "cuda/bind.cpp", "-o", binding])
-        link([nvcc()], [*made, binding], torch, folder / "_cuda.so")  # nvcc adds its own runtime, statically
+        link([nvcc()], [*made, binding], torch, folder / "_cuda.so")  # nvcc links its runtime statically
     except (OSError, subprocess.CalledProcessError) as error:
         message = f"tclr_kernels is built WITHOUT its CUDA kernels: {error}"
         if CUDA == "1":
@@ -155,7 +154,7 @@ def cuda(folder, objects):
 
 
 class Build(build_ext):
-    """Compiles the libraries in the place of a Python extension."""
+    """Builds the libraries where setuptools would build a Python extension."""
 
     def run(self):
         root = ROOT if self.inplace or self.editable_mode else Path(self.build_lib)
@@ -178,19 +177,19 @@ class Wheel(bdist_wheel):
 
 
 def native():
-    """What makes `setup` build the kernels; nothing where there shall be none."""
+    """The arguments with which `setup` builds the kernels; empty if they are not wanted or not supported."""
     if REQUIRE == "0":
         return {}
     if sys.platform != "linux":
         if REQUIRE == "1":
             raise SystemExit(f"error: tclr_kernels has compiled kernels for Linux, not for {sys.platform}; {WITHOUT}")
-        print(f"tclr_kernels has no compiled kernels for {sys.platform}: the reference backend serves", file=sys.stderr)
+        print(f"tclr_kernels has no compiled kernels for {sys.platform}: only `reference` works", file=sys.stderr)
         return {}
     return dict(ext_modules=[Extension("tclr_kernels._cpu", [])], cmdclass=dict(build_ext=Build, bdist_wheel=Wheel))
 
 
 def readme():
-    """The README for a package index, where relative links lead nowhere."""
+    """The README for a package index, with absolute links, since relative ones do not work there."""
     (address,) = re.findall(r'^Source = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
 
     def absolute(match):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PLAIN = torch.Tensor, torch.nn.Parameter  # no subclass, which may do anything
+PLAIN = torch.Tensor, torch.nn.Parameter  # without subclasses, which may redefine any operation
 DTYPES = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
 
@@ -37,7 +37,7 @@ def _alike(dims: str, tensors: Mapping[str, Tensor], empty: bool = False) -> lis
 
 
 def _at_a_glance(dims: Sequence[str], tensors: Sequence[object]) -> bool:
-    """Whether no check can find anything: a small loss takes not much longer than all of them, one by one."""
+    """Whether the tensors pass all checks, found out quickly: all single checks take as long as a small loss."""
     if torch.compiler.is_compiling():
         return False
     shape = dtype = device = None
@@ -97,7 +97,7 @@ def sides(empty: bool = False, /, **tensors: Tensor) -> list[Tensor]:
 
 
 def queued(keys: Tensor, queue: Tensor, empty: bool = False) -> Tensor:
-    """New rows for a queue [size, D]: [..., n, D], of any dtype. empty: as for `embeddings`."""
+    """Checks new rows for a queue [size, D]: they are [..., n, D], of any dtype. empty: as for `embeddings`."""
     _embedding("keys", keys, ["...", "n", "D"], _check_values(), empty)
     _one_device("the queue", queue, "keys", keys)
     if keys.shape[-1] != queue.shape[-1]:
@@ -147,7 +147,7 @@ def keys_of_both(rows: object, columns: object) -> None:
 
 
 def span(name: str, value: object, size: int) -> tuple[int, int]:
-    """(o, n) with 0 <= o, 0 <= n, o + n <= size."""
+    """A range of rows, checked to be (o, n) with 0 <= o, 0 <= n and o + n <= size."""
     wanted = f"two integers (o, n) with 0 <= o, 0 <= n and o + n <= N = {size}"
     if (
         not isinstance(value, Sequence)
@@ -161,8 +161,8 @@ def span(name: str, value: object, size: int) -> tuple[int, int]:
     return o, n
 
 
-def beside(name: str, value: object, rows: Tensor) -> Tensor:
-    """A floating-point tensor [..., n] on the device of the rows [..., n, D]."""
+def one_for_each_row(name: str, value: object, rows: Tensor) -> Tensor:
+    """A tensor, checked to be [..., n], floating-point and on the device of the rows [..., n, D]."""
     wanted = f"a floating-point tensor of shape {list(rows.shape[:-1])}"
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         raise TypeError(f"{name}: found {value!r}, wanted {wanted}")
@@ -199,13 +199,13 @@ def tf32_allowed() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-# The same as torch.compiler.assume_constant_result, which would import the compiler: that takes two seconds. A compiled
-# function keeps the answer, until the old setting changes, which the compiler guards.
+# This attribute does what torch.compiler.assume_constant_result does, whose import takes two seconds: a compiled
+# function keeps the answer. It is compiled again when PyTorch's older setting of the precision changes.
 tf32_allowed._dynamo_marked_constant = True
 
 
-# what os.environ keeps, by the encoded name; asked for a variable that is not there, os.environ itself raises and
-# catches an error, which takes as long as all checks of an input
+# The dict inside os.environ, whose keys are encoded names. For a variable that is not set, os.environ itself raises and
+# catches an error, which takes as long as all checks of an input.
 _VARIABLES = getattr(os.environ, "_data", None) if os.name == "posix" else None
 
 

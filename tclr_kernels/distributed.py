@@ -1,4 +1,5 @@
-"""The loss of a batch that is spread over processes (ranks): the same bits on every rank, the gradient of one process.
+"""Losses of a batch that is spread over processes (ranks), with the same bits on every rank, and the gradient that a
+single process with the whole batch would get.
 
 The whole batch is the concatenation of the ranks' shares. Rank r has its rows o_r .. o_r + n_r. In the forward pass,
 the rows are gathered once; each rank compares its own anchors with the rows of all ranks, and the results (a few
@@ -37,8 +38,8 @@ T = TypeVar("T")
 class Further(NamedTuple):
     """Further negatives: [K, D] or [..., K, D].
 
-    everywhere: whether every process has the same ones, as those of a queue.
-    sent_as: the dtype in which they are sent, if it is not that of the rows.
+    everywhere: whether all processes have the same ones, as in a queue, so that they need not be sent.
+    sent_as: the dtype in which they are sent, if it is not that of `rows`.
     """
 
     rows: Tensor
@@ -47,7 +48,7 @@ class Further(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What a rank tells the others about its call, as integers."""
+    """What a rank tells the others about its call. Everything is an integer, so that one tensor holds it."""
 
     failed: int = 0
     rows: int = 0
@@ -77,14 +78,14 @@ READABLE = "width", "sets", "dtype"  # errors show their values; the other facts
 class Process:
     """This rank's part in one call of a loss. `shares`, the rows of each rank, are known after `agree`."""
 
-    name: str  # of the group
+    name: str  # the name of the group
     rank: int
     size: int
     devices: list[str]
-    promised: Shares
+    promised: Shares  # the argument `shares`
     exchanges: bool  # whether the ranks compare their facts
-    agreed: bool
-    dtype: torch.dtype  # of the rows, which are sent in it
+    agreed: bool  # whether `agree` was called
+    dtype: torch.dtype  # the dtype of the rows, in which they are sent
     shares: list[int]
     negatives: list[list[int]]  # the number on each rank, for the first and the second tensor of negatives
     call: tuple[str, dict[str, object]]  # the loss and its arguments, until the ranks have agreed
@@ -111,7 +112,7 @@ class Process:
         return sum(self.shares)
 
     def begin(self, name: str, arguments: dict[str, object]) -> None:
-        """Keeps the arguments of the call, and checks those that depend on nothing else."""
+        """Stores the arguments of the call, and checks those that can be checked alone."""
         self.call = name, arguments
         for argument, value in arguments.items():
             if any(map(_is_dtensor, _tensors(value))):
@@ -190,7 +191,7 @@ class Process:
             found = [getattr(facts, field) for facts in table]
             if len(set(found)) > 1:
                 found = [str(checks.DTYPES[k]) for k in found] if field == "dtype" else found
-                values = f": found {found}, wanted one value" if field in READABLE else ", wanted it alike on all"
+                values = f": found {found}, wanted one value" if field in READABLE else ", wanted the same on all"
                 raise ValueError(f"group: ranks differ in {name}{values}")
         for field in ("negatives", "negatives_of_b") if self.promised is not None else ():
             found = [getattr(facts, field) for facts in table]
@@ -206,7 +207,7 @@ class Process:
         """The tensors of all ranks, concatenated along a dimension, in which rank r has counts[r] entries."""
         largest = max(*counts, 1)
         x = x.movedim(dim, 0)
-        if len(x) < largest:  # pads also an empty tensor, on which gloo would abort
+        if len(x) < largest:  # also if it is empty, since gloo would abort
             x = torch.cat([x, x.new_zeros(largest - len(x), *x.shape[1:])])
         together = self.all_gather(x)
         if min(counts) == largest:
@@ -220,7 +221,7 @@ class Process:
 
 
 def collective(function: Callable[P, T]) -> Callable[P, T]:
-    """Decorator of a loss with the arguments `group` and `shares`. In its body, `group` is this rank's Process or None.
+    """Decorates a loss with the arguments `group` and `shares`. In its body, `group` is this rank's Process or None.
 
     If this rank raises an error before the ranks have agreed, the others are told and raise one too.
     """
@@ -252,7 +253,7 @@ def _untraced(call: Callable[..., T], arguments: tuple[Any, ...], settings: dict
     return torch.compiler.disable(call)(*arguments, **settings)
 
 
-# the same as torch.compiler.disable, which would import the compiler: that takes two seconds
+# These attributes do what torch.compiler.disable does, whose import takes two seconds.
 _untraced._torchdynamo_disable = True
 _untraced._torchdynamo_disable_msg = "without `shares` the ranks tell each other on the host how many rows they have"
 
@@ -288,7 +289,7 @@ def _process(group: Group, shares: Shares) -> Process | None:
 
 
 def _devices(name: str) -> list[str]:
-    """The types of the devices whose tensors a group can send."""
+    """The device types whose tensors a group can send."""
     return [device.type for device in dist.distributed_c10d._resolve_process_group(name)._device_types]
 
 
@@ -296,7 +297,7 @@ _devices._dynamo_marked_constant = True  # see `checks.tf32_allowed`
 
 
 def _is_dtensor(x: Tensor) -> bool:
-    module = sys.modules.get("torch.distributed.tensor")  # slow to import; if there is a DTensor, it is imported
+    module = sys.modules.get("torch.distributed.tensor")  # slow to import, but imported if x is a DTensor
     return module is not None and isinstance(x, module.DTensor)
 
 
@@ -317,7 +318,7 @@ def _digest(*values: object) -> int:
 def _plain(value: object) -> object:
     """The part of an argument that must be equal on all ranks, in a form with a reproducible repr."""
     if isinstance(value, torch.Tensor):
-        return "a tensor", value.dim()  # its dimensions tell negatives of all groups from those of each
+        return "a tensor", value.dim()  # the number of dimensions tells shared negatives from those of each group
     if isinstance(value, nn.Module):  # a queue
         return [list(x.shape) for x in value.buffers()]
     if isinstance(value, Mapping):

@@ -197,7 +197,7 @@ def pair_sum(
     if row_keys is None:
         raise TypeError("row_keys: found None, wanted a tensor of integers [n] or [..., n]")
     call = _call(rows, columns, temperature, normalize, row_keys, column_keys, backend)
-    negatives = checks.beside("negatives", negatives, rows)
+    negatives = checks.one_for_each_row("negatives", negatives, rows)
     wide = negatives.to(torch.promote_types(negatives.dtype, general.wide_dtype(call.settings.name, rows)))
     wide = wide.reshape(len(call.columns[0]), 1, 1, -1)
     sums = general.pairs(call.settings, call.tau, call.keys, wide, call.rows, call.columns)

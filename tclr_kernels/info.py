@@ -41,10 +41,10 @@ def devices() -> list[str]:
     return ["cpu"] if accelerator is None else ["cpu", accelerator.type]
 
 
-def serves(shape: Sequence[int], device: str, dtype: str) -> str:
+def default_for(shape: Sequence[int], device: str, dtype: str) -> str:
     """A line that says which backend is the default for a shape (G, V, N, D)."""
     G, V, N, D = shape
-    torch.empty(0, device=device)  # raises where there is no such device
+    torch.empty(0, device=device)  # raises an error if there is no such device
     name = backends.choose(None, torch.device(device), G * V * N, D, getattr(torch, dtype))
     wide = torch.float64 if dtype == "float64" else torch.float32
     gram = G * (V * N) ** 2 * wide.itemsize / 2**20
@@ -57,7 +57,7 @@ def untested() -> str | None:
     if version <= NEWEST_TESTED:
         return None
     newest = ".".join(map(str, NEWEST_TESTED))
-    return f"torch {torch.__version__} is newer than the newest tested, {newest}; the self-test shows whether it works"
+    return f"torch {torch.__version__} is newer than {newest}, the newest tested; run the self-test to see if it works"
 
 
 def lines(facts: dict[str, Any] | None) -> Iterator[tuple[str, str]]:
@@ -97,8 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         for name, value in lines(build_facts()):
             print(f"{name:<22}{value}")
-        print(f"{'default for --shape':<22}{serves(options.shape, options.device, options.dtype)}")
-    # there is no such device, or an environment variable names a backend that cannot run
+        print(f"{'default for --shape':<22}{default_for(options.shape, options.device, options.dtype)}")
+    # such as an unknown device, or an environment variable that names a backend that cannot run
     except (AssertionError, RuntimeError, ValueError) as error:
         parser.exit(1, f"error: {error}\n")
 

@@ -21,7 +21,7 @@ from .info import devices
 
 
 def _halves(z: Tensor) -> Tensor:
-    """Labels, each of two rows."""
+    """Labels that two rows each have: 0, 0, 1, 1, ..."""
     return torch.arange(len(z), device=z.device) // 2
 
 
@@ -35,7 +35,7 @@ LOSSES: dict[str, tuple[Callable[..., Tensor], Callable[[int, int], Shapes]]] = 
         lambda q, k, n, **s: tk.info_nce(q, k, negatives=n, in_batch=False, **s),
         lambda B, D: [(B, D), (B, D), (2 * B + 1, D)],
     ),
-    "nt_xent further": (
+    "nt_xent with labels and negatives": (
         lambda a, b, n, **s: tk.nt_xent(a, b, labels=_halves(a), negatives=n, **s),
         lambda B, D: [(B, D), (B, D), (2 * B + 1, D)],
     ),
@@ -49,7 +49,7 @@ LOSSES: dict[str, tuple[Callable[..., Tensor], Callable[[int, int], Shapes]]] = 
         lambda B, D: [(2, B, D), (2, B, 4, D), (2, B, 4, D)],
     ),
 }
-SIZES = (2, 1), (3, 16), (17, 33), (257, 64)  # one tile, ragged tiles, many tiles
+SIZES = (2, 1), (3, 16), (17, 33), (257, 64)  # (B, D): within a tile, several tiles, tiles that are not full
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 
 
@@ -74,14 +74,14 @@ def raises(
         function(*args, **kwargs)
     except kinds as error:
         missing = [word for word in words if word not in str(error)]
-        expect(not missing, f"the error does not name {missing}: {error}")
+        expect(not missing, f"the error message does not contain {missing}: {error}")
     else:
-        raise Failed(f"expected an error that names {words}, got none")
+        raise Failed(f"expected an error whose message contains {words}, got none")
 
 
 @contextlib.contextmanager
 def environment(name: str, value: str) -> Iterator[None]:
-    """Sets an environment variable for a while."""
+    """Sets an environment variable within a `with` block."""
     before = os.environ.get(name)
     os.environ[name] = value
     try:
@@ -126,7 +126,7 @@ def compare(name: str, inputs: Sequence[Tensor], settings: dict[str, Any], backe
 
 
 def parity(dtype: torch.dtype, backend: str, device: str) -> None:
-    """Every loss, at sizes that fill a tile, do not fill it, and need many; at high and low temperatures."""
+    """Every loss agrees with the reference at small and large sizes, and nt_xent at high and low temperatures."""
     for name, (B, D) in itertools.product(LOSSES, SIZES):
         shapes = LOSSES[name][1](B if B < 100 or name in ("nt_xent", "clip_loss") else 40, D)
         compare(name, views(shapes, dtype, device), {}, backend)
@@ -136,13 +136,13 @@ def parity(dtype: torch.dtype, backend: str, device: str) -> None:
 
 
 def gradcheck(backend: str, device: str) -> None:
-    """The gradients of the inputs and of the temperature, against finite differences."""
+    """The gradients of the inputs and of the temperature equal finite differences."""
     for name, (function, shapes) in LOSSES.items():
         inputs = [x.requires_grad_() for x in views(shapes(3, 5), torch.float64, device)]
         tau = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
         call = functools.partial(_with_temperature, function, backend)
         holds = torch.autograd.gradcheck(call, (tau, *inputs), raise_exception=False, fast_mode=True)
-        expect(holds, f"{name}: gradcheck")
+        expect(holds, f"{name}: the gradients differ from finite differences")
 
 
 def _with_temperature(function: Callable[..., Tensor], backend: str, tau: Tensor, *inputs: Tensor) -> Tensor:
@@ -238,7 +238,7 @@ def misuse(backend: str, device: str) -> None:
 
 
 def deterministic(backend: str, device: str) -> None:
-    """The same bits on every run; on the CPU with any number of threads."""
+    """Every run gives the same bits, and on the CPU any number of threads does."""
     inputs = views([(300, 64)] * 2, torch.float32, device)
     threads = torch.get_num_threads()
     first = run(tk.nt_xent, inputs, backend=backend)
@@ -247,7 +247,7 @@ def deterministic(backend: str, device: str) -> None:
             torch.set_num_threads(count)
             again = run(tk.nt_xent, inputs, backend=backend)
             same = torch.equal(first[0], again[0]) and all(map(torch.equal, first[1], again[1]))
-            expect(same or (backend == "reference" and count != threads), f"other bits with {count} threads")
+            expect(same or (backend == "reference" and count != threads), f"the bits differ with {count} threads")
     finally:
         torch.set_num_threads(threads)
 
@@ -257,7 +257,8 @@ def second_derivative(backend: str, device: str) -> None:
     a, b = (x.requires_grad_() for x in views([(4, 3)] * 2, torch.float64, device))
     call = functools.partial(tk.nt_xent, temperature=0.5, backend=backend)
     if backend == "reference":
-        expect(torch.autograd.gradgradcheck(call, (a, b), raise_exception=False, fast_mode=True), "gradgradcheck")
+        message = "the second derivatives differ from finite differences"
+        expect(torch.autograd.gradgradcheck(call, (a, b), raise_exception=False, fast_mode=True), message)
         return
     (grad,) = torch.autograd.grad(call(a, b), a, create_graph=True)
     raises(RuntimeError, ["reference"], grad.sum().backward)
@@ -285,15 +286,15 @@ def outcome(check: Check, backend: str, device: str) -> str | None:
         check(backend, device)
     except Failed as failed:
         return str(failed)
-    except Exception as error:  # the other checks still run
+    except Exception as error:  # one failing check must not stop the others
         return f"{type(error).__name__}: {error}"
     return None
 
 
-def columns(wanted: Iterable[str]) -> tuple[list[tuple[str, str]], list[str], list[str]]:
-    """The (device, backend) pairs to check; those that cannot be; and those that should. wanted: device names
+def targets(wanted: Iterable[str]) -> tuple[list[tuple[str, str]], list[str], list[str]]:
+    """The (device, backend) pairs to check on these devices, and lines about the backends that cannot run there.
 
-    Both of the latter as lines of text, with the reason.
+    Of these lines, the second list is about backends that this installation should have.
     """
     usable, unusable, absent = [], [], []
     for device in wanted:
@@ -340,14 +341,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     start = time.monotonic()
-    usable, unusable, absent = columns(options.device or [d for d in devices() if d in ("cpu", "cuda")])
+    usable, unusable, absent = targets(options.device or [d for d in devices() if d in ("cpu", "cuda")])
     failures = table(usable)
     for line in unusable:
         print(f"not checked: {line}")
     for line in absent:
         print(colour(f"missing: {line}", 33 if options.allow_reference else 31))
     if absent and not options.allow_reference:
-        failures.append("kernels that belong here are missing (--allow-reference: no failure)")
+        failures.append("kernels that should be installed are missing (--allow-reference accepts this)")
     for line in failures:
         print(colour(line, 31))
     verdict = f"{len(failures)} failed" if failures else "all good"

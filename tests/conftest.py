@@ -1,7 +1,8 @@
-"""Fixtures. A test with the argument `backend` runs for each backend of the CPU; with `kernels`, not for the reference.
+"""Fixtures. A test with the argument `backend` runs on each backend that works on the CPU, and a test with the argument
+`kernels` on all of them but the reference.
 
 TRITON_INTERPRET=1 runs only the tests of the Triton backend, at small sizes, in Triton's interpreter.
-TCLR_KERNELS_TEST_CUDA=1 adds the CUDA kernels, run on the CPU, as a backend and makes it the default.
+TCLR_KERNELS_TEST_CUDA=1 adds a backend that runs the CUDA kernels on the CPU, and makes it the default.
 """
 
 import collections
@@ -16,8 +17,8 @@ import torch
 import tclr_kernels as tk
 from tclr_kernels import backends
 
-os.environ["TCLR_INDEX"] = tempfile.mkdtemp(prefix="tclr-index-")  # leaves the user's own cache alone
-torch.set_num_threads(1)  # most sizes here are small; special tests use more threads
+os.environ["TCLR_INDEX"] = tempfile.mkdtemp(prefix="tclr-index-")  # so that tests do not use the user's cache
+torch.set_num_threads(1)  # most problems are small; tests of threads use more
 if os.environ.get("TCLR_KERNELS_TEST_CUDA") == "1":
     from . import cuda
 
@@ -27,9 +28,10 @@ if os.environ.get("TCLR_KERNELS_TEST_CUDA") == "1":
 BACKENDS = tk.available_backends("cpu")
 USABLE = [name for name, reason in BACKENDS.items() if reason is None]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# not interpreted: too many operations of 50-100 us each (test_triton.py has them with smaller tiles), or CPU threads
+# Triton's interpreter skips these: they take too many operations of 50-100 us (test_triton.py tests them with smaller
+# tiles), or test the threads of the CPU.
 TOO_LONG = "many blocks, narrow", "finite_differences", "test_bits_do_not_depend_on_threads", "own_thread_counts"
-WRONG_THERE = ("dtype6-1e-38",)  # denormal bfloat16 numbers, of which the interpreter loses bits
+WRONG_THERE = ("dtype6-1e-38",)  # denormal bfloat16 numbers, which the interpreter computes less exactly
 if INTERPRETED and BACKENDS["triton"] is None:
     from .interpreted import repair
 
@@ -45,7 +47,7 @@ def pytest_addoption(parser):
 
 
 def rotation_of(config):
-    """The number of the sample of a large set of cases: another one after each commit, so that in time all are run."""
+    """The number of the sample of cases that runs. It differs after each commit, so that all cases run over time."""
     if (given := config.getoption("rotation")) is not None:
         return given
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
@@ -137,7 +139,7 @@ def native():
     return usable("native")
 
 
-SECONDS = collections.Counter()  # by file
+SECONDS = collections.Counter()  # test file -> seconds
 
 
 def pytest_runtest_logreport(report):

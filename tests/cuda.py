@@ -1,7 +1,7 @@
-"""The CUDA kernels' own source, compiled for the host and run there block after block, as a backend on CPU tensors.
+"""Compiles the source of the CUDA kernels for the CPU, where it runs block after block, and makes it a backend.
 
-Its operators come through the same binding as on a GPU. Run as a program with the path of such a library, it checks it
-against the reference: a sanitizer needs a process that is started with its runtime.
+Its operators use the same binding as on a GPU. As a program, with the path of such a library, it compares the library
+with the reference. Sanitizers need this, since their runtime must be loaded when a process starts.
 """
 
 import ctypes
@@ -25,11 +25,11 @@ from . import kernels
 from .kernels import CSRC
 
 TORCH = Path(torch.__file__).parent
-# the least PyTorch that the binding shall load into; as in setup.py
+# TORCH_TARGET_VERSION is the oldest supported PyTorch, as in setup.py
 FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-DTCLR_HOST_EXECUTOR", "-DTCLR_HOPPER"]
 FLAGS += ["-DTORCH_TARGET_VERSION=0x020b000000000000ULL", f"-I{TORCH}/include"]
 
-# [G, V, N, D], each a regime of the blocks
+# [G, V, N, D], for each way in which rows are divided into blocks
 SHAPES = {
     "one row": (2, 2, 1, 3),
     "small groups": (3, 4, 4, 33),
@@ -39,7 +39,7 @@ SHAPES = {
     "more lanes than a warp's": (1, 34, 2, 4),
     "as many rows as tensor cores take": (1, 2, 70, 5),
 }
-# ... and of those on tensor cores, of 64 rows and more
+# the same for the kernels on tensor cores, which take 64 rows and more
 ON_TENSOR_CORES = {
     "two blocks a set, ragged": (1, 2, 70, 72),
     "a part of several sets": (1, 24, 64, 8),
@@ -49,7 +49,7 @@ ON_TENSOR_CORES = {
 
 
 class OnHopper(NamedTuple):
-    """A problem [G, V, N, D] on a Hopper of so few multiprocessors; in_memory: the temperature is a tensor."""
+    """A problem [G, V, N, D] for a Hopper GPU with `processors` multiprocessors. in_memory: tau is a tensor."""
 
     G: int
     V: int
@@ -75,8 +75,9 @@ ON_HOPPER = {
 class Case(NamedTuple):
     """A rectangle of A sets of n rows and C sets of K columns.
 
-    first: the rows' place among the columns, -1 for none; the rows are the columns where n = K there. classes: of the
-    keys, 0 for none. share: the rows get their gradient from the coefficients of all columns as anchors too.
+    first: the place of the rows among the columns, or -1 if they are no columns. With n = K, all columns are rows.
+    classes: the number of labels, 0 for none. share: the rows also get the gradient that they have as candidates of all
+    columns. pairs: whether `pair_sum` is tested instead.
     """
 
     G: int
@@ -119,13 +120,13 @@ OBJECTIVES = {"one video": (1, 3, 5), "one clip": (4, 1, 5), "ragged": (7, 3, 33
 WEIGHTS = None, dict(ic_local=0, ll=0.5, gl=2)
 
 
-UNITS = "bind.cpp", "kernels.cu", "rectangle.cu"  # what is compiled by itself
+UNITS = "bind.cpp", "kernels.cu", "rectangle.cu"  # the translation units
 
 
 def build(folder, flags=("-O2",), replace=(), built=None):
-    """The library, built in `folder`; replace: pairs of a text, which must occur in the kernels, and another for it.
+    """Builds the library in `folder`. replace: pairs (old, new) of texts; `old` must occur in the kernels.
 
-    built: the folder of another build, whose objects serve where nothing is replaced.
+    built: the folder of another build, whose object files are used where nothing is replaced.
     """
     source = folder / "csrc"
     shutil.copytree(CSRC, source, dirs_exist_ok=True)
@@ -150,7 +151,7 @@ def build(folder, flags=("-O2",), replace=(), built=None):
 
 
 def included(file):
-    """The names of a source and of what it includes of its folder."""
+    """The names of a source file and of all files of its folder that it includes."""
     names = re.findall(r'#include "([\w.]+)"', file.read_text())
     return {file.name}.union(*(included(file.parent / name) for name in names))
 
@@ -161,9 +162,10 @@ def _run(command):
 
 
 class Host:
-    """A backend of one such library.
+    """A backend that calls one such library.
 
-    executor: `launches()`, `run_downwards(bool)`, `be_hopper(processors)`, of so few multiprocessors or, of 0, none.
+    executor: the library's functions for tests. launches() is the number of launches so far, run_downwards(bool) sets
+    the order of threads, and be_hopper(processors) simulates a Hopper GPU with so many multiprocessors, or none with 0.
     """
 
     loaded = 0
@@ -218,7 +220,7 @@ def deviations(host, dtypes=(torch.float64, torch.float32)):
         SHAPES.items(), dtypes, (False, True), ((True, 0.5), (True, 0.01), (False, 1.0))
     ):
         if V > 32 and (cross or tau < 1):
-            continue  # a thousand blocks, for one loop's sake
+            continue  # it has a thousand blocks, so that one case is enough
         sets = [torch.randn(G, N, D, generator=generator, dtype=torch.float64).to(dtype) for _ in range(V)]
         tolerance = 1e-11 if dtype == torch.float64 else 5e-5 * max(1, 0.1 / tau)
         if kernels._deviation(host, sets, tau, normalize, cross, generator) > tolerance:
@@ -226,7 +228,7 @@ def deviations(host, dtypes=(torch.float64, torch.float32)):
 
 
 def deviations_on_tensor_cores(host):
-    """The same for the kernels on tensor cores; threads run upwards in half of the cases, downwards in the others."""
+    """As `deviations`, for the kernels on tensor cores. In half of the cases, threads run in reverse order."""
     generator = torch.Generator().manual_seed(0)
     for (name, (G, V, N, D)), (dtype, rounded), cross, (normalize, tau) in product(
         ON_TENSOR_CORES.items(),
@@ -235,7 +237,7 @@ def deviations_on_tensor_cores(host):
         ((True, 0.02), (False, 1.0)),
     ):
         if (normalize or dtype == torch.bfloat16) and (V > 2 or N == 128):
-            continue  # for one loop's sake
+            continue  # these are slow, so that fewer cases must do
         sets = [torch.randn(G, N, D, generator=generator, dtype=torch.float64).to(dtype) for _ in range(V)]
         tolerance = 1e-5 if dtype.itemsize == 2 and not normalize else rounded
         host.executor.run_downwards(cross)
@@ -246,7 +248,7 @@ def deviations_on_tensor_cores(host):
 
 
 def deviations_on_hopper(host):
-    """The same for Hopper's own kernels, or what ended their launch."""
+    """As `deviations`, for the kernels for Hopper. An error that ends a launch is a deviation, too."""
     generator = torch.Generator().manual_seed(0)
     for k, (name, case) in enumerate(ON_HOPPER.items()):
         shape = case.G, case.N, case.D
@@ -265,7 +267,7 @@ def deviations_on_hopper(host):
 
 
 def rectangle_deviations(host, dtypes=(torch.float64, torch.float32)):
-    """As `deviations`, of the rectangles."""
+    """As `deviations`, for rectangles."""
     for (name, case), dtype, (normalize, tau) in product(
         RECTANGLES.items(), dtypes, ((True, 0.5), (True, 0.01), (False, 1.0))
     ):
@@ -275,7 +277,7 @@ def rectangle_deviations(host, dtypes=(torch.float64, torch.float32)):
 
 
 def rectangle_deviations_on_tensor_cores(host):
-    """As `deviations_on_tensor_cores`, of the rectangles."""
+    """As `deviations_on_tensor_cores`, for rectangles."""
     for k, ((name, case), (dtype, rounded), (normalize, tau)) in enumerate(
         product(
             RECTANGLES_ON_TENSOR_CORES.items(),
@@ -284,7 +286,7 @@ def rectangle_deviations_on_tensor_cores(host):
         )
     ):
         if (normalize or dtype == torch.bfloat16) and case.G * case.A * case.n * case.K > 10000:
-            continue  # for one loop's sake
+            continue  # these are slow, so that fewer cases must do
         tolerance = 1e-5 if dtype.itemsize == 2 and not normalize else rounded
         host.executor.run_downwards(k % 2 == 0)
         with unittest.mock.patch.object(native, "tf32_allowed", lambda: True):
@@ -294,7 +296,7 @@ def rectangle_deviations_on_tensor_cores(host):
 
 
 def rectangle_inputs(case, dtype, normalize):
-    """The sets of both sides, and the keys; as `general.py` has them."""
+    """The rows, the columns and the keys of a case, as `general.rectangle` takes them."""
     generator = torch.Generator().manual_seed(0)
     length = 1 if normalize else 2 * case.D**-0.25
     centre = torch.randn(1, 1, case.D, generator=generator)
@@ -310,14 +312,14 @@ def rectangle_inputs(case, dtype, normalize):
 
 
 def rectangle_results(name, case, inputs, normalize, tau):
-    """What a backend makes of a case's inputs: outputs and gradients; of a share, its gradient alone."""
+    """The outputs and gradients of a case on a backend. For a case with `share`, it is the gradient alone."""
     settings = general.Settings(name, normalize, case.cross, case.first)
     rows, columns, keys = inputs
     return (_share if case.share else _outputs)(settings, tau, keys, rows, columns, case.pairs)
 
 
 def _rectangle_deviation(host, case, dtype, normalize, tau):
-    """The largest error of these results."""
+    """The largest error of the results of a case."""
     rows, columns, keys = rectangle_inputs(case, dtype, normalize)
     exact = [x.double() for x in rows], [x.double() for x in columns], keys
     with unittest.mock.patch.dict(backends.BACKENDS, host=host):
@@ -333,7 +335,7 @@ def _upstream(outputs):
 
 
 def _outputs(settings, tau, keys, rows, columns, pairs):
-    """The outputs, and the gradients of all of them: of both sides, and once more of the rows alone."""
+    """The outputs, the gradients of both sides, and again those of the rows, computed without those of the columns."""
     outputs, gradients = [], []
     for alone in (False, True) if rows else (False,):
         wanted = [torch.tensor(tau, dtype=torch.float64), *rows, *([] if alone else columns)]
@@ -349,7 +351,7 @@ def _outputs(settings, tau, keys, rows, columns, pairs):
         size = sum(
             (x.norm(dim=-1) * d.norm(dim=-1)).sum() for x, d in zip(wanted[1:], d_sets, strict=True) if x.dim() == 3
         )
-        gradients += [d_tau * tau / size, *d_sets]  # that of tau relative to what it is added from
+        gradients += [d_tau * tau / size, *d_sets]  # tau's gradient is compared relative to its summands
     return [x.detach() for x in (*outputs, *gradients)]
 
 

@@ -1,7 +1,7 @@
-"""Small videos whose frame i shows the number i, in every container, codec and order of frames at hand.
+"""Writes small videos whose frame i shows the number i, in many containers and codecs, with and without B-frames.
 
-A frame is 4 x 4 cells, dark or light: the binary digits of its number. The `ffmpeg` program writes most of the matrix;
-what PyAV can write is written by PyAV, so that it is there without the program.
+A frame has 4 x 4 cells, which are dark or light: the binary digits of its number. The `ffmpeg` program writes most of
+the films. PyAV writes those that it can, so that they can be tested without the program.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ FFMPEG = shutil.which("ffmpeg")
 SIDE, FRAMES = 64, 70
 GOPS = ("short", "long", "open", "refresh")
 MPEG = "-q:v 3 -sc_threshold 1000000000"
-CODECS = {  # codec -> encoder, its options, and those of each kind of key frames it has
+CODECS = {  # codec -> (encoder, its options, its options for each placement of key frames)
     "mpeg4": ("mpeg4", "-q:v 3", dict(short="-g 10", long="-g 300", open="-g 12")),
     "xvid": ("libxvid", "-q:v 3", dict(short="-g 10", long="-g 300")),
     "h264": (
@@ -65,7 +65,7 @@ TURNS = 0, 90, 180, 270
 
 @dataclass(frozen=True)
 class Film:
-    """One cell of the matrix. start: "late" by 3 s, or "cut" by -ss 1 -c copy out of a longer film."""
+    """A combination of properties. start: "late" by 3 s, or "cut" out of a longer film by `-ss 0.9 -c copy`."""
 
     container: str
     codec: str
@@ -81,12 +81,12 @@ class Film:
 
     @property
     def alike_in_all_versions(self):
-        """Older programs show what an edit list hides of AV1, and hide too much of packed B-frames."""
+        """Whether all versions of ffmpeg agree. Old ones show hidden frames of AV1, and hide some packed B-frames."""
         return self.start != "cut" or self.codec not in ("av1", "xvid")
 
     @property
     def impossible(self):
-        """B-frames that the encoder does not write, or a cut in a stream that has no key frame to cut at."""
+        """Whether the encoder writes no such B-frames, or there is no key frame at which to cut."""
         if self.b_frames and (self.codec in ("vp9", "av1") or self.gop == "refresh"):
             return True
         one_key_frame = self.gop == "long" or (self.codec, self.gop) == ("hevc", "refresh")
@@ -120,8 +120,8 @@ def numbers(frames):
 
 @contextlib.contextmanager
 def kept_scheduling():
-    """SVT-AV1, run by root, makes the thread that calls it a real-time one. Its child processes would be so too, and
-    then nothing else would run while they compute."""
+    """Restores the scheduling policy: run by root, SVT-AV1 gives the calling thread a real-time policy. Child processes
+    would inherit it, and nothing else would run while they compute."""
     policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
     try:
         yield
@@ -145,7 +145,7 @@ def write(path, frames=20, codec="mpeg4", options=None, side=32, first=0):
 
 
 def copied(source, path, times=lambda pts, dts: (pts, dts)):
-    """Copies packets, as `ffmpeg -c copy` does, with other stamps, in ticks of a thousandth of a frame."""
+    """Copies packets, as `ffmpeg -c copy` does, with changed timestamps, in thousandths of a frame."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(source)) as given, av.open(str(path), "w") as container:
         stream = container.add_stream_from_template(given.streams.video[0])
@@ -160,7 +160,7 @@ def copied(source, path, times=lambda pts, dts: (pts, dts)):
 
 
 def sequential(path):
-    """Every frame by PyAV in its own order, as it is stored: uint8 [F, 3, H, W]"""
+    """All frames as PyAV decodes them from the beginning, neither rotated nor resized: uint8 [F, 3, H, W]"""
     with av.open(str(path)) as container:
         container.streams.video[0].thread_count = 1
         frames = [frame.to_ndarray(format="rgb24", threads=1) for frame in container.decode(video=0)]
@@ -177,7 +177,7 @@ def windows(path, total, count, seed=0):
 
 
 def shoot(film, folder):
-    """Writes a film by the ffmpeg program, unless it is there."""
+    """Writes a film with the ffmpeg program, unless the file exists."""
     path = Path(folder) / film.name
     if path.exists():
         return path
@@ -189,7 +189,7 @@ def shoot(film, folder):
     late = "-output_ts_offset 3" if film.start == "late" else ""
     form = "-f vob" if film.container == "mpg" and film.codec != "mpeg1" else ""
     plain = replace(film, start="none", turn=0)
-    if film.codec == "xvid":  # libxvid packs B-frames into AVI; other containers hold copies of that
+    if film.codec == "xvid":  # libxvid only writes packed B-frames to AVI, so other containers get copies of that file
         plain = replace(plain, container="avi")
     if film == plain:
         return run(f"{raw} {options} {form}", path, pictures(FRAMES).tobytes())
@@ -210,7 +210,7 @@ def run(arguments, path, given=None):
 
 
 def oracle(path):
-    """What the program shows of a file, from end to end: uint8 [F, 3, H, W]"""
+    """All frames that the ffmpeg program decodes from a file: uint8 [F, 3, H, W]"""
     done = subprocess.run(
         [FFMPEG, "-v", "error", "-i", str(path), "-map", "0:v:0", "-fps_mode", "passthrough",
          "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "-"], capture_output=True, check=False,

@@ -1,8 +1,8 @@
-"""The general operation on random inputs of every kind: python -m tests.fuzz_general --count 3000 --backend native
+"""The general operation on random inputs: python -m tests.fuzz_general --count 3000 --backend native
 
-NT-Xent of labelled rows with extra negatives, made by as many ranks as chance has it: 2 to 16 rows of two views in
-shares, labels of some classes or none, 0 to 40 extra columns, and for half of the inputs each row's spread over its
-class. Widths, dtypes, temperatures, scales and what it takes to survive are those of `fuzz.py`.
+NT-Xent of 2 to 16 rows of two views, divided into a random number of ranges as over ranks, with labels or without, and
+with 0 to 40 extra columns as negatives. Half of the losses also add each row's spread over its class. Widths, dtypes,
+temperatures, scales and tolerances are those of `fuzz.py`.
 """
 
 import random
@@ -35,7 +35,7 @@ class Draw(NamedTuple):
         return keys if self.classes else None
 
     def loss(self, a, b, *columns, backend):
-        """The mean term, and the mean spread; float64."""
+        """The mean term plus the mean spread, if the case has one, in float64."""
         sets, keys, tau = [a[None], b[None]], self.keys(), self.rows.tau
         parts, o = [], 0
         for n in self.shares:
@@ -64,11 +64,5 @@ def draw(seed):
     return Draw(rows, shares, classes, extra, choose.random() < 0.5)
 
 
-def survives(case, backend):
-    inputs = case.inputs()
-    exact = oracle.run(case.loss, [x.double() for x in inputs], backend="reference")
-    return fuzz.near(oracle.run(case.loss, inputs, backend=backend), exact, inputs, case.rows)
-
-
 if __name__ == "__main__":
-    sys.exit(fuzz.main(__doc__, draw, survives))
+    sys.exit(fuzz.main(__doc__, draw))

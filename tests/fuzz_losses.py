@@ -1,8 +1,8 @@
-"""The losses on random inputs of every kind: python -m tests.fuzz_losses --count 3000 --backend native
+"""The losses on random inputs: python -m tests.fuzz_losses --count 3000 --backend native
 
-One of the losses of `CALLS` each time, with labels of some classes or none, 0 to 40 further negatives that may take a
-gradient, with and without the positive. Sizes, dtypes, temperatures, scales and what it takes to survive are those of
-`fuzz.py`; the judge is the reference backend in float64.
+Each input goes to a random loss of `CALLS`, with labels or without, with 0 to 40 further negatives, which may require a
+gradient, and decoupled or not. Sizes, dtypes, temperatures, scales and tolerances are those of `fuzz.py`. Results are
+compared with the reference backend in float64.
 """
 
 import random
@@ -67,11 +67,5 @@ def draw(seed):
     return Draw(rows, name, classes, extra, choose.random() < 0.5, choose.random() < 0.3)
 
 
-def survives(case, backend):
-    inputs = case.inputs()
-    exact = oracle.run(case.loss, [x.double() for x in inputs], backend="reference")
-    return fuzz.near(oracle.run(case.loss, inputs, backend=backend), exact, inputs, case.rows)
-
-
 if __name__ == "__main__":
-    sys.exit(fuzz.main(__doc__, draw, survives))
+    sys.exit(fuzz.main(__doc__, draw))

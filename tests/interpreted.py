@@ -1,4 +1,4 @@
-"""Triton's interpreter, in half the time and with a GPU's order of additions."""
+"""Patches Triton's interpreter, so that it takes half the time and adds in the order of a GPU."""
 
 import numpy as np
 import triton.language as tl
@@ -11,8 +11,8 @@ def repair():
 
 
 def patch_once_a_launch():
-    """It patches triton.language, 2 ms, at every call of a device function; nothing undoes that before the launch ends,
-    so once a launch is enough."""
+    """The interpreter patches triton.language at every call of a device function, which takes 2 ms. The patch lasts
+    until the launch ends, so patching once per launch is enough."""
     patch, patched = interpreter._patch_lang, set()
 
     def once(fn):
@@ -34,8 +34,8 @@ def patch_once_a_launch():
 
 
 def add_in_order():
-    """float32 products, a feature at a time, as a GPU adds them: <x, y> and <y, x> are the same bits, in the backward
-    as in the forward. numpy's are not, and where S is 1,000 the weights exp(S - neg) show it."""
+    """Adds float32 products one feature at a time, as a GPU does. Then <x, y> and <y, x> have the same bits in forward
+    and backward. With numpy they differ, and the weights exp(S - neg) become wrong if S is about 1,000."""
     multiply = interpreter.InterpreterBuilder.create_dot
 
     def create_dot(self, a, b, d, *settings):
@@ -43,7 +43,7 @@ def add_in_order():
             return multiply(self, a, b, d, *settings)
         total, left, right = d.data, a.data.astype(np.float64), b.data.astype(np.float64)
         for k in range(left.shape[-1]):
-            total = (total + left[..., :, k, None] * right[..., k, None, :]).astype(np.float32)  # a fused one
+            total = (total + left[..., :, k, None] * right[..., k, None, :]).astype(np.float32)  # fused multiply-add
         return interpreter.TensorHandle(total, d.dtype.scalar)
 
     interpreter.InterpreterBuilder.create_dot = create_dot

@@ -1,7 +1,7 @@
-"""The CPU kernels compiled alone, by any flags and with any text replaced, as a backend of their own.
+"""Compiles the CPU kernels alone, with any flags and any text replaced, and makes them a backend.
 
-Run as a program with the path of such a library, it checks it against the reference: a sanitizer needs a process that
-is started with its runtime.
+As a program, with the path of such a library, it compares the library with the reference. Sanitizers need this, since
+their runtime must be loaded when a process starts.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ CSRC = Path(__file__).parents[1] / "csrc"
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]  # as in csrc/cpu/gram.h
 GUARD = 64
 
-# [G, V, N, D], each a regime of the tiling
+# [G, V, N, D], for each way in which rows are divided into tiles
 SHAPES = {
     "one row": (2, 2, 1, 3),
     "one tile": (2, 2, 7, 16),
@@ -36,7 +36,7 @@ def compiler():
 
 
 def build(folder, flags=(), replace=()):
-    """The library, built in `folder`; replace: pairs of a text, which must occur in the sources, and another for it."""
+    """Builds the library in `folder`. replace: pairs (old, new) of texts; `old` must occur in the sources."""
     source = folder / "csrc"
     shutil.copytree(CSRC, source, dirs_exist_ok=True)
     for old, new in replace:
@@ -57,9 +57,9 @@ def build(folder, flags=(), replace=()):
 
 
 class Kernels:
-    """A kernel backend made of one library, one of its threads slow. Memory is given filled with 0xA5.
+    """A backend that calls one library. All memory that the library gets is filled with 0xA5 first.
 
-    keep: backward gets the memory of the forward before it.
+    slow: a thread that is slowed down, -1 for none. keep: whether backward gets the memory of the forward.
     """
 
     def __init__(self, library, threads=2, slow=-1):
@@ -191,7 +191,7 @@ def deviations(kernels, dtypes=(torch.float64, torch.float32)):
         SHAPES.items(), dtypes, (False, True), (True, False), (0.5, 0.01, 0.002)
     ):
         if torch.finfo(dtype).bits < 64 and tau < 0.01:
-            continue  # 0.002: beyond the fixed offset of float64
+            continue  # 0.002 is only for float64, whose sums then need a running maximum
         sets = [torch.randn(G, N, D, generator=generator, dtype=torch.float64).to(dtype) for _ in range(V)]
         tolerance = 1e-11 if dtype == torch.float64 else 5e-5 * max(1, 0.1 / tau)
         for keep in (False, True) if V * N < 512 else (False,):
@@ -222,11 +222,12 @@ def _deviation(kernels, sets, tau, normalize, cross, generator):
     dz, zdz = kernels.backward(sets, tau, normalize, cross, neg, pos, *(g.to(neg.dtype) for g in upstream))
     unit = 2 * torch.finfo(sets[0].dtype).eps if sets[0].element_size() == 2 else 0
     gradients = [_difference(d, w) - unit for d, w in zip(dz, wanted_dz, strict=True)]
-    gradients.append(_difference(zdz, torch.stack(along, 1)) - unit)  # what the temperature's gradient is made of
+    gradients.append(_difference(zdz, torch.stack(along, 1)) - unit)  # the temperature's gradient is the sum of these
     return max(*(_difference(f, w.detach()) for f, w in zip(found, wanted, strict=True)), *gradients)
 
 
-# [G, A, n, C, K, D, first], each a regime of the tiling; first: None where the rows are all columns, -1 where none is
+# [G, A, n, C, K, D, first], for each way in which rows are divided into tiles. first: None if the rows are all columns,
+# -1 if they are no columns.
 RECTANGLES = {
     "one row a group": (5, 1, 1, 1, 16, 9, -1),
     "ragged": (2, 1, 131, 1, 203, 33, -1),
@@ -242,13 +243,13 @@ RECTANGLES = {
 
 
 def rectangle_deviations(kernels, dtypes=(torch.float64, torch.float32)):
-    """The same for rectangles, ranges and keys."""
+    """As `deviations`, for rectangles, ranges of rows and labels."""
     generator = torch.Generator().manual_seed(0)
     regimes = (0.5, True), (0.5, False), (None, True)
     cases = product(RECTANGLES.items(), dtypes, ("", "classes", "index"), regimes)
     for k, ((name, size), dtype, labels, (tau, normalize)) in enumerate(cases):
-        tau = tau or (0.002 if dtype == torch.float64 else 0.01)  # beyond the fixed offset
-        if torch.finfo(dtype).bits == 16 and k % 4:  # they differ from float32 in how rows are read
+        tau = tau or (0.002 if dtype == torch.float64 else 0.01)  # so low that sums need a running maximum
+        if torch.finfo(dtype).bits == 16 and k % 4:  # few are enough: only reading differs
             continue
         problem = _Rectangle(size, dtype, labels, tau, normalize, bool(k % 2), generator)
         tolerance = 1e-11 if dtype == torch.float64 else 5e-5 * max(1, 0.1 / tau) * (1 if normalize else size[5])
@@ -259,7 +260,7 @@ def rectangle_deviations(kernels, dtypes=(torch.float64, torch.float32)):
 
 
 class _Rectangle:
-    """One problem and what the reference makes of it, in float64."""
+    """One problem, compared with the reference in float64."""
 
     def __init__(self, size, dtype, labels, tau, normalize, cross, generator):
         G, A, n, C, K, D, first = size
@@ -280,7 +281,7 @@ class _Rectangle:
         self.exact = [[z.double().clone().requires_grad_() for z in side] for side in (self.rows, self.columns)]
 
     def deviations(self, kernels):
-        """Yields what was computed, and its error."""
+        """Yields (the name of a result, its error)."""
         found = kernels.rectangle(self.rows, self.columns, *self.settings, False)
         wanted = reference.rectangle(*self.exact, *self.settings)
         yield from zip(
@@ -298,7 +299,7 @@ class _Rectangle:
             yield from self.pairs(kernels)
 
     def anchors(self, found, wanted):
-        """What the weights are made of, with a random upstream; and the reference's gradients, of rows and columns."""
+        """The results and upstream gradients that a backward takes, and the reference's gradients of both sides."""
         upstream = [
             torch.randn(x.shape, generator=self.generator, dtype=torch.float64).where(x.isfinite(), 0) for x in wanted
         ]
@@ -337,7 +338,7 @@ class _Rectangle:
         yield from self.gradients(kernels, of_rows, of_columns, both, [(True, True)])
 
     def share(self, kernels):
-        """The gradient of the rows, by everybody's coefficients."""
+        """The gradient of a range of rows, from the coefficients of all columns as anchors."""
         tau, normalize, cross, first, _, keys = self.settings
         n, settings = self.rows[0].shape[1], (tau, normalize, cross, 0, keys, keys)
         wanted = reference.rectangle([], self.exact[1], *settings)
@@ -371,7 +372,7 @@ def _values(tensors):
 
 
 def _difference(found, wanted):
-    """The largest error, relative to the largest entry; infinite where what is finite is not the same."""
+    """The largest error, relative to the largest entry. It is infinite if other entries are finite than should be."""
     finite = wanted.isfinite()
     if not torch.equal(finite, found.isfinite()):
         return float("inf")

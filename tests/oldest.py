@@ -1,4 +1,4 @@
-"""python tests/oldest.py: pip's constraints for the oldest release that pyproject.toml allows of each dependency."""
+"""python tests/oldest.py: prints pip constraints for the oldest release of all dependencies in pyproject.toml."""
 
 import re
 import tomllib

@@ -1,4 +1,4 @@
-"""What the tests measure against, none of it by the library: the printed formulas, and eager PyTorch."""
+"""Independent implementations that the tests compare with: the printed formulas, and eager PyTorch."""
 
 import functools
 import math
@@ -79,9 +79,10 @@ def release_loops(g, s, x, sim):
 
 
 def among_loops(a, b, sim, labels=None, further=(), own=True, in_batch=True, decoupled=False):
-    """-log h(a_i, b_i) / sum of h over its candidates, for every i: b, a where `own`, and further rows. a, b: [N, D]
+    """-log h(a_i, b_i) / sum of h over its candidates, for every i: [N]. a, b: [N, D]
 
-    Rows with the label of row i are no candidates; the positive is one unless `decoupled`. None left: 0.
+    Candidates are the rows of b if `in_batch`, the rows of a if `own`, the further rows, and the positive unless
+    `decoupled`. Rows with the label of row i are left out. Without negatives, the loss is 0.
     """
     losses = []
     for i, u in enumerate(a):
@@ -116,11 +117,11 @@ def joint_loops(views, sim, labels=None, further=(), decoupled=False):
     return torch.stack(losses).view(V, B)
 
 
-# ---- the same in eager PyTorch: cat, matmul, mask; the positive of row i is candidate i
+# ---- the same formulas in eager PyTorch, where candidate i is the positive of row i
 
 
 def cross_entropy(candidates):
-    """The textbook's last line. candidates: [..., N, K]"""
+    """Cross-entropy as textbooks write it, where candidate i is the positive of row i. candidates: [..., N, K]"""
     N, K = candidates.shape[-2:]
     flat = candidates.reshape(-1, K)
     labels = torch.arange(N, device=flat.device).repeat(len(flat) // N)
@@ -128,7 +129,7 @@ def cross_entropy(candidates):
 
 
 def without_positive(candidates):
-    """The same as softplus(negatives - positive), which stays exact for confident pairs."""
+    """Cross-entropy as softplus(negatives - positive), which stays exact for confident pairs."""
     N, K = candidates.shape[-2:]
     positive = candidates.diagonal(dim1=-2, dim2=-1)
     negatives = candidates.masked_fill(torch.eye(N, K, dtype=torch.bool, device=positive.device), -1e300)
@@ -140,7 +141,7 @@ def unit(x):
 
 
 def float16_unit(x):
-    """Unit rows as float16 holds them, and the gradient of the exact ones."""
+    """Unit rows rounded to float16, with the gradient of the exact unit rows."""
     exact = unit(x)
     return exact + (exact.half().to(exact) - exact).detach()
 
@@ -165,12 +166,12 @@ def views_eager(views, tau, how):
 
 
 def twos(N):
-    """Labels of classes of two, which stay confident however alike their rows are."""
+    """Labels of classes of two rows each. With more rows, no loss would be close to zero."""
     return torch.arange(N) // 2
 
 
 def among_eager(a, b, q, tau, how, labels=None, own=True, in_batch=True):
-    """a_i against b_i among b, a where `own`, and q; rows of one label are no candidates."""
+    """The loss of a_i and b_i with the candidates b, q and, if `own`, a. Rows with the label of row i are left out."""
     itself = torch.eye(len(a), dtype=torch.bool, device=a.device)
     alike = itself if labels is None else labels[:, None] == labels
     blocks = [(a @ b.mT / tau).masked_fill(alike & ~itself if in_batch else ~itself, -torch.inf), a @ q.mT / tau]
@@ -184,7 +185,7 @@ def nt_xent_further_eager(a, b, q, tau, how):
 
 
 def clip_decoupled_eager(a, b, q, r, tau, how):
-    """`how` is of no use here: both ways to write it are log-sum-exp minus positive."""
+    """`how` is not used: without the positive in the sum, both forms are log-sum-exp minus positive."""
 
     def decoupled(candidates):
         itself = torch.eye(*candidates.shape, dtype=torch.bool)
@@ -198,7 +199,7 @@ def moco_eager(q, k, queue, tau, how):
 
 
 def sup_con_eager(z, tau, how, labels=twos):
-    """Exact where it is the judge: log-sum-exp and spread apart, the spread only where it is not always 0."""
+    """As the reference (`without_positive`), it adds log-sum-exp and spread separately, so that both are exact."""
     labels = labels(len(z))
     S = z @ z.mT / tau
     itself = torch.eye(len(z), dtype=torch.bool)
@@ -259,7 +260,7 @@ def tclr_terms(*tensors, **settings):
 
 
 def only_total(function):
-    """Of five terms the first, by itself: a backend may have its gradient in one piece."""
+    """The function's first output alone, the total. A backend may compute the gradient of the total in one call."""
     return lambda *z, **settings: function(*z, **settings)[:1]
 
 
@@ -355,7 +356,8 @@ LOSSES = {
     ),
 }
 FURTHER = "nt_xent further", "clip_loss decoupled", "moco", "sup_con", "views joint"
-SEVERAL_CALLS = tuple(name for name in FURTHER if name != "sup_con")  # of the operation, whose gradients are added
+# losses that call the operation several times, so that gradients are added
+SEVERAL_CALLS = tuple(name for name in FURTHER if name != "sup_con")
 for form in "tclr", "tclr release":
     settings = dict(form=form.removeprefix("tclr").strip() or "paper")
     eager = only_total(functools.partial(tclr_eager, **settings))
@@ -366,7 +368,7 @@ for form in "tclr", "tclr release":
 
 
 def run(call, inputs, upstream=None, **settings):
-    """The output and the inputs' gradients; upstream: the gradient of the output, 1 if None."""
+    """The output and the gradients of the inputs. upstream: the gradient of the output; None means ones."""
     inputs = [x.detach().requires_grad_() for x in inputs]
     out = call(*inputs, **settings)
     upstream = torch.ones_like(out) if upstream is None else upstream.to(out)
@@ -401,31 +403,32 @@ def same_bits(found, wanted):
 
 
 def rms(found, wanted):
-    """The root of the mean squared difference: of random roundings, the largest one is no stable measure."""
+    """The root of the mean squared difference, which varies less than the largest difference."""
     off = differences(found, wanted)
     return (off / off.max().clamp(min=1e-300)).square().mean().sqrt().item() * off.max().item()
 
 
-FLOAT16_UNIT_ROWS = ("triton", "cuda-on-host")  # carry the unit rows of half precision so, where there are many
+FLOAT16_UNIT_ROWS = ("triton", "cuda-on-host")  # backends that round many half-precision unit rows to float16
 GRADIENT = {torch.float64: 1e-11, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 
 
 def loss_bound(dtype, carried, D):
-    """C2 for a loss at 1 / tau = 10. With rows carried as float16, 1e-3 from 128 features on, and from 64 a bit more.
+    """The absolute error that a loss may have at 1 / tau = 10. carried: whether unit rows are rounded to float16.
 
-    A product of unit rows adds D roundings of numbers of about D^-1/2, each by up to 2^-12 of it: what they come to
-    falls with the square root of D, and the largest of many has been seen at 1.1e-3 with 64 features.
+    Then the product of two rows has the error of D roundings of numbers of about D^-1/2, each of up to 2^-12 of it.
+    Their sum decreases with the square root of D; with 64 features, errors of 1.1e-3 have been seen.
     """
     if dtype == torch.float64:
         return 1e-12
-    few = 64 <= D < 128  # with fewer, rows are carried as float32
+    few = 64 <= D < 128  # rows with fewer features are not rounded to float16
     return 1e-3 * (math.sqrt(128 / D) if few else 1) if carried else 1e-5
 
 
 def judge(loss, inputs, tau, backend, normalize=True):
-    """C1 relative to eager PyTorch, C2 absolute, C3 direction; the reference is float64 on the same rounded inputs.
+    """Asserts the accuracy criteria of a loss and its gradients, compared with float64 on the same rounded inputs.
 
-    Where unit rows are carried as float16, so are eager PyTorch's, and C2 allows a loss what `loss_bound` says.
+    The error has an absolute limit, and a limit relative to the error of eager PyTorch. A gradient must also have the
+    right direction. For a backend that rounds unit rows to float16, eager PyTorch gets rounded rows, too.
     """
     dtype = inputs[0].dtype
     rounds = backend in FLOAT16_UNIT_ROWS or (inputs[0].is_cuda and backend == "native")
@@ -443,7 +446,7 @@ def judge(loss, inputs, tau, backend, normalize=True):
     reach = max(1 if normalize else x.norm(dim=-1).max().item() ** 2 for x in exact) / tau  # no similarity is larger
     bound = loss_bound(dtype, carried, inputs[0].shape[-1]) * max(1, 0.1 * reach)
     off = (differences(out, want) / want.abs().clamp(min=1)).max().item()
-    assert off <= bound, f"C2: a loss is off by {off:.1e}, wanted {bound:.1e}"
+    assert off <= bound, f"a loss is off by {off:.1e}, the limit is {bound:.1e}"
     relative(out, want, base, wide, 0, "the loss")
     for k, (found, wanted, eager) in enumerate(zip(grads, want_grads, base_grads, strict=True)):
         judge_gradient(found, wanted, eager, reach, f"the gradient of input {k}")
@@ -452,25 +455,25 @@ def judge(loss, inputs, tau, backend, normalize=True):
 def judge_gradient(found, wanted, eager, reach, where):
     dtype = found.dtype
     tiny = torch.finfo(dtype).smallest_normal
-    rounded = wanted.to(dtype).double()  # beyond the dtype's range it is infinite
+    rounded = wanted.to(dtype).double()  # infinite beyond the range of the dtype
     finite = rounded.isfinite()
     largest = rounded[finite].abs().max().item() if finite.any() else 0.0
     bound = GRADIENT[dtype] * max(1, 0.01 * reach) * largest + ulp(largest, dtype) + tiny
     off = error(found, rounded)
-    assert off <= bound, f"C2: {where} is off by {off:.2e}, wanted {bound:.2e}"
+    assert off <= bound, f"{where} is off by {off:.2e}, the limit is {bound:.2e}"
     if not finite.all():
         return
     relative(found, rounded, eager, dtype, tiny, where)
     if largest > tiny:
-        assert found.abs().max() > 0, f"C3: {where} is zero, wanted {largest:.1e}"
+        assert found.abs().max() > 0, f"{where} is zero, its largest entry should be {largest:.1e}"
         cosine = F.cosine_similarity(found.double().flatten() / largest, rounded.flatten() / largest, dim=0).item()
-        assert cosine >= 1 - 1e-4, f"C3: {where} points elsewhere, cosine {cosine}"
+        assert cosine >= 1 - 1e-4, f"{where} has another direction: the cosine is {cosine}"
 
 
 def relative(found, wanted, eager, dtype, tiny, where):
-    """C1: three times the error of eager PyTorch (twice is within the noise), plus two units in the last place."""
-    if dtype == torch.float64:  # the reference errs as much
+    """Asserts an error of at most three times that of eager PyTorch, plus two units in the last place."""
+    if dtype == torch.float64:  # the reference has the same errors
         return
     limit = 3 * rms(eager, wanted) + 2 * ulp(wanted.abs().max().item(), dtype) + tiny
     off = rms(found, wanted)
-    assert off <= limit, f"C1: {where} is off by {off:.2e} (rms), the limit is {limit:.2e}"
+    assert off <= limit, f"{where} is off by {off:.2e} (rms), more than three times eager PyTorch: {limit:.2e}"

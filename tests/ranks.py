@@ -1,9 +1,9 @@
-"""Processes that play the ranks of a run: one pool for all tests, over gloo.
+"""A pool of processes that act as ranks and communicate by gloo. All tests use the same pool.
 
     with Pool(4) as pool: pool.run(3, function, *arguments)
 
-calls function(group, *arguments) in the first 3 of them, group being these, and returns what each returned. An
-exception becomes its text. A call that takes longer than the limit ends the pool, and with it the test.
+calls function(group, *arguments) in the first 3 processes, where `group` is their process group, and returns their
+results. An exception is returned as its text. If a call exceeds the time limit, the pool is closed and the test fails.
 """
 
 import tempfile
@@ -19,12 +19,12 @@ LIMIT = 60  # seconds a call may take
 
 
 class Error(str):
-    """What an exception said: "ValueError: group: ..."."""
+    """The type and message of an exception: "ValueError: group: ..."."""
 
 
 class Pool:
     def __init__(self, size, backend="gloo"):
-        context = mp.get_context("forkserver")  # which imports PyTorch once, for all ranks
+        context = mp.get_context("forkserver")  # it imports PyTorch once for all ranks
         context.set_forkserver_preload(["torch", "tclr_kernels"])
         self.folder = tempfile.TemporaryDirectory()
         self.pipes, self.processes = [], []
@@ -39,7 +39,7 @@ class Pool:
         self.run(size, _ready)
 
     def run(self, size, function, *arguments, limit=LIMIT, dead=()):
-        """dead: the ranks that will give no answer."""
+        """Calls function(group, *arguments) on `size` ranks. dead: the ranks that are expected not to answer."""
         for pipe in self.pipes[:size]:
             pipe.send((size, function, arguments))
         results = []

@@ -1,8 +1,8 @@
 """A stand-in for Triton's GPU driver, so that Triton's own just-in-time compiler runs on a machine without a GPU.
 
-A call goes through all that a call on a GPU goes through: the launcher specialises the arguments (an int equal to 1
-becomes a constant, an int or a pointer divisible by 16 says so), and each new variant of a kernel goes through Triton's
-front end, or through the whole compiler down to a cubin. Only the launch itself does nothing, so no value is computed.
+A call does everything that it does on a GPU: the launcher specialises the arguments (an int equal to 1 becomes a
+constant, and it is noted whether an int or a pointer is divisible by 16), and each new variant of a kernel is compiled,
+by Triton's front end alone or down to a cubin. Only the launch itself does nothing, so no value is computed.
 """
 
 import collections
@@ -21,15 +21,15 @@ from triton.runtime.jit import JITFunction
 from tclr_kernels import backends, symmetric
 from tclr_kernels.triton import large, sets, wide
 
-SHARED_KIB = {80: 163, 89: 99, 90: 227, 100: 227}  # of shared memory that one thread block may use
-TABLES = {80: "ampere", 89: "compact", 90: "hopper", 100: "blackwell"}  # of tiles.py
+SHARED_KIB = {80: 163, 89: 99, 90: 227, 100: 227}  # compute capability -> KiB of shared memory per thread block
+TABLES = {80: "ampere", 89: "compact", 90: "hopper", 100: "blackwell"}  # compute capability -> table in tiles.py
 PROCESSORS = 132
 
 
 class Driver:
-    """What Triton asks of a driver, for one compute capability. Each launch is added to `launched` by its name."""
+    """The functions of a driver that Triton calls. The names of launched kernels are added to `launched`."""
 
-    numbers = itertools.count(1000)  # of devices: Triton keeps compiled kernels by them, and none shall be found again
+    numbers = itertools.count(1000)  # a new device number each time, so that Triton finds no kernel of another test
 
     def __init__(self, capability):
         self.capability, self.number, self.launched = capability, next(self.numbers), []
@@ -59,7 +59,7 @@ class Driver:
         )
 
     def load_binary(self, name, kernel, shared, device):
-        return 1, 1, 0, 0, 1024  # module, function, registers, spills, threads at most
+        return 1, 1, 0, 0, 1024  # module, function, registers, spills, largest number of threads
 
     def unload_module(self, module):
         pass
@@ -92,7 +92,7 @@ class _NotCompiled:
 
 
 class Compiler:
-    """Counts the variants that are compiled, by kernel: to the end with `whole`, else by the front end alone."""
+    """Compiles, and counts the variants of each kernel. whole: down to a cubin, otherwise only by the front end."""
 
     def __init__(self, launched, whole):
         self.launched, self.whole = launched, whole
@@ -121,7 +121,7 @@ class Compiler:
 
 
 class Device:
-    """What a test sees: the launches, the variants compiled so far, and the ATen operations of a call."""
+    """Gives a test the launches, the variants compiled so far, and the ATen operations of a call."""
 
     def __init__(self, driver, compiler):
         self.launched, self.compiler = driver.launched, compiler
@@ -158,7 +158,7 @@ class _Operations(TorchDispatchMode):
         namespace, name = function.name().split("::")
         name = name.split(".")[0]
         if namespace == backends.triton.NAMESPACE:
-            with self:  # past the dispatcher, which would come back here
+            with self:  # the implementation is called directly, since the dispatcher would call this method again
                 implementation = getattr(backends.triton, f"_{name.removeprefix('gram_')}")
                 return implementation(*arguments, **(settings or {}))
         result = function(*arguments, **(settings or {}))
@@ -168,7 +168,7 @@ class _Operations(TorchDispatchMode):
 
 
 def _product(left, right, dtype, out=None):
-    """Only its memory: no value matters, and the product would take long here."""
+    """In the place of a matrix product: allocates the result only, since values do not matter here."""
     return left.new_empty(len(left), left.shape[1], right.shape[2], dtype=dtype) if out is None else out
 
 

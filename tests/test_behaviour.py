@@ -1,4 +1,4 @@
-"""What every backend does apart from being correct: invariances, gradients, determinism, memory, PyTorch's tools."""
+"""Properties of every backend: invariances, upstream gradients, determinism, memory, torch.compile and autocast."""
 
 import functools
 import subprocess
@@ -83,7 +83,6 @@ def test_losses_ignore_the_length_of_rows_and_gradients_are_orthogonal_to_them(n
 
 @pytest.mark.parametrize("name", KINDS[:-1])
 def test_strided_expanded_zero_and_scaled_upstream_gradients_are_applied(name, backend):
-    """Strided, expanded, zero; and others than 1."""
     loss = LOSSES[name]
     inputs = loss.inputs((7, 3, 9), torch.float32)
     shape = loss.call(*inputs).shape
@@ -130,7 +129,7 @@ def threads():
     ],
 )
 def test_bits_do_not_depend_on_threads(name, sizes, seed, kernels, threads):
-    """One group by many threads; many groups; sums of more than 32768 terms, which ATen splits among threads."""
+    """The cases have one group for several threads, many groups, and sums of over 32768 terms, which ATen splits."""
     inputs = LOSSES[name].inputs(sizes, torch.float32, seed=seed)
     function = functools.partial(LOSSES[name].call, backend=kernels)
     if not name.startswith("tclr"):
@@ -153,12 +152,12 @@ def test_memory_saved_for_backward_is_linear_in_the_rows(name, kernels):
     numbers = sum(x.numel() for x in inputs)
     M, V = numbers // 8, 4 if name == "instance_contrastive" else 2
     saved = saved_bytes(functools.partial(LOSSES[name].call, backend=kernels), inputs)
-    assert 0 < saved <= 4 * (numbers + 4 * V * M)  # z; term, neg, pos: [V, V, N], and one to spare
+    assert 0 < saved <= 4 * (numbers + 4 * V * M)  # the inputs, term, neg and pos of [V, V, N], and room for one more
 
 
 @pytest.mark.parametrize("name", FURTHER)
 def test_memory_saved_for_backward_is_linear_with_labels_and_negatives(name, kernels):
-    """Of the composition in float64 some numbers a row and set; the matrix would be hundreds."""
+    """A few float64 numbers are saved for each row and set. The matrix would be hundreds."""
     inputs = [x.requires_grad_() for x in LOSSES[name].inputs((300, 4, 8), torch.float32)]
     numbers = sum(x.numel() for x in inputs)
     saved = saved_bytes(functools.partial(LOSSES[name].call, backend=kernels), inputs)
@@ -166,7 +165,7 @@ def test_memory_saved_for_backward_is_linear_with_labels_and_negatives(name, ker
 
 
 def saved_bytes(call, inputs):
-    """Of the tensors that autograd keeps for the backward."""
+    """The bytes of the tensors that autograd saves for the backward pass."""
     saved = {}
 
     def count(x):
@@ -174,7 +173,7 @@ def saved_bytes(call, inputs):
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
-        out = call(*inputs)  # kept, as what it saves would else make place for others
+        out = call(*inputs)  # kept alive, so that no two saved tensors get the same address
     assert out.requires_grad
     return sum(saved.values())
 
@@ -194,7 +193,7 @@ print(peak() - before)
 
 
 def test_the_gram_matrix_is_never_allocated(native):
-    """Of 12288 rows it would take 576 MiB."""
+    """It would take 576 MiB for these 12288 rows."""
     status = subprocess.run([sys.executable, "-c", PEAK, native], capture_output=True, text=True)
     assert status.returncode == 0, status.stderr
     assert float(status.stdout) < 32
@@ -208,7 +207,7 @@ def test_autocast_never_lowers_precision(name, backend):
     inputs = LOSSES[name].inputs((5, 3, 9), torch.float32)
     wanted = run(LOSSES[name].call, inputs, backend=backend)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = run(LOSSES[name].call, inputs, backend=backend)  # the backward too
+        found = run(LOSSES[name].call, inputs, backend=backend)  # forward and backward
     same_bits(found, wanted)
 
 
@@ -220,7 +219,7 @@ def test_autocast_promotes_mixed_dtypes(backend):
     torch.testing.assert_close(out, tk.nt_xent(a.bfloat16().float(), b, backend=backend))
 
 
-LONG = [name for name in FURTHER if name != "sup_con"]  # seconds each to trace
+LONG = [name for name in FURTHER if name != "sup_con"]  # each takes seconds to trace
 TRACED = [pytest.param(name, marks=pytest.mark.full) if name in LONG else name for name in KINDS]
 
 
@@ -251,7 +250,7 @@ def test_compiled_losses_agree_if_some_inputs_need_no_gradient(name, leaves, bac
 
 
 def test_calls_from_threads_with_their_own_thread_counts_agree(kernels):
-    """In a process of its own: it changes the number for good."""
+    """It runs in another process, since it changes the number of threads permanently."""
     code = f"""
 import threading, torch, tclr_kernels as tk
 a, b = torch.randn(2, 1500, 32).unbind()
@@ -274,7 +273,7 @@ assert len(results) == 4 and len(set(results)) == 1
 
 @pytest.mark.parametrize("how", ["highest", "high", "ieee", "tf32"])
 def test_both_settings_of_the_float32_precision_are_accepted(how, backend):
-    """What PyTorch itself raises where the newer way was used is not passed on; TF32 is for CUDA devices alone."""
+    """PyTorch's older getter fails after the newer setting was used, ours must not. TF32 changes nothing on the CPU."""
     inputs = LOSSES["nt_xent"].inputs((5, 2, 3), torch.float32)
     wanted = run(tk.nt_xent, inputs, backend=backend)
     before = torch.backends.cuda.matmul.fp32_precision

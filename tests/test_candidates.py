@@ -1,6 +1,6 @@
-"""Labels, further negatives, the positive left out, InfoNCE, supervised contrast: each combination of their arguments.
+"""Losses with labels, further negatives and `decoupled`, for every combination of these arguments.
 
-In float64 and to 1e-12, values and the gradients of everything that may take one, by the formulas as they are printed.
+Values and all gradients equal those of the printed formulas to 1e-12 in float64.
 """
 
 import functools
@@ -19,7 +19,7 @@ from . import oracle
 from .oracle import run
 
 N, D = 5, 4
-LABELS = torch.tensor([3, 0, -1, 0, 3])  # one of them is none
+LABELS = torch.tensor([3, 0, -1, 0, 3])  # -1 is no label
 ALIKE = torch.zeros(N, dtype=torch.int64)
 GROUPS = {"one": (), "two groups": (2,)}
 BOOLS = False, True
@@ -27,13 +27,13 @@ EACH = dict(reduction="none")
 
 
 def tensors(leading=(), K=3, own=True, n=2):
-    """n inputs [..., N, D] and further negatives, a group's own or of all groups."""
+    """n inputs [..., N, D], and further negatives for each group (`own`) or for all groups."""
     shapes = [(*leading, N, D)] * n + [((*leading, K, D) if own else (K, D))]
     return oracle.correlated(shapes, 0.5, 0)
 
 
 def agree(found, wanted, inputs):
-    """Values and gradients, also of the temperature that comes first."""
+    """Asserts that two functions of (temperature, *inputs) have the same values and gradients."""
     inputs = [torch.tensor(0.3, dtype=torch.float64), *inputs]
     (out, grads), (want, want_grads) = (
         run(call, inputs, oracle.some_gradient(wanted(*inputs).shape)) for call in (found, wanted)
@@ -43,7 +43,7 @@ def agree(found, wanted, inputs):
 
 
 def by_group(loops, leading):
-    """A formula of one group for inputs [..., N, D]; a tensor without leading dimensions is of every group."""
+    """Applies a formula for one group to each group. A tensor of two dimensions belongs to every group."""
     if not leading:
         return loops
     return lambda *z: torch.stack([loops(*(x if x.dim() == 2 else x[g] for x in z)) for g in range(leading[0])])
@@ -55,12 +55,6 @@ combinations = [
         (("none", None), ("labels", LABELS), ("alike", ALIKE)), ("no", "of all", "own"), BOOLS
     )
 ]
-
-
-def used(case, leading, x):
-    """What the loss and what the formula get for a case's further negatives x."""
-    further = case["further"] != "no"
-    return (x if further else None), (lambda q: q if further else ())
 
 
 @pytest.mark.parametrize("leading", GROUPS.values(), ids=GROUPS)
@@ -110,7 +104,7 @@ def test_clip_loss_equals_its_printed_formula(case, sides, leading, float64):
 def test_info_nce_equals_its_printed_formula(case, in_batch, leading, float64):
     labels, decoupled, further = case["labels"], case["decoupled"], case["further"] != "no"
     if not in_batch and (labels is not None or not further):
-        return  # errors, below
+        return  # an error, see SETTING_FAULTS
 
     def loss(tau, q, k, x):
         settings = dict(labels=labels, decoupled=decoupled, negatives=x if further else None, in_batch=in_batch)
@@ -167,7 +161,7 @@ def test_sup_con_equals_its_printed_formula(labels, normalize, leading, float64)
 @pytest.mark.parametrize("form", ["paper", "release"])
 @pytest.mark.parametrize("labels", [LABELS, ALIKE], ids=["some", "alike"])
 def test_labels_of_the_objective_change_both_ic_terms_only(labels, form, float64):
-    """The other terms are within a video, and have none."""
+    """The other terms compare clips of one video, so labels do not apply to them."""
     inputs = oracle.LOSSES["tclr"].inputs((N, 2, D))
 
     def loss(tau, *z):
@@ -212,7 +206,7 @@ each = pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("shape", [(), (1,)], ids=str)
 @each
 def test_logit_scale_is_one_over_the_temperature(name, shape, dtype, backend):
-    """As a number, and as a tensor whose gradient is the derivative, in its own dtype."""
+    """It may be a number, or a tensor, whose gradient is the derivative in the tensor's dtype."""
     a, b = (x.float() for x in tensors()[:2])
     scale = torch.full(shape, 6.1, dtype=dtype)
     exact = scale.double()
@@ -294,7 +288,7 @@ def test_errors_name_the_wrong_view_of_a_list(views, message):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_gradients_of_negatives_of_both_sides_are_rounded_once(dtype, backend):
-    """Of a short row, each side's part is beyond float16 and they may have opposite signs."""
+    """For short rows, the gradient of each side overflows float16, and the two may have opposite signs."""
     a, b, n = torch.randn(3, 100, 4, 8)
     n[:, 0] *= torch.logspace(0, -5, 100)[:, None]
     grads = []
@@ -307,7 +301,7 @@ def test_gradients_of_negatives_of_both_sides_are_rounded_once(dtype, backend):
     torch.testing.assert_close(*grads, rtol=1.1 * torch.finfo(dtype).eps, atol=1e-3)
 
 
-# ---- reductions, and what is no candidate at all
+# ---- reductions, and rows without positives or negatives
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -317,7 +311,7 @@ def test_mean_and_sum_equal_those_of_the_single_terms(name, reduction, backend):
         return
     a, b = (x.float() for x in tensors()[:2])
     one = CALLS[name](a, b, **EACH, backend=backend)
-    terms = one[one != 0]  # those of a view with itself are 0
+    terms = one[one != 0]  # the terms of a view with itself are 0
     found = CALLS[name](a, b, reduction=reduction, backend=backend)
     torch.testing.assert_close(found, terms.mean() if reduction == "mean" else terms.sum())
 
@@ -348,7 +342,7 @@ def test_rows_without_negatives_have_loss_and_gradient_exactly_zero(dtype, backe
 
 
 def test_each_query_may_have_negatives_of_its_own(backend):
-    """The example of the docs."""
+    """This is the example in docs/losses.md."""
     q, k = (x.float() for x in tensors()[:2])
     (own,) = oracle.correlated([(N, 3, D)], 0, 1)
     found = tk.info_nce(q[:, None], k[:, None], negatives=own.float(), backend=backend)
@@ -359,7 +353,6 @@ def test_each_query_may_have_negatives_of_its_own(backend):
 
 @pytest.mark.parametrize("name", ["nt_xent", "clip_loss", "info_nce", "instance_contrastive"])
 def test_autocast_promotes_mixed_dtypes_of_rows_and_negatives(name, backend):
-    """And the rows of a queue are those of the anchors' dtype."""
     a, b, q = (x.float() for x in tensors())
     call = {
         "nt_xent": lambda a, b, q: tk.nt_xent(a, b, negatives=q, backend=backend),
@@ -511,7 +504,7 @@ def test_values_that_change_at_every_step_are_arguments_of_a_modules_forward(bac
 
 
 def test_a_logit_scale_that_the_model_learns_gets_its_gradient(backend):
-    """As CLIP has it: the parameter is the logarithm, and lives in the model."""
+    """As in CLIP, the parameter is the logarithm of the scale, and belongs to the model."""
     a, b = (x.float() for x in tensors()[:2])
     log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
     tk.CLIPLoss(backend=backend)(a, b, logit_scale=log_scale.exp()).backward()

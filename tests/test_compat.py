@@ -1,4 +1,4 @@
-"""The drop-ins: against their formulas written out, and with --full against the libraries that they stand for."""
+"""The drop-ins equal their formulas and, with --full, the libraries that they replace."""
 
 import copy
 import functools
@@ -33,7 +33,7 @@ def leaves(*shapes, dtype=torch.float64, seed=0):
 
 
 def same(ours, wanted, inputs):
-    """Values and gradients of two functions of the inputs."""
+    """Asserts that two functions of the inputs have the same values and gradients."""
     values = [call(*inputs) for call in (ours, wanted)]
     torch.testing.assert_close(*values, **CLOSE)
     gradients = [torch.autograd.grad(y, inputs, allow_unused=True, materialize_grads=True) for y in values]
@@ -85,7 +85,7 @@ def positives(keys, others=None):
 
 
 def sup_con_terms(S, positive):
-    """Of each row, and which rows have positives; S is -inf where there is no candidate."""
+    """The loss of each row, and which rows have positives. S is -inf for pairs that are no candidates."""
     log_p = S.log_softmax(1).masked_fill(~positive, 0)
     count = positive.sum(1)
     return -log_p.sum(1) / count.clamp(min=1), count > 0
@@ -97,7 +97,7 @@ def simclr_of_solo(z, indexes, tau):
 
 
 def pml_nt_xent(S, positive, negative):
-    """The mean over all pairs: a loop over them, of the candidates that S has."""
+    """The mean over all positive pairs, computed one by one. The candidates are the pair and the row's negatives."""
     terms = [
         torch.cat([S[i, p][None], S[i][negative[i]]]).logsumexp(0) - S[i, p] for i, p in positive.nonzero().tolist()
     ]
@@ -105,7 +105,7 @@ def pml_nt_xent(S, positive, negative):
 
 
 def ranking(q, d, *hard, scale, normalize=True, directions=("query_to_doc",), joint=True):
-    """From all matrices beside each other, or as a mean of two losses."""
+    """joint: a single softmax over the candidates of all directions, otherwise the mean of one loss for each."""
     N, documents = len(q), torch.cat([d, *hard])
     at_scale = functools.partial(similarities, tau=1 / scale, normalize=normalize)
     of_same_query = torch.eye(N, dtype=torch.bool).repeat(1, 1 + len(hard))
@@ -172,7 +172,7 @@ def test_lightlys_memory_bank_gives_the_negatives_of_earlier_steps(N):
         bank[place : place + n] = F.normalize(views[1].detach(), dim=1)[:n]
         place = (place + n) % 8
         torch.testing.assert_close(loss.memory_bank.bank, bank, **CLOSE)
-    loss(views[0].detach(), views[1])  # an evaluation leaves the bank as it is
+    loss(views[0].detach(), views[1])  # without gradients, the bank stays as it is
     torch.testing.assert_close(loss.memory_bank.bank, bank, **CLOSE)
     assert not loss.state_dict()  # as in lightly
 
@@ -252,7 +252,7 @@ def test_pytorch_metric_learnings_losses_with_references_equal_their_formulas(ca
         "others": torch.tensor([0, 1, 1, -1, 3, 0, 0, 5, 1]),
         "same rows": labels.clone(),
         "no labels": None,
-        "labels of the rows": labels,  # the same object: then row i of the references is no candidate of row i
+        "labels of the rows": labels,  # the same object: row i of the references is no candidate of row i
         "equal labels": labels.clone(),
     }[case]
     r = z if case == "same rows" else r
@@ -342,7 +342,7 @@ def test_mocos_loss_equals_its_formula_and_fills_its_queue():
 
 
 class Encoder(nn.Module):
-    """Like a ResNet: it ends in `fc`, and has BatchNorm before."""
+    """A small network that has BatchNorm and ends in `fc`, as a ResNet does."""
 
     def __init__(self, num_classes):
         super().__init__()
@@ -592,7 +592,7 @@ def test_losses_have_the_dtype_of_the_rows_and_float32_under_autocast(call, dtyp
     torch.testing.assert_close(loss.double(), exact.double(), rtol=2e-2, atol=2e-2)
 
 
-KEPT = {  # made outside of what is compiled, as a model's loss is
+KEPT = {  # losses with a state, which are made before the call is compiled
     "lightly.NTXentLoss, bank": C.lightly.NTXentLoss(memory_bank_size=(8, 6)),
     "moco.MoCoLoss": C.moco.MoCoLoss(6, 8),
 }
@@ -630,7 +630,7 @@ def test_importing_the_drop_ins_imports_no_other_library():
 
 # ---- several processes
 
-MANY = {  # of this rank's rows; gather: whether there are others
+MANY = {  # the loss of this rank's rows a, b with labels n. gather: whether other ranks take part
     "lightly.NTXentLoss": lambda a, b, n, gather: C.lightly.NTXentLoss(0.2, gather_distributed=gather)(a, b),
     "lightly.DCLLoss": lambda a, b, n, gather: C.lightly.DCLLoss(
         0.2, lambda a, b: ((a - b) ** 2).sum(1), gather, two_logarithms=True
@@ -656,7 +656,7 @@ def everything():
 
 
 def of_rank(group, name):
-    """The value, and the gradients of this rank's rows."""
+    """The value of a loss on this rank, and the gradients of this rank's rows."""
     views, labels = everything()
     first = sum(SHARES[: dist.get_rank()])
     own = slice(first, first + SHARES[dist.get_rank()])
@@ -702,7 +702,7 @@ def queues_of_rank(group):
     queue = C.moco.MoCoLoss(6, 16)
     values = bank(q[own], k[own]).item(), queue(q[own], k[own]).item()
     torch.manual_seed(0)
-    model = C.moco.MoCo(Encoder, 6, 16).eval()  # BatchNorm by constants: then no shuffling shows
+    model = C.moco.MoCo(Encoder, 6, 16).eval()  # in evaluation mode, shuffling the batch changes nothing
     logits, _ = model(q[own][:, 1:], k[own][:, 1:])
     return values, bank.memory_bank.bank.numpy(), queue.queue.numpy(), logits.detach().numpy(), model.queue.numpy()
 
@@ -729,7 +729,7 @@ def test_queues_take_the_keys_of_all_processes(pool):
 
 
 def library(name):
-    """A module of an installed library, with stand-ins for what its losses do not need."""
+    """A module of an installed library. Packages that its losses do not need are replaced by stand-ins."""
     try:
         return LIBRARIES[name]()
     except ModuleNotFoundError as error:

@@ -1,6 +1,6 @@
-"""What torch.compile makes of the losses by its default compiler, inductor: the values and gradients of eager mode.
+"""Losses that inductor, torch.compile's default, has compiled have the values and gradients of eager mode.
 
-Generating code takes seconds a case, so most cases run with --full alone.
+Generating code takes seconds for each case, so most cases run only with --full.
 """
 
 import functools
@@ -14,9 +14,9 @@ import tclr_kernels as tk
 from .conftest import USABLE
 from .oracle import LOSSES, run, tclr_terms
 
-NAMES = [name for name in LOSSES if not name.endswith("total")]  # compiled, the total is the sum of the same terms
+NAMES = [name for name in LOSSES if not name.endswith("total")]  # when compiled, the total is the sum of the same terms
 full = pytest.mark.full
-WORST = ("nt_xent", "reference", False, "float")  # its gradient was wrong by a tenth
+WORST = ("nt_xent", "reference", False, "float")  # its compiled gradient was once wrong by a tenth
 CASES = [
     pytest.param(*case, marks=() if case == WORST else full, id=f"{name}-{backend}-{size}-{tau}")
     for name in NAMES
@@ -28,7 +28,7 @@ CASES = [
 
 
 def agree(call, inputs, compiled=None, **settings):
-    """The compiled call gives the values and gradients of eager mode; returns the compiled call, for further sizes."""
+    """Asserts that a compiled call agrees with eager mode. Returns the compiled call, to be called with other sizes."""
     compiled = compiled or torch.compile(call, fullgraph=True, **settings)
     (out, grads), (want, want_grads) = run(compiled, inputs), run(call, inputs)
     torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-6)
@@ -60,7 +60,7 @@ def test_every_compiled_loss_agrees_with_eager_mode(name, backend, dynamic, tau)
 
 
 def test_the_compiled_total_of_the_objective_agrees_on_the_reference():
-    """It could not be compiled: there was no code for masks that compare booleans."""
+    """It once failed to compile, since inductor could not compare boolean masks."""
     call = functools.partial(LOSSES["tclr total"].call, backend="reference")
     agree(call, LOSSES["tclr"].inputs((8, 4, 16), torch.float32))
 
@@ -98,7 +98,7 @@ def test_the_compiled_objective_agrees_with_other_weights(backend):
 
 @full
 def test_compiled_losses_agree_if_the_temperature_changes_at_every_call(backend):
-    """torch.compile makes it a symbol."""
+    """Then torch.compile treats the temperature as a symbol."""
     inputs = LOSSES["nt_xent"].inputs((8, 2, 7), torch.float32)
     compiled = torch.compile(lambda tau, *z: tk.nt_xent(*z, temperature=tau, backend=backend), fullgraph=True)
     for tau in (0.5, 0.4, 0.3, 0.2):
@@ -171,7 +171,7 @@ WITHOUT_GRADIENT = {
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("name", WITHOUT_GRADIENT)
 def test_compiled_losses_agree_without_gradients(name, grad, backend):
-    """Evaluation: nothing requires a gradient, or gradients are off."""
+    """As in an evaluation, no input requires a gradient, or gradients are turned off."""
     a, b = torch.randn(2, 6, 4, requires_grad=not grad).unbind()
     call = functools.partial(WITHOUT_GRADIENT[name], keys=torch.arange(6) // 2, backend=backend)
     with torch.set_grad_enabled(grad):

@@ -1,4 +1,4 @@
-"""The CUDA kernels without a GPU: their source run on the host, and compiled for every target."""
+"""The CUDA kernels without a GPU: their source runs on the CPU, and nvcc compiles it for every target."""
 
 import collections
 import functools
@@ -197,7 +197,7 @@ def test_the_tensor_core_rectangle_kernels_agree_with_the_reference(host):
 
 
 def test_confident_pairs_of_short_rows_have_a_gradient(host, monkeypatch):
-    """Their weights lie below float32's range; so do those of the rows here, but not by the rows' small size."""
+    """Their weights are below float32's range, but the rows are so short that their gradients are not."""
     monkeypatch.setitem(backends.BACKENDS, "host", host)
     x = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
     gradients = []
@@ -235,7 +235,7 @@ FUNCTIONS = {
     ],
 )
 def test_the_order_of_threads_and_blocks_changes_no_bit(loss, dtype, sizes, hopper, host, monkeypatch):
-    """Threads between two barriers, upwards or downwards: a difference is a race. hopper: its multiprocessors, or 0."""
+    """Threads run in both orders between barriers: a difference would be a race. hopper: as for `Host.be_hopper`."""
     monkeypatch.setitem(backends.BACKENDS, "host", host)
     monkeypatch.setattr(cuda.native, "tf32_allowed", lambda: True)
     inputs = LOSSES[loss].inputs(sizes, dtype)
@@ -368,7 +368,7 @@ def test_targets_unknown_to_an_older_nvcc_are_left_out(named, compiled, left_out
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 def test_every_target_compiles_without_a_warning_or_a_new_spill(tmp_path, capsys):
-    """The binding too, linked, loaded beside whatever PyTorch is here, and registered under its CUDA key."""
+    """The binding is built as well, and must load into the installed PyTorch and register its operators for CUDA."""
     pytest.importorskip("triton")
     from benchmarks import compile_cuda
 

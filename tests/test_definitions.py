@@ -63,11 +63,11 @@ def test_mean_and_sum_equal_those_of_reduction_none(name, backend):
     loss = LOSSES[name]
     inputs = loss.inputs((4, 3, 5), torch.float32)
     each = loss.call(*inputs, backend=backend)
-    count = 3 * 2 * 4 if name == "instance_contrastive" else each.numel()  # V (V - 1) B: the rest are zeros
+    count = 3 * 2 * 4 if name == "instance_contrastive" else each.numel()  # V (V - 1) B
     mean = loss.call(*inputs, reduction="mean", backend=backend)
     torch.testing.assert_close(loss.call(*inputs, reduction="sum", backend=backend), each.sum())
     torch.testing.assert_close(mean, each.sum() / count)
-    if hasattr(tk, name) and name != "sup_con":  # which does not go without labels
+    if hasattr(tk, name) and name != "sup_con":  # which needs labels
         assert torch.equal(getattr(tk, name)(*inputs, backend=backend), mean)
 
 
@@ -91,7 +91,7 @@ def test_collapsed_embeddings_have_the_loss_of_the_official_code(backend):
 
 @pytest.fixture
 def calls(backend, monkeypatch):
-    """A list that grows by (number of sets, cross) with every call of the backend's operation."""
+    """A list to which every call of the backend's operation appends (number of sets, cross)."""
     made = []
     module = backends.BACKENDS[backend]
     owner = module if "objective" in vars(module) else type(module)
@@ -118,7 +118,7 @@ def test_a_term_of_weight_zero_is_not_computed_and_returned_as_zero(left_out, fo
     calls.clear()
     terms = tk.tclr(*inputs, form=form, weights={"ic_local": 2.0, left_out: 0}, backend=backend)
     names = [name for name in WORK if name != left_out]
-    # the Gram matrix of the local clips serves LL too, unless what gathers it there takes more launches than LL itself
+    # LL is read from ic_local's Gram matrix, except with Triton, where that takes more launches than computing LL
     apart = left_out == "ic_local" or backend == "triton"
     assert calls == [call for name in names if name != "ll" or apart for call in WORK[name]]
     assert getattr(terms, left_out) == 0

@@ -1,4 +1,4 @@
-"""The trainer's parts, and the demo from end to end at its smallest size, twice."""
+"""Parts of the trainer, and two small runs of the whole demo."""
 
 import json
 import sys
@@ -121,7 +121,7 @@ def test_augmentation_is_constant_over_a_clip_and_differs_between_views():
 
 
 def test_views_share_frames_and_local_clips_align_with_their_time_slices():
-    """With no augmentation and an embedder that reports the frames it saw, g, s and x line up in time and views."""
+    """Nothing is augmented, and the embedder returns the times of the frames that it gets."""
 
     class Clock(torch.nn.Module):
         def forward(self, clips):

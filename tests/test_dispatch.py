@@ -12,7 +12,7 @@ from tclr_kernels.backends import cuda, reference, triton
 
 @pytest.fixture
 def ran(monkeypatch):
-    """The names of the backends that ran, of `first`, `second`, and `broken`, which serves nothing."""
+    """The names of the backends that have run. They are `broken`, which never works, `first` and `second`."""
     names = []
 
     def backend(name, reason=None):
@@ -91,7 +91,7 @@ def test_on_a_gpu_few_rows_go_to_native_and_many_to_triton(monkeypatch):
     assert usable("reference") == ["reference"] * 3
 
 
-# ---- GPUs that are not here
+# ---- simulated GPUs
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_normalised_half_precision_rows_go_to_native_on_hopper(gpu, monkeypatch)
     assert chosen(hopper, 128, unit_rows=False) == chosen(hopper, 128, torch.float32) == "triton"
     for other in ((8, 0), (10, 0)):
         assert chosen(gpu(other), 128) == "triton"
-    monkeypatch.setattr(backends.native, "cuda_targets", lambda: "8.0 10.0+PTX")  # compiled without those kernels
+    monkeypatch.setattr(backends.native, "cuda_targets", lambda: "8.0 10.0+PTX")  # built without the kernels for Hopper
     assert chosen(gpu((9, 0)), 128) == "triton"
 
 
@@ -142,7 +142,7 @@ def test_the_reason_names_the_capability_of_a_gpu_that_is_too_old(gpu):
 
 def test_triton_accepts_new_enough_nvidia_gpus_and_any_amd_gpu(gpu):
     assert triton.why_not(gpu((8, 0))) is None
-    assert triton.why_not(gpu((6, 0), hip="6.4")) is None  # AMD's numbers are no compute capabilities
+    assert triton.why_not(gpu((6, 0), hip="6.4")) is None  # AMD's version numbers are not compute capabilities
 
 
 def test_a_missing_gpu_is_a_reason_against_triton():
@@ -152,7 +152,7 @@ def test_a_missing_gpu_is_a_reason_against_triton():
 
 @pytest.mark.parametrize("rows", [80, 10**6])
 def test_choosing_the_backend_of_a_gpu_causes_no_graph_break(rows, monkeypatch):
-    """How a backend finds out what is there, by files and devices, is not for torch.compile to trace."""
+    """torch.compile must not trace how a backend looks for files and devices."""
     device = torch.device("cuda", 0)
     monkeypatch.setattr(cuda, "why_not", lambda device: None)
     monkeypatch.setattr(triton, "_interpreted", False)
@@ -189,7 +189,7 @@ def test_a_cpu_temperature_during_the_capture_of_a_cuda_graph_is_an_error(gpu, m
     ],
 )
 def test_triton_is_found_by_its_module_and_its_version_is_checked(line, reason, tmp_path, monkeypatch):
-    """Not every distribution that brings it is called triton."""
+    """Some packages that contain the module have another name, such as pytorch-triton."""
     (tmp_path / "__init__.py").write_text(f"# a comment\n{line}\n")
     found = types.SimpleNamespace(origin=str(tmp_path / "__init__.py"))
     monkeypatch.setattr(triton.importlib.util, "find_spec", lambda name: found if name == "triton" else None)

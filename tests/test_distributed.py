@@ -1,4 +1,4 @@
-"""Losses over several processes, on gloo: the same value on every rank, the gradient of a single process."""
+"""Losses over several processes, by gloo, have one value on all ranks and the gradient of a single process."""
 
 import copy
 import functools
@@ -23,7 +23,7 @@ LABELS = torch.tensor([0, 1, 0, 2, -1, 1, -1, 3, 0, 2, 5, 1, 1])
 
 
 class Loss(NamedTuple):
-    """call: of the tensors and the settings; shapes: of the tensors, for N rows; rows: which dimension counts them."""
+    """call(*tensors, **settings) is the loss, shapes(N) are the tensors' shapes. rows: their dimension of rows."""
 
     call: object
     shapes: object
@@ -93,7 +93,7 @@ def part(x, shares, rank, dim):
 
 
 def split(x, loss, k, shares, rank):
-    """This rank's part of input k; of negatives, 12 in all, its share is 4 a rank of 3, and so on."""
+    """This rank's part of input k. The 12 negatives are divided equally, for example 4 for each of 3 ranks."""
     P = len(shares)
     return part(x, shares if k < 2 or loss.rows[k] != -2 else [12 // P] * P, rank, loss.rows[k])
 
@@ -105,7 +105,7 @@ def labels_of(loss, N, own=None):
 
 
 def own_of(terms, N, shares, rank):
-    """Of terms [..., N] or [..., 2N], a's then b's, those of a rank's rows."""
+    """The terms of a rank's rows, from all terms [..., N] or [..., 2N] (those of a, then those of b)."""
     return part(terms.unflatten(-1, (-1, N)), shares, rank, -1).flatten(-2)
 
 
@@ -114,7 +114,7 @@ def weights_like(terms, seed=3):
 
 
 def on_ranks(group, name, shares, settings, known, shape=None, backend="reference"):
-    """One rank's loss and gradients. shape: of all terms, with reduction="none" """
+    """One rank's loss and gradients. shape: the shape of the terms of all ranks, with reduction="none"."""
     loss, rank, N = LOSSES[name], dist.get_rank(group), sum(shares)
     whole = loss.inputs(N)
     own = [split(x, loss, k, shares, rank).clone().requires_grad_() for k, x in enumerate(whole)]
@@ -149,7 +149,7 @@ def by_one_process(name, N, **settings):
 
 
 def compare(name, shares, found, wanted, bound=1e-12):
-    """Gradients of the ranks, those of the temperature being the mean, with one process's."""
+    """Compares the ranks' gradients with those of one process. The temperature's is a mean over the ranks."""
     for rank, (_, grads) in enumerate(found):
         for k, (g, w) in enumerate(zip(grads[:-1], wanted[:-1], strict=True)):
             w = split(w, LOSSES[name], k, shares, rank)
@@ -170,7 +170,7 @@ def test_value_and_gradient_are_those_of_one_process(P, shares, name, pool):
     for value, _ in found:
         assert torch.equal(value, found[0][0])
         assert oracle.error(value, out.detach()) <= 1e-12 * max(1, out.abs().max().item())
-    upstream = P * (P + 1) / 2  # 1 on the first rank, 2 on the second ..
+    upstream = P * (P + 1) / 2  # rank r has the upstream gradient r + 1
     compare(name, shares, found, torch.autograd.grad(upstream * out.sum(), inputs))
 
 
@@ -194,7 +194,7 @@ REDUCED = [name for name in LOSSES if not name.startswith("tclr")]
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("name", REDUCED)
 def test_each_rank_gets_its_own_terms(name, normalize, pool):
-    """Random upstream gradients of all terms, of which a rank has those of its own."""
+    """The upstream gradients are random, and each rank gets those of its own terms."""
     settings = dict(reduction="none", normalize=normalize)
     for P, shares in ((3, [5, 1, 3]), (2, [4, 0])):
         inputs, out = by_one_process(name, sum(shares), **settings)
@@ -216,7 +216,7 @@ def test_reduction_sum_adds_the_terms_of_all_ranks(name, pool):
 
 
 def without_graph(group):
-    """The values of an evaluation: without gradients, and in inference mode."""
+    """The values of losses under no_grad and in inference mode."""
     found = []
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
@@ -241,7 +241,7 @@ def test_values_without_gradients_are_those_of_one_process(pool):
 
 
 def with_group(group, how):
-    """The loss of this rank's 3 rows, with gradient, beside that without a group."""
+    """The loss and gradients of this rank's 3 rows, with a group and without one."""
     a, b = (x.requires_grad_() for x in oracle.correlated([(3, 6), (3, 6)], 0.5, dist.get_rank(group)))
     group = {"group": group, "world": "world", "mesh": None}[how] or dist.DeviceMesh.from_group(group, "cpu")
     values = [tk.nt_xent(a, b, group=g, backend="reference") for g in (group, None)]
@@ -273,7 +273,7 @@ def test_world_is_this_process_alone_without_an_initialised_group():
 
 
 def subgroups(group):
-    """Pairs of ranks by a mesh of two dimensions: the loss in each, the gradient of a weight over all ranks."""
+    """The loss in one of two pairs of ranks, from a mesh of two dimensions, and a weight's gradient over all ranks."""
     rank = dist.get_rank()
     mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("model", "data"))
     w = torch.eye(6, dtype=torch.float64).requires_grad_()
@@ -302,7 +302,7 @@ def test_subgroups_compare_only_their_own_rows(pool):
 
 
 def outside(group):
-    pair = dist.new_group([0, 1])  # made by all
+    pair = dist.new_group([0, 1])  # all ranks must call this
     mesh = dist.DeviceMesh("cpu", [0, 1])
     messages = []
     a = torch.randn(3, 4)
@@ -339,7 +339,7 @@ def test_a_wrong_group_and_shares_without_a_group_are_errors(group, error, messa
 
 
 def copied(group):
-    """A module with a ProcessGroup is copied with it."""
+    """Whether a copy of a module with a ProcessGroup gives the same loss."""
     loss = tk.TCLRLoss(temperature=torch.nn.Parameter(torch.tensor(0.2)), group=group, backend="reference")
     other = copy.deepcopy(loss)
     z = [torch.randn(2, 3, 4), torch.randn(2, 3, 2, 4), torch.randn(2, 3, 2, 4)]
@@ -424,8 +424,8 @@ def counted(group, name, shares, dtype, settings, known):
 
 HEADER = 88
 NONE = dict(reduction="none")
-D, n, K = 6, 4, 4  # of a rank; b, w: the bytes of an input's and of a term's number
-TABLE = {  # name, settings: what a rank sends in the forward, and in the backward; G = 6 groups where there are groups
+D, n, K = 6, 4, 4  # n rows and K negatives on each rank. b, w: the bytes of a number of the inputs and of the terms
+TABLE = {  # (name, settings) -> the bytes that a rank sends in forward and backward. G = 6 if there are groups
     ("nt_xent", ()): lambda b, w: ([2 * n * D * b, 16 * 4 * n], [8, 8]),
     ("nt_xent", ("none",)): lambda b, w: ([2 * n * D * b, 16 * 4 * n], [4 * n * w, 8]),
     ("nt_xent one way", ()): lambda b, w: ([6 * 2 * n * D * b, 6 * 16 * 4 * n], [8, 8]),
@@ -519,7 +519,7 @@ def test_float32_and_half_precision_agree_with_one_process(name, dtype, pool):
 
 
 def compiled(group, name, shares, known, backend, kernels="reference"):
-    """Of the compiled loss: the number of graphs that run, and the largest differences from the loss as it is."""
+    """The number of graphs that a compiled loss runs, and its largest difference from eager mode."""
     torch._dynamo.reset()
     loss, rank, N = LOSSES[name], dist.get_rank(group), sum(shares)
     own = [split(x, loss, k, shares, rank).clone().requires_grad_() for k, x in enumerate(loss.inputs(N))]
@@ -531,7 +531,7 @@ def compiled(group, name, shares, known, backend, kernels="reference"):
         out = loss.call(*z[:-1], temperature=z[-1], group=group, shares=shares, backend=kernels, **labels)
         return 3 * out.sum()
 
-    graphs = []  # those that run
+    graphs = []  # the graphs that have run
 
     def counting(graph, examples):
         run = lookup_backend(backend)(graph, examples)
@@ -569,7 +569,7 @@ def test_a_loss_without_shares_has_one_graph_break(pool):
 
 
 def over_sizes(group, plans, kernels):
-    """One compiled loss, called with several shares: the number of graphs, the largest difference in the values."""
+    """The number of graphs of a compiled loss that is called with several shares, and its largest difference."""
     torch._dynamo.reset()
     graphs, differences = set(), []
 
@@ -591,15 +591,13 @@ def over_sizes(group, plans, kernels):
 @pytest.mark.full
 @pytest.mark.parametrize("kernels", ["reference", "native"])
 def test_two_graphs_are_enough_for_all_sizes(kernels, pool):
-    """The first is made for its sizes alone. Sizes of 1, as of one row of padding, would take graphs of their own."""
+    """The first graph is for the first sizes only. Sizes of 1, such as one row of padding, would need more graphs."""
     for plans in ([[n, n] for n in (3, 5, 7, 9, 4)], [[6, 2], [9, 4], [12, 3], [8, 5], [9, 6]]):
         for graphs, difference in check(pool.run(2, over_sizes, plans, usable(kernels), limit=300)):
             assert graphs <= 2 and difference < 1e-12
 
 
 def test_looking_for_a_group_takes_less_than_two_microseconds():
-    """The look for a group takes less than 2 us, and sends nothing: see above."""
-
     def plain(a, b, *, temperature=0.1, group=None, shares=None):
         return a
 

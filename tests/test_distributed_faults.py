@@ -1,6 +1,6 @@
-"""What goes wrong on one of many processes: an error on all of them, at once, and the next sound call works.
+"""A mistake on one of several processes is an error on all of them, within a second, and the next correct call works.
 
-And bugs planted in the distributed code, which its tests must find.
+Also, the tests must find bugs that are planted in the distributed code.
 """
 
 import inspect
@@ -20,7 +20,7 @@ from tclr_kernels import distributed
 from . import test_distributed
 from .ranks import Error, Pool
 
-SECONDS = 1  # in which every rank must have raised; the slowest machine's share comes from the test's own limit
+SECONDS = 1  # within which every rank must raise an error
 
 
 def rows(n=3, D=6, **more):
@@ -28,7 +28,7 @@ def rows(n=3, D=6, **more):
 
 
 class Wrong(torch.Tensor):
-    """A tensor that no loss can use: it raises an error of its own."""
+    """A tensor that raises an error in every operation."""
 
     @classmethod
     def __torch_function__(cls, function, types, arguments=(), settings=None):
@@ -43,7 +43,7 @@ def gradient(a, b, **settings):
     return nt_xent(a.requires_grad_(), b, **settings)
 
 
-CALLS = {  # fault: (the sound call, the faulty call, what the faulty rank says, what the others say)
+CALLS = {  # fault -> (the correct call, the faulty call, the error on all ranks)
     "D": (
         lambda **s: nt_xent(rows(), rows(), **s),
         lambda **s: nt_xent(rows(D=5), rows(D=5), **s),
@@ -135,7 +135,7 @@ CALLS = {  # fault: (the sound call, the faulty call, what the faulty rank says,
         "negatives: found none on any rank",
     ),
 }
-OWN = {  # of one rank alone, which says it itself; the others say which rank it was
+OWN = {  # fault of one rank -> (its call, its error); the other ranks' error names the rank
     "an argument": (lambda **s: nt_xent(rows(), rows(), reduction="median", **s), "reduction: found 'median'"),
     "an unknown argument": (lambda **s: nt_xent(rows(), rows(), median=True, **s), "unexpected keyword argument"),
     "a missing argument": (lambda **s: tk.nt_xent(rows(), **s), "missing 1 required positional argument"),
@@ -188,7 +188,7 @@ def attempt(group, call, limit=None, **settings):
 
 
 def sound(group):
-    """The value of a sound call: that of the whole batch, on every rank."""
+    """The value of a correct call."""
     torch.manual_seed(0)
     a, b = (x[2 * dist.get_rank(group) :][:2] for x in torch.randn(2, 8, 6))
     return tk.nt_xent(a, b, group=group, backend="reference").item()
@@ -266,7 +266,7 @@ def shares_fault(group, given, checked):
     ],
 )
 def test_wrong_shares_are_an_error(wrong, error, message, pool):
-    """On all ranks where they are checked; else on those that can tell, here all of them."""
+    """With checks, all ranks raise it. Without, the ranks do that notice it, which here are all."""
     found = pool.run(3, shares_fault, [[3, 3, 3], wrong, [3, 3, 3]], True)
     for rank, (text, seconds, _) in enumerate(found):
         pattern = message if rank == 1 else "group: rank 1 of 3 raised"
@@ -303,7 +303,7 @@ def test_the_number_of_negatives_may_differ_only_without_shares(pool):
 
 
 def alike(group):
-    """Settings that say the same, and differ in how; backends may differ."""
+    """Values of calls whose settings are equal on the ranks, but of different types."""
     first = dist.get_rank(group) == 0
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -398,7 +398,7 @@ NAMES = "nt_xent", "nt_xent labels decoupled", "nt_xent negatives", "local_local
 
 
 def planted(group, old, new):
-    """The differences from one process with a bug in the distributed code."""
+    """Results of this rank with a planted bug in the distributed code."""
     names = distributed.__dict__
     exec(compile(SOURCE.replace(old, new), distributed.__file__, "exec"), names)
     try:

@@ -1,4 +1,4 @@
-"""Networks trained by several processes get the same weights as with one process and the whole batch."""
+"""Networks that several processes train get the weights of a single process with the whole batch."""
 
 import contextlib
 import os
@@ -24,7 +24,7 @@ SHARES = {2: [[4, 4], [6, 2], [8, 0]], 3: [[3, 3, 2], [5, 0, 3], [1, 1, 6]]}
 
 
 class Net(nn.Module):
-    """A small network; inside: whether the temperature is a parameter of it, or the loss's own."""
+    """A small network. inside: whether it has the temperature as a parameter, or the loss has it."""
 
     def __init__(self, inside):
         super().__init__()
@@ -51,7 +51,7 @@ def make(optimizer, parameters):
 
 
 class Run:
-    """A network, its loss and its optimizer. wrap: what averages gradients over the ranks, or nothing."""
+    """A network, its loss and its optimizer. wrap(net, tau): the network with gradients averaged over the ranks."""
 
     def __init__(self, inside, optimizer, group=None, wrap=lambda net, tau: net):
         net = Net(inside)
@@ -74,7 +74,7 @@ class Run:
 
 
 def averaged(group, how):
-    """What wraps a network, so that gradients are averaged over the ranks."""
+    """A function that wraps a network, so that gradients are averaged over the ranks."""
     if how == "ddp":
         return lambda net, tau: DistributedDataParallel(net, process_group=group)
     mesh = dist.DeviceMesh.from_group(group, "cpu")
@@ -121,7 +121,7 @@ def test_six_steps_give_the_weights_of_one_process(how, P, optimizer, inside, po
 
 
 def accumulate(group, sync_last):
-    """Two batches a step, the first without DDP's averaging."""
+    """Trains with two batches per step. With sync_last, DDP averages only after the second one."""
     run, rank = Run(False, "sgd", group, averaged(group, "ddp")), dist.get_rank(group)
     micro = batches()
     for first, second in zip(micro[::2], micro[1::2], strict=True):
@@ -144,7 +144,7 @@ def test_accumulated_gradients_give_the_weights_of_one_process(sync_last, pool):
 
 
 def cached(group):
-    """GradCache: the loss of rows without a graph, then the network once more in chunks."""
+    """Trains with GradCache: first the loss of embeddings without a graph, then the network again in chunks."""
     run, rank = Run(False, "sgd", group, averaged(group, "ddp")), dist.get_rank(group)
     for x in batches()[:3]:
         own = own_part(x, [5, 3], rank)
@@ -169,7 +169,7 @@ def test_gradcache_gives_the_weights_of_one_process(pool):
 
 
 def scaled(group):
-    """A NaN on one rank in one step: all ranks leave that step out, and their scales stay equal."""
+    """Trains with a GradScaler, with a NaN on one rank in one step. Returns the weights and the scales."""
     run, rank = Run(False, "sgd", group, averaged(group, "ddp")), dist.get_rank(group)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     scales = []
@@ -222,7 +222,7 @@ def test_activation_checkpointing_gives_the_weights_of_one_process(reentrant, po
 
 
 class WholeBatchNorm(nn.Module):
-    """A batch norm over all ranks: a stand-in for SyncBatchNorm, which DDP refuses on the CPU."""
+    """Batch normalisation over all ranks. It stands in for SyncBatchNorm, which does not run on the CPU."""
 
     def __init__(self, group):
         super().__init__()
@@ -255,7 +255,7 @@ class AllReduce(torch.autograd.Function):
 
 
 def normalised(group, shares):
-    """Of a network with a batch norm over all ranks: the averaged gradient."""
+    """The averaged gradients of a network with batch normalisation over all ranks."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(5, 7), WholeBatchNorm(group), nn.Linear(7, 4)).double()
     x = batches()[0]
@@ -272,7 +272,7 @@ def test_batch_norm_over_all_ranks_gives_the_gradients_of_one_process(pool):
 
 
 def with_a_loss_of_its_own(group):
-    """A rank's own mean beside the loss: it keeps its usual meaning, the mean over ranks."""
+    """Trains a step with another loss of this rank's rows, which DDP averages over the ranks as usual."""
     run, rank = Run(False, "sgd", group, averaged(group, "ddp")), dist.get_rank(group)
     x = own_part(batches()[0], [4, 4], rank)
     z, _ = run.net(x)
@@ -290,7 +290,7 @@ def test_another_loss_of_each_rank_is_averaged_over_the_ranks(pool):
 
 
 def errors_of_transforms(group):
-    """What a second derivative, vmap and forward mode say."""
+    """The errors of a second derivative, of vmap and of forward mode."""
     a = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     loss = tk.NTXentLoss(group=group, backend="reference")
     (slope,) = torch.autograd.grad(loss(a, a * 2), a, create_graph=True)

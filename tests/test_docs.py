@@ -1,4 +1,4 @@
-"""The documentation: its code runs, its commands exist, its links lead somewhere, its pictures are current."""
+"""The documentation: its code runs, its commands exist, its links work, and its drawings are up to date."""
 
 import functools
 import importlib.util
@@ -26,14 +26,14 @@ def name(path):
 
 
 def blocks(page):
-    """(code, the indented text behind it) of every block; of a diff, the new lines."""
+    """(code, indented text after it) for every block. For a diff, the code is the added lines."""
     for kind, code, output in BLOCK.findall(page.read_text()):
         yield "".join(re.findall(r"^\+(.*\n)", code, re.MULTILINE)) if kind == "diff" else code, output
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if any(blocks(page)) and page != OF_PROCESSES], ids=name)
 def test_the_code_of_a_page_runs_as_pasted(page, capsys):
-    """Block after block in one session; an indented text right after a block that prints is what it prints."""
+    """All blocks run in one session. Indented text after a block that prints must be its output."""
     names = {"__name__": "pasted"}
     with torch.random.fork_rng():
         for code, output in blocks(page):
@@ -58,22 +58,21 @@ EVERY = sorted({command: words for page in PAGES for command, words in commands(
 
 @pytest.mark.parametrize("command, words", EVERY, ids=[command for command, _ in EVERY])
 def test_a_command_of_a_page_exists_and_takes_its_arguments(command, words, monkeypatch):
-    """Every program is known, and takes these arguments. Those that need no data run elsewhere: see the docstrings."""
+    """Commands are only parsed here. Those that can run without data run in other tests, see the functions below."""
     known = {"make": made, "tclr": parsed, "pip": installed, "python": started, "bash": file_exists, "cd": nothing}
     known |= {"torchrun": launched, "accelerate": launched, "pytest": collected}
     known[Path(words[0]).name](words[1:], monkeypatch)
 
 
 def made(words, _):
-    """A target of the Makefile; `make demo`'s program and the tests have tests of their own."""
+    """make: the target exists."""
     targets = [word for word in words if "=" not in word]
     makefile = (ROOT / "Makefile").read_text()
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
 
 
 def parsed(words, monkeypatch):
-    """The trainer's parser takes the command, and calls the function with values of its types. `--dry-run` runs of
-    those of reproduce.md are in test_reproduce.py."""
+    """The trainer parses the command and calls its function. test_reproduce.py runs the commands of reproduce.md."""
     pytest.importorskip("jsonargparse", reason="the trainer needs jsonargparse: pip install .[train]")
     monkeypatch.syspath_prepend(str(ROOT / "python"))
     from tclr import cli
@@ -105,7 +104,7 @@ def recorder(function, called):
 
 
 def installed(words, _):
-    """pip: what it installs is this folder, with extras that there are, or a known package."""
+    """pip: it installs PyTorch, or this folder with extras that exist."""
     assert words[0] == "install"
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for word in words[1:]:
@@ -114,7 +113,7 @@ def installed(words, _):
 
 
 def started(words, _):
-    """python: the module or the file is there; `info` runs, and the self-test does in test_installation.py."""
+    """python: the module or file exists. `info` is run here, the self-test in test_installation.py."""
     if words[0] != "-m":
         assert (ROOT / words[0]).is_file()
         return
@@ -126,7 +125,7 @@ def started(words, _):
 
 
 def launched(words, monkeypatch):
-    """torchrun or accelerate: the script is there, or the trainer takes the arguments."""
+    """torchrun or accelerate: the script exists, or the trainer parses the arguments."""
     if "tclr.cli" in words:
         parsed(words[words.index("tclr.cli") + 1 :], monkeypatch)
     file_exists(words, monkeypatch)

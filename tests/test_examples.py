@@ -1,4 +1,4 @@
-"""The examples run on the CPU, and what they train gets better."""
+"""The examples run on the CPU, and their loss decreases."""
 
 import contextlib
 import io
@@ -39,7 +39,7 @@ def test_an_example_lowers_its_loss(name):
     with contextlib.redirect_stdout(printed), warnings.catch_warnings(), torch.random.fork_rng():
         warnings.simplefilter("ignore")
         runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
-    first, *_, last = losses(printed.getvalue())[name == "moco" :]  # MoCo's first loss is against random negatives
+    first, *_, last = losses(printed.getvalue())[name == "moco" :]  # MoCo's first negatives are random
     assert last < 0.9 * first
 
 
@@ -52,7 +52,7 @@ def test_the_example_of_several_processes_lowers_its_loss():
 
 
 def test_the_notebook_runs_and_shows_what_it_prints(capsys):
-    """The cells are run in order; the outputs that are stored in the file are those of this version."""
+    """The cells run in order, and print the outputs that are stored in the file."""
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")
     cells = [c for c in json.loads((FOLDER / "accuracy.ipynb").read_text())["cells"] if c["cell_type"] == "code"]
@@ -60,7 +60,7 @@ def test_the_notebook_runs_and_shows_what_it_prints(capsys):
     for cell in cells:
         exec("".join(cell["source"]), names)
         stored = "".join("".join(out.get("text", "")) for out in cell["outputs"])
-        digits = re.compile(r"-?\d[\d.]*(e[-+]\d+)?")  # the words are compared: the last digits depend on the machine
+        digits = re.compile(r"-?\d[\d.]*(e[-+]\d+)?")  # numbers depend on the machine
         assert digits.sub("#", capsys.readouterr().out) == digits.sub("#", stored)
     assert sum("error(" in "".join(cell["source"]) for cell in cells) >= 3
 

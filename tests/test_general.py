@@ -22,10 +22,10 @@ OUTPUTS = "neg", "pos", "pos_lse", "spread", "count"
 
 
 class Problem(NamedTuple):
-    """A sets of n rows against C sets of K columns; first: the rows' place among the columns, if they are of them.
+    """A sets of n rows against C sets of K columns. first: the place of the rows among the columns, or None.
 
-    classes: of the keys, 0 for none, every fifth column being without label; -1: the second half of the columns is
-    another view of the first, each row a class with its other view.
+    classes: the number of labels, 0 for none; every fifth column has no label. With -1, the second half of the columns
+    is another view of the first half, and the two views of a row are a class.
     """
 
     G: int = 1
@@ -44,7 +44,7 @@ class Problem(NamedTuple):
     seed: int = 0
 
     def sets(self, dtype=torch.float64):
-        """rows and columns: lists of tensors; the rows are columns where they have a place among them."""
+        """The rows and the columns, as lists of tensors. With `first`, the rows are a part of the columns."""
         length = self.scale / (1 if self.normalize else math.sqrt(self.D))
         columns = oracle.correlated([(self.G, self.K, self.D)] * self.C, self.rho, self.seed)
         if self.classes < 0:
@@ -75,11 +75,11 @@ class Problem(NamedTuple):
         return general.Settings(backend, self.normalize, self.cross, -1 if self.first is None else self.first)
 
     def call(self, backend, tau, rows, columns):
-        """The operation's outputs but for the count."""
+        """The outputs of the operation, without the count."""
         return general.rectangle(self.settings(backend), tau, self.keys(), rows, columns)[:4]
 
     def formula(self, tau, rows, columns):
-        """The same, from the whole matrix of similarities, in the dtype of the rows."""
+        """The same outputs, computed from the matrix of similarities in the dtype of the rows."""
         S, *which = self.parts(tau, rows, columns)
         negative, positive = (x.to(S.device) for x in which)
         neg = S.masked_fill(~negative, -torch.inf).logsumexp(-1)
@@ -122,7 +122,10 @@ class Problem(NamedTuple):
 
 
 def run(call, sets, tau, only=OUTPUTS, wanted=("rows", "columns", "tau")):
-    """Outputs, and the gradients of a weighted sum of their finite entries; wanted: by what, a gradient"""
+    """The outputs, and the gradients of a weighted sum of the finite entries of those named in `only`.
+
+    wanted: the inputs for which gradients are computed.
+    """
     sides = [
         [x.detach().requires_grad_(name in wanted) for x in side]
         for name, side in zip(("rows", "columns"), sets, strict=True)
@@ -174,7 +177,7 @@ def test_outputs_and_gradients_equal_those_of_the_formula(name, float64):
 
 
 def judge(problem, tau, dtype, backend, only=OUTPUTS):
-    """C1 to C3 for the gradient of the outputs that `only` names, C2 for all values."""
+    """Asserts the accuracy criteria of `oracle.judge` for all outputs, and the gradient of those named in `only`."""
     sets = problem.sets(dtype)
     outputs, grads = run(functools.partial(problem.call, backend), sets, tau, only)
     wanted, wanted_grads = run(problem.formula, [[x.double() for x in side] for side in sets], tau, only)
@@ -188,15 +191,15 @@ def judge(problem, tau, dtype, backend, only=OUTPUTS):
     bound = oracle.loss_bound(dtype, carried, problem.D) * max(1, 0.1 * reach)
     for name, found, want in zip(OUTPUTS, outputs, wanted, strict=False):
         off = (oracle.differences(found, want) / want.abs().clamp(min=1).nan_to_num(posinf=1)).max().item()
-        assert off <= bound, f"C2: {name} is off by {off:.1e}, wanted {bound:.1e}"
+        assert off <= bound, f"{name} is off by {off:.1e}, the limit is {bound:.1e}"
     for k, gradients in enumerate(zip(grads[:-1], wanted_grads[:-1], eager_grads[:-1], strict=True)):
         oracle.judge_gradient(*gradients, reach, f"the gradient of input {k}")
-    slope, want = grads[-1].item(), wanted_grads[-1].item()  # a sum of many, of both signs
+    slope, want = grads[-1].item(), wanted_grads[-1].item()  # it is a sum of many numbers of both signs
     assert abs(slope - want) <= oracle.GRADIENT[dtype] * max(1, 0.01 * reach) * slope_size(problem, sets, tau, only)
 
 
 def slope_size(problem, sets, tau, only):
-    """The sum of the sizes of what the gradient of tau is added from."""
+    """The sum of the absolute values of the summands of tau's gradient."""
     one = problem._replace(normalize=False)
     z = [[x.double() for x in side] for side in sets]
     if problem.normalize:
@@ -221,7 +224,7 @@ def test_extreme_temperatures_meet_the_accuracy_criteria(name, tau, dtype, kerne
 @pytest.mark.parametrize("rho, tau", [(0.9, 0.1), (0.9, 0.01), (0.999, 0.1)])
 @pytest.mark.parametrize("only", ["neg", "pos_lse", "spread"])
 def test_confident_classes_of_two_meet_the_accuracy_criteria(only, rho, tau, kernels):
-    """C4 with keys: composed afterwards, as log-sum-exp minus mean, the spread's gradient would lose its direction."""
+    """The gradient of the spread has the right direction, which that of a log-sum-exp minus a mean would not have."""
     pairs = Problem(1, n=66, K=66, D=48, first=0, classes=-1, symmetric=True, rho=rho)
     judge(pairs, tau, torch.float32, kernels, (only,))
 
@@ -240,7 +243,7 @@ def ranges(shares):
 
 
 def agree(call, other, inputs, tolerance):
-    """Two functions with the same outputs, and the same gradients of their finite entries."""
+    """Asserts that two functions have the same outputs, and the same gradients of their finite entries."""
     results = []
     for function in (call, other):
         inputs = [x.detach().requires_grad_() for x in inputs]
@@ -253,7 +256,7 @@ def agree(call, other, inputs, tolerance):
 
 
 def size(x):
-    """The largest finite entry, 1 at least."""
+    """The largest absolute value of the finite entries, at least 1."""
     return max(1, x.masked_fill(~x.isfinite(), 0).abs().max().item())
 
 
@@ -277,7 +280,7 @@ def test_ranges_of_anchors_together_equal_the_whole(shares, V, cross, labelled, 
 @pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.parametrize("shares", SHARES, ids=str)
 def test_the_coefficients_of_all_anchors_give_the_gradient_of_a_range_of_rows(shares, labelled, dtype, backend):
-    """What a rank of many processes does: it gets every anchor's values and upstream, and sends no gradient."""
+    """So does a rank of several processes: it has the values and upstream gradients of all anchors."""
     N, V = sum(shares), 2
     sets = [x.to(dtype).requires_grad_() for x in oracle.correlated([(2, N, 6)] * V, 0.5, 0)]
     keys = (torch.arange(N) // 2).expand(2, -1) if labelled else None
@@ -304,7 +307,7 @@ def test_the_coefficients_of_all_anchors_give_the_gradient_of_a_range_of_rows(sh
 
 @pytest.mark.parametrize("name", ["rectangle", "few rows, many columns", "range", "keys", "keys of a range"])
 def test_gradients_of_one_side_alone_equal_those_of_both(name, backend):
-    """Columns without gradient: that of the rows may be made along with the result."""
+    """If columns need no gradient, the forward may already compute what that of the rows needs."""
     problem = PROBLEMS[name]
     sets = problem.sets(torch.float32)
     call = functools.partial(problem.call, backend)
@@ -391,7 +394,7 @@ def test_gradients_equal_finite_differences(name, float64):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_without_negatives_have_loss_and_gradient_zero(dtype, backend):
-    """Decided row by row: in the first group, labels 0 0 0 and one other; in the second, all alike."""
+    """In the first group, every row has negatives. In the second, all labels are equal, so no row has any."""
     sets = [x.to(dtype).requires_grad_() for x in oracle.correlated([(2, 4, 5)] * 2, 0.5, 0)]
     keys = torch.tensor([[0, 0, 0, 1], [0, 0, 0, 0]])
     found = tk.gram(sets, keys=keys, backend=backend)
@@ -476,7 +479,7 @@ def test_errors_of_forward_mode_and_vmap_name_the_backend(of, kernels):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_the_gradient_of_a_row_in_a_range_is_rounded_once(dtype, backend):
-    """Of a short row, that of an anchor and that of a candidate are beyond float16 and may have opposite signs."""
+    """For short rows, the gradients as anchor and as candidate overflow float16 and may have opposite signs."""
     z = torch.randn(200, 2, 4, 8)
     z[:, :, 0] *= torch.logspace(0, -5, 200)[:, None, None]
     grads = []

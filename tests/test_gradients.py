@@ -1,4 +1,4 @@
-"""Gradients against finite differences in float64: every loss, reduction and subset of inputs, and the temperature."""
+"""Gradients equal finite differences in float64, for every loss, reduction, subset of inputs and the temperature."""
 
 import functools
 import itertools
@@ -27,7 +27,8 @@ def test_gradients_of_every_subset_of_inputs_equal_finite_differences(name, norm
     inputs = [x.requires_grad_() for x in inputs]
     assert torch.autograd.gradcheck(call, inputs)
     _, grads = oracle.run(call, inputs)
-    allowed = 1e-13 if name in oracle.SEVERAL_CALLS else 0  # negatives without gradient change the way to the rows'
+    # if negatives need no gradient, that of the rows is computed in another way
+    allowed = 1e-13 if name in oracle.SEVERAL_CALLS else 0
     for needed in itertools.product([False, True], repeat=len(inputs)):
         some = [x.detach().requires_grad_(need) for x, need in zip(inputs, needed, strict=True)]
         if any(needed):
@@ -48,7 +49,7 @@ def test_gradients_of_every_reduction_equal_finite_differences(name, reduction, 
 @pytest.mark.parametrize("V", [1, 2, 3, 4])
 @pytest.mark.parametrize("output", ["term", "neg", "pos"])
 def test_gradients_of_every_output_of_the_operation_equal_finite_differences(output, V, cross, float64):
-    """Also neg, which no loss of the library takes by itself."""
+    """`neg` is among them, which no loss of the library uses alone."""
     sets = [x.requires_grad_() for x in oracle.correlated([(2, 3, 2)] * V, 0.3, 0)]
     tau = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
 
@@ -60,7 +61,7 @@ def test_gradients_of_every_output_of_the_operation_equal_finite_differences(out
 
 
 def test_rows_of_the_weight_matrix_sum_to_zero(float64):
-    """With square invertible z, the weights are tau dz z^-1; all entries of one anchor's W + W^T add up to 2 * 0."""
+    """If z is square, the symmetric weights W + W^T of an anchor are tau dz z^-1, and their sum is zero."""
     for name in ("nt_xent", "clip_loss", "instance_contrastive"):
         inputs = LOSSES[name].inputs((4, 2, 8), normalize=False)
         z = torch.cat([x.reshape(-1, 8) for x in inputs])

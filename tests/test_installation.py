@@ -1,4 +1,4 @@
-"""What an installation without kernels says, and what a build says that cannot compile them."""
+"""The messages of installations without kernels and of builds that fail, and what `info` and importing do."""
 
 import os
 import re
@@ -21,7 +21,7 @@ CALL = "import torch, tclr_kernels as tk; x = torch.ones(2, 3); "
 
 @pytest.fixture
 def clone(tmp_path):
-    """A copy of the package, as a fresh clone has it: without kernels."""
+    """A copy of the package without kernels, as in a fresh clone."""
     shutil.copytree(ROOT / "tclr_kernels", tmp_path / "clone/tclr_kernels", ignore=shutil.ignore_patterns("_*.so"))
     return tmp_path / "clone"
 
@@ -71,7 +71,7 @@ def test_the_selftest_fails_without_kernels_unless_allow_reference_is_given(clon
 
 
 def test_kernels_built_from_older_sources_are_refused_with_a_reason(monkeypatch):
-    """As after `git pull` in a clone whose kernels are not built again: the reference serves, and the reason is said."""
+    """This happens after `git pull` without a new build."""
     monkeypatch.setattr(native, "OPERATORS", (*native.OPERATORS, "of_tomorrow"))
     reason = native._load_cpu()
     assert "_cpu.so has no operator 'of_tomorrow'" in reason and "make setup" in reason
@@ -113,14 +113,14 @@ def test_a_build_beside_an_older_pytorch_names_its_version(tmp_path, monkeypatch
 
 @pytest.fixture
 def sources(tmp_path):
-    """A copy of the sources, where a build may leave its files."""
+    """A copy of the sources, in which a build may write files."""
     ignored = shutil.ignore_patterns(".*", "_*.so", "build", "dist", "*.egg-info")
     return shutil.copytree(ROOT, tmp_path / "sources", ignore=ignored)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="there are kernels for Linux alone")
 def test_the_suggested_pip_options_build_the_kernels_despite_a_cached_wheel(clone, sources, tmp_path):
-    """That a build is tried is seen by its failure: the compiler that it is given does not exist."""
+    """The build must fail, since CXX names no existing compiler. This shows that pip did not use the cached wheel."""
     without = dict(TCLR_KERNELS_REQUIRE_NATIVE="0", PIP_CACHE_DIR=str(tmp_path / "cache"))
     assert python(sources, "setup.py", "--quiet", "sdist", **without).returncode == 0
     options = ["--no-index", "--no-deps", "--no-build-isolation", f"--find-links={sources}/dist"]
@@ -139,7 +139,7 @@ def test_the_readmes_install_commands_give_kernels_that_pass_the_selftest(source
     commands = re.findall("^    (.*)", section, re.MULTILINE)
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "env"], check=True)
     (site,) = (tmp_path / "env").glob("lib/python*/site-packages")
-    (site / "torch.pth").write_text(sysconfig.get_path("purelib"))  # PyTorch and setuptools are taken from here
+    (site / "torch.pth").write_text(sysconfig.get_path("purelib"))  # finds PyTorch and setuptools of this environment
     environment = {**os.environ, "PATH": f"{tmp_path}/env/bin:{os.environ['PATH']}", "PIP_NO_BUILD_ISOLATION": "0"}
     for name in "PYTHONPATH", "TCLR_KERNELS_REQUIRE_NATIVE", "TCLR_KERNELS_BACKEND", "TRITON_INTERPRET":
         environment.pop(name, None)
@@ -151,7 +151,7 @@ def test_the_readmes_install_commands_give_kernels_that_pass_the_selftest(source
 
 
 def test_importing_the_trainer_without_its_extra_names_the_extra(tmp_path):
-    """With the interpreter's own packages and PyTorch's alone: those of the extra are hidden by empty entries."""
+    """Entries of None in sys.modules make rich and av look as if they were not installed."""
     code = "import sys; sys.modules.update(rich=None, av=None); import tclr"
     run = python(tmp_path, "-c", code, PYTHONPATH=str(ROOT / "python"))
     assert run.returncode == 1
@@ -175,5 +175,5 @@ def test_info_warns_of_a_pytorch_newer_than_those_tested(version, warned, monkey
 
 
 def test_importing_takes_less_than_50_ms_of_cpu_time():
-    """Of the processor, beside `import torch`; the rows of benchmarks/importing.py have the seconds on the clock."""
-    assert min(importing.seconds()[1] for _ in range(2)) < 0.05  # the first may have to write the bytecode
+    """`import torch` is not counted. benchmarks/importing.py measures the elapsed time as well."""
+    assert min(importing.seconds()[1] for _ in range(2)) < 0.05  # the first run may have to write bytecode

@@ -1,4 +1,4 @@
-"""The CPU kernels without torch: sanitizers, the other vector widths, the order of tasks, planted bugs."""
+"""The CPU kernels, compiled without PyTorch: vector widths, threads, sanitizers and planted bugs."""
 
 import ctypes
 import resource
@@ -12,7 +12,7 @@ from . import kernels
 
 pytestmark = pytest.mark.skipif(kernels.compiler() is None, reason="no C++ compiler")
 
-WIDTHS = {  # as csrc/cpu/*.cpp set them; every width runs on any machine, by the compiler's generic vectors
+WIDTHS = {  # as in csrc/cpu/*.cpp; the compiler's generic vectors run with any width on any machine
     "portable": [],
     "avx2": ["-DTCLR_VECTOR_BYTES=32", "-DTCLR_TILE_ROWS=6"],
     "avx512": ["-DTCLR_VECTOR_BYTES=64", "-DTCLR_TILE_ROWS=12"],
@@ -143,7 +143,7 @@ def results(library, threads, slow):
 
 
 def rectangle_results(run, generator):
-    """Of few rows against many, with gradients of both, the mean of the columns, and labelled rows among themselves."""
+    """Results of few rows against many, with gradients and the mean of columns, and of labelled rows."""
     rows, columns = torch.randn(1, 60, 8, generator=generator), torch.randn(1, 1300, 8, generator=generator)
     settings = 0.1, True, False
     neg, *_, mean = run.rectangle([rows], [columns], *settings, -1, None, None, True)
@@ -176,7 +176,7 @@ def test_a_planted_missing_wait_between_threads_is_found(tmp_path):
 
 
 def times_asleep(library):
-    """How often this thread gives its core away, while another one hesitates before each of its tasks."""
+    """How often this thread sleeps while another thread waits before each of its tasks."""
     run = kernels.Kernels(library, threads=2, slow=1)
     sets = [torch.ones(1, 801, 1) for _ in range(2)]
     run.library.hesitate(ctypes.c_int64(2000))
@@ -192,7 +192,8 @@ def test_a_thread_that_waits_long_goes_to_sleep(library, tmp_path):
 
 
 def test_beside_other_processes_small_calls_take_one_thread(library):
-    """Where the calling thread lost most of a parallel region; each time it finds that again, for twice as many."""
+    """The next 8 small calls do, after a parallel region in which the calling thread mostly waited for a core. If it
+    happens again soon, the next 16 calls do."""
 
     def least(regions):
         n = len(regions)
@@ -212,7 +213,7 @@ def test_beside_other_processes_small_calls_take_one_thread(library):
 
 
 def sanitized(name, flags, arguments, folder, replace=()):
-    """Runs Python with `arguments` and the kernels, built with a sanitizer, after them."""
+    """Builds the kernels with a sanitizer, and runs Python with `arguments` and the path of the library."""
     library = f"lib{name}.so"
     runtime = subprocess.run([kernels.compiler(), f"-print-file-name={library}"], capture_output=True, text=True).stdout
     if "/" not in runtime:

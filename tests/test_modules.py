@@ -27,7 +27,7 @@ each = pytest.mark.parametrize("name", MODULES)
 
 
 def inputs_of(name):
-    """What `forward` takes."""
+    """The arguments of a module's `forward`."""
     if name == "sup_con":
         return [*LOSSES[name].inputs((4, 3, 5), torch.float32), torch.tensor([0, 1, 2, 0, 1, -1, 0, 0])]
     return LOSSES["clip_loss" if name == "info_nce" else name].inputs((4, 3, 5), torch.float32)
@@ -60,7 +60,7 @@ def test_defaults_are_those_of_the_function(name):
 
 
 def defaults(function):
-    """The default of every argument that has one."""
+    """{argument: default} of a function."""
     parameters = inspect.signature(function).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty}
 
@@ -108,7 +108,7 @@ def test_temperature_as_tensor_is_saved_as_a_buffer_and_as_float_is_not_saved(na
 
 
 def kept(name):
-    """A parameter of one dimension, as FSDP wants it, and a tensor that is only stored."""
+    """Two modules: one with a temperature parameter of one dimension, as FSDP needs, and one with a fixed tensor."""
     module, _, _ = MODULES[name]
     return module(temperature=nn.Parameter(torch.tensor([0.3]))), module(temperature=torch.tensor([[0.3]]))
 

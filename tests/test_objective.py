@@ -1,4 +1,4 @@
-"""The whole TCLR objective in one call of a backend: the same values and gradients as its single losses."""
+"""The whole TCLR objective in one call of a backend has the values and gradients of its single losses."""
 
 import pytest
 import torch
@@ -98,7 +98,7 @@ def test_no_gradient_is_computed_unless_one_is_needed(fused, monkeypatch):
 
 
 def test_small_gradients_of_float16_inputs_are_accurate_with_a_scaled_loss(fused):
-    inputs = [1e3 * z for z in LOSSES["tclr"].inputs((8, 2, 16))]  # the gradients are some 1e-5 of a thousandth
+    inputs = [1e3 * z for z in LOSSES["tclr"].inputs((8, 2, 16))]  # their gradients are about 1e-8
     half = [z.half().requires_grad_() for z in inputs]
     (2.0**14 * tk.tclr(*half, backend=fused).total).backward()
     exact = [z.detach().double().requires_grad_() for z in half]
@@ -130,7 +130,7 @@ def test_the_compiled_objective_has_the_gradients_of_eager_mode(fused):
 
 
 def test_a_gradient_beyond_float32_is_scaled_before_it_is_rounded(fused):
-    """Rows so short that their gradient is infinite, but for what comes from above."""
+    """The rows are so short that their gradient would be infinite without the small upstream gradient."""
     leaves = [(1e-38 * z).float().requires_grad_() for z in LOSSES["tclr"].inputs((5, 3, 7))]
     for factor in (1e-6, 0.0):
         found = torch.autograd.grad(factor * tk.tclr(*leaves, temperature=1e-3, backend=fused).total, leaves)

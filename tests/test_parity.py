@@ -14,7 +14,7 @@ from . import oracle
 from .conftest import INTERPRETED
 from .oracle import DTYPES, FURTHER, LOSSES, judge, same_bits
 
-ROWS = {  # (B, V, D): B rows of two views, or of V
+ROWS = {  # (B, V, D): B rows of D features in two views, or in V views
     "one row": (1, 2, 3),
     "one negative, one feature": (2, 2, 1),
     "three, one vector": (3, 3, 16),
@@ -51,11 +51,11 @@ CASES = [
 @pytest.mark.parametrize("name, size", CASES)
 def test_every_size_meets_the_accuracy_criteria(name, size, dtype, backend):
     sizes = (ROWS | VIDEOS)[size]
-    normalize = sizes[-1] > 1  # of one feature, rows are +-1 and the gradient 0
+    normalize = sizes[-1] > 1  # normalised rows of one feature are +-1, and have no gradient
     judge(LOSSES[name], LOSSES[name].inputs(sizes, dtype, normalize=normalize), 0.1, backend, normalize)
 
 
-CONFIDENT = [  # C4: views of one cosine, at temperatures from easy to hard
+CONFIDENT = [  # (loss, cosine of matching rows, temperature, dtype), from easy to hard
     *itertools.product(["nt_xent", "clip_loss"], [0.9, 0.99, 0.999, 1], [0.5, 0.1, 0.05, 0.01], DTYPES),
     *itertools.product(
         ["instance_contrastive", "tclr release", "tclr release total"],
@@ -63,14 +63,15 @@ CONFIDENT = [  # C4: views of one cosine, at temperatures from easy to hard
         [0.1, 0.01],
         [torch.float32, torch.float16],
     ),
-    # a key that equals its query has no gradient
+    # without cosine 1: a key that equals its query has no gradient
     *itertools.product(FURTHER, [0.9, 0.999], [0.1, 0.01], [torch.float32, torch.float16]),
 ]
 
 
 @pytest.mark.parametrize("name, rho, tau, dtype", CONFIDENT)
 def test_confident_pairs_meet_the_accuracy_criteria(name, rho, tau, dtype, backend):
-    # of a queue, one row or two make the gradient: C1 compares little more than their own roundings
+    # One or two rows of the queue decide MoCo's gradient, so the relative error depends on their rounding. Seed 1 is an
+    # ordinary case.
     seed = 1 if name == "moco" else 0
     judge(LOSSES[name], LOSSES[name].inputs((33, 3, 48), dtype, rho, seed=seed), tau, backend)
 
@@ -94,8 +95,8 @@ def test_long_rows_without_normalisation_meet_the_accuracy_criteria(name, scale,
 @pytest.mark.parametrize("cross", [False, True])
 @pytest.mark.parametrize("V, N", [(2, 1), (2, 17), (2, 205), (3, 33), (4, 7), (5, 97), (8, 40)])
 def test_exact_similarities_reveal_every_wrong_index(V, N, cross, backend):
-    """C5: entries of -1, 0, 1 with D and 1/tau powers of two. The positives and their gradient are exact, bit by bit;
-    of zero rows, neg counts the candidates; neg tells rows apart."""
+    """Entries are -1, 0 or 1, and D and 1/tau are powers of two, so that positives and their gradients are exact. A
+    wrong index also changes neg, and for zero rows neg is the logarithm of the number of candidates."""
     generator = torch.Generator().manual_seed(0)
     tau = 0.25
     z = torch.randint(-1, 2, (2, V, N, 16), generator=generator).float()
@@ -137,7 +138,7 @@ def rows_apart(x):
 
 
 def red_zone(x):
-    """The same in a buffer of NaN."""
+    """A copy of x inside a buffer of NaN."""
     buffer = x.new_full((x.numel() + 128,), math.nan)
     return buffer[64:-64].view(x.shape).copy_(x)
 
@@ -167,7 +168,7 @@ def test_expanded_and_flipped_inputs_change_no_bit(name, backend):
 
 @st.composite
 def problems(draw, names):
-    # a key that equals its query has no gradient; of few terms, C1 compares one rounding with another
+    # Without cosine 1: a key that equals its query has no gradient. With few rows, single roundings would be compared.
     rhos, fewest = ([0, 0.5, 0.9, 0.99], 12) if names is FURTHER else ([0, 0.5, 0.9, 0.99, 1], 1)
     dtype = draw(st.sampled_from(DTYPES))
     reach = 2 if dtype == torch.float16 else 18

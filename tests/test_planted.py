@@ -1,6 +1,6 @@
-"""Bugs planted in the definition are found: this tests the tests that judge every kernel.
+"""The checks find bugs that are planted in the reference backend and in the losses, so they would find them in kernels.
 
-Those planted in the C++ kernels are in `test_kernels.py`.
+test_kernels.py, test_cuda.py and test_triton.py plant bugs in the kernels.
 """
 
 import functools

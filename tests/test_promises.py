@@ -29,7 +29,7 @@ KINDS = (
     "tclr release total",
 )
 sup_con = functools.partial(tk.sup_con, labels=torch.tensor([0, 1, 0, 1, -1]))
-TAKES = {  # function -> names and dimensions of its inputs
+TAKES = {  # function -> {name of an input: its shape}
     tk.nt_xent: dict(a=(5, 8), b=(5, 8)),
     tk.clip_loss: dict(a=(5, 8), b=(5, 8)),
     tk.info_nce: dict(query=(5, 8), key=(5, 8)),
@@ -70,7 +70,7 @@ def test_a_zero_row_has_similarity_zero_and_gradient_zero(name, dtype, backend):
 
 
 def or_zero(x):
-    """Unit rows; a zero row stays zero and takes no gradient."""
+    """Unit rows. A zero row stays zero and gets no gradient."""
     zero = (x == 0).all(-1, keepdim=True)
     return oracle.unit(x.masked_fill(zero, 1)).masked_fill(zero, 0)
 
@@ -103,7 +103,7 @@ def test_extremely_short_and_long_rows_have_accurate_losses_and_gradients(name, 
     for g, want in zip(grads, want_grads, strict=True):
         wanted = torch.ldexp(want, torch.tensor(exponent)).to(dtype).double()
         largest = wanted[wanted.isfinite()].abs().max()
-        # beyond, one of them may have been rounded to infinity, as may a part of a sum of two gradients
+        # beyond `top`, one of the two or a part of a sum of gradients may have been rounded to infinity
         top = (0.4 if name in oracle.SEVERAL_CALLS else 0.98) * torch.finfo(dtype).max
         found, wanted = (x.double().clamp(-top, top) for x in (g, wanted))
         assert oracle.error(found, wanted) <= 2 * oracle.GRADIENT[dtype] * largest + torch.finfo(dtype).smallest_normal
@@ -190,7 +190,7 @@ def test_errors_name_a_wrong_temperature(function, wrong, backend):
 @pytest.mark.parametrize("shape", [(1,), (1, 1)], ids=str)
 @pytest.mark.parametrize("name", KINDS)
 def test_temperature_may_be_any_tensor_of_one_element(name, shape, dtype, backend):
-    """FSDP asks for parameters of one dimension. The gradient has the tensor's own shape and dtype."""
+    """FSDP needs parameters of at least one dimension. The gradient has the tensor's shape and dtype."""
     inputs = LOSSES[name].inputs((5, 3, 8), torch.float32)
     want, want_grads = run(temperature_first(name, backend), [torch.tensor(0.25, dtype=dtype), *inputs])
     out, grads = run(temperature_first(name, backend), [torch.full(shape, 0.25, dtype=dtype), *inputs])
@@ -243,7 +243,7 @@ def test_tclr_kernels_check_refuses_a_temperature_tensor_with_a_wrong_value(wron
 @pytest.mark.parametrize("frozen", ["the last", "all but the temperature", "the temperature"])
 @pytest.mark.parametrize("name", KINDS)
 def test_inference_tensors_are_accepted_as_inputs(name, frozen, dtype, backend):
-    """As the keys of a network that is not trained; autograd itself cannot save them."""
+    """An example is the output of a frozen network. Autograd itself cannot save such tensors."""
     call, inputs = temperature_first(name, backend), LOSSES[name].inputs((5, 3, 8), dtype)
     inputs = [torch.tensor(0.25, dtype=dtype), *inputs]
     n = len(inputs)
@@ -258,7 +258,7 @@ def test_inference_tensors_are_accepted_as_inputs(name, frozen, dtype, backend):
     out, grads = run(loss, [inputs[k] for k in learnt])
     want, want_grads = run(call, inputs)
     assert torch.equal(out, want)
-    # where further negatives take no gradient, that of the rows is made in another way
+    # if further negatives need no gradient, that of the rows is computed in another way
     equal = torch.testing.assert_close if name in oracle.SEVERAL_CALLS and frozen != "the temperature" else same
     equal(list(grads), [want_grads[k] for k in learnt])
 
@@ -297,7 +297,7 @@ def test_errors_name_an_empty_input(function, name, backend):
     "name", ["nt_xent", "clip_loss", "instance_contrastive", "sup_con", "local_local", "global_local"]
 )
 def test_one_row_has_loss_and_gradient_exactly_zero(name, dtype, backend):
-    """B = 1, and T = 1 within videos."""
+    """The losses within videos have T = 1 clip, the others B = 1 row."""
     sizes = (4, 1, 8) if name.endswith("local") else (1, 3, 8)
     for tau in (0.1, 0.01):
         out, grads = run(LOSSES[name].call, LOSSES[name].inputs(sizes, dtype, 0), temperature=tau, backend=backend)
@@ -322,7 +322,7 @@ WRONG = {
     "sparse": (lambda x: x.to_sparse(), ["sparse", "dense"]),
     "one dimension": (lambda x: x.flatten(), ["1 dim", "["]),
 }
-SIZES = {  # beside the others
+SIZES = {  # how one input differs from the others
     "another size": (lambda x: x[..., :-1], []),
     "another dtype": (lambda x: x.double(), ["float64", "float32"]),
     "another device": (lambda x: x.to("meta"), ["meta", "cpu"]),

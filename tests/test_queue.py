@@ -1,4 +1,4 @@
-"""The queue of negatives: a ring buffer, and losses that keep the rows they have used."""
+"""The queue of negatives is a ring buffer, and losses keep a copy of the rows that they have used."""
 
 import copy
 import io
@@ -42,7 +42,7 @@ def test_new_rows_replace_the_oldest():
 
 @pytest.mark.parametrize("sizes", [(12,), (3, 12), (5,), (4, 5), (1, 1, 25)], ids=str)
 def test_a_batch_larger_than_the_queue_leaves_its_last_rows(sizes):
-    """Bit by bit what the same rows leave that come one at a time."""
+    """The queue has the same bits as after enqueueing the rows one at a time."""
     torch.manual_seed(0)
     queue = tk.NegativeQueue(5, 3)
     other = copy.deepcopy(queue)
@@ -134,7 +134,6 @@ def test_a_queue_continues_from_its_saved_state_bit_by_bit(backend):
 
 
 def test_a_queue_in_a_model_is_moved_cast_and_saved_but_has_no_parameters():
-    """Moved and cast with it, and nothing that an optimizer would find."""
     model = nn.Sequential(nn.Linear(3, 3))
     model.queue = filled()
     assert not list(model.queue.parameters()) and set(model.state_dict()) >= {"queue.rows", "queue.position"}
@@ -158,7 +157,7 @@ def test_keys_may_have_any_dtype_leading_dimensions_and_a_graph():
 
 
 def test_no_value_is_read_from_the_device():
-    """Meta tensors have no values: what reads one raises."""
+    """Meta tensors have no values, so reading one would raise an error."""
     queue = tk.NegativeQueue(5, 3).to("meta")
     queue.enqueue(torch.ones(7, 3, device="meta"))
     a = torch.ones(4, 3, device="meta")

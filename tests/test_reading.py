@@ -23,7 +23,7 @@ from . import films  # noqa: E402
 DECODERS = list(dict.fromkeys([decode.PYAV, decode.DECODER]))
 PACKED = Path(__file__).parent / "packed_b_frames.avi"  # by `ffmpeg -c:v libxvid -bf 2`: PyAV has no XviD encoder
 X264 = "scenecut=0"
-WRITTEN = {  # by PyAV alone, so that they are tested where no ffmpeg program is
+WRITTEN = {  # films that PyAV writes, so that they can be tested without the ffmpeg program
     "mpeg4.avi": ("mpeg4", dict(g="10")),
     "mpeg4_b.avi": ("mpeg4", dict(g="12", bf="2")),
     "h264_b.avi": ("libx264", {"g": "10", "bf": "3", "x264-params": X264}),
@@ -63,7 +63,7 @@ def fresh(tmp_path, monkeypatch):
 
 
 def forget():
-    """What another process would start with: the cache alone."""
+    """Forgets the indices in memory, so that only those in the cache are left, as for another process."""
     index._known.cache_clear()
 
 
@@ -72,7 +72,7 @@ def write(folder, name, frames=films.FRAMES):
 
 
 def wrong_windows(path, expected, count, decoder):
-    """How many of `count` windows are not that slice of the numbers expected, or have held frames."""
+    """How many of `count` windows do not show the expected numbers, or have positions past the end."""
     assert decode.length(path) == len(expected)
     wrong = 0
     for wanted in films.windows(path, len(expected), count):
@@ -94,7 +94,7 @@ def test_windows_are_slices_of_the_sequential_decode(tmp_path, name, decoder):
 
 @pytest.mark.skipif(not films.FFMPEG, reason="no ffmpeg program to write and judge these films: apt-get install ffmpeg")
 def test_a_sample_of_all_films_is_read_as_by_the_ffmpeg_program(tmp_path, rotation):
-    """300 windows; other films after each commit."""
+    """It reads 300 windows, of other films after each commit."""
     against_the_program(random.Random(rotation).sample(list(films.matrix()), 30), tmp_path, 10)
 
 
@@ -118,8 +118,8 @@ def against_the_program(chosen, folder, count):
 RAW = f"-f rawvideo -pix_fmt rgb24 -s {films.SIDE}x{films.SIDE} -r 25 -i -"
 H264 = "-c:v libx264 -preset veryfast -pix_fmt yuv420p -g 12 -bf 3 -x264-params open-gop=1:scenecut=0"
 OTHER = "-f lavfi -i testsrc=s=96x80:r=10:d=3"
-ODD = {  # what a film is written by, and what it is copied by afterwards
-    "wrapped.ts": (f"{RAW} {H264} -output_ts_offset 95442", ""),  # the 33 bits of a stamp run over within it
+ODD = {  # file -> (ffmpeg's arguments that write it, and those that copy it afterwards)
+    "wrapped.ts": (f"{RAW} {H264} -output_ts_offset 95442", ""),  # the 33 bits of its timestamps overflow
     "wrapped.mpg": (f"{RAW} -c:v mpeg2video -q:v 3 -g 12 -bf 2 -output_ts_offset 95442 -f vob", ""),
     "cover.mp4": (f"{RAW} {OTHER} {H264} -map 0 -map 1 -c:v:1 png -frames:v:1 1",
                   "-map 0:1 -map 0:0 -c copy -disposition:v:0 attached_pic"),
@@ -136,7 +136,7 @@ ODD = {  # what a film is written by, and what it is copied by afterwards
 def test_odd_files_are_read_as_by_the_ffmpeg_program(tmp_path, name):
     writing, copying = ODD[name]
     path = films.run(writing, tmp_path / name, films.pictures(films.FRAMES).tobytes())
-    if copying == "joined":  # stamps start again in the middle
+    if copying == "joined":  # timestamps start again in the middle
         later = films.run(writing, tmp_path / "later.ts", films.pictures(2 * films.FRAMES)[films.FRAMES :].tobytes())
         path.write_bytes(path.read_bytes() + later.read_bytes())
     elif copying:
@@ -164,9 +164,9 @@ STAMPS = {  # pts and dts in thousandths of a frame
 @pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize(
     "name, codec", [pair for pair in itertools.product(STAMPS, ("libx264", "mpeg4")) if pair != ("late.ts", "mpeg4")]
-)  # without that pair: a copy of MPEG-4 from MP4 into TS lacks its header
+)  # that pair is left out, since a copy of MPEG-4 from MP4 into TS lacks its header
 def test_films_with_unusual_timestamps_are_read_exactly(tmp_path, name, codec, decoder):
-    """Repeated, late, negative (which MP4 turns into an edit list that hides frames) and uneven ones."""
+    """They are repeated, late, uneven, or negative, which MP4 turns into an edit list that hides frames."""
     b_frames = {} if name in REPEATED else dict(bf="2")
     whole = films.write(tmp_path / "whole.mp4", 70, codec, dict(g="10", **b_frames), side=films.SIDE)
     path = films.copied(whole, tmp_path / name, STAMPS[name])
@@ -204,7 +204,7 @@ def with_matrix(path, a, b, c, d):
 
 
 def shown(picture, a, b, c, d):
-    """Pixel (x, y) of a picture [3, H, W] comes to (a x + c y, b x + d y), shifted so that all are in the frame."""
+    """Moves pixel (x, y) of a picture [3, H, W] to (a x + c y, b x + d y), shifted so that all are in the frame."""
     y, x = torch.meshgrid(*map(torch.arange, picture.shape[1:]), indexing="ij")
     to_x, to_y = a * x + c * y, b * x + d * y
     to_x, to_y = to_x - to_x.min(), to_y - to_y.min()
@@ -241,7 +241,7 @@ def test_frames_are_turned_and_mirrored_by_the_display_matrix(tmp_path, turn):
     frames, held = decode.read(path, range(5, 15))
     assert held == 0 and torch.equal(frames, expected[5:15])
     assert decode.size(path) == index.find(path).size == expected.shape[2:]
-    if films.FFMPEG and turn[0] * turn[3] - turn[1] * turn[2] == 1:  # older programs do not mirror
+    if films.FFMPEG and turn[0] * turn[3] - turn[1] * turn[2] == 1:  # older versions of ffmpeg do not mirror
         assert (films.oracle(path)[5:15].float() - frames.float()).abs().mean() < 2
 
 
@@ -255,7 +255,7 @@ def test_odd_angles_are_turned_as_by_the_ffmpeg_program(tmp_path):
 
 
 def growing(path, sizes=(64, 96, 48)):
-    """A stream whose frames change their size every 20."""
+    """Writes a stream whose frames change their size every 20 frames."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg2video", rate=25)
         stream.height = stream.width = sizes[0]
@@ -317,7 +317,7 @@ def test_files_of_different_sizes_stop_before_training(tmp_path):
 
 
 def test_data_check_lists_files_of_another_size(tmp_path):
-    """They stop a run without data.size, so they are not fine; nor does one that cannot be read set the size."""
+    """They stop a run without data.size. The size to compare with is that of the first readable file."""
     (tmp_path / "a.avi").write_bytes(b"<html>")
     for name, side in ("b.avi", 32), ("c.avi", 64), ("d.avi", 32):
         films.write(tmp_path / name, side=side)
@@ -330,7 +330,7 @@ def test_data_check_lists_files_of_another_size(tmp_path):
 
 
 def test_windows_among_identical_frames_are_read_exactly(tmp_path):
-    """A still picture for most of the film: which frame is which must not be guessed."""
+    """Most frames of the film are the same picture, so the reader must not guess their positions."""
     pictures = films.pictures(200, 64)
     for name, codec in ("still.mp4", "libx264"), ("still.avi", "mpeg4"), ("still.ts", "mpeg2video"):
         with av.open(str(tmp_path / name), "w") as container:
@@ -444,7 +444,7 @@ def test_a_missing_file_is_not_remembered_as_unreadable(tmp_path):
 
 @pytest.mark.parametrize("name", CONTAINERS)
 def test_truncated_files_are_read_exactly_or_refused_with_a_reason(tmp_path, name):
-    """20 lengths each: what decoding from end to end reads is read alike, and anything else is refused everywhere."""
+    """A file is cut at 20 lengths. If all of it can be decoded, all readers agree, and otherwise all refuse it."""
     content = write(tmp_path, name, 60).read_bytes()
     refused = 0
     for part in range(20):

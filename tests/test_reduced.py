@@ -1,4 +1,4 @@
-"""A small loss by one call of a backend: the bits of its composition, and what autograd may do with it."""
+"""A small loss that a backend computes in one call has the bits of the separate calls, and works with autograd."""
 
 import functools
 
@@ -42,12 +42,12 @@ def fused(request):
 
 @pytest.fixture
 def compose(monkeypatch):
-    """Makes every further loss a composition."""
+    """A function after whose call every loss uses the separate calls."""
     return lambda: monkeypatch.setattr(reduced, "seen_through", lambda inputs: True)
 
 
 class Calls(TorchDispatchMode):
-    """The names of the operators that are called."""
+    """Records the names of the operators that are called."""
 
     def __enter__(self):
         self.names = []
@@ -118,8 +118,8 @@ def test_a_loss_and_its_gradient_are_one_operator_call_each(name, shape, fused):
     with Calls() as calls:
         value.backward()
     assert [call for call in calls.names if call.startswith("tclr")] == ["tclr_kernels::reduced_backward"]
-    if name != "instance_contrastive":  # whose views are stacked
-        assert len(calls.names) <= 4  # and the upstream gradient, and where it goes
+    if name != "instance_contrastive":  # it also stacks its views
+        assert len(calls.names) <= 4  # the others make the upstream gradient and add up gradients
     with Calls() as calls, torch.no_grad():
         loss(*leaves)
     assert calls.names[-1] == "tclr_kernels::reduced" and (len(calls.names) == 1 or name == "instance_contrastive")

@@ -1,4 +1,4 @@
-"""benchmarks/gpu.sh without a GPU: the order and limits of its steps, and with --full the steps; see rehearsal/."""
+"""benchmarks/gpu.sh without a GPU: the order and time limits of its steps, and with --full the steps themselves."""
 
 import collections
 import csv
@@ -21,7 +21,7 @@ TESTS = "tests on the GPU"
 
 
 def copy(folder):
-    """This repository's sources and what is compiled of them, as new as they are here; not its CUDA kernels."""
+    """Copies the sources and compiled files of this repository with their times, without the CUDA kernels."""
     for name in FOLDERS:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "_cuda.so", "results"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "Makefile"):
@@ -30,14 +30,14 @@ def copy(folder):
 
 
 def run(folder, **environment):
-    """gpu.sh in a copy, with its output."""
+    """Runs gpu.sh in a copy of the repository, and captures its output."""
     command = ["env", "--unset=PYTEST_CURRENT_TEST", "bash", "benchmarks/gpu.sh"]
     environment = os.environ | dict(OUT=str(folder / "out"), COMMIT="abc1234") | environment
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
 def rehearsing(folder, log):
-    """The environment in which Python finds a GPU that is not there. folder: the repository or a copy of it"""
+    """Environment variables with which Python finds a simulated GPU. folder: the repository or a copy of it"""
     rehearsal = f"{folder}/tests/rehearsal"
     python_path = os.pathsep.join(filter(None, [rehearsal, os.environ.get("PYTHONPATH")]))
     path = f"{rehearsal}/bin{os.pathsep}{os.environ['PATH']}"
@@ -64,7 +64,7 @@ def test_busiest_counts_the_compilations_of_the_busiest_process():
 
 
 def test_a_step_that_fails_or_takes_too_long_does_not_stop_the_others(tmp_path):
-    """With a Python that only tells what it is asked for, fails at the times, and takes too long at the tests."""
+    """In place of Python, a script prints its environment, fails at the step "times" and sleeps during the tests."""
     (tmp_path / "benchmarks").mkdir()
     shutil.copy2(ROOT / "benchmarks/gpu.sh", tmp_path / "benchmarks")
     python = tmp_path / "python"
@@ -84,7 +84,7 @@ def test_a_step_that_fails_or_takes_too_long_does_not_stop_the_others(tmp_path):
     assert list(steps) == list(budget.ON_ONE) and done.returncode == 1
     assert "FAILED: times, status 3" in done.stdout and "FAILED: tests on the GPU, status 124" in done.stdout
     told = collections.Counter(line for line in done.stdout.splitlines() if line.endswith("triton 1"))
-    assert set(told.values()) == {7}  # all others have the same cache, and ask for the CUDA kernels
+    assert set(told.values()) == {7}  # all other steps use the same cache, and require the CUDA kernels
 
 
 def test_an_interrupted_run_keeps_its_rows(tmp_path):
@@ -164,6 +164,6 @@ def test_every_step_of_the_gpu_script_runs_in_the_rehearsal(tmp_path):
     counted = {step: budget.busiest(jobs[step][job] for job in sorted(jobs[step])) for step in (COMPILED, TESTS)}
     print(counted)
     for step in set(variants) - {TESTS}:
-        assert variants[step] <= variants[COMPILED], f"{step} compiles by itself"
+        assert variants[step] <= variants[COMPILED], f"{step} needs kernels that the step before did not compile"
     for step, most in counted.items():
         assert most <= budget.STEPS[step].compilations, f"{step}: the busiest process compiles {most} variants"

@@ -1,4 +1,4 @@
-"""The commands of docs/reproduce.md, each as a dry run: all by --full, one in turn without."""
+"""The commands of docs/reproduce.md run as dry runs: all with --full, otherwise a different one after each commit."""
 
 import json
 import shlex
@@ -22,7 +22,7 @@ PRETRAININGS = {each[each.index("--out") + 1]: each for each in COMMANDS if each
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where the commands run: one folder for all, with the paths that the page has."""
+    """The folder in which all commands run. The relative paths of the page exist there."""
     path = tmp_path_factory.mktemp("reproduce")
     (path / "python").symlink_to(ROOT / "python")
     return path
@@ -57,7 +57,7 @@ def test_a_command_of_the_page_runs_as_a_dry_run(command, folder, monkeypatch):
 
 
 def test_the_page_names_what_its_commands_need():
-    """Each evaluation's run has its pretraining on the page, each table its command."""
+    """The configurations exist, and each evaluation uses the folder of a pretraining on the page."""
     assert len(COMMANDS) > 20 and {"linear", "retrieval", "finetune", "multiclip", "confusion"} < {
         c[0] for c in COMMANDS
     }
@@ -68,7 +68,7 @@ def test_the_page_names_what_its_commands_need():
 
 
 def test_the_ablations_tables_show_the_committed_rows(tmp_path):
-    """ablation.md is what the committed rows give, and the page quotes nothing else."""
+    """ablation.md follows from the committed rows, and docs/trainer.md quotes only lines of it."""
     results = ROOT / "benchmarks" / "results"
     for name in claims.LINES:
         shutil.copy(results / f"{name}.csv", tmp_path)
@@ -99,8 +99,6 @@ def test_commands_without_a_dry_run_are_refused(tmp_path, capsys):
 
 
 def test_an_interrupted_generation_of_videos_leaves_nothing_behind(tmp_path, monkeypatch):
-    """An interruption while they are written leaves nothing behind."""
-
     def interrupted(root, **_):
         (root / "half").mkdir()
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""The compiled libraries use nothing that the oldest or the newest supported PyTorch does not have."""
+"""The compiled libraries use only what the oldest and the newest supported PyTorch offer."""
 
 import re
 import subprocess
@@ -13,7 +13,7 @@ from .torch_headers import Release, Unreachable
 pytestmark = pytest.mark.skipif(kernels.compiler() is None, reason="no C++ compiler")
 
 WARNINGS = ["-Wall", "-Wextra", "-Werror"]
-SOURCES = {  # what is compiled against PyTorch's headers, and the definitions it needs besides setup.py's
+SOURCES = {  # (file that is compiled with PyTorch's headers, definitions it needs in addition to those of setup.py)
     "cpu": ("ops.cpp", []),
     "cpu, objective": ("objective.cpp", []),
     "cpu, facts": ("facts.cpp", []),
@@ -50,7 +50,7 @@ def test_the_binding_compiles_without_a_warning_and_uses_only_exported_symbols(s
     undefined = subprocess.run(["nm", "-u", made], check=True, capture_output=True, text=True).stdout.split()
     needed = {name for name in undefined if re.match("(aoti_)?torch_", name)}
     assert (needed or file == "facts.cpp") and not needed - release.symbols
-    # of C++, whose names change with every release, only the standard library's and this project's own
+    # no C++ symbols of PyTorch, since they change with every release
     assert not [name for name in undefined if re.match(r"_ZNK?(2at|3c10|5torch)", name)]
 
 

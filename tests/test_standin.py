@@ -1,4 +1,4 @@
-"""The Triton backend through Triton's own compiler and launcher, with a pretended GPU driver: see standin.py."""
+"""The Triton backend with Triton's own compiler and launcher, on the stand-in for a GPU driver of standin.py."""
 
 import functools
 import itertools
@@ -33,7 +33,7 @@ TEMPERATURES = (
     *(0.1, 0.005, 10),
     *(torch.tensor(0.1, dtype=dtype) for dtype in (torch.float32, torch.float64, torch.bfloat16)),
 )
-LAYOUTS = {  # how [G, N, D] lies in memory
+LAYOUTS = {  # memory layouts of a tensor [G, N, D]
     "contiguous": lambda G, N, D, **how: torch.empty(G, N, D, **how),
     "an entry after the start": lambda G, N, D, **how: torch.empty(G, N, D + 1, **how)[..., 1:],
     "transposed": lambda G, N, D, **how: torch.empty(G, D, N, **how).mT,
@@ -54,7 +54,7 @@ def hopper(monkeypatch):
 
 
 class Problem(NamedTuple):
-    """A forward and a backward of the operation."""
+    """A random forward and backward of the operation."""
 
     G: int
     V: int
@@ -66,7 +66,7 @@ class Problem(NamedTuple):
     normalize: bool
     cross: bool
     tf32: bool
-    upstream: tuple  # whether there is a gradient of term, of neg, of pos
+    upstream: tuple  # whether there are upstream gradients of term, neg and pos
 
     def run(self, monkeypatch):
         monkeypatch.setattr(large, "tf32_allowed", lambda: self.tf32)
@@ -92,7 +92,7 @@ def drawn(seed):
 
 
 class Rectangle(NamedTuple):
-    """The same of the operation in its general form."""
+    """A random forward and backward of the general operation."""
 
     G: int
     A: int
@@ -110,8 +110,8 @@ class Rectangle(NamedTuple):
     symmetric: bool  # the rows are the columns
     keys: bool
     pairs: bool
-    anchors: tuple  # whether rows are, whether columns are
-    wanted: tuple  # whether the gradient of rows, of columns is
+    anchors: tuple  # whether (rows, columns) are anchors
+    wanted: tuple  # whether the gradients of (rows, columns) are computed
 
     def run(self, monkeypatch):
         monkeypatch.setattr(large, "tf32_allowed", lambda: self.tf32)
@@ -158,7 +158,7 @@ def drawn_rectangle(seed):
 
 
 def problems(first_seed, draw=drawn):
-    """An endless stream of them, of a size whose memory is no burden."""
+    """Yields random problems without end, leaving out those that need much memory."""
     for seed in itertools.count(first_seed):
         problem = draw(seed)
         rows, sets = (problem.N, problem.V) if draw is drawn else (max(problem.n, problem.K), problem.A + problem.C)
@@ -167,7 +167,7 @@ def problems(first_seed, draw=drawn):
 
 
 def failures(found, monkeypatch):
-    """The problems that raise, with what they raise."""
+    """The problems that raise an error, with their errors."""
     failed = []
     for problem in found:
         try:
@@ -196,7 +196,7 @@ def test_many_random_rectangles_compile(device, monkeypatch):
 
 
 LOSS_SIZES = (129, 3, 64), (1, 2, 8), (5, 4, 33), (40, 4, 128)
-LOSS_CASES = [  # of those that share their kernels, one size; the others are marked full
+LOSS_CASES = [  # losses that use the same kernels run at one size, and the other sizes are marked full
     pytest.param(name, sizes, marks=pytest.mark.full if name in FURTHER and sizes != LOSS_SIZES[0] else ())
     for name, sizes in itertools.product(LOSSES, LOSS_SIZES)
 ]
@@ -214,7 +214,7 @@ def test_every_loss_compiles(name, sizes, device):
 
 
 def pair(N=300, D=128, dtype=torch.bfloat16, G=1):
-    """Two views of N rows, as leaves."""
+    """Two views of N rows that require gradients."""
     shape = (N, D) if G == 1 else (G, N, D)
     return [torch.zeros(shape, dtype=dtype, requires_grad=True) for _ in range(2)]
 
@@ -225,9 +225,8 @@ BOTH_RANGES = (
     ["rows_kernel", "sums_kernel", "unbounded_sums_kernel", "finish_kernel"],
     ["rows_kernel", "coefficients_kernel", "gradient_kernel", "gradient_kernel"],
 )
-UNBOUNDED = ["rows_kernel", "unbounded_sums_kernel", "finish_kernel"], LARGE[1]
 SPLIT = LARGE[0], [*LARGE[1], "join_kernel"]
-CALLS = {  # -> inputs, temperature, launches forward and backward
+CALLS = {  # name -> (inputs, temperature, launches of the forward and of the backward)
     "few rows a group": (pair(4, G=40), 0.1, (["forward_kernel"], ["backward_kernel"])),
     "a set is one super-block": (pair(40), 0.1, LARGE),
     "several super-blocks": (pair(20000), 0.1, LARGE),
@@ -259,7 +258,7 @@ def test_the_objective_makes_few_launches_and_operations(B, form, most, hopper):
 
 
 def test_a_kept_kernel_is_the_one_that_triton_would_choose(hopper, monkeypatch):
-    """Over sizes, dtypes, layouts and temperatures, and every address of a tensor."""
+    """Random problems of many sizes, dtypes, layouts and temperatures run twice each, at different addresses."""
     ran, kept = [], sets.launch
     monkeypatch.setattr(standin._NotCompiled, "run", lambda kernel, *arguments: ran.append(kernel))
 
@@ -303,7 +302,7 @@ def test_launch_hooks_see_kept_kernels_too(monkeypatch):
 
 
 def test_a_kernel_is_kept_for_one_mode_of_the_compiler(hopper, monkeypatch):
-    """What a debugger or a profiler sets between two calls has Triton compile anew."""
+    """If a debugger or profiler changes the mode between two calls, Triton must compile again."""
     sets_of_rows = [z.detach()[None] for z in pair(4)]
     for debug in (False, True, False):
         monkeypatch.setattr(triton.knobs.runtime, "debug", debug)
@@ -313,7 +312,7 @@ def test_a_kernel_is_kept_for_one_mode_of_the_compiler(hopper, monkeypatch):
 
 @pytest.mark.parametrize("tau, sums", [(0.1, ["sums"]), (torch.tensor(0.1), ["sums", "unbounded_sums"])])
 def test_many_features_use_matrix_products_of_the_library(tau, sums, hopper):
-    """S is made once, for some rows at a time; where it may be unbounded, a launch more that returns at once."""
+    """S is computed once, in chunks of rows. If it may be unbounded, there is another launch, which does nothing."""
     inputs = pair(4096, 1024)
     with hopper.counted() as forward:
         loss = tk.nt_xent(*inputs, temperature=tau, backend="triton")
@@ -349,7 +348,7 @@ GRADIENT = named("gradient", "join")
 BOTH_PACKED = named("rows", "rows")
 FORWARD, WEIGHTS = named("sums", "finish"), named("units", "coefficients")
 LABELLED = dict(row_keys=LABELS[:100], column_keys=LABELS)
-# a call of the operation, the launches and ATen operations of its forward, and the launches of its backward
+# name -> (a call, additional launches of its forward, launches of its backward after those for the packed rows)
 RECTANGLES = {
     "both sides": (lambda r, z: tk.rectangle(r, z, backend="triton"), [], GRADIENT * 2),
     "labels": (lambda r, z: tk.rectangle(r, z, **LABELLED, backend="triton").spread, [], GRADIENT * 2),
@@ -392,7 +391,7 @@ def test_rows_against_themselves_make_the_expected_launches(keys, hopper):
 
 @pytest.mark.parametrize("keys, of_columns", [(False, False), (True, True)])
 def test_sizes_of_rectangles_compile_few_variants(keys, of_columns, hopper):
-    """Shares, queues and batches whose sizes differ."""
+    """Such sizes come from shares, queues and batches that vary."""
     choose = random.Random(0)
     for _ in range(100):
         n, K = (int(2 ** choose.uniform(0, 12)) for _ in range(2))
@@ -409,7 +408,7 @@ def test_sizes_of_rectangles_compile_few_variants(keys, of_columns, hopper):
 
 @pytest.mark.parametrize("D, dtype", [(128, torch.bfloat16), (100, torch.float32), (513, torch.float16)], ids=str)
 def test_sizes_compile_few_variants(D, dtype, hopper):
-    """A training run whose batches differ in size shall not compile for ever."""
+    """A training run whose batches vary in size must not compile a kernel for each."""
     choose = random.Random(0)
     for _ in range(500):
         a, b = torch.empty(2, 1, int(2 ** choose.uniform(0, 12)), D, dtype=dtype)
@@ -420,7 +419,7 @@ def test_sizes_compile_few_variants(D, dtype, hopper):
 
 
 def test_other_addresses_of_the_sets_compile_nothing_new(hopper):
-    """The second set after the first or before it, near or far: the allocator decides that."""
+    """The allocator may put the second set after the first or before it, near or far away."""
     memory = torch.zeros(64, 300, 64, dtype=torch.bfloat16)
     for first, second in ((0, 1), (1, 0), (0, 63), (63, 0)):
         tk.backends.triton.forward([memory[first][None], memory[second][None]], 0.1, True, False)

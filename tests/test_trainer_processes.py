@@ -1,4 +1,4 @@
-"""The trainer on several processes: the run of a single one, and one decision for all whatever happens to one."""
+"""The trainer on several processes gives the run of a single one, and all of them make the same decisions."""
 
 import csv
 import itertools
@@ -45,7 +45,7 @@ def videos():
 
 
 class WholeBatchNorm(nn.Module):
-    """Batch normalisation over the batches of all processes: a stand-in for SyncBatchNorm, which has no CPU version."""
+    """Batch normalisation over all processes. It stands in for SyncBatchNorm, which does not run on the CPU."""
 
     def __init__(self, norm):
         super().__init__()
@@ -71,7 +71,7 @@ class WholeBatchNorm(nn.Module):
 
 
 class Sum(torch.autograd.Function):
-    """Over the processes; its gradient is the sum of theirs."""
+    """The sum over the processes. Its gradient is the sum of the gradients of all processes."""
 
     @staticmethod
     def forward(ctx, x):
@@ -98,7 +98,7 @@ def replaced(module, kind):
 
 
 def group_norm(norm):
-    """Statistics of a clip's own; the projector's vectors are left as they are."""
+    """Normalisation of each clip alone. In the projector, nothing is normalised."""
     if isinstance(norm, nn.BatchNorm1d):
         same = nn.Identity()
         same.num_features = norm.num_features
@@ -110,7 +110,7 @@ NORMS = {"batch": lambda norm: norm, "group": group_norm, "whole batch": WholeBa
 
 
 def embedder(norm="group"):
-    """A small network whose biases start away from 0: else Adam alone made their norms, which errors are shares of."""
+    """A small network. Its biases do not start at 0, since then their relative errors would be large."""
     torch.manual_seed(0)
     net = replaced(train.Embedder(models.TinyResNet3d(2), 8), NORMS[norm])
     with torch.no_grad():
@@ -121,7 +121,7 @@ def embedder(norm="group"):
 
 
 def trained(videos, norm="group", file=None, watch=lambda run: None, plan=PLAN, **recipe):
-    """The state of a network after a pretraining, and what was recorded. watch(run) is called after every step."""
+    """A network's state after a pretraining, and the recorded terms. watch(run) is called after every step."""
     net, rows = embedder(norm), []
     run = train.Run(net, videos, plan, train.Recipe(**RECIPE | recipe), "cpu")
     if file and (state := checkpoint.newest(file)):
@@ -136,7 +136,7 @@ def trained(videos, norm="group", file=None, watch=lambda run: None, plan=PLAN, 
 
 
 def farthest(found, wanted):
-    """The largest distance of two tensors of a name, as a share of the norm of what is wanted."""
+    """The largest relative error (of norms) of the tensors in a state dict."""
     assert found.keys() == wanted.keys()
     return max(((found[name] - wanted[name]).norm() / wanted[name].norm().clamp(1e-30)).item() for name in wanted)
 
@@ -158,7 +158,7 @@ CASES = [
 
 
 def one_run(videos, monkeypatch, norm, accumulate, schedule, recipe):
-    """trained() with these settings; "plateau" cuts the rate after each epoch without a new best."""
+    """A function that calls trained() with these settings. The plateau's patience is a single epoch."""
     monkeypatch.setattr(train, "Plateau", partial(train.Plateau, patience=1))
     recipe = dict(accumulate=accumulate, schedule=schedule) | recipe
     return lambda: trained(videos, norm, **recipe)
@@ -172,7 +172,7 @@ def test_twenty_steps_give_the_weights_of_one_process(
     run = one_run(videos, monkeypatch, norm, accumulate, schedule, recipe)
     wanted, rows = run()
     if (schedule, recipe["batch"], accumulate) == ("plateau", 7, 1):
-        assert rows[-1]["lr"] < max(row["lr"] for row in rows)  # or nothing was decided
+        assert rows[-1]["lr"] < max(row["lr"] for row in rows)  # otherwise the schedule decided nothing
     for net, found in Crowd(P, run, tmp_path).results():
         assert farthest(net, wanted) <= 1e-5
         for row, one in zip(found, rows, strict=True):
@@ -195,13 +195,13 @@ def steps_of(file):
 
 
 def state_of(run):
-    """What must be the same in all processes, bit by bit."""
+    """Notes what must have the same bits in all processes."""
     run.seen.append([value.clone() for part in (run.embedder, run.loss) for value in part.state_dict().values()])
     run.seen[-1] += [run.optimizer.param_groups[0]["lr"], run.scaler.get_scale()]
 
 
 def precise(videos, amp, norm):
-    """The states after each step; of fp16, one process's gradients are infinite in two steps, one of each."""
+    """The states after each step. With fp16, process 1 has an infinite gradient in step 20 and in step 30."""
     seen, limits = [], []
 
     def watch(run):
@@ -226,7 +226,7 @@ def test_processes_keep_the_same_bits_in_every_precision(videos, tmp_path, amp, 
             assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(mine, theirs, strict=True))
     assert all(torch.as_tensor(value).isfinite().all() for state in first for value in state)
     scales = [state[-1] for state in first]
-    if amp == "fp16":  # it starts far too large
+    if amp == "fp16":  # the initial scale is far too large, so early steps also halve it
         assert [step for step in range(15, 50) if scales[step] == scales[step - 1] / 2] == [20, 30]
 
 
@@ -237,7 +237,7 @@ def test_processes_keep_the_same_bits_in_every_precision(videos, tmp_path, amp, 
 @pytest.mark.parametrize("plan", [PLAN, ClipPlan(4, 2, "independent"), ClipPlan(4, 2, "independent", 1.0)])
 @pytest.mark.parametrize("P", [2, 3, 7])
 def test_the_shares_of_the_processes_form_the_batch_of_one_process(videos, monkeypatch, augment, plan, P):
-    """Bit by bit: videos, windows and augmentations. No process reads another one's videos."""
+    """Videos, windows and augmentations have the same bits. No process reads videos of another."""
     recipe = train.Recipe(batch=7, side=8, weights=train.IC_ONLY, augment=augment)
     run, reads = train.Run(embedder(), videos, plan, recipe, "cpu"), []
     monkeypatch.setattr(Loaded, "read", lambda videos, i, at, read=Loaded.read: reads.append(i) or read(videos, i, at))
@@ -316,7 +316,7 @@ def wait_for(condition, limit=120):
 
 
 def once(owner, name, fault):
-    """Has owner.name() return fault(what it would return) after three steps."""
+    """After three steps, makes owner.name() return fault(its result)."""
     function = getattr(owner, name)
 
     def faulty(*arguments, **more):
@@ -337,8 +337,8 @@ def no_number(terms):
     return terms._replace(total=terms.total * math.nan)
 
 
-steps = [0]  # that are done
-FAULTS = {  # what goes wrong in the fourth step: in which process, how, and the error there
+steps = [0]  # the number of steps that are done
+FAULTS = {  # fault in the fourth step -> (its process, a function that plants it, the error)
     "reading": (1, lambda: once(Loaded, "read", fail(OSError("no disk"))), "OSError: no disk"),
     "forward": (2, lambda: once(train, "embed", fail(MemoryError("full"))), "MemoryError: full"),
     "saving": (0, lambda: once(checkpoint, "save", fail(OSError("full"))), "OSError: full"),
@@ -348,7 +348,7 @@ FAULTS = {  # what goes wrong in the fourth step: in which process, how, and the
 
 
 def faulty(videos, file, fault):
-    """Step 3 fails in one process; the checkpoint is written after every step."""
+    """Trains with a fault in step 3 of one process. The checkpoint is written after every step."""
     number, plant, _ = FAULTS[fault]
     if processes.rank() == number:
         plant()
@@ -370,7 +370,7 @@ def test_an_error_in_one_process_ends_all(videos, tmp_path, fault):
     assert message in said[number]
     if fault == "loss":
         assert len({text.splitlines()[-1] for text in said}) == 1 and said[0].count("v") >= 7
-    elif fault != "forward":  # where the others hear of it by the backend
+    elif fault != "forward":  # then the others get an error from gloo
         name = message.split(":")[0]
         wanted = f"RuntimeError: process {number} of 3 ended with {name}: see its own message"
         assert all(wanted in text for rank, text in enumerate(said) if rank != number), said
@@ -420,7 +420,7 @@ def test_a_batch_smaller_than_the_number_of_processes_is_refused(videos, tmp_pat
 
 
 def test_the_newest_checkpoint_on_any_disk_is_taken(tmp_path):
-    """Of processes that have no disk in common."""
+    """Each process has its own disk."""
     for rank, done in ((1, 4), (2, 9)):
         (tmp_path / f"disk{rank}").mkdir()
         checkpoint.save(tmp_path / f"disk{rank}" / "last.pt", done=done, weights=torch.full((3,), rank))
@@ -452,9 +452,9 @@ def test_features_have_the_bits_of_one_process(videos, tmp_path, P):
 
 
 def kill_and_go_on(videos, folder, P, kills, seed, longest):
-    """Kills a random process, by SIGKILL or SIGTERM, of each of so many runs, each of which goes on from the last.
+    """Starts a run `kills` times, each continuing the previous one, and kills a random process by SIGKILL or SIGTERM.
 
-    Returns the steps that were done after each, with the signal and the exit codes.
+    Returns the recipe, and for each kill the steps that were done, the signal and the process.
     """
     file, moments, seen = folder / "last.pt", random.Random(seed), []
     recipe = dict(steps=5000, checkpoint_every=3, batch=5, queue=9, schedule="plateau")
@@ -510,7 +510,7 @@ def options(dataset, out, steps, *more):
 
 
 def pretrained(P, folder, *more, limit=60):
-    """The messages of `tclr` in each of P processes, which all must end well."""
+    """The output of `tclr` in each of P processes, none of which may fail."""
 
     def start():
         sys.stdout = open(folder / f"said-{processes.rank()}.txt", "w")  # noqa: SIM115
@@ -526,9 +526,9 @@ DECAY = "--clips.windows=independent", "--clips.decay=1", "--recipe.weights={ic_
 
 @pytest.mark.parametrize("more", [(), DECAY])
 def test_bad_videos_are_replaced_and_counted_as_by_one_process(dataset, tmp_path, more):
-    """Each process reads its own videos; what they meet is listed once, and counted together.
+    """Each process reads its own videos. Unreadable ones are listed once, and counted over all processes.
 
-    With a decay, each looks up the length of all videos of a batch.
+    With a decay, each process looks up the length of all videos of a batch.
     """
     found = {}
     for P in 1, 3:
@@ -558,7 +558,7 @@ def no_space():
 
 @pytest.mark.parametrize("full", ["first", "written before"])
 def test_a_list_of_bad_videos_that_cannot_be_written_ends_all(dataset, tmp_path, full):
-    """Another process met the bad video; a list that was there stays whole, and is gone on with."""
+    """Another process found the unreadable video. An existing list stays complete, and is extended later."""
     path = tmp_path / "bad_videos.csv"
     if full == "written before":
         path.write_text("video,reason\r\nearlier,why\r\n")
@@ -608,7 +608,7 @@ def test_evaluations_are_those_of_one_process(dataset, tmp_path, commands):
 
 
 def test_restarted_processes_meet_despite_what_killed_ones_left(tmp_path, monkeypatch):
-    """In the store of torchrun's agents, where the others find a name that an earlier process 0 had offered."""
+    """The store of torchrun's agents still has the offer of an earlier process 0, which the others answer first."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -622,7 +622,7 @@ def test_restarted_processes_meet_despite_what_killed_ones_left(tmp_path, monkey
             server = dist.TCPStore("localhost", port, is_master=True, wait_for_workers=False)
             server.set("tclr/old/received", "names of before")
             server.set("tclr/offer", "old")
-            server.wait(["tclr/old/1", "tclr/old/2"])  # they have answered that one
+            server.wait(["tclr/old/1", "tclr/old/2"])  # the others have answered the old offer
         part = processes.met(processes.agents_store(30), 30)
         part.set(str(rank), "here")
         found = [part.get(str(other)).decode() for other in range(3)]
@@ -633,7 +633,7 @@ def test_restarted_processes_meet_despite_what_killed_ones_left(tmp_path, monkey
 
 
 def test_a_restart_resumes_even_if_overwriting_was_requested(dataset, tmp_path):
-    """The count of restarts is that of one machine: another one has 0."""
+    """The processes have different counts of restarts, as on two machines."""
     for given in "--overwrite=true", "--resume=false":
         out = tmp_path / given
         pretrained(2, tmp_path, *options(dataset, out, 2, given))
@@ -652,7 +652,7 @@ def test_a_restart_resumes_even_if_overwriting_was_requested(dataset, tmp_path):
 
 
 def test_an_older_run_on_another_machines_disk_is_refused_or_overwritten(dataset, tmp_path):
-    """It is not written over unasked, and where it is, nothing of it is gone on with."""
+    """Without --overwrite it is refused. With it, the new run starts from the beginning."""
     disks = [tmp_path / "disk0", tmp_path / "disk1"]
     disks[1].mkdir()
     (disks[1] / "last.pt").write_bytes(b"an older run's")
@@ -685,7 +685,7 @@ def workers(agent):
 @pytest.mark.full
 @pytest.mark.parametrize("P, kills", [(2, 2), (3, 20)])
 def test_torchrun_restarts_a_run_from_its_last_checkpoint(dataset, tmp_path, P, kills):
-    """It overwrites what was there once: not again when it is restarted, but then if it was killed before it had."""
+    """With --overwrite it overwrites an earlier run once, even if the first start is killed before it could do so."""
     out, moments, file = tmp_path / "run", random.Random(P), tmp_path / "run/last.pt"
     pretrained(1, tmp_path, *options(dataset, out, 2, "--recipe.lr=0.01"))
     steps, seen = 20 + 20 * kills, []
@@ -724,7 +724,7 @@ class Card:
 @pytest.mark.parametrize("name, cards, wanted", [
     ("auto", [["a", "b"], ["a", "b"]], ["cuda:0", "cuda:1"]),
     ("cuda", [["a", "b"], ["a", "b"]], ["cuda:0", "cuda:1"]),
-    ("cuda", [["a"], ["b"]], ["cuda:0", "cuda:0"]),  # each is shown its own alone, as by SLURM
+    ("cuda", [["a"], ["b"]], ["cuda:0", "cuda:0"]),  # each process sees only its own GPU, as under SLURM
     ("cuda", [["a"], ["a"]], "device: found processes 0 and 1 on one GPU"),
     ("cuda:0", [["a", "b"], ["a", "b"]], "device: found processes 0 and 1 on one GPU"),
     ("auto", [["a"], []], "device: found 'cuda' in process 0 and 'cpu' in process 1, wanted the same in all 2"),

@@ -1,4 +1,4 @@
-"""Promises of the trainer about labels, caches, resuming, checkpoints and names: see docs/promises-trainer.md."""
+"""The trainer's promises of docs/promises-trainer.md about labels, caches, resuming, checkpoints and names."""
 
 import argparse
 import collections
@@ -49,7 +49,7 @@ def video(path, seed=0, frames=12, side=16):
 
 
 def dataset(root, train="abc", test="abc", each=3):
-    """A folder of videos, <part>/<class>/<i>.avi, all different."""
+    """Writes a folder of different videos, <part>/<class>/<i>.avi."""
     for seed, (part, name, i) in enumerate(
         (part, name, i) for part, names in (("train", train), ("test", test)) for name in names for i in range(each)
     ):
@@ -172,7 +172,7 @@ def test_an_evaluation_of_videos_without_classes_is_an_error_that_names_the_data
 
 
 def test_an_evaluation_changes_only_the_data_settings_that_it_names(run, tmp_path):
-    """With other videos named, their kind, split and parts stay those of the pretraining."""
+    """If only another folder is named, the kind of data set, split and parts stay those of the pretraining."""
     other = dataset(tmp_path / "other", each=1)
     cli.main(["retrieval", f"--run={run}", *OPTIONS, f"--data.root={other}"])
     assert (run / "retrieval.json").exists()
@@ -183,7 +183,7 @@ def test_an_evaluation_changes_only_the_data_settings_that_it_names(run, tmp_pat
 
 @pytest.mark.parametrize("command", ["linear", "finetune"])
 def test_a_classifier_keeps_its_classes_on_another_data_set(run, tmp_path, command):
-    """Another data set's classes stand at other places, and it has no training part to take them from."""
+    """The other data set numbers its classes differently, and has no training part."""
     cli.main([command, f"--run={run}", *OPTIONS, *(["--epochs=1", "--batch=4"] if command == "finetune" else [])])
     assert checkpoint.load(run / f"{command}.pt")["classes"] == checkpoint.load(run / "last.pt")["classes"] == [*"abc"]
     other = tmp_path / "other"
@@ -223,7 +223,7 @@ def test_a_linear_layer_of_other_weights_is_refused(run, videos_root):
 
 
 class Cache:
-    """Features of a data set's training part; `extracted` counts how often they were not taken from the cache."""
+    """Gets the features of a data set. `extracted` counts how often the cache did not have them."""
 
     def __init__(self, monkeypatch, run, data):
         self.run, self.data, self.extracted = run, data, 0
@@ -237,7 +237,7 @@ class Cache:
         monkeypatch.setattr(features.evaluate, "clip_features", counted)
 
     def fresh(self, **more):
-        """Whether the features were extracted, not taken from the cache; they are right in either case."""
+        """Whether the features had to be extracted, because the cache did not have them."""
         before = self.extracted
         given = dict(dict(data=self.data, part="train", evaluation=EVALUATION), **more)
         found = features.features(self.run, self.embedder, **given)
@@ -265,7 +265,7 @@ def removed(root):
 
 
 def rewritten(root):
-    """As long as before: the time of the change tells."""
+    """The size stays the same, and the modification time changes."""
     path = root / "train/a/0.avi"
     content, stat = path.read_bytes(), path.stat()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -273,7 +273,7 @@ def rewritten(root):
 
 
 def longer(root):
-    """As old as before: the size tells."""
+    """The modification time stays the same, and the size changes."""
     path = root / "train/a/0.avi"
     stat = path.stat()
     video(path, 5, frames=20)
@@ -281,7 +281,7 @@ def longer(root):
 
 
 def rewritten_unseen(root):
-    """As long and as old as before: as a copy that keeps times leaves it."""
+    """Size and modification time stay the same, as after `cp -p`."""
     path = root / "train/a/0.avi"
     content, stat = path.read_bytes(), path.stat()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -396,7 +396,7 @@ def test_ablation_rows_and_videos_of_other_code_are_not_reused(tmp_path, monkeyp
 
 
 def test_two_processes_may_write_the_same_file(tmp_path):
-    """As two evaluations of one run at a time."""
+    """Two evaluations of a run at the same time may do so."""
     path = tmp_path / "x"
     child = "import sys, pathlib; sys.path.insert(0, sys.argv[1])\nfrom tclr import checkpoint\n"
     child += "with checkpoint.whole(pathlib.Path(sys.argv[2]), shared=True) as file: file.write(b'theirs')"
@@ -412,7 +412,7 @@ def test_two_processes_may_write_the_same_file(tmp_path):
 # Resuming
 
 SETTINGS = dict(recipe=train.Recipe(), net=config.Net("tiny", 2, 8), clips=ClipPlan(), data=config.Data())
-REFUSED = {  # key -> another value
+REFUSED = {  # key -> a value that differs from the run's
     "net.backbone": "r3d18",
     "net.width": 4,
     "net.dim": 16,
@@ -582,7 +582,7 @@ def test_other_videos_another_network_and_fewer_steps_are_refused(loaded, tmp_pa
 
 @pytest.mark.parametrize("temperature, kept", [(0.1, True), (0.5, False)])
 def test_a_plateau_forgets_the_losses_of_another_objective(loaded, tmp_path, temperature, kept):
-    """The rate it came down to stays."""
+    """The learning rate that it had reached stays."""
     given = dict(schedule="plateau", steps=20)
     trained(loaded, tmp_path / "last.pt", **given)
     state = checkpoint.load(tmp_path / "last.pt")
@@ -662,7 +662,7 @@ IMPOSSIBLE = [
 
 @pytest.mark.parametrize("way", ["resume", "overwrite"])
 def test_an_invalid_value_is_refused_by_name_and_nothing_is_written(videos_root, run, way):
-    """Some were found out at the first step, when config.yaml was written and, to overwrite, last.pt was deleted."""
+    """Some values were once refused only at the first step, after config.yaml was written and last.pt deleted."""
     before = contents(run)
     for given in IMPOSSIBLE:
         with pytest.raises(ValueError, match=f"{given.partition('=')[0].removeprefix('recipe.')}: found "):
@@ -683,7 +683,7 @@ def weights_of(net):
 
 
 class Options(dict):
-    """A class of someone else's, as a checkpoint pickles it."""
+    """A class of another project, of which a checkpoint may contain an object."""
 
 
 class Evil:
@@ -760,7 +760,7 @@ def test_exported_weights_and_a_runs_own_checkpoint_load_again(tmp_path):
 
 
 def refused(tmp_path, write, loader=models.load_torchvision):
-    """The sentence by which a file is refused; the network keeps the weights it has."""
+    """The error with which a file is refused. It is one line, and the network keeps its weights."""
     path, net = tmp_path / "theirs.pth", backbone()
     write(path)
     before = features.weights_hash(net)
@@ -820,7 +820,7 @@ def test_an_object_in_a_runs_own_checkpoint_is_refused_too(tmp_path):
 
 
 def drawn_texts(monkeypatch):
-    """What is written in a picture as it is saved: (text, whether `$` begins a formula)."""
+    """A list that gets (text, whether it is parsed for formulas) of all texts of pictures that are saved."""
     texts, save = [], report._save
 
     def kept(figure, path):

@@ -1,4 +1,4 @@
-"""Special properties of the Triton kernels, in Triton's interpreter (TRITON_INTERPRET=1, in a process of its own)."""
+"""The Triton kernels in Triton's interpreter. They are tested if TRITON_INTERPRET=1 is set before pytest starts."""
 
 import functools
 import importlib
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def kernels():
-    """The package of the kernels."""
+    """The package tclr_kernels.triton with its modules."""
     for name in ("large", "small", "wide", "rectangle", "sets", "tiles", "tuning", "epilogue"):
         importlib.import_module(f"tclr_kernels.triton.{name}")
     return tk.triton
@@ -37,13 +37,13 @@ def kernels():
 
 @pytest.fixture
 def only_large(kernels, monkeypatch):
-    """Small groups by the large path too."""
+    """The package, made to use the large path for small groups too."""
     monkeypatch.setattr(kernels.small, "LARGEST", 0)
     return kernels
 
 
 def tiny(kernels, monkeypatch, BM=32, BN=16, BK=16, DC=16, kinds=("half", "float", "double")):
-    """Tiles that make many blocks of few rows."""
+    """Makes tiles so small that few rows make many blocks."""
     entry = [(1 << 30, BM, BN, BK, DC, 4, 1)]
     table = {kind: dict(sums=entry, gradient=entry) for kind in kinds}
     monkeypatch.setitem(kernels.tiles.TABLES, "interpreter", table)
@@ -69,7 +69,7 @@ def some_sets(G, V, N, D, dtype=torch.float32, seed=0):
     return [torch.randn(G, N, D, generator=generator, dtype=torch.float64).to(dtype) for _ in range(V)]
 
 
-# ---- the two paths
+# ---- the small and the large path
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -129,7 +129,7 @@ def test_features_are_padded_to_a_multiple_of_64_without_changing_results(D, DP,
     "dtype, G, V", [(torch.float32, 1, 2), pytest.param(torch.float64, 3, 3, marks=pytest.mark.full)], ids=str
 )
 def test_gradients_from_matrix_products_of_the_library_are_accurate(dtype, G, V, cross, tau, kernels, monkeypatch):
-    """By chunks of rows, and of several groups."""
+    """The products are in chunks of rows, or of several groups."""
     tiny(kernels, monkeypatch)
     monkeypatch.setattr(kernels.wide, "NARROWEST", 4)
     monkeypatch.setattr(kernels.wide, "FEWEST", 32)
@@ -140,7 +140,7 @@ def test_gradients_from_matrix_products_of_the_library_are_accurate(dtype, G, V,
 
 
 def test_columns_are_split_where_rows_are_few(kernels):
-    """Programs of 64 rows on 132 processors, two of them on each."""
+    """A program takes 64 rows, and each of 132 multiprocessors runs two programs."""
 
     def splits(M, alone=1.5):
         return kernels.large.splits_of(M // 64, 132, alone, M // 128, 2)[0]
@@ -150,12 +150,11 @@ def test_columns_are_split_where_rows_are_few(kernels):
         count, tiles_a_split = kernels.large.splits_of(M // 64, 132, 1.0, M // 128, 2)
         assert count == math.ceil(M // 128 / tiles_a_split)
         assert count == 1 or count * (M // 64) <= 4 * 132
-    assert kernels.large.splits_of(800, 132, 1.5, 2, 2)[0] == 1  # many groups
+    assert kernels.large.splits_of(800, 132, 1.5, 2, 2)[0] == 1  # with many groups, columns are not split
 
 
 @pytest.mark.parametrize("table", ["hopper", "blackwell", "ampere", "compact", "amd", "interpreter"])
 def test_bounded_and_unbounded_gradient_tiles_have_equal_shapes(table, kernels):
-    """And divide what they have to."""
     choose = kernels.tiles.choose
     for D in (1, 16, 33, 64, 128, 200, 256, 512, 513, 768, 1024, 1536):
         for dtype, precision in [
@@ -167,13 +166,13 @@ def test_bounded_and_unbounded_gradient_tiles_have_equal_shapes(table, kernels):
         ]:
             tile, unbounded = (choose(table, f"gradient{more}", dtype, D, precision) for more in ("", " unbounded"))
             assert (tile.BM, tile.BN, tile.DC) == (unbounded.BM, unbounded.BN, unbounded.DC)
-            assert tile.BM % 16 == 0  # of join_kernel
+            assert tile.BM % 16 == 0  # needed by join_kernel
             for one in (tile, unbounded, choose(table, "sums", dtype, D, precision)):
                 assert one.DP % one.BK == one.DP % one.DC == 0
 
 
 def test_super_blocks_are_as_few_as_keep_the_device_busy(kernels):
-    """The slots of 131,072 rows, on 132 processors."""
+    """The example has 131,072 rows and 132 multiprocessors."""
     size, count = kernels.large.super_blocks(2, 512, 1, 8 * 132)
     programs = 2 * count * (count + 1)
     assert size * count >= 512 and 8 * 132 <= programs <= 3 * 8 * 132
@@ -191,7 +190,7 @@ def test_gradients_in_several_chunks_of_features_are_accurate(D, normalize, kern
 @pytest.mark.parametrize("cross", [False, True])
 @pytest.mark.parametrize("tau", [0.1, 0.005])
 def test_unbounded_kernels_with_other_tiles_are_accurate(tau, cross, kernels, monkeypatch):
-    """One packing of the rows serves both, and which of them works is known on the device alone."""
+    """Both use the same packed rows, and only the device knows which of the two has to work."""
     table = {"sums": (64, 32), "sums unbounded": (16, 64), "gradient": (32, 16), "gradient unbounded": (32, 16)}
     table = {kernel: [(1 << 30, BM, BN, 16, 16, 4, 1)] for kernel, (BM, BN) in table.items()}
     monkeypatch.setitem(kernels.tiles.TABLES, "interpreter", {"float": table})
@@ -203,7 +202,7 @@ def test_unbounded_kernels_with_other_tiles_are_accurate(tau, cross, kernels, mo
 @pytest.mark.parametrize("tau", [0.1, 0.005])
 @pytest.mark.parametrize("enough", [1, 16, 10**6])
 def test_tiles_wider_than_high_are_accurate(enough, tau, cross, kernels, monkeypatch):
-    """As the search for tiles may choose."""
+    """Autotuning may choose such tiles."""
     tiny(kernels, monkeypatch, BM=16, BN=64)
     of_size = kernels.large.super_blocks
     monkeypatch.setattr(kernels.large, "super_blocks", lambda V, blocks, G, _: of_size(V, blocks, G, enough))
@@ -220,13 +219,13 @@ def test_tf32_uses_its_own_tiles_if_it_is_allowed(kernels, monkeypatch):
 
 
 def as_tf32(x, nearest):
-    """float32 numbers as numpy arrays, to TF32's 11 bits: the nearest number, or the rest of the bits cut off."""
+    """A float32 array with TF32's 11 bits, which is rounded if `nearest`, otherwise truncated."""
     return ((x.view(np.int32) + nearest * (1 << 12)) & -(1 << 13)).view(np.float32)
 
 
 @pytest.fixture
 def tensor_cores(kernels, monkeypatch):
-    """Products of float32 as tensor cores make them where TF32 is allowed: operands are cut off."""
+    """Makes float32 products truncate their operands to TF32, as tensor cores do if TF32 is allowed."""
     builder = interpreter.InterpreterBuilder
     multiply = builder.create_dot
 
@@ -253,7 +252,7 @@ def test_float16_pairs_hold_22_bits_of_unit_rows(scale, kernels):
 
 
 def test_tf32_errs_no_more_than_rounded_operands_do(tensor_cores, monkeypatch):
-    """Cut-off operands are all too small: without rounding them before, the loss is off by 2e-3."""
+    """Truncated operands are all too small. If they were not rounded before, the loss would be off by 2e-3."""
     inputs = LOSSES["nt_xent"].inputs((64, 2, 130), torch.float32)
     mean = functools.partial(tk.nt_xent, temperature=0.1)
     found, gradients = run(functools.partial(mean, backend="triton"), inputs)
@@ -267,7 +266,7 @@ def test_tf32_errs_no_more_than_rounded_operands_do(tensor_cores, monkeypatch):
         along = (slope * u).sum(1, keepdim=True)
         emulated = (slope - along * u) / x.norm(dim=1, keepdim=True)
         assert oracle.rms(g, w) < 4 * oracle.rms(emulated, w)
-        assert abs((g.double() * w).sum() / w.square().sum() - 1) < 1e-4  # too short, were the weights cut off
+        assert abs((g.double() * w).sum() / w.square().sum() - 1) < 1e-4  # truncated weights would make it too short
 
 
 @pytest.mark.parametrize("entry", [math.nan, math.inf, 3.4028e38, 1e36, -0.0, 1e-40])
@@ -287,7 +286,7 @@ def test_tf32_uses_the_tiles_of_float_if_it_has_none(kernels):
 
 
 def test_autotuning_keeps_the_fastest_tile_of_each_kind_of_call(kernels, monkeypatch):
-    """The fastest of the table's tile and its neighbours, all of which serve; tried once for every kind of call."""
+    """It tries the table's tile and its neighbours once for every kind of call, and all of them give right results."""
     tried = []
 
     def milliseconds(step):
@@ -319,11 +318,11 @@ def test_autotuning_keeps_the_fastest_tile_of_each_kind_of_call(kernels, monkeyp
 
 @pytest.mark.parametrize("tau", [10.0, 0.1, 1 / 59, 1 / 61, 0.002])
 def test_a_temperature_gives_the_same_result_as_a_tensor_or_a_number(tau, kernels):
-    """On either side of where the exponentials are safe."""
+    """The temperatures are on both sides of the limit from which on sums need a running maximum."""
     a, b = LOSSES["nt_xent"].inputs((40, 2, 8), torch.float32)
     number = run(lambda *z: tk.nt_xent(*z, temperature=tau, backend="triton"), [a, b])
     tensor = run(lambda *z: tk.nt_xent(*z, temperature=torch.tensor(tau), backend="triton"), [a, b])
-    tolerance = max(1e-5, 2e-7 / tau)  # two roundings of the largest similarity; the interpreter divides in float64
+    tolerance = max(1e-5, 2e-7 / tau)  # the interpreter divides in float64 and rounds again
     torch.testing.assert_close(tensor, number, rtol=tolerance, atol=tolerance)
 
 
@@ -342,13 +341,13 @@ def test_the_addresses_of_the_sets_change_no_bit(kernels):
         assert all(torch.equal(f, w) for f, w in zip(results, wanted, strict=True))
 
 
-# ---- the same bits, nothing left over, nothing held
+# ---- bits, launches and memory
 
 
 @pytest.mark.parametrize("tau", [0.1, 0.005])
 @pytest.mark.parametrize("cross", [False, True])
 def test_uninitialised_memory_changes_no_bit(cross, tau, kernels, monkeypatch):
-    """What is allocated holds NaN first."""
+    """With deterministic algorithms, PyTorch fills new tensors with NaN."""
     tiny(kernels, monkeypatch)
     monkeypatch.setattr(kernels.large, "table_of", lambda x: ("interpreter", 6))
     sets = some_sets(2, 3, 45, 5)
@@ -379,20 +378,20 @@ def test_launches_and_memory_of_large_and_small_problems_are_as_expected(kernels
         *("rows_kernel", "sums_kernel", "finish_kernel", "rows_kernel", "coefficients_kernel", "gradient_kernel"),
     ]
     held = {id(x): x for launch in large for x in launch.arguments.values() if isinstance(x, torch.Tensor)}
-    assert sum(x.nbytes for x in held.values()) < 0.45 * 2**30  # with the inputs and the gradient
+    assert sum(x.nbytes for x in held.values()) < 0.45 * 2**30  # including the inputs and the gradient
     assert [launch.kernel.__name__ for launch in launches(Case(1, 2, 2048, 128, torch.bfloat16))][6:] == ["join_kernel"]
     assert len(launches(Case(40, 2, 4, 128, torch.float32))) == 2
 
 
 def test_random_inputs_on_the_large_path_are_within_the_tolerance(only_large):
-    assert fuzz.lost(range(10000, 10060), "triton") == []
+    assert fuzz.failing(range(10000, 10060), "triton") == []
 
 
 # ---- the operation in its general form
 
 
 def general_deviation(module, problem, tau, dtype=torch.float32):
-    """The same as `deviation` for a problem of test_general.py: of the values, both gradients and that of tau."""
+    """As `deviation`, for a problem of test_general.py: the values, the gradients of both sides and that of tau."""
     rows, columns = problem.sets(dtype)
     settings = tau, problem.normalize, problem.cross, -1 if problem.first is None else problem.first, *problem.keys()
     exact = [[x.double() for x in side] for side in (rows, columns)]
@@ -407,7 +406,7 @@ def general_deviation(module, problem, tau, dtype=torch.float32):
     return max(oracle.error(f, w) / test_general.size(w) for f, w in pairs)
 
 
-BLOCKS = {  # several blocks of rows and of columns by tiles of 32 x 16
+BLOCKS = {  # problems with several blocks of rows and columns, if tiles are 32 x 16
     "rectangle": Problem(1, n=35, K=60),
     "range": Problem(1, A=2, n=20, C=2, K=60, first=33),
     "range, cross": Problem(1, A=3, n=20, C=3, K=40, first=9, cross=True),
@@ -440,7 +439,7 @@ def test_rectangles_with_a_temperature_tensor_are_accurate(tau, kernels):
 
 @pytest.mark.parametrize("D", [24, 600])
 def test_the_weighted_mean_of_the_columns_is_accurate(D, kernels, monkeypatch):
-    """What the gradient of the rows is made of where the columns have none."""
+    """The gradient of the rows uses it if the columns need no gradient."""
     monkeypatch.setattr(kernels.large, "table_of", lambda x: ("interpreter", 40))
     for dtype, bound in ((torch.float32, 1e-5), (torch.float64, 1e-13), (torch.float16, 2e-3)):
         rows, columns = Problem(1, n=20, K=150, D=D).sets(dtype)
@@ -451,7 +450,7 @@ def test_the_weighted_mean_of_the_columns_is_accurate(D, kernels, monkeypatch):
 
 
 def test_gradients_scale_with_upstream_gradients_of_every_size(kernels):
-    """In units of the largest gradient of a group, which are powers of two."""
+    """They are computed in units of a power of two near the largest gradient of a group."""
     problem = PROBLEMS["keys"]
     rows, columns = problem.sets(torch.float64)
     settings = 0.2, True, False, -1, *problem.keys()
@@ -468,7 +467,7 @@ def test_gradients_scale_with_upstream_gradients_of_every_size(kernels):
 
 
 def test_autotuning_tries_the_tiles_of_each_kind_of_rectangle_once(kernels, monkeypatch):
-    """Each kind of call once; the last tile that is tried, of which all serve."""
+    """The last tile is made the fastest, so that it is used then, and its results are right."""
     tried = []
 
     def milliseconds(step):
@@ -488,7 +487,7 @@ def test_autotuning_tries_the_tiles_of_each_kind_of_rectangle_once(kernels, monk
 
 
 def tried_from(kernels):
-    """The tiles that the trials of three kinds of calls begin with."""
+    """The tiles from which autotuning starts for three kinds of calls."""
     x = BLOCKS["rectangle"].sets(torch.float32)[1][0]
     named = ("sums", True), ("gradient", True), ("gradient", False)
     return [kernels.rectangle.from_table(kernel, x, True, keys) for kernel, keys in named]
@@ -517,7 +516,6 @@ def test_uninitialised_memory_changes_no_bit_of_a_rectangle(labelled, kernels, m
 
 
 def test_no_columns_or_no_rows_give_empty_sums_and_zero_gradients(kernels):
-    """Empty sums; gradients of nothing."""
     for n, K in ((0, 5), (5, 0)):
         rows, columns = [torch.ones(2, n, 3)], [torch.ones(2, K, 3)]
         keys = torch.zeros(2, n, dtype=torch.int64), torch.zeros(2, K, dtype=torch.int64)
@@ -580,20 +578,20 @@ def check_large_unbounded(planted):
 
 
 def check_beyond(planted):
-    """Rows far from all others, whose weights for the padding are beyond float16's range."""
+    """Rows that are far from all others. Their weights for the padding overflow float16."""
     x = torch.tensor([[[3.0, 1, -2, 0.5], [-3, -1, 2, -0.4]]])
     assert deviation(planted.large, [x, x + 0.01], 1 / 30) < 1e-4
 
 
 def check_halves(planted):
-    """Gradients of so many features that they are worked on by halves."""
+    """Gradients with so many features that they are computed in halves."""
     planted.tiles.TABLES["interpreter"]["float"]["gradient"] = [(1 << 30, 32, 16, 64, 0, 4, 1)]
     for V, cross in itertools.product([2, 3], [False, True]):
         assert deviation(planted.large, some_sets(1, V, 35, 200), 0.2, cross=cross) < 1e-5
 
 
 def check_splits(planted):
-    """Several programs for the same rows, each with some of the columns and some of the features."""
+    """Several programs work on the same rows, each with some of the columns and features."""
     planted.large.table_of = lambda x: ("interpreter", 60)
     for D in (12, 40):
         assert deviation(planted.large, some_sets(1, 2, 50, D), 0.2) < 1e-5
@@ -608,7 +606,7 @@ def check_groups_stay_apart(planted):
 
 
 def check_confident_small_rows(planted):
-    """Weights below float32's range, of rows so short that their gradients are not."""
+    """The weights are below float32's range, but the rows are so short that their gradients are not."""
     tau = 1 / 150
     for module in (planted.small, planted.large):
         rows = 1e-36 * torch.eye(10)[None]
@@ -621,7 +619,7 @@ def check_confident_small_rows(planted):
 
 
 def check_not_finite_rows(planted):
-    """A zero row's gradient is 0, that of all others of its group NaN."""
+    """With a NaN in the group, a zero row still has gradient 0, and all other rows have NaN."""
     a, b = (x[0] for x in some_sets(1, 2, 5, 6))
     a[0], a[1, 2] = 0, math.nan
     for module in (planted.small, planted.large):
@@ -631,7 +629,7 @@ def check_not_finite_rows(planted):
 
 
 def check_rectangle(planted):
-    """Ranges and labels, by splits of the columns."""
+    """Ranges and labels, with columns that are split."""
     planted.large.table_of = lambda x: ("interpreter", 40)
     for name in ("range, cross", "keys of a range"):
         assert general_deviation(planted.rectangle, BLOCKS[name], 0.2) < 1e-5
@@ -800,7 +798,7 @@ BUGS = {  # what is wrong -> (file, old, new, the check that finds it)
 
 @pytest.fixture
 def plant(kernels, tmp_path, monkeypatch):
-    """The kernels with some text replaced, as a package of its own, with tiny tiles."""
+    """Copies the kernels as another package with tiny tiles, in which a text can be replaced."""
 
     def planted(file=None, old="", new=""):
         name = f"planted_{tmp_path.name}_{len(list(tmp_path.iterdir()))}".replace("-", "_")

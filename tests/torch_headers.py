@@ -1,9 +1,9 @@
-"""What the stable ABI of a PyTorch release offers, without installing it: its headers and its C functions' names.
+"""Gets the headers and the names of the C functions of a PyTorch release's stable ABI, without installing it.
 
     python -m tests.torch_headers    fetches the oldest and the newest supported release into .cache/torch-headers
 
-Of a wheel of 400 MB it reads 65, by HTTP range requests. The wheels are those for AArch64, the smallest that have
-Linux libraries: the headers are the same for every processor, and so are the names.
+It reads 65 MB of a wheel of 400 MB, by HTTP range requests. It uses the wheels for AArch64, which are the smallest for
+Linux. Headers and names are the same for every processor.
 """
 
 import io
@@ -25,11 +25,11 @@ LIBRARIES = "libtorch_cpu.so", "libc10.so"
 
 
 class Unreachable(Exception):
-    """The package index cannot be reached; its text says how that showed."""
+    """A release cannot be fetched. The message gives the reason."""
 
 
 class RemoteFile(io.RawIOBase):
-    """A file on a web server, of which only what is read is fetched."""
+    """A file on a web server. Only the parts that are read are fetched."""
 
     def __init__(self, url):
         self.url, self.position = url, 0
@@ -78,13 +78,13 @@ def find(requirement):
 
 
 def exported(library):
-    """The C functions that a library exports for use by others: those that begin with torch_ or aoti_torch_."""
+    """The names of the C functions that a library exports and that begin with torch_ or aoti_torch_."""
     names = subprocess.run(["nm", "-D", "--defined-only", library], check=True, capture_output=True, text=True).stdout
     return set(re.findall(r" [TWDBRV] ((?:aoti_)?torch_\w+)", names))
 
 
 def fetch(requirement):
-    """The folder of a release in the cache, filled if it was not there."""
+    """The folder of a release in the cache. It is fetched if it does not exist."""
     version, url = find(requirement)
     if (CACHE / version).exists():
         return CACHE / version
@@ -121,9 +121,9 @@ class Release:
 
     @classmethod
     def cached(cls, which, allow_fetch):
-        """The oldest or the newest release; raises Unreachable where it is not cached and cannot or may not be fetched.
+        """The oldest or the newest release. Raises Unreachable if it is neither in the cache nor can be fetched.
 
-        Without `allow_fetch`, the newest is the newest in the cache.
+        Without `allow_fetch`, nothing is fetched, and the newest release is the newest one in the cache.
         """
         if allow_fetch:
             folder = fetch(RELEASES[which])

@@ -269,9 +269,9 @@ def weights_of(out, job):
 
 
 def follow(out, wanted, named, measure):
-    """Measures further figures of these jobs' networks, once for each: measure(out, job, weights) -> figures.
+    """Calls measure(out, job, weights) once for the network of each job, and writes the figures that it returns.
 
-    named(weights): the file for the figures. Jobs without weights are left out.
+    named(weights): the name of the file for the figures. Jobs without saved weights are left out.
     """
     for job in wanted:
         if weights := weights_of(out, job):

@@ -24,14 +24,14 @@ import matplotlib.pyplot as plt  # noqa: E402
 # Student's t, two-sided 95 %, for 1, 2, ... degrees of freedom
 T95 = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131
 FIGURES = dict(r1="R@1", linear="linear accuracy")
-COMPARED = [  # pairs of rows whose differences are tabled, the second taken from the first
+COMPARED = [  # pairs (a, b) of rows for the table of differences a - b
     *((TCLR, other) for other in (INVARIANT, "IC (same)", "IC + LL", "IC + GL", SCRATCH)),
     *((pair, ic) for pair in ("IC + LL", "IC + GL") for ic in (INVARIANT, "IC (same)")),
     ("IC (same)", INVARIANT),
 ]
 KEY = "row", "seed", "steps"
 MEASURED = "r1", "r5", "linear", "accuracy", "constancy"
-LINES = {  # the lines of each file that a job's figures fill
+LINES = {  # CSV file -> a function from the figures of a job to its lines in the file
     "ablation": lambda each: [dict(clips=clips, **values) for clips, values in each["by_clips"].items()],
     "ablation-labels": lambda each: [dict(share=share, linear=value) for share, value in each["by_share"].items()],
     "ablation-finetuned": lambda each: [
@@ -86,7 +86,7 @@ class Found:
         return interval([measure(row, seed) for seed in (self.seeds(row) if seeds is None else seeds)])
 
     def difference(self, first, second, measure):
-        """The same for the difference first - second of each seed."""
+        """As `mean`, for the differences first - second of the seeds that both rows have."""
         return interval([measure(first, seed) - measure(second, seed) for seed in self.seeds(first, second)])
 
 

@@ -52,10 +52,10 @@ def arguments(argv=None):
     )
     add("--side", type=int, default=32, help="height and width of a clip")
     add("--steps", type=int, default=200, help="steps of each pretraining")
-    add("--batch", type=int, default=32, help="videos a step")
+    add("--batch", type=int, default=32, help="videos per step")
     add("--lr", type=float, default=2e-3, help="highest learning rate")
     add("--width", type=int, default=8, help="channels of the network's first stage")
-    add("--eval-clips", type=int, default=8, help="largest number of clips a video in the evaluation")
+    add("--eval-clips", type=int, default=8, help="largest number of clips per video in the evaluation")
     add("--eval-stride", type=int, default=3, help="frames between two frames of such a clip")
     return parser.parse_args(argv)
 

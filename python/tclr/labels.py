@@ -25,7 +25,7 @@ def named(weights):
 
 
 def measure(out, job, weights):
-    """finetuned: {share: accuracy}"""
+    """The figures of a network: "finetuned" {share of the labels: accuracy}."""
     a, (train_set, test_set) = job.scale, ablation.data(out, job.scale, job.seed)
     evaluation = Evaluation(clips=a.eval_clips, frames=a.frames, stride=a.eval_stride, side=a.side)
     by_share = {}

@@ -13,7 +13,7 @@ from matplotlib import pyplot as plt
 from .checkpoint import whole
 from .report import PLAIN, TERMS, shown
 
-FIGURES = {  # of results.csv: the name, what it is multiplied by, the unit
+FIGURES = {  # figure in results.csv -> (its title, the factor for display, its unit)
     "r1": ("R@1", 100, "%"),
     "r5": ("R@5", 100, "%"),
     "r10": ("R@10", 100, "%"),
@@ -37,7 +37,7 @@ PICTURES = {
         "Nearest neighbours",
         "Left: frames of a test video. Right: the most similar training videos; green names are of the same class.",
     ),
-    "multiclip": ("Clips a video", "Retrieval and linear accuracy against the number of clips that describe a video."),
+    "multiclip": ("Clips per video", "Retrieval and linear accuracy against the number of clips that are averaged."),
     "confusion": ("Confusion", "Each row is a class, and shows which classes its test videos were taken for."),
 }
 POINTS = 500  # the largest number of points of a curve; neighbouring values are averaged if there are more

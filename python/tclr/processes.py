@@ -20,7 +20,7 @@ import torch
 from torch import distributed
 
 TIMEOUT = 1800.0  # seconds
-AGENT = 20.0  # seconds after which torchrun's agent, which is there before its processes, is given up
+AGENT = 20.0  # seconds to wait for the store of torchrun's agent, which starts before its processes
 
 
 def launched():
@@ -82,7 +82,7 @@ def agents_store(timeout=TIMEOUT):
 
 
 def met(store, timeout):
-    """A part of the agents' store, under a new prefix, that only the processes of this start use.
+    """A part of the agents' store, under a new prefix, that only the processes started together use.
 
     In the store itself, a process may read the address of a process that was killed before a restart, and wait for it
     (https://github.com/pytorch/pytorch/issues/135712). Process 0 offers a new prefix. The others answer with random

@@ -41,7 +41,7 @@ EARLIER = {"clips.windows": "same", "clips.decay": None, "recipe.queue": 0}
 OBJECTIVE = "recipe.weights", "recipe.form", "recipe.temperature"
 LEAST = dict(steps=0, epochs=0, batch=1, accumulate=1, lr=0, warmup=0, weight_decay=0, side=1, readers=0)
 LEAST |= dict(checkpoint_every=1, queue=0)
-WARM = 0.01, 0.05, 0.1, 0.5, 1.0  # the release's factors of the learning rate in the first epochs
+WARM = 0.01, 0.05, 0.1, 0.5, 1.0  # the factors of the learning rate in the release's first five epochs
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class Run:
         lr = self.optimizer.param_groups[0]["lr"] = self.recipe.lr * self.factor()
         self.optimizer.zero_grad()
         batches = [self.backward(part) for part in range(self.recipe.accumulate)]
-        sums = self.judged(batches)
+        sums = self.checked_terms(batches)
         if self.recipe.learn_temperature:  # the network's gradients are averaged already, see `averaging`
             processes.average([self.loss.temperature.grad], 1 / ranks())
         self.scaler.unscale_(self.optimizer)
@@ -209,7 +209,7 @@ class Run:
             self.scaler.scale(terms.total / recipe.accumulate).backward()
         return {name: term.detach() for name, term in terms._asdict().items()}
 
-    def judged(self, batches):
+    def checked_terms(self, batches):
         """The terms of a step, averaged over its batches. Raises FloatingPointError if one is not finite.
 
         They are copied to the host once in a step. The terms should be the same in every process; to be safe, all use

@@ -70,7 +70,7 @@ class Files:
         return len(self.entries)
 
     def length(self, i, counted=True):
-        """Frames of video i, or of the one that stands in for it. counted=False: where another process reads it."""
+        """The number of frames of video i or its replacement. counted=False: another process reads and counts it."""
         return max(self.shortest, self._first_readable(i, self._own_length, counted))
 
     def read(self, i, positions):
@@ -78,7 +78,7 @@ class Files:
         return self._first_readable(i, lambda j: self._own_frames(j, torch.as_tensor(positions)))
 
     def _first_readable(self, i, function, counted=True):
-        """function(j) of video i, or of the first that takes its place."""
+        """function(j) for j = i, or for the first readable video that can replace it."""
         for j in self._candidates(i):
             try:
                 result = function(j)
@@ -218,7 +218,7 @@ def _listed(path):
 
 
 def _list(path, reasons):
-    """Writes a list of bad videos, {video: reason}, whole: on a full disk the one before stays."""
+    """Writes a list of bad videos, {video: reason}. On a full disk, the previous file stays."""
     text = io.StringIO(newline="")
     csv.writer(text).writerows([("video", "reason"), *reasons.items()])
     with checkpoint.whole(path, shared=True) as file:

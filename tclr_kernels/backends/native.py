@@ -1,7 +1,7 @@
-"""The compiled kernels, by PyTorch's own dispatcher: `torch.ops.tclr_kernels.*`, built from `csrc/`.
+"""The backend of the compiled kernels, which are registered operators: `torch.ops.tclr_kernels.*`, from `csrc/`.
 
-`_cpu.so` holds the operators and what they are on the CPU; `_cuda.so`, built where nvcc is, what they are on CUDA
-devices.
+`_cpu.so` defines the operators and has their kernels for the CPU. `_cuda.so`, which is only built if nvcc is found, has
+their kernels for CUDA devices.
 """
 
 import ctypes
@@ -28,7 +28,7 @@ CPU_ONLY = ("labelled",)
 
 
 def _load_cpu() -> str | None:
-    """Registers the operators and the CPU kernels; returns None, or the reason why there are none."""
+    """Registers the operators and the CPU kernels. Returns None, or the reason why they cannot be used."""
     if sys.platform != "linux":
         return f"it has no kernels for {sys.platform}"
     if not CPU.exists():
@@ -41,7 +41,7 @@ def _load_cpu() -> str | None:
 
 
 def _out_of_date(library: Path, key: str) -> str | None:
-    """Why a library that was loaded does not fit this package: the sources changed since it was built; else None."""
+    """The reason why a loaded library does not fit this package: it was built from other sources. Else None."""
     for name in OPERATORS:
         if key != "CPU" and name in CPU_ONLY:
             continue
@@ -58,7 +58,7 @@ def _out_of_date(library: Path, key: str) -> str | None:
 def _not_built() -> str:
     installed = shadowed()
     if installed is None:
-        # without these options pip keeps what is there, or installs the wheel without kernels again, from its cache
+        # without these options, pip does nothing, or installs the cached wheel without kernels again
         return (
             "the CPU kernels are not built: install the package again, without TCLR_KERNELS_REQUIRE_NATIVE=0 and with "
             "pip's options --force-reinstall --no-deps --no-cache-dir"
@@ -72,7 +72,7 @@ def _not_built() -> str:
 
 
 def shadowed() -> Path | None:
-    """The folder of an installed package with kernels, where it is not the one that is imported; else None."""
+    """The folder of an installed package with kernels that is not the imported one, or None."""
     for distribution in importlib.metadata.distributions(name="tclr-kernels"):
         folder = Path(distribution.locate_file("tclr_kernels")).resolve()
         if folder != PACKAGE.resolve() and (folder / CPU.name).exists():
@@ -94,14 +94,14 @@ def why_not(device: torch.device) -> str | None:
 
 
 def belongs(device: torch.device) -> bool:
-    """Whether the package has kernels for such a device, so that their absence is a fault of the installation."""
+    """Whether this package supports such a device, so that missing kernels are a fault of the installation."""
     return sys.platform == "linux" and (
         device.type == "cpu" or (device.type == "cuda" and cuda.why_not(device) is None)
     )
 
 
 def build_facts() -> dict[str, Any] | None:
-    """How the CPU kernels were built, and the instruction set they use here; None without them."""
+    """How the CPU kernels were built, and the instruction set that they use here. None if there are no kernels."""
     if _missing is not None:
         return None
     call = ctypes.CDLL(str(CPU)).tclr_kernels_facts
@@ -114,7 +114,7 @@ def build_facts() -> dict[str, Any] | None:
 
 @functools.cache
 def _load_cuda() -> str | None:
-    """Registers the CUDA kernels; returns None, or the reason why there are none."""
+    """Registers the CUDA kernels. Returns None, or the reason why they cannot be used."""
     if not CUDA.exists():
         return "the CUDA kernels are not built: from the sources, where nvcc is: TCLR_KERNELS_CUDA=1 pip install -v ."
     try:
@@ -125,7 +125,7 @@ def _load_cuda() -> str | None:
 
 
 def cuda_targets() -> str:
-    """What the CUDA kernels were compiled for, as TCLR_KERNELS_CUDA_ARCHS named it; "" where there are none."""
+    """The targets of the CUDA kernels, as listed in TCLR_KERNELS_CUDA_ARCHS, or "" if there are no kernels."""
     if not CUDA.exists() or _load_cuda() is not None:
         return ""
     name = ctypes.CDLL(str(CUDA)).tclr_kernels_cuda_targets
@@ -285,7 +285,7 @@ def _split(tau: float | Tensor) -> tuple[Tensor | None, float]:
 
 
 def register_fakes(namespace: str) -> None:
-    """What the operators return, without values, for the compiler to trace."""
+    """Registers fake kernels, from which torch.compile learns the shapes and dtypes of what the operators return."""
 
     @torch.library.register_fake(f"{namespace}::gram_forward")
     def _(sets, tau, tau_value, normalize, cross, tf32=False):
@@ -305,7 +305,7 @@ def register_fakes(namespace: str) -> None:
         dtype = torch.promote_types(inputs[0].dtype, torch.float32)
         loss, *along = (inputs[0].new_empty((), dtype=dtype) for _ in range(1 if tau is None else 2))
         kept = [*(z.new_empty(z.shape, dtype=dtype) for z in inputs), *along]
-        if inputs[0].is_cuda:  # neg and pos of the operation
+        if inputs[0].is_cuda:  # there, neg and pos are kept instead
             (G, N) = (1, inputs[0].shape[-2]) if len(inputs) == 1 or inputs[0].dim() == 2 else inputs[0].shape[:2]
             V = len(inputs) if len(inputs) > 1 else len(inputs[0])
             kept = [inputs[0].new_empty(G, V, V, N, dtype=dtype) for _ in range(2)]

@@ -1,4 +1,4 @@
-"""Processes of pytest-xdist share the device: tests that take much of its memory form a group, run one by one."""
+"""All processes of pytest-xdist share the GPU. Tests that need much of its memory form a group that runs one by one."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ def pytest_configure(config):
 
 @pytest.fixture
 def much_memory():
-    """Gives the memory that PyTorch keeps back to the device, before and after."""
+    """Frees the memory that PyTorch has cached on the GPU, before and after a test."""
     torch.cuda.empty_cache()
     yield
     torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""What only a GPU can show of the objective in few launches; the operation is in test_gpu.py."""
+"""The native kernels of the TCLR objective on a GPU. test_gpu.py tests the operation."""
 
 import pytest
 import torch

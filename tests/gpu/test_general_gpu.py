@@ -1,4 +1,4 @@
-"""The general form on a GPU: rectangles, ranges, labels; and what takes it: queues, supervised contrast."""
+"""The general operation on a GPU (rectangles, ranges, labels), and losses that use it."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
 
 
 class OnGPU(Problem):
-    """A problem of test_general.py on the device."""
+    """A problem of test_general.py on the GPU."""
 
     def sets(self, dtype=torch.float64):
         return tuple([x.cuda() for x in side] for side in super().sets(dtype))
@@ -61,7 +61,6 @@ def supervised(a, b, negatives, backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("loss", [queued, labelled, supervised])
 def test_losses_of_many_rows_agree_with_the_reference_and_repeat_their_bits(loss, dtype, backend):
-    """As the reference in float64 has them, and the same bits again."""
     generator = torch.Generator("cuda").manual_seed(0)
     inputs = [torch.randn(size, 96, device="cuda", generator=generator).to(dtype) for size in (700, 700, 3000)]
     found = run(loss, inputs, backend=backend)

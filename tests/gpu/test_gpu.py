@@ -1,4 +1,4 @@
-"""What only a GPU can show of its backends: python -m pytest tests/gpu, or benchmarks/gpu.sh for all of it."""
+"""The backends on a GPU: python -m pytest tests/gpu. benchmarks/gpu.sh also builds, measures and runs sanitizers."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def backend(request):
 
 
 SIZES = [(1, 2, 8), (7, 3, 33), (16, 4, 64), (33, 3, 128), (129, 3, 256), (205, 2, 17), (300, 2, 512), (70, 2, 1024)]
-SIZES += [(64, 2, 64), (300, 2, 100), (517, 3, 192), (1000, 2, 128)]  # of Hopper's own kernels, with those of 256
+SIZES += [(64, 2, 64), (300, 2, 100), (517, 3, 192), (1000, 2, 128)]  # for Hopper's kernels, as is D = 256 above
 HALF = torch.bfloat16, torch.float16
 
 
@@ -46,7 +46,7 @@ def test_videos_meet_the_accuracy_criteria(name, sizes, dtype, backend):
 @pytest.mark.parametrize("rho", [0.9, 0.99, 0.999, 1])
 @pytest.mark.parametrize("tau", [0.5, 0.1, 0.05, 0.01])
 def test_confident_pairs_meet_the_accuracy_criteria(tau, rho, dtype, backend):
-    D = 96 if dtype in HALF else 48  # Hopper's own kernels want more than 64
+    D = 96 if dtype in HALF else 48  # Hopper's kernels are used from 65 features on
     judge(LOSSES["nt_xent"], on_gpu("nt_xent", (133, 2, D), dtype, rho=rho), tau, backend)
 
 
@@ -125,7 +125,7 @@ def test_captured_graphs_replay_the_bits_of_eager_steps(B, backend):
         captured = step(a, b, tau, backend)
     for k in range(100):
         with torch.no_grad():
-            tau.fill_(0.1 if k % 2 else 0.005)  # on either side of where the exponentials are safe
+            tau.fill_(0.1 if k % 2 else 0.005)  # above and below the limit from which on sums need a running maximum
         graph.replay()
         if k < 4 or k > 97:
             same_bits((captured[0], captured[1:]), ((wanted := step(a, b, tau, backend))[0], wanted[1:]))
@@ -141,7 +141,7 @@ def test_compiled_losses_agree_without_a_graph_break(B, backend):
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_gram_matrices_of_more_than_2_to_the_31_entries_are_accurate(dtype, backend):
-    """65,536 rows, some of whose losses are taken from their row of similarities in float64."""
+    """Of 65,536 losses, some are compared with those computed from their row of similarities in float64."""
     a, b = on_gpu("nt_xent", (32768, 2, 64), dtype)
     found = tk.nt_xent(a, b, reduction="none", backend=backend)
     z = torch.cat([a, b]).double()
@@ -155,7 +155,7 @@ def test_gram_matrices_of_more_than_2_to_the_31_entries_are_accurate(dtype, back
 
 @pytest.mark.xdist_group("much memory")
 def test_offsets_beyond_2_to_the_31_change_no_bit(backend, much_memory):
-    """Rows whose entries, and whose groups' entries, lie beyond."""
+    """The last groups are beyond this offset, and must have the losses that they have alone."""
     if torch.cuda.get_device_properties(0).total_memory < 60 * 2**30:
         pytest.skip("takes 40 GiB of memory")
     G, N, D = 2**15 + 3, 33, 1024

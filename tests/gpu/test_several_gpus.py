@@ -1,4 +1,4 @@
-"""Losses over processes with a GPU each, by NCCL: what only several GPUs can show."""
+"""Losses over several processes with a GPU each, which communicate by NCCL."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def check(found):
 
 def value_and_gradient(group, loss, backend, equal, known, dtype):
     shares = shares_of(dist.get_world_size(group), equal)
-    own, tau = own_rows(group, shares, dtype), torch.tensor(0.2, requires_grad=True)  # which the loss moves to the GPU
+    own, tau = own_rows(group, shares, dtype), torch.tensor(0.2, requires_grad=True)  # the loss moves tau to the GPU
     given = dict(group=group, shares=shares if known else None, backend=backend)
     out = getattr(tk, loss)(*own, temperature=tau, **given)
     grads = torch.autograd.grad(out, [*own, tau])
@@ -77,7 +77,7 @@ def test_value_and_gradient_are_those_of_one_process(P, loss, backend, dtype, eq
 
 
 def trained(group):
-    """Three steps of a network with SyncBatchNorm, shares that change: the weights."""
+    """The weights of a network with SyncBatchNorm after three steps with different shares."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.Linear(32, 16)).cuda()
     net = DistributedDataParallel(nn.SyncBatchNorm.convert_sync_batchnorm(net, group), process_group=group)
@@ -111,7 +111,7 @@ def test_a_network_with_synchronised_batch_norm_gets_the_weights_of_one_process(
 
 
 def captured(group, backend):
-    """A step in a CUDA graph, replayed 100 times; without shares an error that names them."""
+    """Whether a captured step replays the same bits 100 times, and the error of a capture without shares."""
     shares = shares_of(dist.get_world_size(group), False)
     own = own_rows(group, shares)
 

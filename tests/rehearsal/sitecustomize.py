@@ -25,12 +25,12 @@ from tclr_kernels import backends  # noqa: E402
 from tests import standin  # noqa: E402
 
 WAIT = torch.Tensor.item, torch.Tensor.cpu, torch.Tensor.tolist, torch.Tensor.__bool__, torch.Tensor.__float__
-LARGE = 10_000_000  # elements, of a tensor that is not filled and of a product that is not made
+LARGE = 10_000_000  # elements; larger tensors are not filled, and larger products not computed, to save time
 capturing = forbidden = False  # whether a graph is captured, and whether waiting for the device is an error
 
 
 class Mode(TorchFunctionMode):
-    """Tensors of the GPU are the CPU's."""
+    """Makes functions that ask for a tensor on the GPU return one on the CPU."""
 
     def __torch_function__(self, function, types, arguments=(), settings=None):
         settings = dict(settings or {})
@@ -80,7 +80,7 @@ class Graph:
 
 @contextlib.contextmanager
 def graph(_):
-    """While a graph is captured, nothing may be compiled, since a GPU refuses to load a kernel then."""
+    """Notes that a graph is captured. Compiling is then an error, since a GPU cannot load a kernel during a capture."""
     global capturing
     capturing = True
     try:
@@ -90,7 +90,7 @@ def graph(_):
 
 
 class Profile:
-    """Of the launches of a step, which are none."""
+    """In the place of torch.profiler.profile: it has no events."""
 
     def __init__(self, activities):
         pass
@@ -122,7 +122,7 @@ def shapes_are_equal(found, wanted, **_):
 
 
 class Launches:
-    """Writes down each variant that a job launches, once; in the place of the stand-in driver's list of launches."""
+    """Replaces the stand-in driver's list of launches. It writes each variant that a job launches to a file, once."""
 
     def __init__(self):
         self.job, self.seen = 0, set()
@@ -137,7 +137,7 @@ class Launches:
 
 
 class Compiler(standin.Compiler):
-    """Names each variant alike in every process, and runs the front end for those that are not in the cache."""
+    """Gives a variant the same name in all processes, and runs the front end if it is not in the cache."""
 
     def compile(self, fn, key, *others):
         if capturing:
@@ -156,13 +156,13 @@ class Compiler(standin.Compiler):
 
 
 class Forever:
-    """In the place of pytest's monkeypatch."""
+    """In the place of pytest's monkeypatch: what it sets is never undone."""
 
     setattr = staticmethod(setattr)
 
 
 def native_does_nothing(native):
-    """The compiled kernels' operators take tensors of the CPU, and a large problem would take it minutes."""
+    """Replaces the compiled kernels, which would run on the CPU here and take minutes for a large problem."""
 
     def forward(sets, tau, normalize, cross):
         return backends.triton._empty_forward(sets, tau, 0.0, normalize, cross)
@@ -187,9 +187,9 @@ def install():
         return attempted(*arguments)
 
     rows.attempted = counted
-    release = baselines.release  # takes a CPU minutes for many videos
+    release = baselines.release  # it takes minutes on a CPU for many videos
     baselines.release = lambda *sets: release(*(z[:, :8] for z in sets[:3]), sets[3])
-    for name in "nt_xent", "clip":  # so does PyTorch for many rows
+    for name in "nt_xent", "clip":  # these take minutes for many rows
         loss = getattr(baselines, name)
         setattr(baselines, name, lambda a, b, tau, loss=loss: loss(*(z[: min(len(z), 64)] for z in (a, b)), tau))
     torch.profiler.profile = Profile
