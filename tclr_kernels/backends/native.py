@@ -41,7 +41,7 @@ def _load_cpu() -> str | None:
 
 
 def _out_of_date(library: Path, key: str) -> str | None:
-    """The reason why a loaded library does not fit this package: it was built from other sources. Else None."""
+    """The reason why a loaded library does not fit this package: it was built from other sources. Or None."""
     for name in OPERATORS:
         if key != "CPU" and name in CPU_ONLY:
             continue
