@@ -18,6 +18,13 @@ import torch.distributed as dist
 LIMIT = 120  # the longest time, in seconds, that a process may run or wait
 
 
+def wait_for(condition, limit=LIMIT):
+    deadline = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 class Crowd:
     """Starts `size` processes that each call function(), and meet and write their results in `folder`."""
 

@@ -362,6 +362,7 @@ for form in "tclr", "tclr release":
     settings = dict(form=form.removeprefix("tclr").strip() or "paper")
     eager = only_total(functools.partial(tclr_eager, **settings))
     LOSSES[f"{form} total"] = Loss(functools.partial(tclr_total, **settings), eager, clips, True)
+KINDS = [name for name in LOSSES if not name.endswith("one way") and name != "tclr total"]
 
 
 # ---- values, gradients, and the criteria of correctness

@@ -1,7 +1,6 @@
 """Parts of the trainer, and two small runs of the whole demo."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,6 @@ import torch
 
 for needed in "av", "rich", "matplotlib":
     pytest.importorskip(needed, reason=f"the demo needs {needed}: pip install .[train]")
-sys.path.insert(0, str(Path(__file__).parents[1] / "python"))
 
 from tclr import annotations, augment, clips, decode, demo, motions, train, videos  # noqa: E402
 

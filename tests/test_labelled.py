@@ -1,4 +1,4 @@
-"""A small loss of rows with labels by one call of a backend: the values of its composition, and its autograd."""
+"""A small loss with labels that a backend computes in one call has the values of the separate calls, with autograd."""
 
 import functools
 
@@ -61,7 +61,7 @@ def close(found, wanted, unit):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("spread, count", [(True, None), (True, 3.5), (False, 7.0)])
-def test_values_and_gradients_are_those_of_the_composition(spread, count, shape, form, fused):
+def test_values_and_gradients_are_those_of_the_separate_calls(spread, count, shape, form, fused):
     how = dict(spread=spread, count=count)
     for dtype, normalize, tau, classes in (
         (torch.float64, True, 0.1, 4),
@@ -79,7 +79,7 @@ def test_values_and_gradients_are_those_of_the_composition(spread, count, shape,
             close(problem.results(tau, upstream, **how), wanted, UNIT[dtype])
 
 
-def test_it_is_one_call(fused):
+def test_sup_con_and_its_gradient_are_one_operator_call(fused):
     z, labels = torch.randn(80, 16, requires_grad=True), torch.arange(40).repeat(2)
     with Calls() as calls:
         loss = tk.sup_con(z, labels, backend=fused)
@@ -88,7 +88,7 @@ def test_it_is_one_call(fused):
 
 
 @pytest.mark.parametrize("case", ["large", "learnable temperature"])
-def test_what_has_no_such_call_is_composed(case, fused):
+def test_large_losses_and_learnable_temperatures_use_the_separate_calls(case, fused):
     N = 2000 if case == "large" else 20
     tau = torch.tensor(0.1, requires_grad=True) if case == "learnable temperature" else 0.1
     with Calls() as calls:
@@ -120,7 +120,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(threads, fused):
 
 
 @pytest.mark.parametrize("scale, upstream", [(1e-38, 1e-6), (1e-38, 0.0), (1e37, 2.0**40)])
-def test_a_gradient_at_the_ends_of_float32_is_scaled_before_it_is_made(scale, upstream, fused):
+def test_a_gradient_at_the_limits_of_float32_is_scaled_before_it_is_rounded(scale, upstream, fused):
     problem = Problem((1, 7, 9, 5), "rows and columns", fused, scale=scale)
     wanted = problem.results(0.001, upstream, call=labelled.composed, spread=True, count=1.0)
     close(problem.results(0.001, upstream, spread=True, count=1.0), wanted, 1e-6)
@@ -133,7 +133,7 @@ def test_rows_without_positives_have_the_term_zero(fused):
     assert torch.equal(z.grad, torch.zeros_like(z))
 
 
-def test_a_row_that_is_not_finite_spoils_the_loss_as_in_the_composition(fused):
+def test_a_row_that_is_not_finite_has_the_same_effect_as_in_the_separate_calls(fused):
     problem = Problem((1, 30, 30, 5), "symmetric", fused)
     with torch.no_grad():
         problem.sets[0][0, 3, 2] = torch.nan
@@ -144,7 +144,7 @@ def test_a_row_that_is_not_finite_spoils_the_loss_as_in_the_composition(fused):
     assert torch.equal(found[1].isnan(), wanted[1].isnan())
 
 
-def test_a_kept_graph_gives_the_same_again_and_a_second_derivative_is_an_error(fused):
+def test_a_retained_graph_gives_the_same_gradient_and_a_second_derivative_is_an_error(fused):
     z, labels = torch.randn(8, 4, requires_grad=True), torch.arange(4).repeat(2)
     loss = tk.sup_con(z, labels, backend=fused)
     (first,) = torch.autograd.grad(loss, z, retain_graph=True)
@@ -156,7 +156,7 @@ def test_a_kept_graph_gives_the_same_again_and_a_second_derivative_is_an_error(f
         slope.sum().backward()
 
 
-def test_gradients_are_those_of_finite_differences(fused):
+def test_gradients_equal_finite_differences(fused):
     for form in FORMS:
         problem = Problem((2, 4, 6, 3), form, fused, torch.float64)
 
@@ -167,7 +167,7 @@ def test_gradients_are_those_of_finite_differences(fused):
         assert torch.autograd.gradcheck(loss, problem.sets)
 
 
-def test_transforms_and_the_compiler_see_the_composition(fused):
+def test_transforms_and_the_compiler_use_the_separate_calls(fused):
     z, labels = torch.randn(8, 4), torch.arange(4).repeat(2)
     loss = functools.partial(tk.sup_con, labels=labels, backend=fused)
     wanted = torch.autograd.grad(loss(z.requires_grad_()), z)[0]
@@ -176,7 +176,7 @@ def test_transforms_and_the_compiler_see_the_composition(fused):
     torch.testing.assert_close(torch.autograd.grad(traced(z), z)[0], wanted)
 
 
-def test_the_operator_is_what_pytorch_expects(fused):
+def test_the_operator_passes_pytorchs_opcheck(fused):
     problem = Problem((1, 7, 9, 5), "rows and columns", fused)
     rows, columns = ([z.detach()] for z in problem.sets)
     arguments = rows, columns, 0.1, True, -1, *problem.keys, True, 3.0, True, True
@@ -184,7 +184,7 @@ def test_the_operator_is_what_pytorch_expects(fused):
     torch.library.opcheck(torch.ops.tclr_kernels.labelled.default, arguments, test_utils=checks)
 
 
-def test_bad_calls_of_the_operator_are_errors(fused):
+def test_wrong_arguments_of_the_operator_are_errors(fused):
     problem = Problem((1, 7, 9, 5), "rows and columns", fused)
     rows, columns = ([z.detach()] for z in problem.sets)
     call = torch.ops.tclr_kernels.labelled

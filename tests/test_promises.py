@@ -11,23 +11,8 @@ import torch
 import tclr_kernels as tk
 
 from . import oracle
-from .oracle import DTYPES, LOSSES, run
+from .oracle import DTYPES, KINDS, LOSSES, run
 
-KINDS = (
-    "nt_xent",
-    "clip_loss",
-    "instance_contrastive",
-    "nt_xent further",
-    "clip_loss decoupled",
-    "moco",
-    "sup_con",
-    "views joint",
-    "local_local",
-    "global_local",
-    "tclr",
-    "tclr release",
-    "tclr release total",
-)
 sup_con = functools.partial(tk.sup_con, labels=torch.tensor([0, 1, 0, 1, -1]))
 TAKES = {  # function -> {name of an input: its shape}
     tk.nt_xent: dict(a=(5, 8), b=(5, 8)),

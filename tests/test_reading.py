@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import random
-import sys
 import warnings
 from fractions import Fraction
 from pathlib import Path
@@ -14,7 +13,6 @@ import torch
 
 av = pytest.importorskip("av", reason="decoding needs av: pip install .[train]")
 np = pytest.importorskip("numpy")
-sys.path.insert(0, str(Path(__file__).parents[1] / "python"))
 
 from tclr import annotations, check, config, decode, index, videos  # noqa: E402
 

@@ -3,7 +3,6 @@
 import json
 import shlex
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ import pytest
 for needed in "av", "jsonargparse", "matplotlib", "safetensors", "tensorboard":
     pytest.importorskip(needed, reason=f"the trainer needs {needed}: pip install .[train]")
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "python"))
 
 from tclr import checkpoint, claims, cli, dryrun, motions  # noqa: E402
 

@@ -5,20 +5,18 @@ import multiprocessing
 import os
 import random
 import signal
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from tclr import checkpoint, models, train
+from tclr.clips import ClipPlan, random_starts, random_windows
+from tclr.videos import Loaded
 
 import tclr_kernels as tk
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "python"))
-
-from tclr import checkpoint, models, train  # noqa: E402
-from tclr.clips import ClipPlan, random_starts, random_windows  # noqa: E402
-from tclr.videos import Loaded  # noqa: E402
+from .crowd import wait_for
 
 PLAN = ClipPlan(4, 2)
 RECIPE = dict(batch=4, side=8, checkpoint_every=1, schedule="plateau", learn_temperature=True, form="release")
@@ -76,13 +74,6 @@ def test_reading_ahead_changes_no_bit(videos):
 
 def steps_of(file):
     return checkpoint.load(file)["done"] if file.exists() else 0
-
-
-def wait_for(condition):
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_sigterm_saves_and_exits_143(videos, tmp_path):

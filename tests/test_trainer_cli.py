@@ -14,7 +14,6 @@ import torch
 
 for needed in "av", "jsonargparse", "safetensors", "tensorboard":
     pytest.importorskip(needed, reason=f"the trainer needs {needed}: pip install .[train]")
-sys.path.insert(0, str(Path(__file__).parents[1] / "python"))
 
 from tclr import (  # noqa: E402
     ablation,
@@ -30,6 +29,8 @@ from tclr import (  # noqa: E402
     options,
     sets,
 )  # fmt: skip
+
+from .test_trainer_models import release_weights  # noqa: E402
 
 CONFIGS = Path(cli.__file__).parent / "configs"
 EVALUATION = [f"--evaluation.{what}" for what in ("clips=2", "frames=8", "stride=3", "side=32")]
@@ -151,12 +152,7 @@ def test_a_checkpoint_of_the_release_is_loaded_and_evaluated(run, dataset, tmp_p
     """It has the release's names after `module.`, and its blue-green-red order is applied to the inputs."""
     net = config.Net("r3d18", width=4)
     given = config.build(net, seed=1)
-    head = {"0": "fc1", "1": "bn1", "3": "fc2", "4": "bn2"}
-    weights = {f"module.0.{k}": v for k, v in given.backbone.state_dict().items() if not k.startswith("inputs.")}
-    for name, value in given.head.state_dict().items():
-        layer, _, what = name.partition(".")
-        weights[f"module.1.{head[layer]}.{what}"] = value
-    torch.save(dict(state_dict=weights), tmp_path / "theirs.pth")
+    torch.save(dict(state_dict=release_weights(given)), tmp_path / "theirs.pth")
     out, data = tmp_path / "run", ["--data.root", str(dataset), "--net.backbone", "r3d18", "--net.width", "4"]
     cli.main(["load", "--out", str(out), "--file", str(tmp_path / "theirs.pth"), "--format", "release", *data])
     found = features.embedder_of(out)

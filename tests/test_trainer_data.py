@@ -16,7 +16,6 @@ import torch
 
 av = pytest.importorskip("av", reason="decoding needs av: pip install .[train]")
 np = pytest.importorskip("numpy")
-sys.path.insert(0, str(Path(__file__).parents[1] / "python"))
 
 from tclr import annotations, augment, check, clips, decode, index, videos  # noqa: E402
 

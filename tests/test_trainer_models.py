@@ -1,14 +1,8 @@
 """The shapes, sizes and parameter names of the backbones, and the checkpoints that they load."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "python"))
-
-from tclr import models, train  # noqa: E402
+from tclr import models, train
 
 
 @pytest.mark.parametrize("name", ["r3d18", "r2plus1d18", "c3d"])
@@ -53,6 +47,17 @@ def test_a_torchvision_checkpoint_is_loaded_and_a_missing_weight_named(tmp_path)
         models.load_torchvision(net, tmp_path / "tv.pth")
 
 
+def release_weights(embedder, prefix="module."):
+    """The weights of an embedder under the names of the official release."""
+    names = {"0": "fc1", "1": "bn1", "3": "fc2", "4": "bn2"}
+    trunk = embedder.backbone.state_dict().items()
+    weights = {f"{prefix}0.{name}": value for name, value in trunk if not name.startswith("inputs.")}
+    for name, value in embedder.head.state_dict().items():
+        layer, _, what = name.partition(".")
+        weights[f"{prefix}1.{names[layer]}.{what}"] = value
+    return weights
+
+
 def test_a_checkpoint_of_the_release_gives_its_embeddings(tmp_path):
     """As in the release, names begin with `module.`, there is a pickled GradScaler, and the first layer has a bias."""
     torch.manual_seed(0)
@@ -60,11 +65,7 @@ def test_a_checkpoint_of_the_release_gives_its_embeddings(tmp_path):
     for buffer in theirs.buffers():
         if buffer.dim() and buffer.is_floating_point() and buffer.shape != (3,):
             buffer.uniform_(0.5, 1)
-    names = {"0": "fc1", "1": "bn1", "3": "fc2", "4": "bn2"}
-    state = {f"module.0.{k}": v for k, v in theirs.backbone.state_dict().items() if not k.startswith("inputs")}
-    for key, value in theirs.head.state_dict().items():
-        layer, _, what = key.partition(".")
-        state[f"module.1.{names[layer]}.{what}"] = value
+    state = release_weights(theirs)
     state["module.1.fc1.bias"] = torch.rand(64)
     with_bias = state["module.1.bn1.running_mean"] + state["module.1.fc1.bias"]
     state["module.1.bn1.running_mean"] = with_bias

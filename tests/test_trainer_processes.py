@@ -24,14 +24,14 @@ from torch import nn
 
 for needed in "av", "jsonargparse", "safetensors", "tensorboard":
     pytest.importorskip(needed, reason=f"the trainer needs {needed}: pip install .[train]")
-sys.path.insert(0, str(Path(__file__).parents[1] / "python"))
 
 from tclr import annotations, checkpoint, cli, config, evaluate, models, motions, processes, train  # noqa: E402
 from tclr import videos as videos_of  # noqa: E402
 from tclr.clips import ClipPlan  # noqa: E402
 from tclr.videos import Loaded  # noqa: E402
 
-from .crowd import Crowd  # noqa: E402
+from .crowd import Crowd, wait_for  # noqa: E402
+from .test_trainer import steps_of  # noqa: E402
 
 FULL = pytest.mark.full
 PLAN = ClipPlan(4, 2)
@@ -190,10 +190,6 @@ def test_a_run_goes_on_with_another_number_of_processes(videos, tmp_path, before
         assert [row["lr"] for row in found] == [row["lr"] for row in rows[8:]]
 
 
-def steps_of(file):
-    return checkpoint.load(file)["done"] if file.exists() else 0
-
-
 def state_of(run):
     """Notes what must have the same bits in all processes."""
     run.seen.append([value.clone() for part in (run.embedder, run.loss) for value in part.state_dict().values()])
@@ -306,13 +302,6 @@ def test_processes_save_and_end_when_their_agent_is_killed(videos, tmp_path, mon
 def note(path, *words):
     with path.open("a") as file:
         file.write(" ".join(map(str, words)) + "\n")
-
-
-def wait_for(condition, limit=120):
-    deadline = time.monotonic() + limit
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def once(owner, name, fault):
@@ -666,7 +655,7 @@ def test_an_older_run_on_another_machines_disk_is_refused_or_overwritten(dataset
 def torchrun(P, restarts, *arguments):
     program = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={P}"]
     program += [f"--max-restarts={restarts}", "--monitor-interval=0.1", "-m", "tclr.cli", *arguments]
-    return subprocess.Popen(program, env=os.environ | dict(PYTHONPATH=sys.path[0]))
+    return subprocess.Popen(program, env=os.environ | dict(PYTHONPATH=str(Path(__file__).parents[1] / "python")))
 
 
 def workers(agent):

@@ -19,11 +19,12 @@ import torch
 for needed in "av", "jsonargparse", "matplotlib", "safetensors", "tensorboard":
     pytest.importorskip(needed, reason=f"the trainer needs {needed}: pip install .[train]")
 np = pytest.importorskip("numpy")
-sys.path.insert(0, str(Path(__file__).parents[1] / "python"))
 
 from tclr import ablation, annotations, checkpoint, cli, config, features, models, motions, report, train  # noqa: E402
 from tclr.clips import ClipPlan  # noqa: E402
 from tclr.videos import Loaded  # noqa: E402
+
+from .test_trainer_models import release_weights  # noqa: E402
 
 EVALUATION = config.Evaluation(clips=2, frames=4, stride=1, side=16)
 OPTIONS = [f"--evaluation.{name}={value}" for name, value in dataclasses.asdict(EVALUATION).items()]
@@ -735,11 +736,7 @@ def test_weights_are_found_in_every_common_layout_of_a_checkpoint(tmp_path, shap
 @pytest.mark.parametrize("shape", ["bare", "model", "state_dict", "module.", "compiled", "nested"])
 def test_the_releases_weights_are_found_in_every_common_layout_of_a_checkpoint(tmp_path, shape):
     given = train.Embedder(backbone())
-    weights = prefixed("0.", weights_of(given.backbone))
-    for name, value in given.head.state_dict().items():
-        layer, _, what = name.partition(".")
-        weights[f"1.{dict(zip('0134', ('fc1', 'bn1', 'fc2', 'bn2'), strict=True))[layer]}.{what}"] = value
-    torch.save(SHAPES[shape](weights), tmp_path / "w.pth")
+    torch.save(SHAPES[shape](release_weights(given, "")), tmp_path / "w.pth")
     net = train.Embedder(backbone(1))
     assert models.load_release(net, tmp_path / "w.pth") == []
     assert torch.equal(net.head[3].weight, given.head[3].weight)

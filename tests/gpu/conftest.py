@@ -3,9 +3,18 @@
 import pytest
 import torch
 
+import tclr_kernels as tk
+
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "xdist_group(name): of pytest-xdist, the tests of a group run in one process")
+
+
+@pytest.fixture(params=["triton", "native"])
+def backend(request):
+    if (reason := tk.available_backends("cuda")[request.param]) is not None:
+        pytest.skip(f"{request.param} on cuda: {reason}")
+    return request.param
 
 
 @pytest.fixture

@@ -1,11 +1,14 @@
 """The native kernels of the TCLR objective on a GPU. test_gpu.py tests the operation."""
 
+import functools
+
 import pytest
 import torch
 
 import tclr_kernels as tk
 
 from ..oracle import LOSSES, same_bits
+from .test_gpu import check_replays
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
@@ -19,24 +22,24 @@ def objective(inputs, tau):
 
 
 @pytest.fixture
-def at_its_own_size():
+def paper_size():
     inputs = [x.cuda().requires_grad_() for x in LOSSES["tclr"].inputs((40, 4, 128), torch.float32)]
     return inputs, torch.tensor(0.1, device="cuda", requires_grad=True)
 
 
-def test_the_objective_repeats_its_bits_without_synchronisation(at_its_own_size):
-    first = objective(*at_its_own_size)
+def test_the_objective_repeats_its_bits_without_synchronisation(paper_size):
+    first = objective(*paper_size)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        again = [objective(*at_its_own_size) for _ in range(20)]
+        again = [objective(*paper_size) for _ in range(20)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for other in again:
         same_bits((other[0], other[1:]), (first[0], first[1:]))
 
 
-def test_the_objective_takes_six_launches_at_most(at_its_own_size):
-    inputs, tau = at_its_own_size
+def test_the_objective_takes_six_launches_at_most(paper_size):
+    inputs, tau = paper_size
     upstream = torch.ones((), device="cuda")
     objective(inputs, tau)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -46,21 +49,5 @@ def test_the_objective_takes_six_launches_at_most(at_its_own_size):
     assert 0 < sum(event.count for event in profile.key_averages() if event.device_time_total > 0) <= 6
 
 
-def test_the_objective_captured_in_a_graph_replays_the_same_bits(at_its_own_size):
-    inputs, tau = at_its_own_size
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            objective(inputs, tau)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = objective(inputs, tau)
-    for k in range(100):
-        with torch.no_grad():
-            tau.fill_(0.1 if k % 2 else 0.01)
-        graph.replay()
-        if k < 4 or k > 97:
-            wanted = objective(inputs, tau)
-            same_bits((captured[0], captured[1:]), (wanted[0], wanted[1:]))
+def test_the_objective_captured_in_a_graph_replays_the_same_bits(paper_size):
+    check_replays(functools.partial(objective, *paper_size), paper_size[1], 0.01)

@@ -24,13 +24,6 @@ class OnGPU(Problem):
         return general.rectangle(self.settings(backend), tau, tuple(keys), rows, columns)[:4]
 
 
-@pytest.fixture(params=["triton", "native"])
-def backend(request):
-    if (reason := tk.available_backends("cuda")[request.param]) is not None:
-        pytest.skip(f"{request.param} on cuda: {reason}")
-    return request.param
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_every_problem_meets_the_accuracy_criteria(name, dtype, backend):
