@@ -73,11 +73,11 @@ def lines(facts: dict[str, Any] | None) -> Iterator[tuple[str, str]]:
         yield "compiled by", f"{facts['compiler']}, with the headers of torch {facts['torch']}"
         yield "instruction sets", f"{', '.join(facts['isa_levels'])}; in use: {facts['isa']}"
     for device, dtypes, rows, features, order in backends.REGIMES:
-        kinds = " ".join(str(dtype).removeprefix("torch.") for dtype in dtypes) or "any dtype"
+        kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes) or "any dtype"
         sizes = [f"{most} {of}" for most, of in ((rows, "rows"), (features, "features")) if most < math.inf]
         limit = f"{kinds}, up to {' of '.join(sizes)}" if sizes else "otherwise"
         yield f"default on {device}", f"{limit}: the first usable one of {', '.join(order)}"
-    yield "CUDA targets", backends.native.cuda_targets() or "none compiled"
+    yield "CUDA targets", backends.native.cuda_targets() or "none: the CUDA kernels are not built"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

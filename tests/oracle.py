@@ -296,7 +296,7 @@ def correlated(shapes, rho, seed, stacked=False):
     return [math.sqrt(rho) * common[shape] + math.sqrt(1 - rho) * randn(shape) for shape in shapes]
 
 
-def none(function, **settings):
+def unreduced(function, **settings):
     return functools.partial(function, reduction="none", **settings)
 
 
@@ -334,22 +334,24 @@ def joint(views, q, **settings):
 
 one_way = dict(symmetric=False)
 LOSSES = {
-    "nt_xent": Loss(none(tk.nt_xent), nt_xent_eager, rows),
-    "nt_xent one way": Loss(none(tk.nt_xent, **one_way), functools.partial(nt_xent_eager, **one_way), rows),
-    "clip_loss": Loss(none(tk.clip_loss), clip_eager, rows),
-    "instance_contrastive": Loss(none(tk.instance_contrastive), views_eager, lambda B, T, D: [(T, B, D)], True),
-    "nt_xent further": Loss(none(nt_xent_further), nt_xent_further_eager, lambda B, T, D: [*rows(B, T, D), (B + T, D)]),
+    "nt_xent": Loss(unreduced(tk.nt_xent), nt_xent_eager, rows),
+    "nt_xent one way": Loss(unreduced(tk.nt_xent, **one_way), functools.partial(nt_xent_eager, **one_way), rows),
+    "clip_loss": Loss(unreduced(tk.clip_loss), clip_eager, rows),
+    "instance_contrastive": Loss(unreduced(tk.instance_contrastive), views_eager, lambda B, T, D: [(T, B, D)], True),
+    "nt_xent further": Loss(
+        unreduced(nt_xent_further), nt_xent_further_eager, lambda B, T, D: [*rows(B, T, D), (B + T, D)]
+    ),
     "clip_loss decoupled": Loss(
-        none(clip_decoupled), clip_decoupled_eager, lambda B, T, D: [*rows(B, T, D), (B + T, D), (B + T + 1, D)]
+        unreduced(clip_decoupled), clip_decoupled_eager, lambda B, T, D: [*rows(B, T, D), (B + T, D), (B + T + 1, D)]
     ),
-    "moco": Loss(none(moco), moco_eager, lambda B, T, D: [*rows(B, T, D), (B + T, D)]),
-    "sup_con": Loss(none(sup_con), sup_con_eager, lambda B, T, D: [(2 * B, D)]),
-    "views joint": Loss(none(joint), joint_eager, lambda B, T, D: [(max(T, 2), B, D), (B + T, D)]),
-    "local_local": Loss(none(tk.local_local), local_local_eager, videos),
+    "moco": Loss(unreduced(moco), moco_eager, lambda B, T, D: [*rows(B, T, D), (B + T, D)]),
+    "sup_con": Loss(unreduced(sup_con), sup_con_eager, lambda B, T, D: [(2 * B, D)]),
+    "views joint": Loss(unreduced(joint), joint_eager, lambda B, T, D: [(max(T, 2), B, D), (B + T, D)]),
+    "local_local": Loss(unreduced(tk.local_local), local_local_eager, videos),
     "local_local one way": Loss(
-        none(tk.local_local, **one_way), functools.partial(local_local_eager, **one_way), videos
+        unreduced(tk.local_local, **one_way), functools.partial(local_local_eager, **one_way), videos
     ),
-    "global_local": Loss(none(tk.global_local), global_local_eager, videos),
+    "global_local": Loss(unreduced(tk.global_local), global_local_eager, videos),
     "tclr": Loss(tclr_terms, tclr_eager, clips, True),
     "tclr release": Loss(
         functools.partial(tclr_terms, form="release"), functools.partial(tclr_eager, form="release"), clips, True

@@ -173,7 +173,7 @@ def test_outputs_and_gradients_equal_those_of_the_formula(name, float64):
     outputs, grads = run(functools.partial(problem.call, float64), sets, 0.3)
     wanted, wanted_grads = run(problem.formula, sets, 0.3)
     for found, want in zip((*outputs, *grads), (*wanted, *wanted_grads), strict=True):
-        assert oracle.error(found, want) <= 1e-12 * size(want)
+        assert oracle.error(found, want) <= 1e-12 * largest(want)
 
 
 def judge(problem, tau, dtype, backend, only=OUTPUTS):
@@ -252,10 +252,10 @@ def agree(call, other, inputs, tolerance):
         total = sum((x * oracle.some_gradient(x.shape, k)).sum() for k, x in enumerate(finite))
         results.append([*outputs, *torch.autograd.grad(total, inputs)])
     for found, want in zip(*results, strict=True):
-        assert oracle.error(found, want) <= tolerance * size(want)
+        assert oracle.error(found, want) <= tolerance * largest(want)
 
 
-def size(x):
+def largest(x):
     """The largest absolute value of the finite entries, at least 1."""
     return max(1, x.masked_fill(~x.isfinite(), 0).abs().max().item())
 
@@ -302,7 +302,7 @@ def test_the_coefficients_of_all_anchors_give_the_gradient_of_a_range_of_rows(sh
         assert not none
         for f, w in zip(found, wanted, strict=True):
             tolerance = 1e-12 if dtype == torch.float64 else 1e-5
-            assert f.shape == rows[0].shape and (n == 0 or oracle.error(f, w[:, o : o + n]) <= tolerance * size(w))
+            assert f.shape == rows[0].shape and (n == 0 or oracle.error(f, w[:, o : o + n]) <= tolerance * largest(w))
 
 
 @pytest.mark.parametrize("name", ["rectangle", "few rows, many columns", "range", "keys", "keys of a range"])
@@ -316,7 +316,7 @@ def test_gradients_of_one_side_alone_equal_those_of_both(name, backend):
     for wanted, part in [(("rows", "tau"), (*grads[:rows], grads[-1])), (("columns",), grads[rows:-1])]:
         found, some = run(call, sets, 0.1, wanted=wanted)
         for f, w in zip((*found, *some), (*outputs, *part), strict=True):
-            assert oracle.error(f, w) <= 2e-5 * size(w)
+            assert oracle.error(f, w) <= 2e-5 * largest(w)
     (slope,) = run(call, sets, 0.1, wanted=("tau",))[1]
     assert slope.item() == pytest.approx(grads[-1].item(), rel=1e-4)
 
@@ -375,7 +375,7 @@ def test_pair_sum_is_accurate_in_every_dtype(dtype, tau, kernels):
         results.append((sums.detach(), torch.autograd.grad(sums.sum(), x)[0].double()))
     (found, grad), (want, want_grad) = results
     rough = kernels in oracle.FLOAT16_UNIT_ROWS and dtype.itemsize == 2
-    assert oracle.error(found, want) <= (1e-3 if rough else 1e-5) * max(1, 0.1 / tau) * size(want)
+    assert oracle.error(found, want) <= (1e-3 if rough else 1e-5) * max(1, 0.1 / tau) * largest(want)
     assert oracle.error(grad, want_grad) <= oracle.GRADIENT[dtype] * max(1, 0.01 / tau) * want_grad.abs().max()
 
 

@@ -237,7 +237,7 @@ class Cache:
 
         monkeypatch.setattr(features.evaluate, "clip_features", counted)
 
-    def fresh(self, **more):
+    def extracts(self, **more):
         """Whether the features had to be extracted, because the cache did not have them."""
         before = self.extracted
         given = dict(dict(data=self.data, part="train", evaluation=EVALUATION), **more)
@@ -254,7 +254,7 @@ def cache(monkeypatch, tmp_path):
 
 
 def test_features_are_taken_from_the_cache_while_nothing_changes(cache):
-    assert cache.fresh() and not cache.fresh()
+    assert cache.extracts() and not cache.extracts()
 
 
 def added(root):
@@ -302,22 +302,22 @@ def moved(root):
 
 @pytest.mark.parametrize("change", [added, removed, rewritten, longer, rewritten_unseen, swapped, moved])
 def test_features_are_extracted_again_if_a_video_changes(cache, change):
-    cache.fresh()
+    cache.extracts()
     change(Path(cache.data.root))
-    assert cache.fresh() and not cache.fresh()
+    assert cache.extracts() and not cache.extracts()
 
 
 def test_features_are_extracted_again_for_other_settings_code_weights_or_decoders(cache, monkeypatch):
-    cache.fresh()
-    assert cache.fresh(data=dataclasses.replace(cache.data, size=[20, 20])) and cache.fresh(part="test")
+    cache.extracts()
+    assert cache.extracts(data=dataclasses.replace(cache.data, size=[20, 20])) and cache.extracts(part="test")
     changes = dict(clips=3, frames=3, stride=2, side=12, pooled=True)
     assert changes.keys() == dataclasses.asdict(EVALUATION).keys()
     for name, value in changes.items():
-        assert cache.fresh(evaluation=dataclasses.replace(EVALUATION, **{name: value})), name
+        assert cache.extracts(evaluation=dataclasses.replace(EVALUATION, **{name: value})), name
     next(cache.embedder.backbone.buffers()).add_(1)
-    assert cache.fresh() and not cache.fresh()
+    assert cache.extracts() and not cache.extracts()
     monkeypatch.setattr(features, "code_hash", lambda *_: "another version")
-    assert cache.fresh() and not cache.fresh()
+    assert cache.extracts() and not cache.extracts()
     open_videos = config.open_labelled
 
     def by_another_decoder(*given):
@@ -326,7 +326,7 @@ def test_features_are_extracted_again_for_other_settings_code_weights_or_decoder
         return videos
 
     monkeypatch.setattr(config, "open_labelled", by_another_decoder)
-    assert cache.fresh()
+    assert cache.extracts()
 
 
 def test_features_are_extracted_again_for_other_frames_of_a_film(monkeypatch, tmp_path):
@@ -334,10 +334,10 @@ def test_features_are_extracted_again_for_other_frames_of_a_film(monkeypatch, tm
         video(path)
     (tmp_path / "run").mkdir()
     cache = Cache(monkeypatch, tmp_path / "run", config.Data(dataset="diving48", root=str(tmp_path)))
-    assert cache.fresh() and not cache.fresh()
+    assert cache.extracts() and not cache.extracts()
     listed = tmp_path / "Diving48_V2_train.json"
     listed.write_text(listed.read_text().replace('"start_frame": 0', '"start_frame": 2'))
-    assert cache.fresh()
+    assert cache.extracts()
 
 
 def test_new_labels_reuse_features_unless_an_unreadable_video_was_replaced(monkeypatch, tmp_path):
@@ -345,9 +345,9 @@ def test_new_labels_reuse_features_unless_an_unreadable_video_was_replaced(monke
         video(path)
     (tmp_path / "run").mkdir()
     cache = Cache(monkeypatch, tmp_path / "run", config.Data(root=str(tmp_path)))
-    cache.fresh()
+    cache.extracts()
     write_ucf101(tmp_path, order=("a", "b"))
-    assert not cache.fresh()
+    assert not cache.extracts()
     found = features.features(cache.run, cache.embedder, cache.data, "train", EVALUATION)
     assert found.labels.tolist() == [0, 1] and found.videos.classes == ["a", "b"]
     for i in range(2):
@@ -355,19 +355,19 @@ def test_new_labels_reuse_features_unless_an_unreadable_video_was_replaced(monke
     (tmp_path / "a/bad.avi").write_bytes(b"<html>")
     files = ["a/more0.avi 1", "a/bad.avi 1", "b/0.avi 2", "b/1.avi 2"]
     (tmp_path / "trainlist01.txt").write_text("\n".join(files))
-    assert cache.fresh() and not cache.fresh()
+    assert cache.extracts() and not cache.extracts()
     write_ucf101(tmp_path, order=("b", "a"))
     (tmp_path / "trainlist01.txt").write_text("\n".join(f"{line[:-1]}{3 - int(line[-1])}" for line in files))
-    assert cache.fresh()
+    assert cache.extracts()
 
 
 def test_a_damaged_cache_is_extracted_again_with_a_message(cache, capsys):
-    cache.fresh()
+    cache.extracts()
     (file,) = (cache.run / "features").iterdir()
     for content in b"", b"\0" * 40, file.read_bytes()[:-8]:
         file.write_bytes(content)
-        assert cache.fresh() and "no features that can be read" in capsys.readouterr().out
-    assert not cache.fresh()
+        assert cache.extracts() and "no features that can be read" in capsys.readouterr().out
+    assert not cache.extracts()
 
 
 def test_features_of_videos_that_change_as_they_are_read_are_not_kept(cache, monkeypatch):
@@ -379,7 +379,7 @@ def test_features_of_videos_that_change_as_they_are_read_are_not_kept(cache, mon
 
     monkeypatch.setattr(features.evaluate, "clip_features", slow)
     with pytest.raises(ValueError, match="changed while they were read"):
-        cache.fresh()
+        cache.extracts()
     assert not (cache.run / "features").exists()
 
 

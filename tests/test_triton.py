@@ -403,7 +403,7 @@ def general_deviation(module, problem, tau, dtype=torch.float32):
     d_rows, d_columns, along = module.backward(rows, columns, *settings, of_rows, [], True, bool(rows))
     d_tau = along.double().sum() / (-number if rows else -2 * number)
     pairs = [*zip(found, wanted, strict=False), *zip([*d_rows, *d_columns, d_tau], slopes, strict=True)]
-    return max(oracle.error(f, w) / test_general.size(w) for f, w in pairs)
+    return max(oracle.error(f, w) / test_general.largest(w) for f, w in pairs)
 
 
 BLOCKS = {  # problems with several blocks of rows and columns, if tiles are 32 x 16
