@@ -1,4 +1,4 @@
-// How many threads are worth it, by the work there is and by what else runs on the cores.
+// Whether a call should use several threads, by the work it has and by what else runs on the cores.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -6,12 +6,12 @@
 
 namespace tclr {
 
-// Where other processes want the same cores, a thread that this one waits for may not be running for milliseconds,
-// however little it has to do. What would take about as long in one thread alone is then left to one, for some calls;
-// after them a call with several threads finds out whether that still holds. Results do not depend on any of this.
+// If other processes want the same cores, a thread of ours may be delayed for milliseconds, and the calling thread
+// waits for it. After that was seen, calls with little work use one thread for a while; then a call with several
+// threads finds out whether the cores are still busy. Results do not depend on the number of threads.
 class Crowd {
  public:
-  // The work that a call must have for several threads.
+  // The work that the next call must have to use several threads.
   double least() {
     int64_t left = alone.load(std::memory_order_relaxed);
     if (left <= 0) return worth_waking;
@@ -19,7 +19,7 @@ class Crowd {
     return worth_waiting;
   }
 
-  // What the calling thread saw of a parallel region: the time, and for how much of it it computed.
+  // What the calling thread measured of a parallel region: its duration, and for how many seconds it computed itself.
   void saw(double time, double computed) {
     double lost = time - computed;
     if (lost < 5e-4 || lost < time / 2) {

@@ -87,7 +87,7 @@ class Rectangle(NamedTuple):
 
 
 class Total(Eager, torch.autograd.Function):
-    """`Rectangle.total` as one node of autograd's graph: around a small batch, ten take longer than the kernels."""
+    """`Rectangle.total` as one node of autograd's graph: for a small batch, ten nodes take longer than the kernels."""
 
     @staticmethod
     def forward(
