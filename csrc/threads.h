@@ -7,8 +7,8 @@
 #include <limits>
 #include <type_traits>
 
+#include "busy_cores.h"
 #include "cpu/gram.h"
-#include "crowd.h"
 #include "tensors.h"
 
 namespace tclr {
@@ -19,7 +19,7 @@ inline double seconds(clockid_t clock) {
   return double(now.tv_sec) + 1e-9 * double(now.tv_nsec);
 }
 
-inline Crowd crowd;
+inline BusyCores busy_cores;
 
 // Runs tasks on PyTorch's own thread pool, so that the process has no second one. The next free thread takes the next
 // task; the threads are numbered from 0.
@@ -32,9 +32,9 @@ inline Executor threads() {
       for (int64_t i = next++; i < n; i = next++) task(argument, i, thread);
       if (thread == 0) computed += seconds(CLOCK_THREAD_CPUTIME_ID);  // the calling thread
     });
-    if (count > 1) crowd.saw(seconds(CLOCK_MONOTONIC) - begun, computed);
+    if (count > 1) busy_cores.observe(seconds(CLOCK_MONOTONIC) - begun, computed);
   };
-  return {run, int64_t(torch::stable::get_num_threads()), crowd.least()};
+  return {run, int64_t(torch::stable::get_num_threads()), busy_cores.least_work()};
 }
 
 template <typename T>

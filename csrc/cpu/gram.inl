@@ -178,6 +178,7 @@ double exponentials_bounded(const T* s, int64_t n, T to_exponent, T* column_sum)
   return sum<T>(row);
 }
 
+// Adds the exponentials of one row of a tile to its running (largest, total).
 template <typename T>
 void row_exponentials(const T* s, int64_t n, T& largest, double& total) {
   Vec<T> m = splat<T>(-INFINITY), row = {};
@@ -554,6 +555,7 @@ INLINE double group_work(const GramInput& in) {
 // Many groups, or small ones: one thread each. Few large ones: one after the other, by all threads.
 INLINE bool group_by_group(const GramInput& in, int64_t threads) { return in.G < 2 * threads && group_work(in) > 1e6; }
 
+// How many groups have memory of their own at once.
 INLINE int64_t slots(const GramInput& in, int64_t threads) {
   return in.keep ? in.G : group_by_group(in, threads) ? 1 : threads;
 }

@@ -38,10 +38,11 @@ Gram<T> describe(int64_t G, int64_t V, int64_t N, int64_t D, bool normalize, boo
   p.order = {0, V * N, N, 0, 1, 1};
   Problem tiles = p.tiles();
   p.parts = parts_of(tiles.V * tiles.blocks, p.gradient_blocks(), enough_tiles);
-  auto few = [](int64_t n) { return uint32_t(n); };
-  p.of = {few(V),       few(N),          few(tiles.block),    few(tiles.blocks),    few(tiles.V),
-          few(p.parts), few(p.panels()), few(p.sum_blocks()), few(p.term_blocks()), few(p.gradient_blocks()),
-          p.whole()};
+  auto narrow = [](int64_t n) { return uint32_t(n); };
+  p.of = {
+      narrow(V),       narrow(N),          narrow(tiles.block),    narrow(tiles.blocks),    narrow(tiles.V),
+      narrow(p.parts), narrow(p.panels()), narrow(p.sum_blocks()), narrow(p.term_blocks()), narrow(p.gradient_blocks()),
+      p.whole()};
   return p;
 }
 
@@ -103,7 +104,8 @@ size_t shared_of(const Gram<T>& p, int numbers) {
 }
 
 // A problem is computed either in the arithmetic of T, with tiles of 32 rows (Plain), or on tensor cores. groups: how
-// many groups of 128 features a thread block computes the gradient for.
+// many groups of 128 features a thread block computes the gradient for. of_block: the threads of a thread block;
+// at_once, sums_at_once: the thread blocks of a multiprocessor, in the gradient and in the sums.
 template <typename T, int groups = panel<T> / 128>
 struct Plain {
   using Number = T;
