@@ -410,9 +410,8 @@ std::tuple<Tensors, Tensors, Tensor> rectangle_backward(Tensors rows, Tensors co
   return run(r, r.input.symmetric ? columns : rows, columns, of_rows, of_columns, for_rows, for_columns);
 }
 
-// The sum of the terms of all rows, divided by `count`, or by the number of rows with positives where that is 0; and
-// the gradients of one set of rows and one of columns, or none where a product with what comes from above would be
-// inexact.
+// The sum of the terms of all rows, divided by `count`, or by the number of rows with positives if it is 0; and its
+// gradients, which are left out if they cannot be multiplied by an upstream gradient later (see `scalable`).
 template <typename T>
 std::tuple<Tensor, Tensors> labelled_of(Rectangle& r, const Tensors& rows, const Tensors& columns, bool spread,
                                         double count, bool for_rows, bool for_columns) {

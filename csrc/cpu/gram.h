@@ -66,8 +66,8 @@ struct RectangleInput {
   Dtype dtype;
   double tau;
   bool normalize, cross;
-  // The call for the sums leaves the rows and the similarities in the workspace, where the call for the gradients, of
-  // the rows as anchors, finds them.
+  // The call for the sums leaves the rows and the similarities in the workspace, and the call for the gradients (with
+  // the rows as anchors) reuses them.
   bool keep = false;
 };
 

@@ -120,7 +120,7 @@ INLINE int64_t tile_stride(const Cut& columns) {
   return leading<T>(smaller(chunk, columns.block));
 }
 
-// What one tile of S takes: its rows, and a vector more, which the products of the last row may write.
+// The size of one tile of S: its rows, and a vector more, which the products of the last row may overwrite.
 template <typename T>
 INLINE int64_t tile_size(const Cut& rows, const Cut& columns) {
   return rows.block * tile_stride<T>(columns) + NR<T>;
@@ -131,7 +131,7 @@ template <typename T>
 struct Patch {
   int64_t lds;
   T *columns, *S, *positives;  // the packed columns; a tile; a strip's positives, -inf elsewhere
-  T* kept = nullptr;           // the tile in the memory that both calls share
+  T* kept = nullptr;           // the tile in the memory that forward and backward share
   T *column_sum, *column_max, *scale, *shift, *positive_sum, *positive_max;
   double *total, *slope, *negatives;
 
@@ -206,7 +206,7 @@ Sheet<T> make_sheet(const RectangleInput& in, const RectangleCall<T>& call, int6
              0};
   w.rows.order = keys ? in.rows.order + g * rows.N : nullptr;
   w.columns.order = keys ? in.columns.order + g * columns.N : nullptr;
-  // where both calls share a workspace, each has room for what the other one needs
+  // if both calls share a workspace, it has room for what each of them needs
   bool for_rows = gradients ? call.d_rows != nullptr : call.mean != nullptr, for_columns = call.d_columns != nullptr;
   w.rows.carve_rows(memory, for_rows || in.keep);
   if (in.keep || (gradients && w.by_rows)) w.rows.carve_weights(memory, keys);
