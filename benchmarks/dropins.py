@@ -1,6 +1,12 @@
 """The drop-ins of `tclr_kernels.compat` against their originals; `make .venv/.peers` installs these.
 
+<<<<<<< HEAD
 `python -m benchmarks.dropins` measures times and peak memory, and writes them to benchmarks/results/dropins-*.csv.
+=======
+    python -m benchmarks.dropins            times and peak memory of all cases, to benchmarks/results/dropins-*.csv
+    python -m benchmarks.dropins 0.1        the same in 0.1 s for each case and size instead of 3 s
+    python -m benchmarks.dropins page       docs/drop-ins.md with the table of the committed rows
+>>>>>>> 892d1992de0cac0a718bf528f09c923018478a11
 
 A step is a loss and its gradient, float32, D = 128. Both sides of a case take turns in one run. Rows: embeddings that
 the loss is given. Originals that are in no package index are written here in the operations of their repositories.
@@ -22,7 +28,7 @@ from . import baselines, measure, peers, rows
 
 PAGE = rows.ROOT / "docs" / "drop-ins.md"
 SIZES = 80, 1024, 4096
-D, QUEUE = 128, 10240  # which the number of keys divides, as MoCo wants it
+D, QUEUE = 128, 10240  # a multiple of the number of keys, as MoCo requires
 COLUMNS = (
     *("drop_in", "rows", "status", "original_ms", "ours_ms", "ratio", "runs", "original_mb", "ours_mb"),
     *("cpu", "threads", "isa", "torch", "tclr_kernels", "commit", "date"),
@@ -30,7 +36,7 @@ COLUMNS = (
 
 
 class Case(NamedTuple):
-    """Two makers of a loss, and the inputs of so many rows."""
+    """Functions that make the original loss and ours, and their inputs for a number of rows."""
 
     original: object
     ours: object
@@ -75,12 +81,12 @@ def labelled_views(size):
 
 
 def columns(count):
-    """Queries, documents and hard negatives: so many columns of one length."""
+    """Queries, documents and hard negatives: `count` tensors of the same length."""
     return lambda size: (leaves(*[(size // count, D)] * count), [])
 
 
 def original(adapter, module, name, **settings):
-    """A maker of a loss of an installed library."""
+    """A function that makes a loss of an installed library."""
 
     def make():
         adapter(0.1)
@@ -216,7 +222,7 @@ def results():
 
 
 def committed():
-    """The file of the page's table: the first, or the one that there would be on this machine."""
+    """The file of the page's table: the first there is, or the one that this machine would write."""
     return next(iter(sorted(rows.RESULTS.glob("dropins-*.csv"))), results())
 
 
