@@ -1,12 +1,6 @@
 """The drop-ins of `tclr_kernels.compat` against their originals; `make .venv/.peers` installs these.
 
-<<<<<<< HEAD
 `python -m benchmarks.dropins` measures times and peak memory, and writes them to benchmarks/results/dropins-*.csv.
-=======
-    python -m benchmarks.dropins            times and peak memory of all cases, to benchmarks/results/dropins-*.csv
-    python -m benchmarks.dropins 0.1        the same in 0.1 s for each case and size instead of 3 s
-    python -m benchmarks.dropins page       docs/drop-ins.md with the table of the committed rows
->>>>>>> 892d1992de0cac0a718bf528f09c923018478a11
 
 A step is a loss and its gradient, float32, D = 128. Both sides of a case take turns in one run. Rows: embeddings that
 the loss is given. Originals that are in no package index are written here in the operations of their repositories.
