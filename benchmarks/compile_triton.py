@@ -46,7 +46,7 @@ POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
-CLASSES = {  # instruction class -> of SASS, of the CDNA assembly
+CLASSES = {  # instruction class -> its patterns in SASS and in CDNA assembly
     "tensor": (r"\b(?:[HQ]G?MMA|UTC\w*MMA|DMMA)\b", r"v_mfma"),
     "ex2": (r"MUFU\.EX2", r"v_exp_f32"),
     "fma": (r"\bF(?:FMA|MUL|ADD)2?\b", r"v_(?:pk_)?(?:fma|mul|add|fmac)_f32"),
@@ -132,7 +132,7 @@ CASES = [
     *(Case(1, 2, 65536, D, torch.float32, tau=0.005, tf32=True) for D in (64, 128, 256, 512, 1024)),
     Case(1, 2, 65536, 128, torch.float64, tau=0.002),
     Case(1, 2, 65536, 128, torch.bfloat16, cross=True),
-    # few rows: the columns split
+    # so few rows that the columns are split
     *(Case(1, 2, 2048, D, torch.bfloat16) for D in (64, 128, 256, 512, 1024)),
     *(Case(1, 2, 2048, D, torch.float32, tf32=tf32) for D in (128, 512) for tf32 in (True, False)),
     Case(1, 2, 512, 1024, torch.bfloat16),
@@ -419,6 +419,11 @@ that were tried on an H200 with Triton 3.6, they were the fastest with these pro
 tiles that are close to these.
 """
 
+COLUMNS_OF_KERNELS = """\
+Clocks are those that a unit needs for one tile. *limit* is the busiest unit, and *programs* is the number of thread
+blocks that a multiprocessor can hold. *share* is the time of the matrix products divided by the predicted time.
+"""
+
 
 PREDICTED = {"bfloat16": "half", "tf32": "tf32", "float32": "pairs"}  # dtypes on the page -> keys of RATES
 
@@ -480,6 +485,7 @@ def page(made):
         measured(),
         "\nThese times include all kernels of a call, which were captured in a CUDA graph.\n",
         "## The kernels that compute tiles of S, on sm_90\n",
+        COLUMNS_OF_KERNELS,
         kernels,
         "\n## All kernels of all cases\n",
         targets,

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import accuracy, busy, cases, oracle, processes, providers, rows, run, step, table
+from benchmarks import accuracy, busy, cases, oracle, parts, processes, providers, rows, run, step, table
 
 CHEAP = [name for name, provider in providers.PROVIDERS.items() if not provider.compiled]
 
@@ -163,6 +163,16 @@ def test_speed_accuracy_and_traffic_of_several_processes_are_measured(pool):
     sent = processes.counted(pool, "tclr-kernels clip_loss, shares", n, torch.float32)
     assert sent["handed"] == 2 * n * D * 4 + 16 * 4 * n + 8 + 8 and sent["wire"] == 3 * sent["handed"]
     assert (sent["forward"], sent["backward"]) == (2, 2)
+
+
+def test_where_the_time_of_an_objective_goes_is_measured(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["parts", "--seconds", "0.01", "--out", str(tmp_path / "parts.csv")])
+    parts.main()
+    by_one_thread = {
+        row["part"]: float(row["p50_us"]) for row in rows.read(tmp_path / "parts.csv") if row["threads"] == "1"
+    }
+    assert by_one_thread.keys() == parts.parts().keys()
+    assert by_one_thread["one video, one clip"] < by_one_thread["all"] > by_one_thread["the arithmetic alone"] > 0
 
 
 def test_the_slowdown_beside_busy_processes_is_measured(capsys, tmp_path):
