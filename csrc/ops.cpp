@@ -284,7 +284,7 @@ struct Rectangle {
       }
       if (first >= 0) match_index(first, of_rows, n, of_columns, K, place, found);
     };
-    int64_t at_once = 1 + 4096 / (n + K + 1);  // groups: as long as it takes to wake another thread
+    int64_t at_once = 1 + 4096 / (n + K + 1);  // groups; fewer take less time than waking another thread
     torch::stable::parallel_for(0, matches ? G : 0, at_once, [&](int64_t begin, int64_t end) {
       std::vector<int64_t> place(first >= 0 ? K : 0);
       for (int64_t g = begin; g < end; ++g) of_group(g, place.data());
