@@ -399,15 +399,16 @@ product in the forward, since S is symmetric, and two in the backward. These ker
 without TF32, each number is the sum of two float16, and each product is computed as three products of float16; the
 product of the two lower halves is left out.
 
-The range follows from the clocks that each unit of one of an H200's 132 multiprocessors needs for a tile, at 1,705
-multiply-adds a clock for products (half of that in TF32), 16 exp2, 128 float32 operations, 128 bytes of shared memory
-and 37.5 bytes from L2 (9.8 TB/s, from
+The range follows from the clocks that each unit of a multiprocessor needs for a tile. An H200 has 132 multiprocessors.
+In a clock, each of them computes 1,705 multiply-adds of matrix products (half of that in TF32), 16 exp2 and 128 float32
+operations, and reads 128 bytes of shared memory and 37.5 bytes of L2 (9.8 TB/s, from
 [gpu-benches](https://github.com/te42kyfo/gpu-benches/blob/master/gpu-l2-cache/h200.txt)). For shared memory, the model
-assumes Triton's layout of products: all columns are read for every 64 rows of a tile, and all rows for every group of
-four warps that has only some of the columns. The two ends of the range come from two assumptions:
+assumes Triton's layout of products: the columns of a tile are read once for every 64 of its rows, and the rows once for
+each of the groups of four warps that divide the columns among them. The two ends of the range come from two
+assumptions:
 
-- *overlapped*: a tile takes as long as its busiest unit. If a multiprocessor has too few thread blocks to hide
-  their latency, it takes the time of a single thread block, divided by the number of thread blocks;
+- *overlapped*: a tile takes as long as its busiest unit. If there are too few thread blocks to hide latencies, it takes
+  longer: the time of a thread block that runs alone, divided by the number of thread blocks on a multiprocessor;
 - *serial*: nothing overlaps, and a tile takes the sum of the clocks of all units.
 
 Neither includes latencies, bank conflicts, barriers, the issue of other instructions (such as the shuffles of the

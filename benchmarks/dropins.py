@@ -11,6 +11,7 @@ import functools
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -251,6 +252,7 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m benchmarks.dropins", description=__doc__)
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES), help="only these drop-ins")
     parser.add_argument("--seconds", type=float, default=3.0, help="how long to time each case and size")
+    parser.add_argument("--out", type=Path, default=results(), help="the CSV whose rows of these drop-ins are replaced")
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("page", help="write the table of the committed rows into docs/drop-ins.md")
     single = commands.add_parser("memory", help="what one step takes, in MiB")
@@ -269,8 +271,8 @@ def main():
             for name in options.case
             for size in CASES[name].sizes
         )
-        rows.write(results(), COLUMNS, with_others(rows.read(results()), made))
-        print("\n".join(table(results())))
+        rows.write(options.out, COLUMNS, with_others(rows.read(options.out), made))
+        print("\n".join(table(options.out)))
 
 
 if __name__ == "__main__":

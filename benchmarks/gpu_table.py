@@ -7,7 +7,7 @@ from . import rows
 FLOPS = 790e12  # per second: cuBLAS on an H100, large products of bfloat16 with random numbers
 PREFACE = f"""Times are device times of loss and gradient together, in microseconds: the median of several replays of a
 CUDA graph. "Three products" is the time of the matrix products that the usual form needs, by cuBLAS, and nothing else.
-The floor is the time of our own products (5 M^2 D operations for NT-Xent, half of them for CLIP) at
+The floor is the time of our own products (for M x D rows, 5 M^2 D operations in NT-Xent and half of that in CLIP) at
 {FLOPS / 1e12:.0f} TFLOP/s, the rate of cuBLAS on this GPU. "Eager" is the time from the call of the loss until its
 gradient is there, by the host's clock. MiB is the peak memory beyond the inputs: of the faster backend, and of
 PyTorch's form."""

@@ -32,8 +32,8 @@ inline void match_keys(Keys rows, const int64_t* row_order, int64_t n, Keys colu
   }
 }
 
-// Finds the column with each row's index, which is index + `first` among the columns. An order is null if that side is
-// not sorted. place: memory for K elements.
+// For each row, finds the column with the same index: before sorting, row i has the index of column i + `first`. An
+// order is null if that side is not sorted. place: memory for K elements.
 inline void match_index(int64_t first, const int64_t* row_order, int64_t n, const int64_t* column_order, int64_t K,
                         int64_t* place, Match* match) {
   for (int64_t j = 0; j < K; ++j) place[column_order ? column_order[j] : j] = j;

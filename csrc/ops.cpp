@@ -284,7 +284,7 @@ struct Rectangle {
       }
       if (first >= 0) match_index(first, of_rows, n, of_columns, K, place, found);
     };
-    int64_t at_once = 1 + 4096 / (n + K + 1);  // groups: as long as it takes to wake another thread
+    int64_t at_once = 1 + 4096 / (n + K + 1);  // groups; fewer take less time than waking another thread
     torch::stable::parallel_for(0, matches ? G : 0, at_once, [&](int64_t begin, int64_t end) {
       std::vector<int64_t> place(first >= 0 ? K : 0);
       for (int64_t g = begin; g < end; ++g) of_group(g, place.data());
@@ -405,7 +405,7 @@ std::tuple<Tensors, Tensors, Tensor> rectangle_backward(Tensors rows, Tensors co
   Rectangle r(rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys);
   STD_TORCH_CHECK(for_rows || for_columns, "for_rows, for_columns: wanted at least one");
   STD_TORCH_CHECK(!r.input.symmetric || (for_rows && !for_columns && of_columns.empty()),
-                  "for_rows: wanted alone, and no of_columns, without rows");
+                  "for_rows, for_columns, of_columns: wanted true, false, none: the rows are the columns");
   auto run = r.input.dtype == Dtype::f64 ? rectangle_gradients<double> : rectangle_gradients<float>;
   return run(r, r.input.symmetric ? columns : rows, columns, of_rows, of_columns, for_rows, for_columns);
 }
@@ -456,7 +456,8 @@ std::tuple<Tensor, Tensors> labelled(Tensors rows, Tensors columns, double tau, 
                                      bool for_columns) {
   STD_TORCH_CHECK(rows.size() <= 1 && columns.size() == 1, "rows, columns: wanted one set of each, or no rows");
   Rectangle r(rows, columns, std::nullopt, tau, normalize, false, first, row_keys, column_keys);
-  STD_TORCH_CHECK(!r.input.symmetric || !for_columns, "for_columns: wanted false without rows");
+  STD_TORCH_CHECK(!r.input.symmetric || !for_columns,
+                  "for_columns: found true, wanted false where the rows are the columns");
   auto run = r.input.dtype == Dtype::f64 ? labelled_of<double> : labelled_of<float>;
   return run(r, r.input.symmetric ? columns : rows, columns, spread, count, for_rows, for_columns);
 }

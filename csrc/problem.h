@@ -23,7 +23,7 @@ struct Problem {
   constexpr Problem(int64_t V, int64_t N, bool cross, int64_t largest, int64_t multiple)
       : V(V), N(N), cross(cross), block(shares(N, largest, multiple)), blocks((N + block - 1) / block) {}
 
-  // The rows of a block, at most `largest` and a multiple of `multiple`: about as many in each block of a set.
+  // The rows of a block, at most `largest` and a multiple of `multiple`, and about the same in each block of a set.
   static constexpr int64_t shares(int64_t N, int64_t largest, int64_t multiple) {
     int64_t count = (N + largest - 1) / largest, even = (N + count - 1) / count;
     return (even + multiple - 1) / multiple * multiple;

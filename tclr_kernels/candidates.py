@@ -1,8 +1,8 @@
 """Losses with labels or with further negatives, composed of calls of `general.py`.
 
 Results have the dtype of `general.py`, and losses round them at the end. If several calls use the same inputs, these
-are converted to float32 first, because autograd adds the gradients of the calls: in float16, those of a short row can
-be inf and -inf, and their sum NaN.
+are converted to float32 first, because autograd adds the gradients of the calls: in float16, those of a row of small
+norm can be inf and -inf, and their sum NaN.
 """
 
 import functools

@@ -27,7 +27,8 @@ are the columns, and the kernels use the symmetry. first is -1 if no candidate h
 
     rectangle(rows, columns, tau, normalize, cross, first, row_keys, column_keys, mean)
         -> neg, pos, pos_lse, spread, count: float64 [G, A, C, n]. If `mean` is True, also the mean of the columns with
-           weights exp(S - neg), [G, n, D]. Without keys, and without `mean`, these outputs are empty tensors.
+           weights exp(S - neg), [G, n, D]. pos_lse, spread and count are empty tensors without keys, and so is the mean
+           without `mean`.
     pairs(rows, columns, tau, normalize, cross, first, row_keys, column_keys, negatives)
         -> pairs, and their derivative with respect to the negatives
     rectangle_backward(rows, columns, tau, normalize, cross, first, row_keys, column_keys, of_rows, of_columns,

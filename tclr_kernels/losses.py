@@ -464,7 +464,7 @@ def _compose(
         return [_rounded(y, sets[0]) for y in (parts.terms(False, False), parts.neg, parts.pos)]
 
     V, B, T, D = x.shape
-    # the gradients of several terms are added in float32: in float16, those of a short row could be inf - inf
+    # the gradients of several terms are added in float32: in float16, a row of small norm could get inf - inf
     g, s, x = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (g, s, x))
     with_ic_global, with_ic_local, with_ll, with_gl = (w != 0 for w in weights)
     if labels is None and process is None and divides(backend, x, V * B * T):

@@ -18,7 +18,7 @@ struct GramInput {
   const Rows* sets;  // [V]
   Dtype dtype;
   double tau;
-  bool normalize, cross;
+  bool normalize, cross;  // cross: see Problem
   // Forward leaves its rows and tiles in the workspace, which is then as large as backward's, and backward reuses them.
   bool keep = false;
 };

@@ -47,7 +47,8 @@ struct Meetings {
     rounds = few > segment ? few : segment;
   }
   int64_t places() const { return few * copies; }
-  // The round in which the nth block of a segment meets its first of the few, and its next after block p of the few.
+  // The round in which the nth block of a segment first meets one of the few; and the next such round after `round`, in
+  // which it meets block p of the few.
   int64_t first_round(int64_t nth) const { return nth < few ? 0 : nth - few + 1; }
   int64_t next_round(int64_t round, int64_t p) const { return round + 1 + (p == 0 ? rounds - few : 0); }
 };
@@ -155,9 +156,9 @@ struct Sheet {
   int64_t g;
   bool bounded;  // |S| <= 1/tau is known to be small: no maximum is needed
   T inverse_tau;
-  double unit;                     // of the gradients, a power of two
+  double unit;                     // the power of two by which all gradients are divided
   bool of_positives;               // whether an output that depends on positives has a gradient
-  bool keys, by_rows, by_columns;  // whether the rows, the columns are anchors with weights
+  bool keys, by_rows, by_columns;  // by_*: whether the rows (columns) are anchors that have weights
   Problem tournament;              // of blocks with each other, where the rows are the columns
   Meetings meetings;
   Half<T> rows, columns;
@@ -400,7 +401,7 @@ void clear_columns(const Sheet<T>& w, const Place& p, bool mirrored, const Patch
     patch.negatives[j] = j < p.count ? w.call.negatives[w.columns.source(w.g, p.c, p.a, p.j + j)] : 0;
 }
 
-// Adds the sums of the tile's columns to those of the rows that these columns are.
+// If the rows are the columns, a tile's columns are anchors too: adds their sums to those of the same rows.
 template <typename T>
 void add_columns(const Sheet<T>& w, const Place& p, const Patch<T>& patch) {
   const Half<T>& to = w.columns;
@@ -443,8 +444,8 @@ void forward_place(const Sheet<T>& w, const Place& p, const Patch<T>& patch) {
                w.rows.gradient(p.row_block, p.row_copy), w.rows.ldz);
 }
 
-// The part of the weights of positives S that comes from the anchors of one side. read: reads an anchor's number for
-// all lanes, or one anchor's for each lane.
+// For positives with the similarities S: the part of their weights that comes from the anchors of one side. read: gives
+// every lane the number of the same anchor, or each lane that of its own anchor.
 template <typename T, typename Read>
 INLINE Vec<double> positive_weights(const Half<T>& half, bool of_pairs, Vec<double> S, Read read) {
   Vec<double> g = read(half.g_lse), lse = read(half.lse);
@@ -740,8 +741,8 @@ void close_task(void* work, int64_t b, int64_t) {
   for (int64_t c = 0; c < w.rows.others; ++c) write_sums(w, b, c);
 }
 
-// One pair of blocks: of one side with the other here, and in `tournament_task` of the rows with themselves. A task
-// waits until its blocks have completed their earlier pairs.
+// Computes a pair of blocks, one of each side; `tournament_task` does so if the rows are the columns. A task waits
+// until its blocks have completed their earlier pairs.
 template <typename T>
 void meet_task(void* work, int64_t task, int64_t thread) {
   const Sheet<T>& w = *(const Sheet<T>*)work;

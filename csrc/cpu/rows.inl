@@ -110,7 +110,7 @@ INLINE T write_row(const Gradient<T>& to, int64_t g, int64_t i, int64_t D, doubl
   return T(scaled);
 }
 
-// Writes the gradients of one block's rows, from dz times unit / tau.
+// Writes the gradients of one block's rows. dz: the gradients of the normalised rows, divided by unit / tau.
 template <typename T>
 void write_block(const GramInput& in, const GramBackward<T>& out, const Problem& p, int64_t g, int64_t b, int64_t ldz,
                  double unit, const T* z, const T* dz, const Norm* norms) {

@@ -156,7 +156,8 @@ INLINE double exp(double x) { return exp(splat<double>(x))[0]; }
 // x is not subnormal. x = 2^e m, 1/sqrt 2 < m < sqrt 2; log m = 2 atanh f with f = (m - 1) / (m + 1), |f| < 0.172
 INLINE Vec<double> log(Vec<double> x) {
   using Bits = Lane<double>::ivec;
-  constexpr uint64_t one = 0x3ff0000000000000, to_root = 0x95f619980c433;  // to_root: from sqrt 2 to 2, as bits
+  // one: the bits of 1; to_root: the bits of 2 minus the bits of sqrt 2
+  constexpr uint64_t one = 0x3ff0000000000000, to_root = 0x95f619980c433;
   Bits shifted = (Bits)x + to_root;
   Bits biased = (shifted >> 52) | 0x4330000000000000;  // as a double: 2^52 + 1023 + e
   Vec<double> e = (Vec<double>)biased - 4503599627371519.0;

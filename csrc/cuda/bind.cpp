@@ -271,7 +271,7 @@ DescribedRectangle describe(const Tensors& rows, const Tensors& columns, const O
   return d;
 }
 
-// Sets the pointers to the sets, which point into d: it must not be moved any more.
+// Sets the pointers to the sets. They point into d, so d must not be moved afterwards.
 const cuda::RectangleCall& ready(DescribedRectangle& d) {
   d.call.rows = d.rows.call, d.call.columns = d.columns.call;
   d.call.rows.sets = d.rows.sets.data(), d.call.columns.sets = d.columns.sets.data();

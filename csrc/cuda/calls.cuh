@@ -137,7 +137,8 @@ struct OnTensorCores {
     c.z.ldw = (c.p.D + 8 * in_word<E> - 1) / (8 * in_word<E>)*8;
     arena.take(c.z.words, c.p.rows() * c.z.ldw);
     c.p.parts = parts_of(c.p.cross ? (c.p.V + 1) / 2 : c.p.V, sum_blocks(c) / c.p.V * c.z.chunks());
-    if (std::is_same_v<E, Half>) c.p.boost = 8192;  // moves weights of at most 4 to the middle of float16's range
+    // Weights are at most 4. In float16, this factor keeps all but very small ones out of the subnormal range.
+    if (std::is_same_v<E, Half>) c.p.boost = 8192;
   }
   TCLR_METHOD static auto* rows(const Call<float>& c) { return reinterpret_cast<typename E::Element*>(c.z.words); }
   TCLR_METHOD static int64_t row_size(const Call<float>& c) { return c.z.ldw * in_word<E>; }

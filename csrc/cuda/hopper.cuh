@@ -62,7 +62,8 @@ struct Eight {
   float x[8];
 };
 
-TCLR_DEVICE bool together(const void* data, int64_t first, int64_t step, int64_t D) {  // can be loaded by 16 bytes
+// Whether eight features of a row can be loaded or stored together, as 16 bytes.
+TCLR_DEVICE bool together(const void* data, int64_t first, int64_t step, int64_t D) {
   return step == 1 && D % 8 == 0 && (reinterpret_cast<uint64_t>(data) + first * 2) % 16 == 0;
 }
 
@@ -206,8 +207,8 @@ struct Sums {
   float *sums, *neg, *pos;  // sums: [G, supers + 1, V, padded]; neg, pos: [G, V, V, N]
   int supers, supers_per_set, blocks_per_super, pairs, panels, slots;
 
-  // The first slot of the rows of a set, for their candidates in a super-block. The last super-block stands for the
-  // blocks before a row in its own super-block.
+  // The index of the first row of a set in `sums`, for its sum over the candidates in a super-block. With
+  // super = supers, the sum is over the blocks of the row's own super-block that precede the block of the row.
   constexpr int64_t slot(int g, int super, int set) const {
     return ((int64_t(g) * (supers + 1) + super) * l.V + set) * l.padded();
   }

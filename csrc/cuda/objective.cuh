@@ -8,7 +8,7 @@
 // The forward has the kernels read_inputs, sum_all_tiles and finish_objective. In the last one, some thread blocks add
 // up the terms, and the others compute parts of the gradient, from coefficients that each of them computes itself. The
 // backward has the kernel write_gradients. It adds up the parts, and multiplies by the upstream gradient before it
-// divides by the rows' norms, since without this factor the gradient of a very short row could be infinite.
+// divides by the rows' norms, since without this factor the gradient of a row of tiny norm could be infinite.
 //
 // The coefficients of very confident pairs may be below float's range. They are therefore kept as logarithms, until a
 // block knows the largest coefficient that it uses. The unit of its part is a power of two near that.

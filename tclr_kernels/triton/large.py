@@ -60,7 +60,7 @@ from .tiles import Tile
 
 LIMITS = {torch.float32: 60.0, torch.float64: 300.0}  # largest 1 / tau for which exp S and its sums cannot overflow
 LOG2E = tl.constexpr(1.4426950408889634)
-UNIT = tl.constexpr(4096.0)  # scale of pairs, so that the lower float16 of a feature is no subnormal if it matters
+UNIT = tl.constexpr(4096.0)  # factor of pairs, so that only very small features have a subnormal lower float16
 RUN = tl.constexpr(64)  # consecutive features that go to the same half of dz
 
 
@@ -471,7 +471,10 @@ def finish_kernel(
 
 @triton.jit
 def store_scaled(for_neg, for_pos, alpha, beta, to_exponent, at, damping, mask):
-    """Stores the gradients of neg and pos in units of a power of two for the block, as float32 may not hold them."""
+    """Stores the gradients of neg and pos, divided by a power of two, since they may be too small for float32.
+
+    damping: another factor of alpha, exp(-neg) in the bounded case.
+    """
     exponent = exponent_of(tl.maximum(tl.max(finite_size(for_neg), 0), tl.max(finite_size(for_pos), 0)))
     shrink = power_of_two(-exponent)
     tl.store(alpha + at, tl.where(for_neg == 0, 0.0, for_neg * shrink * damping), mask=mask)
@@ -644,7 +647,7 @@ def gradient_kernel(
     SPLIT: a program has only columns_per_split candidates of every set. It stores its part of dz and <z, dz> for
     join_kernel, in partial: [splits, G, V, NP, DP] and partial_along: [splits, G, V, NP].
     blocks: the number of blocks of BN rows in a set, one for each of `exponents`.
-    BOOST: a factor that moves the weights into the middle of float16's range.
+    BOOST: a factor that keeps all but very small weights out of float16's subnormal range.
     PARTS: 2 if dz and a read of as many features do not fit the registers together, so that dz is stored in halves.
     """
     inverse_tau = inverse_of(tau, TENSOR, ACC)
@@ -852,7 +855,8 @@ def splits_of(programs: int, processors: int, alone: float, tiles: int, partners
 
     The columns are split only if that saves a tenth of this work. There are at most four programs for each
     multiprocessor, so that the memory for partial results does not grow with the rows.
-    alone: the least work on a multiprocessor, in programs; above 1, a program by itself leaves units idle.
+    alone: the time of a program that has a multiprocessor to itself, relative to its share of the time when several
+    run there; above 1 if it leaves units idle.
     tiles: the number of tiles of columns in a set; partners: the number of sets with which a row is compared.
     """
 

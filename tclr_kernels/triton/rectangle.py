@@ -3,8 +3,8 @@
 `tclr_kernels/general.py` defines its outputs and gradients. These are the kernels, in the order of their launches:
 
     rows          unit rows of both sides, packed and padded to whole tiles (`large.py`)
-    sums          sum exp S and the largest S over the negatives; with keys, also over the positives, and their sum of S
-                  and number; if requested, the sum of the columns with weights exp S
+    sums          sum exp S and the largest S over the negatives; with keys, the same over the positives, and the sum of
+                  S over them and their number; if requested, the sum of the columns with weights exp S
     pairs         the sums of softplus(negatives - S) and of its derivative over the positives
     finish, mean  neg, pos_lse, spread and count in float64, and the columns' mean, from the partial sums of all splits
     units         the largest gradient of each block of rows, as a power of two
@@ -312,7 +312,10 @@ def rectangle_units_kernel(
     first, second, third, fourth, exponents, cells: tl.int64, blocks, before, all_blocks,
     GRADIENTS: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
-    """exponents: [G, all_blocks], each for the largest gradient of BI cells. A launch writes `blocks` from `before`."""
+    """exponents: [G, all_blocks], one for the largest gradient of every BI cells.
+
+    A launch writes the `blocks` exponents that follow the first `before` ones of each group.
+    """
     block = tl.program_id(0) % blocks
     g = (tl.program_id(0) // blocks).to(tl.int64)
     k = block.to(tl.int64) * BI + tl.arange(0, BI)
@@ -640,7 +643,7 @@ def split(programs: int, tile: Tile, y: Side, partners: int) -> tuple[int, int]:
 
 
 def boost(x: Side) -> float:
-    """A factor that moves weights of at most 4 into the middle of float16's range."""
+    """A factor that keeps all but very small weights, which are at most 8, out of float16's subnormal range."""
     return 4096.0 if x.u.dtype == torch.float16 else 1.0
 
 
