@@ -26,6 +26,9 @@ def given(name: str, negatives: Negatives | None, anchors: Tensor, process: Proc
     if negatives is None:
         return None
     queue = isinstance(negatives, NegativeQueue)
+    if not queue and not isinstance(negatives, Tensor):
+        found = f"a {type(negatives).__name__}"
+        raise TypeError(f"{name}: found {found}, wanted a torch.Tensor [K, D] or [..., K, D], or a NegativeQueue")
     rows = negatives.rows.to(anchors.dtype, copy=torch.is_grad_enabled()) if queue else negatives
     return Further(checks.sides(process is not None, embeddings=anchors, **{name: rows})[1], everywhere=queue)
 
