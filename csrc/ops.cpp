@@ -411,6 +411,58 @@ std::tuple<Tensors, Tensors, Tensor> rectangle_backward(Tensors rows, Tensors co
   return run(r, r.input.symmetric ? columns : rows, columns, of_rows, of_columns, for_rows, for_columns);
 }
 
+// The sum of the terms of all rows, divided by `count`, or by the number of rows with positives where that is 0; and
+// the gradients of one set of rows and one of columns, or none where a product with what comes from above would be
+// inexact.
+template <typename T>
+std::tuple<Tensor, Tensors> labelled_of(Rectangle& r, const Tensors& rows, const Tensors& columns, bool spread,
+                                        double count, bool for_rows, bool for_columns) {
+  const Tensor& like = columns[0];
+  RectangleInput& in = r.input;
+  bool gradient = in.keep = for_rows || for_columns;
+  int64_t n = in.G * in.rows.N;
+  Tensor numbers = empty({gradient ? 8 : 4, n}, aoti_torch_dtype_float64(), like);
+  auto row = [&](int64_t k) { return data<double>(numbers) + k * n; };
+  double *neg = row(0), *pos_lse = row(1), *of_each = row(2), *positives = row(3);
+  Tensors d_rows, d_columns;
+  auto to_rows = gradients<T>(rows, for_rows, d_rows), to_columns = gradients<T>(columns, for_columns, d_columns);
+  Tensor along = empty({in.G, in.rows.N + in.columns.N}, wide(like), like);
+  RectangleCall<T> sums{Wanted::blocks}, slopes{Wanted::gradients};
+  sums.neg = neg, sums.pos_lse = pos_lse, sums.spread = of_each, sums.count = positives;
+  if (for_rows) slopes.d_rows = to_rows.data();
+  if (for_columns) slopes.d_columns = to_columns.data();
+  slopes.along = data<T>(along);
+
+  Executor executor = threads();
+  const Kernels<T>& k = kernels<T>();
+  Tensor memory = empty({k.rectangle_workspace(in, sums, executor.threads)}, wide(like), like);
+  k.rectangle(in, sums, data<T>(memory), executor);
+  if (count == 0) count = std::max<double>(1, n - std::count(positives, positives + n, 0.0));
+  Tensor terms = empty({n}, wide(like), like);
+  LabelledTerms<T> of_terms{n, neg, pos_lse, spread ? of_each : nullptr, positives, T(1) / T(count), data<T>(terms)};
+  if (gradient) of_terms.g_neg = row(4), of_terms.g_pos_lse = row(5), of_terms.g_spread = row(6);
+  k.labelled_terms(of_terms);
+  Tensor loss = total(terms);
+  *data<T>(loss) /= T(count);
+  if (!gradient) return {loss, {}};
+
+  std::fill_n(row(7), n, 0.0);
+  slopes.of_rows = {neg, row(4), row(7), pos_lse, row(5), row(6), positives};
+  k.rectangle(in, slopes, data<T>(memory), executor);
+  d_rows.insert(d_rows.end(), d_columns.begin(), d_columns.end());
+  return {loss, scalable<T>(d_rows) ? d_rows : Tensors{}};
+}
+
+std::tuple<Tensor, Tensors> labelled(Tensors rows, Tensors columns, double tau, bool normalize, int64_t first,
+                                     Tensor row_keys, Tensor column_keys, bool spread, double count, bool for_rows,
+                                     bool for_columns) {
+  STD_TORCH_CHECK(rows.size() <= 1 && columns.size() == 1, "rows, columns: wanted one set of each, or no rows");
+  Rectangle r(rows, columns, std::nullopt, tau, normalize, false, first, row_keys, column_keys);
+  STD_TORCH_CHECK(!r.input.symmetric || !for_columns, "for_columns: wanted false without rows");
+  auto run = r.input.dtype == Dtype::f64 ? labelled_of<double> : labelled_of<float>;
+  return run(r, r.input.symmetric ? columns : rows, columns, spread, count, for_rows, for_columns);
+}
+
 }  // namespace
 }  // namespace tclr
 
@@ -426,6 +478,7 @@ STABLE_TORCH_LIBRARY_IMPL(tclr_kernels, CPU, m) {
   m.impl("rectangle", TORCH_BOX(&tclr::rectangle));
   m.impl("pairs", TORCH_BOX(&tclr::pairs));
   m.impl("rectangle_backward", TORCH_BOX(&tclr::rectangle_backward));
+  m.impl("labelled", TORCH_BOX(&tclr::labelled));
   m.impl("objective", TORCH_BOX(&tclr::objective));
   m.impl("objective_backward", TORCH_BOX(&tclr::objective_backward));
 }

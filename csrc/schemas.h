@@ -22,6 +22,9 @@ constexpr const char* schemas[] = {
     "rectangle_backward(Tensor[] rows, Tensor[] columns, Tensor? tau, float tau_value, bool normalize, bool cross, "
     "SymInt first, Tensor? row_keys, Tensor? column_keys, Tensor[] of_rows, Tensor[] of_columns, bool for_rows, "
     "bool for_columns, bool tf32=False) -> (Tensor[] d_rows, Tensor[] d_columns, Tensor along)",
+    "labelled(Tensor[] rows, Tensor[] columns, float tau, bool normalize, SymInt first, Tensor row_keys, "
+    "Tensor column_keys, bool spread, float count, bool for_rows, bool for_columns) "
+    "-> (Tensor loss, Tensor[] gradients)",
     "objective(Tensor g, Tensor s, Tensor x, Tensor? tau, float tau_value, bool normalize, float[] scales, "
     "float[] weights, bool gradient) -> (Tensor[] terms, Tensor[] kept)",
     "objective_backward(Tensor g, Tensor s, Tensor x, Tensor? tau, float tau_value, bool normalize, float[] scales, "

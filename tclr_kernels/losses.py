@@ -46,6 +46,7 @@ from . import backends, candidates, checks, distributed, general
 from .candidates import Negatives
 from .checks import TEMPERATURE
 from .distributed import Further, Group, Process, Shares
+from .labelled import labelled, supervised
 from .objective import objective
 from .reduced import reduced
 from .symmetric import blocks, divides, ordered_sum, total, traced
@@ -242,15 +243,17 @@ def sup_con(
     tau = _tau(temperature, logit_scale, normalize, reduction, z, group)
     G, M, D = z.shape[:-2].numel(), *z.shape[-2:]
     keys = checks.keys("labels", labels, z).reshape(G, M)
+    if _is_plain(reduction, group=group):
+        settings = general.Settings(backends.choose(backend, z.device, G * M, D, z.dtype), normalize, first=0)
+        of_rows = keys.view(G, M)  # torch.compile refuses the same tensor as two inputs
+        count = None if reduction == "mean" else 1.0
+        return labelled(settings, tau, (of_rows, keys), [], [z.reshape(G, M, D)], spread=True, count=count)
     outputs = candidates.everything([z.reshape(G, M, D)], tau, normalize, False, backend, keys, group)
     neg, _, pos_lse, spread, count = (x[:, 0, 0] for x in outputs)  # [G, M]
-    alone = count == 0
-    # the log-sum-exp of all minus the positives' mean is a sum of two parts, so that a small loss keeps its digits
-    term = general.cost(neg, pos_lse.masked_fill(alone, 0)) + spread
-    term = _rounded(term.masked_fill(alone, 0), z)
+    term = _rounded(supervised(neg, pos_lse, spread, count), z)
     if reduction == "none":
         return _own(term, group).reshape(z.shape[:-1])
-    return _reduce(term, reduction, (~alone).sum().clamp(min=1), group)
+    return _reduce(term, reduction, (count > 0).sum().clamp(min=1), group)
 
 
 @distributed.collective

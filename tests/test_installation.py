@@ -71,7 +71,7 @@ def test_the_selftest_fails_without_kernels_unless_that_is_allowed(clone):
 
 
 def test_kernels_that_are_older_than_the_package_are_named(monkeypatch):
-    """As after `git pull` in a clone whose kernels are not built again: the reference serves, and the reason is said."""
+    """As after `git pull` in a clone whose kernels are not built again: the reason says how to build them."""
     monkeypatch.setattr(native, "OPERATORS", (*native.OPERATORS, "of_tomorrow"))
     reason = native._load_cpu()
     assert "_cpu.so has no operator 'of_tomorrow'" in reason and "make setup" in reason

@@ -64,6 +64,9 @@ struct RectangleInput {
   Dtype dtype;
   double tau;
   bool normalize, cross;
+  // The call for the sums leaves the rows and the similarities in the workspace, where the call for the gradients, of
+  // the rows as anchors, finds them.
+  bool keep = false;
 };
 
 // What the weights are made of with one side as anchors, contiguous [G, A, C, n]; null where there is none.
@@ -90,6 +93,17 @@ struct RectangleCall {
   bool of_pairs() const { return wanted == Wanted::pairs || of_rows.negatives || of_columns.negatives; }
 };
 
+// The terms of n rows with labels, softplus(neg - pos_lse) + spread, and the gradients of their sum times `scale`.
+// Without a spread, that part is left out; with one, a row without positives has the term 0.
+template <typename T>
+struct LabelledTerms {
+  int64_t n;
+  const double *neg, *pos_lse, *spread, *count;
+  double scale;
+  T* terms;
+  double *g_neg, *g_pos_lse, *g_spread;  // null: no gradient is wanted
+};
+
 template <typename T>
 struct Kernels {
   // Elements of T that forward or backward wants as workspace.
@@ -103,6 +117,7 @@ struct Kernels {
   T (*largest)(const T* values, int64_t n);
   int64_t (*rectangle_workspace)(const RectangleInput&, const RectangleCall<T>&, int64_t threads);
   void (*rectangle)(const RectangleInput&, const RectangleCall<T>&, T* workspace, const Executor&);
+  void (*labelled_terms)(const LabelledTerms<T>&);
 };
 
 struct Level {

@@ -12,9 +12,9 @@ namespace tclr {
 const Level TCLR_JOIN(TCLR_LEVEL, _level) = {
     TCLR_NAME(TCLR_LEVEL),
     {workspace<float>, forward<float>, backward<float>, local_local<float>, largest<float>, rectangle_workspace<float>,
-     rectangle<float>},
+     rectangle<float>, labelled_terms<float>},
     {workspace<double>, forward<double>, backward<double>, local_local<double>, largest<double>,
-     rectangle_workspace<double>, rectangle<double>},
+     rectangle_workspace<double>, rectangle<double>, labelled_terms<double>},
 };
 
 }  // namespace tclr

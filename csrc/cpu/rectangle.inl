@@ -113,18 +113,30 @@ struct Half {
   }
 };
 
+template <typename T>
+INLINE int64_t tile_stride(const Cut& columns) {
+  return leading<T>(smaller(chunk, columns.block));
+}
+
+// What one tile of S takes: its rows, and a vector more, which the products of the last row may write.
+template <typename T>
+INLINE int64_t tile_size(const Cut& rows, const Cut& columns) {
+  return rows.block * tile_stride<T>(columns) + NR<T>;
+}
+
 // One thread's memory.
 template <typename T>
 struct Patch {
   int64_t lds;
   T *columns, *S, *positives;  // the packed columns; a tile; of a strip, -inf but for the positives
+  T* kept = nullptr;           // the tile in the memory that both calls share
   T *column_sum, *column_max, *scale, *shift, *positive_sum, *positive_max;
   double *total, *slope, *negatives;
 
   Patch(Carver& memory, const Cut& rows, const Cut& columns_cut, int64_t D) {
-    lds = leading<T>(smaller(chunk, columns_cut.block));
+    lds = tile_stride<T>(columns_cut);
     columns = memory.take<T>(D * chunk);
-    S = memory.take<T>(rows.block * lds + NR<T>);
+    S = memory.take<T>(tile_size<T>(rows, columns_cut));
     positives = memory.take<T>(strip * lds + NR<T>);
     T** of_columns[] = {&column_sum, &column_max, &scale, &shift, &positive_sum, &positive_max};
     double** wide[] = {&total, &slope, &negatives};
@@ -150,6 +162,7 @@ struct Sheet {
   const Match* match;
   char* patches;
   int64_t patch_size;
+  T* kept = nullptr;  // [row blocks, column blocks] tiles of S
 
   bool exists(int64_t a, int64_t c) const {
     return !in.cross || (a < (rows.cut.sets + 1) / 2) != (c < (columns.cut.sets + 1) / 2);
@@ -164,7 +177,8 @@ INLINE bool large(const RectangleInput& in, bool narrow) {
 
 template <typename T>
 Sheet<T> make_sheet(const RectangleInput& in, const RectangleCall<T>& call, int64_t g, Carver& memory) {
-  int64_t block = large(in, sizeof(T) == sizeof(float)) ? 2 * chunk : chunk, ldz = leading<T>(in.D);
+  // a tile that is kept has the columns of one chunk
+  int64_t block = large(in, sizeof(T) == sizeof(float)) && !in.keep ? 2 * chunk : chunk, ldz = leading<T>(in.D);
   Cut rows(in.rows.sets, in.rows.N, block, NR<T>), columns(in.columns.sets, in.columns.N, block, NR<T>);
   Meetings meetings(rows.all(), columns.all());
   bool gradients = call.wanted == Wanted::gradients, keys = in.keys;
@@ -190,15 +204,20 @@ Sheet<T> make_sheet(const RectangleInput& in, const RectangleCall<T>& call, int6
              0};
   w.rows.order = keys ? in.rows.order + g * rows.N : nullptr;
   w.columns.order = keys ? in.columns.order + g * columns.N : nullptr;
-  w.rows.carve_rows(memory, gradients ? call.d_rows != nullptr : call.mean != nullptr);
-  if (gradients && w.by_rows) w.rows.carve_weights(memory, keys);
-  if (!gradients) w.rows.carve_sums(memory, keys);
+  // where both calls share a workspace, each has room for what the other one needs
+  bool for_rows = gradients ? call.d_rows != nullptr : call.mean != nullptr, for_columns = call.d_columns != nullptr;
+  w.rows.carve_rows(memory, for_rows || in.keep);
+  if (in.keep || (gradients && w.by_rows)) w.rows.carve_weights(memory, keys);
+  if (in.keep || !gradients) w.rows.carve_sums(memory, keys);
+  if (!for_rows) w.rows.d = nullptr;
   if (in.symmetric) {
     w.columns = w.rows;
   } else {
-    w.columns.carve_rows(memory, call.d_columns != nullptr);
+    w.columns.carve_rows(memory, for_columns || in.keep);
     if (gradients && w.by_columns) w.columns.carve_weights(memory, keys);
+    if (!for_columns) w.columns.d = nullptr;
   }
+  if (in.keep) w.kept = memory.take<T>(rows.all() * columns.all() * tile_size<T>(rows, columns));
   return w;
 }
 
@@ -400,6 +419,8 @@ void forward_place(const Sheet<T>& w, const Place& p, const Patch<T>& patch) {
     int64_t scored = smaller(strip, p.rows - r), begin = p.width, end = 0;
     T* S = patch.S + (mean ? r * patch.lds : 0);
     score(w, p, r, patch, S);
+    if (patch.kept)
+      for (int64_t k = 0; k < scored * patch.lds; ++k) patch.kept[r * patch.lds + k] = S[k];
     for (int64_t q = 0; q < scored; ++q) {
       Match m = find(w.match, p, r + q);
       if (m.begin < m.end) begin = smaller(begin, m.begin), end = m.end > end ? m.end : end;
@@ -488,7 +509,7 @@ void backward_place(const Sheet<T>& w, const Place& p, const Patch<T>& patch) {
     }
   for (int64_t r = 0; r < p.rows; r += strip) {
     T* S = patch.S + r * patch.lds;
-    score(w, p, r, patch, S);
+    if (!patch.kept) score(w, p, r, patch, S);
     for (int64_t q = r; q < smaller(p.rows, r + strip); ++q) weigh_row(w, p, q, patch.S + q * patch.lds, patch);
   }
   int64_t first = p.c * columns.cut.N + p.j;
@@ -508,6 +529,9 @@ void meet(const Sheet<T>& w, int64_t row, int64_t column, int64_t row_copy, int6
   if (!w.exists(a, c)) return;
   Carver memory{w.patches + thread * w.patch_size};
   Patch<T> patch(memory, rows, columns, w.in.D);
+  bool gradients = w.call.wanted == Wanted::gradients;
+  if (w.kept) patch.kept = w.kept + (row * columns.all() + column) * tile_size<T>(rows, columns);
+  if (w.kept && gradients) patch.S = patch.kept;
   for (int64_t first = 0; first < n; first += chunk) {
     int64_t j = columns.begin(column) + first, count = smaller(chunk, n - first);
     Place p{row,
@@ -524,8 +548,9 @@ void meet(const Sheet<T>& w, int64_t row, int64_t column, int64_t row_copy, int6
             w.rows.at(a, c, i),
             w.columns.at(c, a, j)};
     if (w.call.of_pairs() && !any_positives(w.match, p)) continue;
-    pack_transposed(w.columns.z + (c * columns.N + j) * w.rows.ldz, w.rows.ldz, count, w.in.D, patch.columns);
-    if (w.call.wanted == Wanted::gradients)
+    if (!(w.kept && gradients))
+      pack_transposed(w.columns.z + (c * columns.N + j) * w.rows.ldz, w.rows.ldz, count, w.in.D, patch.columns);
+    if (gradients)
       backward_place(w, p, patch);
     else
       forward_place(w, p, patch);
@@ -589,7 +614,7 @@ void read(const Sheet<T>& w, const Half<T>& half, const Side& side, int64_t b) {
 // Before a block meets others: its rows are read, its sums are empty.
 template <typename T>
 void open(const Sheet<T>& w, const Half<T>& half, const Side& side, const Anchors& from, bool anchors, int64_t b) {
-  read(w, half, side, b);
+  if (!(w.kept && w.call.wanted == Wanted::gradients)) read(w, half, side, b);
   int64_t n = half.cut.rows(b);
   for (int64_t copy = 0; half.d && copy < half.copies; ++copy) clear(half.gradient(b, copy), n * half.ldz, T(0));
   if (w.call.wanted == Wanted::gradients) {
@@ -780,7 +805,7 @@ struct SheetCall {
   const RectangleInput& in;
   const RectangleCall<T>& call;
   char* memory;
-  int64_t sheet_size, patch_size, slots;
+  int64_t sheet_size, patch_size, slots;  // slots: how many groups have memory at once
 };
 
 template <typename T>
@@ -788,7 +813,8 @@ SheetCall<T> sizes(const RectangleInput& in, const RectangleCall<T>& call, T* me
   Carver sheet{nullptr}, patch{nullptr};
   Sheet<T> w = make_sheet(in, call, 0, sheet);
   Patch<T>(patch, w.rows.cut, w.columns.cut, in.D);
-  return {in, call, (char*)memory, sheet.used, patch.used, sheet_by_sheet(in, threads) ? 1 : threads};
+  int64_t slots = in.keep ? in.G : sheet_by_sheet(in, threads) ? 1 : threads;
+  return {in, call, (char*)memory, sheet.used, patch.used, slots};
 }
 
 template <typename T>
@@ -799,7 +825,7 @@ int64_t rectangle_workspace(const RectangleInput& in, const RectangleCall<T>& ca
 
 template <typename T>
 void rectangle_group(const SheetCall<T>& s, int64_t g, int64_t thread, const Executor& executor) {
-  Carver memory{s.memory + thread * s.sheet_size};
+  Carver memory{s.memory + (s.in.keep ? g : thread) * s.sheet_size};
   Sheet<T> w = make_sheet(s.in, s.call, g, memory);
   w.patches = s.memory + s.slots * s.sheet_size + thread * s.patch_size, w.patch_size = s.patch_size;
   w.alone = executor.threads == 1;
@@ -818,6 +844,23 @@ void rectangle(const RectangleInput& in, const RectangleCall<T>& call, T* memory
     rectangle_group(*(SheetCall<T>*)argument, g, thread, Executor{serially, 1});
   };
   used.run(in.G, one, &s);
+}
+
+template <typename T>
+void labelled_terms(const LabelledTerms<T>& w) {
+  for (int64_t i = 0; i < w.n; i += lanes<double>) {
+    int64_t n = w.n - i;
+    Vec<double> count = widen(w.count + i, n), excess = widen(w.neg + i, n) - widen(w.pos_lse + i, n);
+    Vec<double> term = softplus(excess), g = w.scale * sigmoid(excess), g_spread = {};
+    if (w.spread) {
+      term = count == 0 ? Vec<double>{} : term + widen(w.spread + i, n);
+      g = count == 0 ? Vec<double>{} : g;
+      g_spread = count == 0 ? g_spread : splat(w.scale);
+    }
+    narrow(w.terms + i, term, n);
+    if (!w.g_neg) continue;
+    narrow(w.g_neg + i, g, n), narrow(w.g_pos_lse + i, -g, n), narrow(w.g_spread + i, g_spread, n);
+  }
 }
 
 }  // namespace

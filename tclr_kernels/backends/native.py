@@ -23,7 +23,8 @@ from . import cuda
 PACKAGE = Path(__file__).parents[1]
 CPU, CUDA = PACKAGE / "_cpu.so", PACKAGE / "_cuda.so"
 OPERATORS = "gram_forward", "gram_backward", "reduced", "reduced_backward", "objective", "objective_backward"
-OPERATORS += "rectangle", "pairs", "rectangle_backward"
+OPERATORS += "rectangle", "pairs", "rectangle_backward", "labelled"
+CPU_ONLY = ("labelled",)
 
 
 def _load_cpu() -> str | None:
@@ -42,12 +43,14 @@ def _load_cpu() -> str | None:
 def _out_of_date(library: Path, key: str) -> str | None:
     """Why a library that was loaded does not fit this package: the sources changed since it was built; else None."""
     for name in OPERATORS:
+        if key != "CPU" and name in CPU_ONLY:
+            continue
         operator = f"tclr_kernels::{name}"
         exists = hasattr(torch.ops.tclr_kernels, name)
         if not exists or not torch._C._dispatch_has_kernel_for_dispatch_key(operator, key):
             return (
-                f"{library} has no operator {name!r}, so it was built from other sources than these: build it again, by "
-                "`make setup` in a clone, else by installing the package again"
+                f"{library} has no operator {name!r}, so it was built from other sources than these: build it again, "
+                "by `make setup` in a clone, else by installing the package again"
             )
     return None
 
@@ -231,6 +234,23 @@ def rectangle_backward(
     return call(rows, columns, *_split(tau), *settings, of_rows, of_columns, for_rows, for_columns, tf32_allowed())
 
 
+def labelled(
+    rows: Sequence[Tensor],
+    columns: Sequence[Tensor],
+    tau: float,
+    normalize: bool,
+    first: int,
+    row_keys: Tensor,
+    column_keys: Tensor,
+    spread: bool,
+    count: float,
+    for_rows: bool,
+    for_columns: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    settings = tau, normalize, first, row_keys, column_keys, spread, count, for_rows, for_columns
+    return torch.ops.tclr_kernels.labelled.default(rows, columns, *settings)
+
+
 def objective(
     g: Tensor,
     s: Tensor,
@@ -336,6 +356,13 @@ def register_fakes(namespace: str) -> None:
         wide = torch.promote_types(columns[0].dtype, torch.float32)
         G, n, _ = along[0].shape
         return d_rows, d_columns, along[0].new_empty(G, len(along), n, dtype=wide)
+
+    @torch.library.register_fake(f"{namespace}::labelled")
+    def _(rows, columns, tau, normalize, first, row_keys, column_keys, spread, count, for_rows, for_columns):
+        wide = torch.promote_types(columns[0].dtype, torch.float32)
+        sides = [rows or columns] * for_rows, [columns] * for_columns
+        gradients = [x.new_empty(x.shape, dtype=wide) for sets in sides for z in sets for x in z]
+        return columns[0].new_empty((), dtype=wide), gradients
 
     @torch.library.register_fake(f"{namespace}::objective")
     def _(g, s, x, tau, tau_value, normalize, scales, weights, gradient):

@@ -21,6 +21,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import checks
+from ..labelled import supervised
 from ..symmetric import ordered_sum
 from . import shared
 
@@ -120,7 +121,7 @@ class SupConLoss(_Loss):
         self.nonzero: bool = type(kwargs.get("reducer")).__name__ != "MeanReducer"
 
     def _reduced(self, call: shared.Rectangle, *sums: Tensor) -> Tensor:
-        terms = shared.supervised(*sums)
+        terms = supervised(*sums)
         return ordered_sum(terms) / ((terms > 0).sum().clamp(min=1) if self.nonzero else terms.numel())
 
 

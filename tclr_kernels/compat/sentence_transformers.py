@@ -124,7 +124,7 @@ def _with_hard(queries: Tensor, columns: Tensor, scale: float, normalize: bool) 
     """
     N = len(queries)
     keys = torch.arange(len(columns), device=queries.device)
-    return shared.rectangle(queries, columns, 1 / scale, normalize, (keys[:N], keys)).total(False, 1 / N)
+    return shared.rectangle(queries, columns, 1 / scale, normalize, (keys[:N], keys)).total(False, N)
 
 
 @distributed.collective

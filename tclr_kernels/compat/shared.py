@@ -1,15 +1,14 @@
 """What several of the drop-ins need."""
 
 import numbers
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends, checks, distributed, general
 from ..distributed import Group, Shares
-from ..symmetric import Eager, ordered_sum
+from ..labelled import labelled
 
 LARGEST = torch.iinfo(torch.int64).max
 
@@ -71,60 +70,13 @@ class Rectangle(NamedTuple):
         neg, _, *labelled = general.rectangle(*self)
         return neg, *labelled
 
-    def total(self, spread: bool, factor: float) -> Tensor:
-        """factor times the sum over the rows of log(1 + exp(neg - pos_lse)), and of the spread if it is asked for."""
-        known = isinstance(self.tau, float) and self.settings.name != "reference"
-        if known and not torch.compiler.is_compiling():
-            fixed = self.settings.name, self.settings, self.tau, *self.keys, spread, factor, len(self.rows)
-            return Total.apply(*fixed, *self.rows, *self.columns)
-        neg, pos_lse, of_each, _ = self.sums()
-        terms = cost(neg, pos_lse)
-        return ordered_sum(terms + of_each if spread else terms) * factor
+    def total(self, spread: bool, count: float | Tensor) -> Tensor:
+        """The sum over the rows, divided by `count`: see `labelled.labelled`."""
+        return labelled(*self[:3], self.rows, self.columns, spread=spread, count=count)
 
     def pairs(self, negatives: Tensor) -> Tensor:
         """The sum of softplus(negatives - S) over the positives of each row: [1, 1, 1, n]"""
         return general.pairs(*self[:3], negatives, *self[3:])
-
-
-class Total(Eager, torch.autograd.Function):
-    """`Rectangle.total` as one node of autograd's graph: around a small batch, ten take longer than the kernels."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        name: str,
-        settings: general.Settings,
-        tau: float,
-        row_keys: Tensor,
-        column_keys: Tensor,
-        spread: bool,
-        factor: float,
-        n_rows: int,
-        *sets: Tensor,
-    ) -> Tensor:
-        call = backends.BACKENDS[name].rectangle
-        outputs = call(sets[:n_rows], sets[n_rows:], tau, *settings[1:], row_keys, column_keys, False)
-        neg, _, pos_lse, of_each, count, _ = outputs
-        difference = pos_lse - neg
-        terms = F.logsigmoid(difference)
-        total = ordered_sum(of_each - terms if spread else -terms)
-        ctx.name, ctx.settings, ctx.tau, ctx.n_rows = name, settings, tau, n_rows
-        ctx.spread, ctx.factor = spread, factor
-        ctx.save_for_backward(row_keys, column_keys, neg, pos_lse, count, difference, *sets)
-        return (total * factor).to(sets[0].dtype)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        row_keys, column_keys, neg, pos_lse, count, difference, *sets = ctx.saved_tensors
-        g = g.to(neg.dtype) * ctx.factor
-        slope, zero = torch.sigmoid(-difference) * g, torch.zeros_like(neg)
-        of_rows = neg, slope, zero, pos_lse, -slope, zero + g if ctx.spread else zero, count
-        n, needed = ctx.n_rows, ctx.needs_input_grad[8:]
-        wanted = False, any(needed[:n]), any(needed[n:])
-        call = general.RectangleBackward.apply if torch.is_grad_enabled() else general.RectangleBackward.forward
-        fixed = ctx.name, ctx.settings, wanted, ctx.tau, row_keys, column_keys, n, len(of_rows)
-        _, *gradients = call(*fixed, *of_rows, *sets)
-        return *[None] * 8, *[d if need else None for d, need in zip(gradients, needed, strict=True)]
 
 
 def rectangle(
@@ -146,17 +98,6 @@ def rectangle(
     settings = general.Settings(name, normalize, False, first)
     in_groups = tuple(k if k is None else k[None] for k in keys)
     return Rectangle(settings, tau, in_groups, sides[:-1], sides[-1:])
-
-
-def cost(neg: Tensor, positive: Tensor) -> Tensor:
-    """log(1 + exp(neg - positive)), and 0 without a gradient where there are no negatives; the positive is finite."""
-    return -F.logsigmoid(positive - neg)
-
-
-def supervised(neg: Tensor, pos_lse: Tensor, spread: Tensor, count: Tensor) -> Tensor:
-    """The supervised contrastive loss (L_out) of each row, from what `general.rectangle` gives; 0 without positives."""
-    alone = count == 0
-    return (cost(neg, pos_lse.masked_fill(alone, 0)) + spread).masked_fill(alone, 0)
 
 
 def as_given(loss: Tensor, like: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ Source: https://github.com/vturrisi/solo-learn
 
 from torch import Tensor
 
-from .. import candidates, distributed, losses
+from .. import candidates, distributed, general, losses
 from ..distributed import Group, Shares
 from . import shared
 
@@ -29,5 +29,7 @@ def _simclr(
     z: Tensor, keys: Tensor, temperature: float | Tensor, *, group: Group = None, shares: Shares = None
 ) -> Tensor:
     tau = losses._tau(temperature, None, True, "mean", z, group)
+    if group is None:
+        return shared.rectangle(None, z, tau, True, (keys, keys), first=0).total(False, len(z))
     neg, _, pos_lse, *_ = candidates.everything([z[None]], tau, True, False, None, keys[None], group)
-    return losses._reduce(shared.cost(neg, pos_lse), "mean", losses._rows(z, group), group)
+    return losses._reduce(general.cost(neg, pos_lse), "mean", losses._rows(z, group), group)

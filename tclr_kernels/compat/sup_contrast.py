@@ -48,14 +48,12 @@ class SupConLoss(nn.Module):
         rows = views.transpose(0, 1).reshape(V * B, -1)
         (rows,) = shared.rows(dict(features=rows))
         anchors = B if self.contrast_mode == "one" else V * B
-        factor = self.temperature / self.base_temperature / anchors
+        count = anchors * self.base_temperature / self.temperature
         if mask is None:
-            call = self._against_all(rows, anchors, torch.cat([_labels(labels, rows[:B])] * V))
-            every = V > 1  # every row has a positive, in another view
-            loss = call.total(True, factor) if every else ordered_sum(shared.supervised(*call.sums())) * factor
+            loss = self._against_all(rows, anchors, torch.cat([_labels(labels, rows[:B])] * V)).total(True, count)
         else:
             with torch.autocast(checks.autocast_type(rows.device), enabled=False):
-                loss = ordered_sum(self._of_mask(distributed.widened(rows), anchors, _mask(mask, B, rows))) * factor
+                loss = ordered_sum(self._of_mask(distributed.widened(rows), anchors, _mask(mask, B, rows))) / count
         return shared.as_given(loss, features)
 
     def _against_all(self, rows: Tensor, anchors: int, keys: Tensor | None = None) -> shared.Rectangle:
