@@ -397,15 +397,22 @@ def program(monkeypatch, capsys, *arguments):
 @pytest.mark.parametrize(
     "arguments, wanted",
     [
-        ([], "error: expected"),
+        ([], "error: found no command, wanted one, such as pretrain (tclr --help"),
         (["nothing"], "error: argument subcommand: invalid choice: 'nothing'"),
         (["retrieval"], "error: the following arguments are required: --run (tclr --help"),
-        (["linear", "--run", "x", "--share", "half"], "error: --share: Expected a float. Got value: half (tclr linear"),
-        (["pretrain", "--out", "x", "--data.rot", "y"], "error: unrecognized arguments: --data.rot y (tclr pretrain"),
-        (["retrieval", "--run", "nowhere"], "error: nowhere/config.yaml is not there"),
+        (["linear", "--run", "x", "--share", "half"], "error: --share: found 'half', wanted a value of type float ("),
+        (["pretrain", "--out", "x", "--data.rot", "y"], "error: unknown option: --data.rot y, did you mean --data.root?"),
+        (["pretrain", "--out", "x", "--dryrun"], "error: unknown option: --dryrun, did you mean --dry-run? (tclr pretr"),
+        (["pretrain", "--out=x", "--recipe.form=x"], "error: --recipe.form: found 'x', wanted one of 'paper', 'release'"),
+        (["confusion", "--run=x", "--classes=Run"], "error: --classes: found 'Run', wanted a value of type list[str] ("),
+        (["linear", "--run", "x", "--share", "2"], "error: share: found 2.0, wanted a number above 0 and at most 1"),
+        (["finetune", "--run", "x", "--batch", "0"], "error: batch: found 0, wanted at least 1"),
+        (["retrieval", "--run=x", "--evaluation.clips=0"], "error: evaluation.clips: found 0, wanted at least 1"),
+        (["retrieval", "--run", "x", "--device", "gpu"], "error: device: found 'gpu', wanted auto, cpu, cuda or"),
+        (["retrieval", "--run", "nowhere"], "error: run: found no nowhere/config.yaml, wanted the folder of a pretr"),
         (["pretrain", "--out", "x", "--data.root", "/nowhere"], "error: root: found '/nowhere', wanted a folder"),
         (["load", "--out", "x", "--file", "/nowhere.pt", "--format=release", "--data.root=y"], "error: /nowhere.pt:"),
-        (["data", "check", "--dataset", "ucf102", "--root", "y"], "error: "),
+        (["data", "check", "--dataset", "ucf102", "--root", "y"], "error: --dataset: found 'ucf102', wanted one of 'u"),
     ],
 )
 def test_an_error_is_one_line(arguments, wanted, monkeypatch, capsys, tmp_path):
