@@ -29,7 +29,7 @@ PREFACE = """# Benchmarks
 
 `make bench` measures, `python -m benchmarks page` writes this page from the rows under `benchmarks/results/`.
 
-- Each result is compared with float64 before it is timed. What is wrong gets no time.
+- Each result is compared with float64 before it is timed. A wrong result gets no time.
 - The implementations of a case take turns in one process. A time is the median; the tables of every row also give the
   20th and the 80th percentile.
 - Memory (MiB) is the peak beyond the inputs, in a process of its own.

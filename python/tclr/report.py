@@ -83,7 +83,7 @@ def plot_losses(metrics, runs, path):
 
 @matplotlib.rc_context(PLAIN)
 def plot_clips(metrics, runs, chance, path):
-    """Draws R@1 against the number of clips a video."""
+    """Draws R@1 against the number of clips per video."""
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
     for run in runs:
         rows = metrics.of("retrieval", run=run)
@@ -91,7 +91,7 @@ def plot_clips(metrics, runs, chance, path):
             [row["clips"] for row in rows], [100 * row["r1"] for row in rows], marker="o", markersize=4, label=run
         )
     axis.axhline(100 * chance, color="gray", linestyle=":", label="chance")
-    axis.set(xlabel="clips a video", ylabel="R@1 (%)", ylim=(0, None), title="Retrieval against clips a video")
+    axis.set(xlabel="clips per video", ylabel="R@1 (%)", ylim=(0, None), title="Retrieval against clips per video")
     axis.set_xticks([row["clips"] for row in metrics.of("retrieval", run=runs[0])])
     figure.legend(frameon=False, loc="outside right upper")
     _save(figure, path)
@@ -112,11 +112,11 @@ def plot_gallery(queries, gallery, ranks, chosen, path, *, nearest=3, strip=6):
 
 @matplotlib.rc_context(PLAIN)
 def plot_curves(curve, path):
-    """Draws R@1 and linear accuracy against the number of clips a video. curve: {clips: {r1, linear}}"""
+    """Draws R@1 and linear accuracy against the number of clips per video. curve: {clips: {r1, linear}}"""
     figure, axis = plt.subplots(figsize=(5, 3.6), layout="constrained")
     for name, label in dict(r1="R@1", linear="linear accuracy").items():
         axis.plot(list(curve), [100 * row[name] for row in curve.values()], marker="o", markersize=4, label=label)
-    axis.set(xlabel="clips a video", ylabel="%", ylim=(0, None), xticks=list(curve))
+    axis.set(xlabel="clips per video", ylabel="%", ylim=(0, None), xticks=list(curve))
     axis.legend(frameon=False)
     _save(figure, path)
 
