@@ -442,7 +442,7 @@ FAULTS = {  # a call, its error, and what the message names: the argument, what 
         ValueError,
         r"memory_bank: found rows of D = 5, wanted D = 3",
     ),
-    "lightly, weights": (lambda: C.lightly.DCLLoss(weight_fn=3), TypeError, "weight_fn: found 3, wanted None or a func"),
+    "lightly, weights": (lambda: C.lightly.DCLLoss(weight_fn=3), TypeError, "weight_fn: found 3, wanted None or"),
     "open_clip, horovod": (lambda: C.open_clip.ClipLoss(use_horovod=True), NotImplementedError, "use_horovod: found T"),
     "open_clip, processes": (
         lambda: C.open_clip.ClipLoss(True, True, world_size=2)(x(4, 3), x(4, 3), 1.0),

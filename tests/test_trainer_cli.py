@@ -145,6 +145,14 @@ def test_finetune_and_export(run, tmp_path):
 
     wanted = features.embedder_of(run).backbone.state_dict()
     assert all(torch.equal(value, wanted[name]) for name, value in load_file(tmp_path / "b.safetensors").items())
+    with pytest.raises(FileNotFoundError, match="folder does not exist.*nowhere/b.pt'"):
+        cli.main(["export", "--run", str(run), "--file", str(tmp_path / "nowhere/b.pt")])
+
+
+def test_the_summary_of_a_pretraining_says_where_unreadable_videos_are_listed(dataset, tmp_path, capsys):
+    pretrain(dataset, tmp_path / "run", "--recipe.steps", "5")
+    listed = tmp_path / "run" / "bad_videos.csv"
+    assert listed.exists() and "1 unreadable" in (said := capsys.readouterr().out) and f"{listed} list" in said
 
 
 def test_checkpoints_of_others_are_evaluated(run, dataset, tmp_path):
@@ -398,13 +406,28 @@ def program(monkeypatch, capsys, *arguments):
     "arguments, wanted",
     [
         ([], "error: found no command, wanted one, such as pretrain (tclr --help"),
-        (["nothing"], "error: argument subcommand: invalid choice: 'nothing'"),
+        (["nothing"], "error: command: found 'nothing', wanted one of 'pretrain', 'retr"),
         (["retrieval"], "error: the following arguments are required: --run (tclr --help"),
-        (["linear", "--run", "x", "--share", "half"], "error: --share: found 'half', wanted a value of type float ("),
-        (["pretrain", "--out", "x", "--data.rot", "y"], "error: unknown option: --data.rot y, did you mean --data.root?"),
-        (["pretrain", "--out", "x", "--dryrun"], "error: unknown option: --dryrun, did you mean --dry-run? (tclr pretr"),
-        (["pretrain", "--out=x", "--recipe.form=x"], "error: --recipe.form: found 'x', wanted one of 'paper', 'release'"),
-        (["confusion", "--run=x", "--classes=Run"], "error: --classes: found 'Run', wanted a value of type list[str] ("),
+        (
+            ["linear", "--run", "x", "--share", "half"],
+            "error: --share: found 'half', wanted a value of type float: share",
+        ),
+        (
+            ["pretrain", "--out", "x", "--data.rot", "y"],
+            "error: unknown option: --data.rot y, did you mean --data.root?",
+        ),
+        (
+            ["pretrain", "--out", "x", "--dryrun"],
+            "error: unknown option: --dryrun, did you mean --dry-run? (tclr pretr",
+        ),
+        (
+            ["pretrain", "--out=x", "--recipe.form=x"],
+            "error: --recipe.form: found 'x', wanted one of 'paper', 'release'",
+        ),
+        (
+            ["confusion", "--run=x", "--classes=Run"],
+            "error: --classes: found 'Run', wanted a value of type list[str]: ",
+        ),
         (["linear", "--run", "x", "--share", "2"], "error: share: found 2.0, wanted a number above 0 and at most 1"),
         (["finetune", "--run", "x", "--batch", "0"], "error: batch: found 0, wanted at least 1"),
         (["retrieval", "--run=x", "--evaluation.clips=0"], "error: evaluation.clips: found 0, wanted at least 1"),

@@ -179,7 +179,7 @@ def pretrained(job, train_set, progress=iter):
 
 
 def measure(job, embedder, splits):
-    """R@1, R@5 and linear accuracy by clips per video; with all clips, accuracy by the share of labels, and confusion."""
+    """R@1, R@5 and linear accuracy by clips per video; with all clips, accuracy by share of labels, and confusion."""
     a, (train_set, test_set) = job.scale, splits
     describe = evaluate.backbone_features(embedder.backbone)
     plan = dict(clips=a.eval_clips, frames=a.frames, stride=a.eval_stride, side=a.side)

@@ -15,6 +15,8 @@ import torch
 from jsonargparse import auto_cli
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+import tclr_kernels
+
 from . import ablation, checkpoint, config, dryrun, evaluate, models, processes, report, train
 from . import finetune as tuning
 from . import linear as probe
@@ -77,7 +79,9 @@ def pretrain(
             job.note("claimed")
             train.carry_on(run, log, file=last)
         counts = videos.tally()
-        listed = f"; replaced videos are listed in {out / 'bad_videos.csv'}" * (counts.keys() > {"replaced"})
+        bad = out / "bad_videos.csv"
+        listed = f"; `tclr data check` and {bad} list those that could not be read" * bad.exists()
+        listed = listed or "; `tclr data check` lists the missing ones" * ("missing" in counts)
         processes.say("reading: " + ", ".join(f"{count} {what}" for what, count in counts.items()) + listed)
 
 
@@ -352,7 +356,15 @@ def main(arguments=None):
         commands = {name: dryrun.small(command) for name, command in commands.items()}
     else:
         commands |= dict(export=export, load=load, data=dict(_help="Checks a data set.", check=check))
-    auto_cli(commands, args=arguments, prog="tclr", as_positional=False, parser_class=Parser, description=DESCRIPTION)
+    auto_cli(
+        commands,
+        args=arguments,
+        prog="tclr",
+        version=tclr_kernels.__version__,
+        as_positional=False,
+        parser_class=Parser,
+        description=DESCRIPTION,
+    )
 
 
 def program():

@@ -146,7 +146,9 @@ class Demo:
         for clips in counts:
             r1 = {run: self.metrics.of("retrieval", run=run, clips=clips)[0]["r1"] for run in (RANDOM, IC, TCLR)}
             ratios = ", ".join(f"{run} {r1[run] / max(r1[RANDOM], 1e-9):.1f}x" for run in (IC, TCLR))
-            self.console.print(f"R@1 as a multiple of random init, with {clips} clip{'s' * (clips > 1)} per video: {ratios}")
+            self.console.print(
+                f"R@1 as a multiple of random init, with {clips} clip{'s' * (clips > 1)} per video: {ratios}"
+            )
         took = ", ".join(f"{name} {value:.0f} s" for name, value in self.seconds.items())
         self.console.print(f"{took}; {sum(self.seconds.values()):.0f} s in all. Written to {self.out}/")
         facts = dict(options={k: str(v) if isinstance(v, Path) else v for k, v in vars(o).items()})

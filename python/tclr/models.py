@@ -326,7 +326,7 @@ def _load(module, weights, path, may_lack=()):
     for name, value in module.state_dict().items():
         if name in weights and weights[name].shape != value.shape:
             found, wanted = list(weights[name].shape), list(value.shape)
-            raise ValueError(f"{path}: found {name} of shape {found}, wanted {wanted}: choose net.backbone and net.width")
+            raise ValueError(f"{path}: found {name} of shape {found}, wanted {wanted}; see net.backbone and net.width")
     missing, unknown = module.load_state_dict(weights, strict=False)
     lacking = [name for name in missing if not name.startswith(may_lack or ("\0",))]
     unknown = [name for name in unknown if not name.startswith(may_lack or ("\0",))]

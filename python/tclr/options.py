@@ -59,13 +59,13 @@ HELP = {
     "recipe.accumulate": "batches whose gradients are added up for one step",
     "recipe.optimizer": "AdamW or Adam",
     "recipe.lr": "peak learning rate",
-    "recipe.schedule": "cosine with a warm-up, or plateau, which divides the rate by 10 when the loss stops decreasing, "
+    "recipe.schedule": "cosine with a warm-up, or plateau, which divides the rate by 10 when the loss stops falling, "
     "as the official code does",
     "recipe.warmup": "steps of the cosine's warm-up",
     "recipe.weight_decay": "weight decay",
     "recipe.temperature": "temperature of the losses",
     "recipe.learn_temperature": "learn the temperature; recipe.temperature is its initial value",
-    "recipe.weights": "weights of the terms, such as '{ic_global: 1.0, ll: 1.0, gl: 0.0}'; without it, those of the form",
+    "recipe.weights": "weights of the terms, such as '{ic_global: 1.0, ll: 1.0, gl: 0.0}'; default: those of the form",
     "recipe.form": "the objective: that of the paper or of the official code",
     "recipe.queue": "number of earlier global clips that are further negatives; 0: none",
     "recipe.backend": "backend of tclr_kernels; without it, the best one",
@@ -99,6 +99,9 @@ HELP = {
 }
 
 
+DRY_RUN = "try the command on a few small generated videos"
+
+
 class Parser(ArgumentParser):
     """jsonargparse's parser with the help texts above, errors in one line, and short names of types."""
 
@@ -121,14 +124,19 @@ class Parser(ArgumentParser):
             known = [*parser._option_string_actions, "--dry-run"]
             near = difflib.get_close_matches(unknown[1], known, 1, 0.5)
             message += f", did you mean {near[0]}?" * bool(near)
+        if (typed := re.search(r"^--(\S+): found .* of type", message)) and typed[1] in HELP:
+            message += f": {HELP[typed[1]]}"
         self.exit(2, f"error: {message} ({parser.prog.replace(' [options]', '')} --help lists what there is)\n")
 
     def format_help(self):
-        return short_types(super().format_help())
+        command = self.prog.split()[-1]
+        small = f"\n  --dry-run             {DRY_RUN}\n" * (command not in ("tclr", "export", "load", "data", "check"))
+        return short_types(super().format_help()) + small
 
 
 PLAINER = (  # what jsonargparse says, and what users are told
     (r'^expected "subcommand" .*', "found no command, wanted one, such as pretrain"),
+    (r"^argument subcommand: invalid choice: '(.*)' \(choose from (.*)\)$", r"command: found '\1', wanted one of \2"),
     (r"required: \w+\.(\w+)", r"required: --\1"),
     (r'Parser key "([^"]+)"', r"--\1"),
     (r"^unrecognized arguments: ", "unknown option: "),
@@ -136,7 +144,7 @@ PLAINER = (  # what jsonargparse says, and what users are told
     (r"Expected a (?:typing\.)?Literal\[(.*)\]\. Got value: (.*)$", r"found '\2', wanted one of \1"),
     (r"Expected an? (\w+)\. Got value: (.*)$", r"found '\2', wanted a value of type \1"),
     (
-        r"Does not validate against any of the Union subtypes Subtypes: \[(.*), NoneType\] Errors: .*Given value: (.*)$",
+        r"Does not validate against any of the Union subtypes Subtypes: \[(.*), NoneType\] .*Given value: (.*)$",
         r"found '\2', wanted a value of type \1",
     ),
 )
@@ -144,6 +152,4 @@ PLAINER = (  # what jsonargparse says, and what users are told
 
 def short_types(text):
     text = re.sub(r"<class\s+'(?:\w+\.)*(\w+)'>", r"\1", text)
-    return text.replace("Show the help for OtherData and exit.", "List the keys of --data and exit.").replace(
-        "OtherData", "data set"
-    )
+    return text.replace("Show the help for OtherData", "List the keys of --data").replace("OtherData", "data set")

@@ -37,7 +37,7 @@ PICTURES = {
         "Nearest neighbours",
         "Left: frames of a test video. Right: the most similar training videos; green names are of the same class.",
     ),
-    "multiclip": ("Clips per video", "Retrieval and linear accuracy against the number of clips that describe a video."),
+    "multiclip": ("Clips per video", "R@1 and linear accuracy against the number of clips that describe a video."),
     "confusion": ("Confusion", "Each row is a class, and shows which classes its test videos were taken for."),
 }
 POINTS = 500  # the largest number of points of a curve; neighbouring values are averaged if there are more
@@ -69,7 +69,7 @@ def write(run):
     results, title = read_results(run), html.escape(shown(run.resolve().name))
     parts = [tiles(results), table_of(results), curves(run, settings), pictures(run), unreadable(run)]
     if not any(parts) and not settings:
-        raise SystemExit(f"{run}: found no results, pictures or configuration, wanted a run's folder")
+        raise SystemExit(f"run: found no results, pictures or configuration in {run}, wanted a run's folder")
     parts += [environment(run, settings), configuration(run)]
     head = '<!doctype html><html lang="en"><meta charset="utf-8">'
     head += '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -139,7 +139,7 @@ def table_of(results):
         [name_of(evaluation), *(value_of(f, values[f]) if f in values else "" for f in columns), digest]
         for (evaluation, digest), values in results.items()
     ]
-    note = "<p>The last column is a hash of the settings: rows with different hashes had different settings or data.</p>"
+    note = "<p>The last column is a hash of the settings and the data: rows with different ones do not compare.</p>"
     return section("Results", note + table(head, lines))
 
 
