@@ -223,7 +223,8 @@ def _check_values() -> bool:
 def _embedding(name: str, x: object, dims: Sequence[str], check_values: bool, empty: bool = False) -> None:
     wanted = f"[{', '.join(dims)}]"
     if not isinstance(x, torch.Tensor):
-        found = "None" if x is None else f"a {type(x).__name__}"
+        kind = f"{type(x).__module__}.{type(x).__name__}".removeprefix("builtins.")
+        found = "None" if x is None else f"a {kind}"
         raise TypeError(f"{name}: found {found}, wanted a torch.Tensor {wanted}")
     if x.layout != torch.strided:
         raise TypeError(f"{name}: found layout {x.layout}, wanted a dense tensor {wanted}")

@@ -151,8 +151,7 @@ def test_finetune_and_export(run, tmp_path):
 
 def test_the_summary_of_a_pretraining_says_where_unreadable_videos_are_listed(dataset, tmp_path, capsys):
     pretrain(dataset, tmp_path / "run", "--recipe.steps", "5")
-    listed = tmp_path / "run" / "bad_videos.csv"
-    assert listed.exists() and "1 unreadable" in (said := capsys.readouterr().out) and f"{listed} list" in said
+    assert "1 unreadable" in (said := capsys.readouterr().out) and "; bad_videos.csv lists the unreadable ones" in said
 
 
 def test_checkpoints_of_others_are_evaluated(run, dataset, tmp_path):

@@ -79,9 +79,8 @@ def pretrain(
             job.note("claimed")
             train.carry_on(run, log, file=last)
         counts = videos.tally()
-        bad = out / "bad_videos.csv"
-        listed = f"; `tclr data check` and {bad} list those that could not be read" * bad.exists()
-        listed = listed or "; `tclr data check` lists the missing ones" * ("missing" in counts)
+        listed = "; bad_videos.csv lists the unreadable ones" * ("unreadable" in counts)
+        listed += "; `tclr data check` lists the missing ones" * ("missing" in counts)
         processes.say("reading: " + ", ".join(f"{count} {what}" for what, count in counts.items()) + listed)
 
 

@@ -139,7 +139,7 @@ def table_of(results):
         [name_of(evaluation), *(value_of(f, values[f]) if f in values else "" for f in columns), digest]
         for (evaluation, digest), values in results.items()
     ]
-    note = "<p>The last column is a hash of the settings and the data: rows with different ones do not compare.</p>"
+    note = "<p>Rows of one evaluation with different hashes in the last column had other settings, weights or data.</p>"
     return section("Results", note + table(head, lines))
 
 
@@ -172,7 +172,7 @@ def drawn(panels, steps):
         axis.set(title=title, xlabel="step", ylim=(0, None))
         axis.grid(alpha=0.3, linewidth=0.5)
         if len(lines) > 1:
-            axis.legend(frameon=False)
+            axis.legend(framealpha=0.8)
     file = io.BytesIO()
     figure.savefig(file, dpi=130)
     plt.close(figure)
