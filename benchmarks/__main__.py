@@ -1,4 +1,4 @@
-"""python -m benchmarks [run | accuracy | plot | table | page]: rows go to, and come from, benchmarks/results/"""
+"""python -m benchmarks [run | accuracy | plot | table | page]: writes rows to benchmarks/results/, or reads them"""
 
 import argparse
 from pathlib import Path

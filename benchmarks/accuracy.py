@@ -1,4 +1,4 @@
-"""The error of the gradient against the temperature, for NT-Xent of each provider and dtype, on views that agree."""
+"""The error of the gradient against the temperature, for NT-Xent of each provider and dtype, with similar views."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The losses in plain PyTorch: the fastest honest form of each, the one people write, and that of TCLR's release."""
+"""The losses in plain PyTorch: of each the fastest form found, the usual form, and the form of TCLR's official code."""
 
 import torch
 import torch.nn.functional as F
@@ -51,14 +51,14 @@ def log_sum_exp(rows, columns, tau):
 
 
 def classes(M):
-    """Labels of M rows: 100 classes, or two rows a class, in turns."""
+    """Labels of M rows: 0, 1, 2 and so on, again from 0 after 100 classes, or after M / 2 if that is less."""
     return torch.arange(M) % min(100, M // 2)
 
 
 def sup_con(z, tau):
-    """Supervised contrast in the fastest plain PyTorch found: the positives of a row by the sum of its class.
+    """Supervised contrast in the fastest plain PyTorch found: the sum of a class gives the positives of all its rows.
 
-    The log-sum-exp is the fused cross-entropy with any target, to which the target's similarity is added again.
+    The log-sum-exp is the fused cross-entropy with any target, plus the similarity of this target.
     """
     labels = classes(len(z))
     z = F.normalize(z) * tau**-0.5
@@ -84,7 +84,7 @@ def sup_con_masked(z, tau):
 def dcl(a, b, tau):
     """Decoupled contrast in the fastest plain PyTorch found: one matrix, a row and its partner masked in place.
 
-    The log-sum-exp is made as in `sup_con`.
+    The log-sum-exp is computed as in `sup_con`.
     """
     z = F.normalize(torch.cat([a, b])) * tau**-0.5
     row = torch.arange(len(z))
@@ -107,7 +107,7 @@ def dcl_blocks(a, b, tau):
 
 
 def moco(q, k, queue, tau):
-    """MoCo in the fastest plain PyTorch found: the positive beside the queue's log-sum-exp, made as in `sup_con`.
+    """MoCo in the fastest plain PyTorch found: the positive, and the queue's log-sum-exp as in `sup_con`.
 
     The queue is copied, since the step's keys will replace some of its rows before the backward.
     """
@@ -127,20 +127,20 @@ def moco_concatenated(q, k, queue, tau):
 
 
 def clip_linear(a, b, tau):
-    """The same by PyTorch's fused linear cross-entropy, in both directions."""
+    """CLIP's loss by PyTorch's fused linear cross-entropy, in both directions."""
     a, b, own = F.normalize(a) * (1 / tau), F.normalize(b), torch.arange(len(a))
     return (F.linear_cross_entropy(a, b, own) + F.linear_cross_entropy(b, a, own)) / 2
 
 
 def views_in_pairs(z, tau):
-    """NT-Xent over all pairs of views, a call a pair."""
+    """NT-Xent over all pairs of views, one call for each pair."""
     V = len(z)
     pairs = [nt_xent(z[a], z[c], tau) for a in range(V) for c in range(a)]
     return sum(pairs) / len(pairs)
 
 
 def views(z, tau):
-    """The same from one Gram matrix: each block's log-sum-exp, with the own block's added."""
+    """NT-Xent over all pairs of views from one Gram matrix, with the log-sum-exp of every block."""
     V, B, D = z.shape
     rows = F.normalize(z, dim=-1).reshape(V * B, D) * tau**-0.5
     S = torch.mm(rows, rows.T).view(V, B, V, B)
@@ -153,7 +153,7 @@ def views(z, tau):
 
 
 def local_local(x1, x2, tau):
-    """LL with all videos in one batched product."""
+    """The local-local loss with all videos in one batched product."""
     T = x1.shape[1]
     z = F.normalize(torch.cat([x1, x2], 1), dim=-1) * tau**-0.5
     S = torch.bmm(z, z.mT)
@@ -163,24 +163,24 @@ def local_local(x1, x2, tau):
 
 
 def local_local_loop(x1, x2, tau):
-    """LL as a loop over the videos."""
+    """The local-local loss as a loop over the videos."""
     return sum(nt_xent(a, b, tau) for a, b in zip(x1, x2, strict=True)) * x1.shape[1] / len(x1)
 
 
 def global_local(s, x, tau):
-    """GL with all videos in one batched product."""
+    """The global-local loss with all videos in one batched product."""
     S = torch.bmm(F.normalize(s, dim=-1) * (1 / tau), F.normalize(x, dim=-1).mT)
     pos = S.diagonal(dim1=1, dim2=2)
     return (S.logsumexp(2).sum() + S.logsumexp(1).sum() - 2 * pos.sum()) / len(s)
 
 
 def global_local_loop(s, x, tau):
-    """GL as a loop over the videos."""
+    """The global-local loss as a loop over the videos."""
     return sum(clip(a, b, tau) for a, b in zip(s, x, strict=True)) * 2 * s.shape[1] / len(s)
 
 
 def pairwise(zi, zj, tau):
-    """NT-Xent of one pair of views in the way of TCLR's release: a mask built on the host, a sum divided by 2B."""
+    """NT-Xent of two views as TCLR's official code computes it: a mask built on the host, a sum divided by 2B."""
     B = len(zi)
     z = torch.cat([zj, zi])
     S = torch.tensordot(z.unsqueeze(1), z.T.unsqueeze(0), dims=2)
@@ -191,7 +191,7 @@ def pairwise(zi, zj, tau):
 
 
 def slices_against_clips(s, x, tau):
-    """GL of one pair of views in the way of TCLR's release: both directions in one batch of T x T problems."""
+    """The global-local loss of two views as TCLR's official code computes it: both directions in a batch of T x T."""
     B, T, _ = s.shape
     S = torch.bmm(s, x.permute(0, 2, 1))
     logits = torch.cat([S, S.permute(0, 2, 1)]).reshape(-1, T) / tau
@@ -199,7 +199,7 @@ def slices_against_clips(s, x, tau):
 
 
 def release(g, s, x, tau):
-    """The whole objective in the structure of TCLR's release: a call a pair of sets, a video, a pair of views."""
+    """The whole objective as TCLR's official code computes it: a call for each pair of sets, each video and so on."""
     g, s, x = (F.normalize(z, dim=-1) for z in (g, s, x))
     V, B, T, _ = x.shape
     sets = [x[v, :, t] for v in range(V) for t in range(T)]
@@ -211,7 +211,7 @@ def release(g, s, x, tau):
 
 
 def release_batched(g, s, x, tau):
-    """The same objective in the fewest plain PyTorch calls found: a Gram matrix a term, LL and GL batched."""
+    """The same objective in the fewest plain PyTorch calls found: a Gram matrix for each term, videos in batches."""
     V, B, T, D = x.shape
     clips = x.transpose(1, 2).reshape(V * T, B, D)
     pairs = V * T * (V * T - 1) / V**2

@@ -1,8 +1,8 @@
-"""What other processes at work on the same cores do to a call: python -m benchmarks.busy
+"""How much slower a call is while other processes use the same cores: python -m benchmarks.busy
 
-Each loss by this library and by the fastest plain PyTorch, forward and backward, with the cores free, and beside
-processes that keep every core busy, as data loaders do. A row has the 95th percentile of 200 calls, the median of three
-runs, and by how much it rises; the last column sets the rise of this library against that of plain PyTorch.
+Each loss is timed forward and backward, by this library and by the fastest plain PyTorch, with free cores and beside
+processes that keep every core busy, as data loaders do. A row has the 95th percentile of 200 calls (the median of three
+runs) in both cases, and `rise`, their ratio. `of_dense` is this rise divided by that of plain PyTorch.
 """
 
 import argparse
@@ -52,7 +52,7 @@ class Busy:
 
 
 def percentiles(step, calls, seconds):
-    """The middle and the 95th percentile of so many calls, in milliseconds, or of those that fit into the time."""
+    """The median and the 95th percentile of `calls` calls in milliseconds, or of as many as fit into `seconds`."""
     for _ in range(3):
         step()
     end, times = time.perf_counter() + seconds, []
@@ -62,7 +62,7 @@ def percentiles(step, calls, seconds):
 
 
 def measured(steps, arguments):
-    """Name -> the medians of the runs' percentiles, and the calls of the shortest run; all take turns."""
+    """{name: (the medians of both percentiles over all runs, the fewest calls of a run)}. The steps take turns."""
     found = {name: [] for name in steps}
     for _ in range(arguments.runs):
         for name, step in steps.items():
@@ -96,8 +96,8 @@ def main():
     parser.add_argument("--case", nargs="+", choices=cases.BY_KEY, default=CASES)
     parser.add_argument("--calls", type=int, default=200)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=60.0, help="that a run takes at most, but for 20 calls")
-    parser.add_argument("--processes", type=int, default=torch.get_num_threads(), help="that keep the cores busy")
+    parser.add_argument("--seconds", type=float, default=60.0, help="the most that a run may take, except for 20 calls")
+    parser.add_argument("--processes", type=int, default=torch.get_num_threads(), help="how many keep the cores busy")
     parser.add_argument("--out", type=Path, help="the CSV to write")
     arguments = parser.parse_args()
     path = rows.default_path()

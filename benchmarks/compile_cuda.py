@@ -1,9 +1,8 @@
 """The CUDA kernels compiled with nvcc, without a GPU: python -m benchmarks.compile_cuda
 
-For sm_80, sm_90a and sm_100: registers, spills, instructions by class, among them those in float64, and how many
-barriers and calls of a division of 64-bit integers there are. Writes benchmarks/results/cuda-compiled.csv; a
-warning, a spill beyond SPILLS, or products of warpgroups that wait for one another are an error. Shared memory is asked
-for at the launch: `shared` in csrc/cuda/.
+It counts the registers, spills, instructions by class, barriers, and divisions of 64-bit integers for sm_80, sm_90a and
+sm_100, and writes benchmarks/results/cuda-compiled.csv. A warning, more spills than in SPILLS, and warpgroup products
+that ptxas serialises are errors. Shared memory is not counted, since its size is an argument of the launch.
 """
 
 import argparse
@@ -21,7 +20,7 @@ from benchmarks.rows import reason, writing
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "cuda-compiled.csv"
 TARGETS = "80", "90a", "100"
-SPILLS = {"hopper::sum_blocks<3>": 16}  # bytes that a kernel may store and load for want of registers; of others, none
+SPILLS = {"hopper::sum_blocks<3>": 16}  # bytes that a kernel may spill; 0 for all others
 COUNTED = {f"{name}_instructions": pattern for name, (pattern, _) in CLASSES.items()} | {
     "all_instructions": r"^\s+/\*[0-9a-f]{4,}\*/",
     "double_instructions": r"\bD(?:FMA|MUL|ADD|SETP|MNMX)\b",
@@ -57,7 +56,7 @@ def rows(target):
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
         compiled = list(pool.map(lambda source: compile(target, source, Path(folder)), setup.CUDA_SOURCES))
     found = {name: facts for of_source in compiled for name, facts in of_source.items()}
-    if target != "90a":  # for which those for Hopper are empty
+    if target != "90a":  # on other targets, Hopper's kernels are empty
         found = {name: facts for name, facts in found.items() if not name.startswith("hopper::")}
     yield from (dict(target=f"sm_{target}", kernel=name) | found[name] for name in sorted(found))
 
@@ -83,7 +82,7 @@ def compile(target, source, folder):
 
 
 def serialized(log):
-    """What ptxas says of products of warpgroups that it makes wait: no warning to -Werror."""
+    """The messages of ptxas about warpgroup products that it serialises, which -Werror does not count as warnings."""
     return re.findall(r".*(?:wgmma.*serialized|warpgroup\.wait is injected).*", log)
 
 

@@ -46,7 +46,7 @@ POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
-CLASSES = {  # instruction class -> of SASS, of the CDNA assembly
+CLASSES = {  # instruction class -> its patterns in SASS and in CDNA assembly
     "tensor": (r"\b(?:[HQ]G?MMA|UTC\w*MMA|DMMA)\b", r"v_mfma"),
     "ex2": (r"MUFU\.EX2", r"v_exp_f32"),
     "fma": (r"\bF(?:FMA|MUL|ADD)2?\b", r"v_(?:pk_)?(?:fma|mul|add|fmac)_f32"),
@@ -132,7 +132,7 @@ CASES = [
     *(Case(1, 2, 65536, D, torch.float32, tau=0.005, tf32=True) for D in (64, 128, 256, 512, 1024)),
     Case(1, 2, 65536, 128, torch.float64, tau=0.002),
     Case(1, 2, 65536, 128, torch.bfloat16, cross=True),
-    # few rows: the columns split
+    # so few rows that the columns are split
     *(Case(1, 2, 2048, D, torch.bfloat16) for D in (64, 128, 256, 512, 1024)),
     *(Case(1, 2, 2048, D, torch.float32, tf32=tf32) for D in (128, 512) for tf32 in (True, False)),
     Case(1, 2, 512, 1024, torch.bfloat16),
@@ -399,15 +399,16 @@ product in the forward, since S is symmetric, and two in the backward. These ker
 without TF32, each number is the sum of two float16, and each product is computed as three products of float16; the
 product of the two lower halves is left out.
 
-The range follows from the clocks that each unit of one of an H200's 132 multiprocessors needs for a tile, at 1,705
-multiply-adds a clock for products (half of that in TF32), 16 exp2, 128 float32 operations, 128 bytes of shared memory
-and 37.5 bytes from L2 (9.8 TB/s, from
+The range follows from the clocks that each unit of a multiprocessor needs for a tile. An H200 has 132 multiprocessors.
+In a clock, each of them computes 1,705 multiply-adds of matrix products (half of that in TF32), 16 exp2 and 128 float32
+operations, and reads 128 bytes of shared memory and 37.5 bytes of L2 (9.8 TB/s, from
 [gpu-benches](https://github.com/te42kyfo/gpu-benches/blob/master/gpu-l2-cache/h200.txt)). For shared memory, the model
-assumes Triton's layout of products: all columns are read for every 64 rows of a tile, and all rows for every group of
-four warps that has only some of the columns. The two ends of the range come from two assumptions:
+assumes Triton's layout of products: the columns of a tile are read once for every 64 of its rows, and the rows once for
+each of the groups of four warps that divide the columns among them. The two ends of the range come from two
+assumptions:
 
-- *overlapped*: a tile takes as long as its busiest unit. If a multiprocessor has too few thread blocks to hide
-  their latency, it takes the time of a single thread block, divided by the number of thread blocks;
+- *overlapped*: a tile takes as long as its busiest unit. If there are too few thread blocks to hide latencies, it takes
+  longer: the time of a thread block that runs alone, divided by the number of thread blocks on a multiprocessor;
 - *serial*: nothing overlaps, and a tile takes the sum of the clocks of all units.
 
 Neither includes latencies, bank conflicts, barriers, the issue of other instructions (such as the shuffles of the
@@ -417,6 +418,11 @@ end of the range.
 The tiles of `tclr_kernels/triton/tiles.py` for Hopper fit the shared memory and do not spill on sm_90. Of all tiles
 that were tried on an H200 with Triton 3.6, they were the fastest with these properties; cases that were not tried have
 tiles that are close to these.
+"""
+
+COLUMNS_OF_KERNELS = """\
+Clocks are those that a unit needs for one tile. *limit* is the busiest unit, and *programs* is the number of thread
+blocks that a multiprocessor can hold. *share* is the time of the matrix products divided by the predicted time.
 """
 
 
@@ -480,6 +486,7 @@ def page(made):
         measured(),
         "\nThese times include all kernels of a call, which were captured in a CUDA graph.\n",
         "## The kernels that compute tiles of S, on sm_90\n",
+        COLUMNS_OF_KERNELS,
         kernels,
         "\n## All kernels of all cases\n",
         targets,

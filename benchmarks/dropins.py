@@ -1,17 +1,17 @@
 """The drop-ins of `tclr_kernels.compat` against their originals; `make .venv/.peers` installs these.
 
-    python -m benchmarks.dropins            times and peak memory of all cases, to benchmarks/results/dropins-*.csv
-    python -m benchmarks.dropins 0.1        the same in 0.1 s a case and size instead of 3 s
-    python -m benchmarks.dropins page       docs/drop-ins.md with the table of the committed rows
+`python -m benchmarks.dropins` measures times and peak memory, and writes them to benchmarks/results/dropins-*.csv.
 
 A step is a loss and its gradient, float32, D = 128. Both sides of a case take turns in one run. Rows: embeddings that
 the loss is given. Originals that are in no package index are written here in the operations of their repositories.
 """
 
+import argparse
 import functools
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ from . import baselines, measure, peers, rows
 
 PAGE = rows.ROOT / "docs" / "drop-ins.md"
 SIZES = 80, 1024, 4096
-D, QUEUE = 128, 10240  # which the number of keys divides, as MoCo wants it
+D, QUEUE = 128, 10240  # a multiple of the number of keys, as MoCo requires
 COLUMNS = (
     *("drop_in", "rows", "status", "original_ms", "ours_ms", "ratio", "runs", "original_mb", "ours_mb"),
     *("cpu", "threads", "isa", "torch", "tclr_kernels", "commit", "date"),
@@ -31,7 +31,7 @@ COLUMNS = (
 
 
 class Case(NamedTuple):
-    """Two makers of a loss, and the inputs of so many rows."""
+    """Functions that make the original loss and ours, and their inputs for a number of rows."""
 
     original: object
     ours: object
@@ -76,12 +76,12 @@ def labelled_views(size):
 
 
 def columns(count):
-    """Queries, documents and hard negatives: so many columns of one length."""
+    """Queries, documents and hard negatives: `count` tensors of the same length."""
     return lambda size: (leaves(*[(size // count, D)] * count), [])
 
 
 def original(adapter, module, name, **settings):
-    """A maker of a loss of an installed library."""
+    """A function that makes a loss of an installed library."""
 
     def make():
         adapter(0.1)
@@ -217,8 +217,14 @@ def results():
 
 
 def committed():
-    """The file of the page's table: the first, or the one that there would be on this machine."""
+    """The file of the page's table: the first there is, or the one that this machine would write."""
     return next(iter(sorted(rows.RESULTS.glob("dropins-*.csv"))), results())
+
+
+def with_others(old, made):
+    """Rows that were just measured, in the place of older ones, and the older rows of other cases, in their order."""
+    all_rows = {(row["drop_in"], int(row["rows"])): row for row in [*old, *made]}
+    return [all_rows[name, size] for name, case in CASES.items() for size in case.sizes if (name, size) in all_rows]
 
 
 def table(path):
@@ -242,22 +248,32 @@ def page(text, path):
     return before + begin + "\n".join(table(path)) + "\n" + end + after
 
 
-def main(arguments):
-    if arguments[:1] == ["memory"]:
-        name, side, size = arguments[1:]
-        print(memory_here(name, side, int(size)))
-    elif arguments == ["page"]:
+def main():
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.dropins", description=__doc__)
+    parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES), help="only these drop-ins")
+    parser.add_argument("--seconds", type=float, default=3.0, help="how long to time each case and size")
+    parser.add_argument("--out", type=Path, default=results(), help="the CSV whose rows of these drop-ins are replaced")
+    commands = parser.add_subparsers(dest="command")
+    commands.add_parser("page", help="write the table of the committed rows into docs/drop-ins.md")
+    single = commands.add_parser("memory", help="what one step takes, in MiB")
+    single.add_argument("name", choices=CASES)
+    single.add_argument("side", choices=("original", "ours"))
+    single.add_argument("size", type=int)
+    options = parser.parse_args()
+    if options.command == "memory":
+        print(memory_here(options.name, options.side, options.size))
+    elif options.command == "page":
         PAGE.write_text(page(PAGE.read_text(), committed()))
     else:
-        seconds, here = float(arguments[0]) if arguments else 3.0, rows.here()
+        here = rows.here()
         made = (
-            dict(drop_in=name, rows=size) | here | rows.attempted(functools.partial(timed, name, size, seconds))
-            for name, case in CASES.items()
-            for size in case.sizes
+            dict(drop_in=name, rows=size) | here | rows.attempted(functools.partial(timed, name, size, options.seconds))
+            for name in options.case
+            for size in CASES[name].sizes
         )
-        rows.write(results(), COLUMNS, made)
-        print("\n".join(table(results())))
+        rows.write(options.out, COLUMNS, with_others(rows.read(options.out), made))
+        print("\n".join(table(options.out)))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -26,8 +26,13 @@ def products(inputs):
 def arithmetic(inputs):
     """4 D M^2 flop and M^2 exponentials, in registers: what NT-Xent costs if the symmetry of the matrix is used."""
     M, D = 2 * len(inputs[0]), inputs[0].shape[1]
+    return in_registers(2 * D * M * M, M * M)
+
+
+def in_registers(multiply_adds, exponentials):
+    """A step of so much arithmetic, by PyTorch's number of threads, without any memory."""
     run, threads = _library().arithmetic, torch.get_num_threads()
-    return lambda: run(ctypes.c_double(2 * D * M * M), ctypes.c_double(M * M), threads)
+    return lambda: run(ctypes.c_double(multiply_adds), ctypes.c_double(exponentials), threads)
 
 
 @functools.cache

@@ -1,11 +1,12 @@
-"""Device times of the GPU's backends against the bars of their plans: python -m benchmarks.gpu [--results FOLDER]
+"""Device times of the GPU backends: python -m benchmarks.gpu [--results FOLDER]
 
-Every row is written as soon as it is made. A row that fails says so in its column `status`, and the next one is made.
+Every row is written as soon as it is measured. If a row fails, its column `status` has the error, and the next one is
+measured.
 
-Each row is checked first, then timed by events around CUDA-graph replays, the median of several. Beside the operation
-stand its time when called eagerly, by the clock of the caller, and the three dense products that materialising would
-take (S, and the two of the gradient), by cuBLAS, where they fit; beside the whole objective its launches, and the
-structure of TCLR's release.
+Each result is checked before it is timed. Device times are medians of replays of a CUDA graph, by events. The rows of
+the operation also have the time of an eager call by the host's clock, and the time that cuBLAS takes for the three
+matrix products of the usual form (S, and two in the gradient), if these fit the memory. The rows of the whole objective
+also have the number of launches, and the time of TCLR's official code.
 """
 
 import argparse
@@ -50,14 +51,14 @@ SHAPES = [
         (BOTH, [Shape("clip_loss", M // 2, 128, HALF) for M in (8192, 32768)]),
         (BOTH, [Shape("nt_xent", M // 2, 128, torch.float32) for M in (80, 2048, 8192)]),
         (("triton",), [Shape("clip_loss", 4096, 512, HALF), Shape("nt_xent", 4096, 128, torch.float32, tf32=True)]),
-        # the general form: a queue, without and with labels, and every pair of a class a positive
+        # the operation of general.py: a queue with and without labels, and sup_con, with all pairs of a class positive
         (BOTH, [Shape("info_nce", 4096, 128, HALF, K=65536), Shape("sup_con", 4096, 128, HALF)]),
         (("triton",), [Shape("labelled", 4096, 128, HALF, K=16384), Shape("sup_con", 4096, 128, torch.float32)]),
     )
     for shape in shapes
     for backend in backends
 ]
-COMPILED = [("nt_xent", 8192), ("nt_xent", 32768)]  # (loss, M) of D = 128, also by torch.compile
+COMPILED = [("nt_xent", 8192), ("nt_xent", 32768)]  # (loss, M) with D = 128 that are also timed by torch.compile
 PLAIN = {"nt_xent": baselines.nt_xent, "clip_loss": baselines.clip}  # in PyTorch, the fastest form found
 CLASSES = 32  # of the losses that have labels
 
@@ -69,7 +70,7 @@ OPERATION += "forward_us", "both_us", "eager_us", "three_products_us", "extra_Mi
 OPERATION += "pytorch_us", "pytorch_eager_us", "compile_us", "pytorch_MiB"
 OBJECTIVE = *PLACE, "B", "T", "D", "status", "eager_us", "graph_us", "launches", "release_us"
 SPAWN = multiprocessing.get_context("spawn")  # a process that is forked cannot use a GPU
-SECONDS_A_ROW = 60  # at most
+SECONDS_PER_ROW = 60  # at most
 
 
 def inputs(shape):
@@ -96,7 +97,7 @@ def classes(count):
 
 
 def with_gradient(shape, sets):
-    """The loss of sets in the way of a shape, and its gradient."""
+    """The loss that a shape describes, and its gradient."""
     torch.set_float32_matmul_precision("high" if shape.tf32 else "highest")
     loss = loss_of(shape, sets)
     return loss, torch.autograd.grad(loss, sets[:2])
@@ -143,7 +144,7 @@ def microseconds(step, repeats=5):
 
 
 def products(shape):
-    """The three dense products of materialising, None where they do not fit."""
+    """The time of the three matrix products of the usual form, or None if they do not fit the memory."""
     columns = shape.N + shape.K if shape.K else 2 * shape.N
     rows = rows_of(shape)
     if rows * columns > 2**32:
@@ -162,7 +163,7 @@ def products(shape):
 def plain(shape, sets):
     """Times and memory of the same loss and gradient in plain PyTorch and by torch.compile, in some rows only.
 
-    They are asked for once, beside the backend that is named first.
+    They are measured once, with the rows of the Triton backend.
     """
     rows = rows_of(shape)
     if shape.loss not in PLAIN or shape.backend != "triton" or rows > 32768 or shape.tf32:
@@ -195,7 +196,7 @@ def extra_memory(step):
 
 
 def rows_of(shape):
-    """Of the matrix of similarities: both sets, or against a queue one."""
+    """The number of rows of the similarity matrix: those of both sets, or of one set if there is a queue."""
     return shape.N if shape.K else 2 * shape.N
 
 
@@ -281,7 +282,7 @@ def objective_row(B):
 
 
 def facts():
-    """What a row is worth nothing without. The variable COMMIT names the commit where git does not know it."""
+    """Where a row was measured, and with what. The variable COMMIT names the commit if git does not know it."""
     return dict(
         device=torch.cuda.get_device_name(),
         torch=torch.__version__,
@@ -344,8 +345,10 @@ def sanitize():
 
 
 def compile_all(processes):
-    """Has Triton compile, by several processes at once, what the rows and the small problems need; they find it in its
-    cache. Returns how many problems failed."""
+    """Fills Triton's cache, by several processes at once, with the kernels of all rows and small problems.
+
+    Returns how many problems failed.
+    """
     jobs = [(compile_row, shape) for shape in served(SHAPES)]
     jobs += [*((compile_objective, B) for B in VIDEOS), *small_problems()]
     with concurrent.futures.ProcessPoolExecutor(processes, SPAWN) as pool:
@@ -354,7 +357,7 @@ def compile_all(processes):
 
 
 def failed(job, result):
-    """Whether a problem failed, which is said."""
+    """Whether a problem failed. Prints the error."""
     status = result[0]["status"]
     if status != "ok":
         print(job[0].__name__, *job[1:], status, flush=True)
@@ -392,8 +395,8 @@ class Worker:
             self.start()
         self.connection.send(job)
         try:
-            if not self.connection.poll(SECONDS_A_ROW):
-                raise TimeoutError(f"no answer within {SECONDS_A_ROW} s")
+            if not self.connection.poll(SECONDS_PER_ROW):
+                raise TimeoutError(f"no answer within {SECONDS_PER_ROW} s")
             made, usable = self.connection.recv()
         except (EOFError, OSError) as error:  # a TimeoutError is an OSError
             made, usable = {"status": rows.reason(error)}, False
@@ -405,7 +408,7 @@ class Worker:
         self.connection, theirs = SPAWN.Pipe()
         self.process = SPAWN.Process(target=serve, args=(theirs,), daemon=True)
         self.process.start()
-        theirs.close()  # so that the end of the process is the end of what comes from it
+        theirs.close()  # so that `recv` fails when the process ends
 
     def stop(self):
         self.process.kill()

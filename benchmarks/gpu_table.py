@@ -1,15 +1,16 @@
-"""The tables of what a GPU showed, from the rows that `python -m benchmarks.gpu` takes."""
+"""The tables of GPU times, from the rows that `python -m benchmarks.gpu` has measured."""
 
 import csv
 
 from . import rows
 
-FLOPS = 790e12  # a second, of large products of bfloat16 by cuBLAS on an H100, with random numbers
-PREFACE = f"""Times are device times in microseconds, loss and gradient together, of a CUDA graph's replays: the median
-of several. "Three products" are the matrix products that the usual form needs, by cuBLAS, and nothing else. The floor
-is the time of our own products (5 M^2 D operations for NT-Xent, half of them for CLIP) at {FLOPS / 1e12:.0f} TFLOP/s,
-which cuBLAS reaches there. "Eager" is the time as a caller sees it who calls the loss and waits for the gradient. MiB
-is the peak memory beyond the inputs: of the faster backend, and of PyTorch's form."""
+FLOPS = 790e12  # per second: cuBLAS on an H100, large products of bfloat16 with random numbers
+PREFACE = f"""Times are device times of loss and gradient together, in microseconds: the median of several replays of a
+CUDA graph. "Three products" is the time of the matrix products that the usual form needs, by cuBLAS, and nothing else.
+The floor is the time of our own products (for M x D rows, 5 M^2 D operations in NT-Xent and half of that in CLIP) at
+{FLOPS / 1e12:.0f} TFLOP/s, the rate of cuBLAS on this GPU. "Eager" is the time from the call of the loss until its
+gradient is there, by the host's clock. MiB is the peak memory beyond the inputs: of the faster backend, and of
+PyTorch's form."""
 
 
 def read(kind):
@@ -40,7 +41,7 @@ def shown(value, digits=3):
 
 
 def floor(loss, M, D, dtype):
-    """Microseconds of the products at FLOPS; None where they are others."""
+    """Microseconds of the products at the rate FLOPS; None for losses and dtypes with other products."""
     if loss not in ("nt_xent", "clip_loss") or dtype not in ("bfloat16", "float16"):
         return None
     return 5 * M * M * D / (1 if loss == "nt_xent" else 2) / FLOPS * 1e6

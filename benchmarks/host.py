@@ -2,9 +2,9 @@
 
 The Triton backend runs with the pretended driver of tests/standin.py, whose launches do nothing. The native backend's
 CUDA kernels run through their binding with the host's executor of csrc/cuda/host.h, whose launches do nothing either:
-by one call ("native"), and as the loss is composed ("native, composed"). This counts the launches and the other device
-operations of a forward and a backward pass, and times all that Python and PyTorch do for them after the first call. The
-launch by a real driver, a few microseconds each, is not included.
+once with the loss as a single call ("native"), and once composed of several ("native, composed"). This counts the
+launches and the other device operations of a forward and a backward pass, and times all that Python and PyTorch do for
+them after the first call. The launch by a real driver, a few microseconds each, is not included.
 """
 
 import contextlib

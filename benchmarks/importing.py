@@ -1,6 +1,6 @@
 """What `import tclr_kernels` adds to `import torch`: python -m benchmarks.importing
 
-The median of 20 new processes: seconds on the clock, and seconds of the processor.
+The median of 20 new processes: wall-clock seconds, and seconds of CPU time.
 """
 
 import statistics
@@ -19,7 +19,7 @@ COLUMNS = "seconds", "processor_seconds", "runs", "cpu", "torch", "python", "tcl
 
 
 def seconds():
-    """Of one new process: on the clock, and of the processor."""
+    """The wall-clock seconds and the CPU seconds of one new process."""
     run = subprocess.run([sys.executable, "-c", CODE], check=True, capture_output=True, text=True, cwd=rows.ROOT)
     return tuple(map(float, run.stdout.split()))
 

@@ -4,7 +4,9 @@ NT-Xent of 4,096 rows, D = 128, forward and backward, without labels and with la
 "own" gives each row its index as its label, which is the same loss as without labels. All take turns in one run.
 """
 
+import argparse
 import statistics
+from pathlib import Path
 
 import torch
 
@@ -27,15 +29,19 @@ def steps():
 
 
 def main():
+    path = rows.default_path()
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.labels", description=__doc__.split("\n")[0])
+    parser.add_argument("--seconds", type=float, default=3.0, help="how long to time each kind of labels")
+    parser.add_argument("--out", type=Path, default=path.with_name(path.name.replace("cpu-", "labels-", 1)))
+    options = parser.parse_args()
     made = steps()
-    times = measure.interleaved(made, {name: measure.once(step)[0] for name, step in made.items()}, 3.0)
+    times = measure.interleaved(made, {name: measure.once(step)[0] for name, step in made.items()}, options.seconds)
     middle = {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()}
     lines = [
         dict(labels=name, p50_ms=f"{middle[name]:.4g}", ratio=f"{middle[name] / middle['none']:.3f}", runs=len(seconds))
         for name, seconds in times.items()
     ]
-    path = rows.default_path()
-    rows.write(path.with_name(path.name.replace("cpu-", "labels-", 1)), COLUMNS, [x | rows.here() for x in lines])
+    rows.write(options.out, COLUMNS, [x | rows.here() for x in lines])
     for line in lines:
         print(*line.values(), sep="\t")
 

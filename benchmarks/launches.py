@@ -1,9 +1,10 @@
-"""What the launches of a call of the Triton backend cost on the host, without a GPU: python -m benchmarks.launches
+"""Measures the launches of the Triton backend on the host, without a GPU: python -m benchmarks.launches
 
-Triton's own just-in-time compiler runs with the stand-in driver of tests/standin.py, whose launches do nothing: counted
-are the launches and the other device operations of a forward and a backward, timed is all that Python and PyTorch do
-for them after the first call. The driver's own launch, a few microseconds each, is not in it. Of that time, launch_us
-goes to the launches; triton_us is what Triton's own `kernel[grid](...)` takes for the same ones.
+Triton's own just-in-time compiler runs with the stand-in driver of tests/standin.py, whose launches do nothing. This
+counts the launches and the other device operations of a forward and a backward pass. host_us is the time of all that
+Python and PyTorch do for them after the first call, and launch_us the part of it that the launches take. triton_us is
+the time of Triton's own `kernel[grid](...)` for the same launches. The driver's own work, a few microseconds for each
+launch, is not included.
 """
 
 import statistics
@@ -78,7 +79,7 @@ def microseconds(step, repeats):
 
 
 def recorded(patch):
-    """The list to which every launch adds what it is called with."""
+    """A list to which every launch adds its arguments."""
     calls = []
 
     def record(*arguments, **settings):
@@ -95,7 +96,7 @@ def launch(arguments, settings):
 
 
 def direct(arguments, settings):
-    """By Triton's own way."""
+    """The same launch by Triton's own interface."""
     kernel, programs, *others = arguments
     kernel[(programs,)](*others, **settings, **sets.COMPILER_OPTIONS)
 

@@ -22,7 +22,7 @@ def once(step):
 
 
 def interleaved(steps, first, seconds):
-    """Times steps in turns, so that a slow minute of the machine is everybody's.
+    """Times steps in turns, so that a slow minute of the machine affects all of them.
 
     steps: name -> step; first: name -> the seconds of an earlier run; seconds: to spend on each step, about.
     Returns name -> seconds of each run.
@@ -56,7 +56,7 @@ def peak_memory(case, name):
 
 
 def peak_memory_here(key, name):
-    """The same, in this process: the peak of its resident memory over what it held with the inputs made."""
+    """The same, in this process: its peak resident memory, minus what it held after the inputs were made."""
     case, provider = cases.BY_KEY[key], providers.PROVIDERS[name]
     warm_up = cases.WARM_UP[case.loss]._replace(dtype=case.dtype, mode=case.mode)
     provider.step(warm_up, warm_up.inputs())()  # loads libraries and starts threads, which are no part of the step
@@ -65,7 +65,10 @@ def peak_memory_here(key, name):
 
 
 def peak_of(step, compiles=False):
-    """MiB that a step takes beyond what this process holds; compiles: once before, which does not count."""
+    """MiB that a step takes beyond what this process holds.
+
+    compiles: the first call compiles, so the step runs once before, and the compiler's memory does not count.
+    """
     _give_back()
     before = _resident("VmRSS")
     if compiles:

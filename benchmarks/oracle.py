@@ -6,7 +6,7 @@ import torch
 
 from .providers import ours
 
-LARGEST = 8192  # rows whose matrix the reference holds in float64 (0.5 GB); of more, a sample of the gradient counts
+LARGEST = 8192  # rows whose matrix fits in float64 (0.5 GB); with more, a sample of the gradient's rows is compared
 # allowed errors, relative to max(1, loss) and to the largest entry of the gradient
 TOLERANCE = {torch.float32: (1e-5, 1e-4), torch.float16: (1e-5, 5e-3), torch.bfloat16: (1e-5, 2e-2)}
 
@@ -23,9 +23,8 @@ def truth(case, inputs):
     """The result in float64 for the given inputs, which are tensors of the case's shapes."""
     wide = [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
     if case.entries <= LARGEST**2 or case.loss not in ("nt_xent", "clip"):
-        backend = (
-            "reference" if case.entries <= LARGEST**2 else "native"
-        )  # in float64, itself tested against the former
+        # native in float64 is itself tested against the reference
+        backend = "reference" if case.entries <= LARGEST**2 else "native"
         loss = ours(backend)[case.loss](*wide, tau=case.tau)
         return Truth(loss.detach(), torch.autograd.grad(loss, [x for x in wide if x.requires_grad]), None)
     return _sampled(*[x.detach() for x in wide], case.tau, cross=case.loss == "clip")

@@ -1,4 +1,4 @@
-"""The libraries people use, each behind one adapter from a temperature to losses; what cannot run says why."""
+"""Adapters for other libraries: each makes losses for a temperature, or raises the reason why it cannot."""
 
 import importlib
 import importlib.util
@@ -12,7 +12,7 @@ from . import baselines
 
 
 def hollow(*names):
-    """Packages, and modules, as empty ones: what is needed of the rest imports without what these would import."""
+    """Registers empty packages of these names, so that their other modules import without what these would import."""
     for name in names:
         if name in sys.modules:
             continue
@@ -72,7 +72,7 @@ def ranking():
 
 
 def _stand_in(name):
-    """A module that is imported from, but not needed."""
+    """A module that takes the place of one that is imported but not needed."""
     return sys.modules.setdefault(name, types.ModuleType(name))
 
 

@@ -36,7 +36,7 @@ COLUMNS = {
 }
 
 
-# ---- the losses: of this rank's rows z = (a, b) and a scale 1 / tau; alone: in a single process, of all rows
+# ---- the losses for this rank's rows z = (a, b) and a scale 1 / tau; with `alone`, for all rows in a single process
 
 
 def ours(name, z, scale, alone, shares=None):

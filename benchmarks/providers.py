@@ -14,8 +14,8 @@ from . import baselines, floors, peers
 class Provider(NamedTuple):
     """An implementation of some of the losses.
 
-    losses: {loss: function of the inputs and tau}; for other libraries, a function that makes this dict for a tau and
-    may raise.
+    losses: {loss: function of the inputs and tau}; for other libraries, a function that makes this dict for a tau, or
+    raises an error if the library cannot run.
     floors: {loss: function of the inputs that returns a step}, of lower limits, whose result is not compared.
     """
 
@@ -23,7 +23,7 @@ class Provider(NamedTuple):
     backend: str
     losses: dict | Callable = {}
     floors: dict = {}
-    largest: int = 8192  # rows of one Gram matrix as large as all that it holds; more do not fit an ordinary machine
+    largest: int = 8192  # the most rows, if all that it holds is one Gram matrix; more do not fit an ordinary machine
     compiled: bool = False
 
     def serves(self, case):

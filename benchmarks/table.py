@@ -8,7 +8,7 @@ from .providers import PROVIDERS
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 SHOWN = "native", "dense", "compile", "written", "lightly", "products", "floor"  # on the page
 IN_README = "native", "dense", "compile", "lightly"
-LIMITS = "products", "floor"  # part of a loss's work, for comparison: no loss
+LIMITS = "products", "floor"  # lower limits to compare with, not losses
 OURS = "native", "reference"
 ROWS = "Time and memory against rows"
 ACCURACY = "Gradient error against temperature", accuracy.path().with_suffix(".png")  # the same on every device
@@ -19,19 +19,19 @@ NAMES = {
     "global_local": "global-local",
     "clip": "CLIP",
     "rectangle": "log-sum-exp of a rectangle",
-    "queue": "the same, columns without gradient",
+    "queue": "log-sum-exp of a rectangle, columns without gradient",
     "sup_con": "supervised contrast, 100 classes",
     "dcl": "NT-Xent, decoupled",
     "moco": "MoCo, a queue",
-    "tclr_release": "TCLR objective, release's form",
+    "tclr_release": 'TCLR objective, form="release"',
 }
 PREFACE = """# Benchmarks
 
-`make bench` measures, `python -m benchmarks page` writes this page from the rows under `benchmarks/results/`.
+`make bench` measures. `python -m benchmarks page` writes this page from the rows under `benchmarks/results/`.
 
 - Each result is compared with float64 before it is timed. A wrong result gets no time.
-- The implementations of a case take turns in one process. A time is the median; the tables of every row also give the
-  20th and the 80th percentile.
+- The implementations of a case take turns in one process. A time is the median. The tables under "every row"
+  also give the 20th and the 80th percentile.
 - Memory (MiB) is the peak beyond the inputs, in a process of its own.
 - "PyTorch, fastest form" normalises the rows, multiplies once, masks the diagonal in place and calls the fused
   cross-entropy. "Gain" is the time of the fastest other implementation divided by ours.
@@ -80,8 +80,8 @@ def heading(every, more=""):
     said = {name: ", ".join(sorted({row[name] for row in every if row[name]})) for name in rows.COLUMNS}
     return (
         f"## {said['cpu']}, {said['threads']} threads, {said['isa']}{more}\n\n"
-        f"torch {said['torch']}, Python {said['python']}, tclr-kernels {said['tclr_kernels']}, {said['commit']}, "
-        f"{said['date']}. float32, forward and backward, unless a table says otherwise."
+        f"torch {said['torch']}, Python {said['python']}, tclr-kernels {said['tclr_kernels']}, "
+        f"commits {said['commit']}, {said['date']}. float32, forward and backward, unless a table says otherwise."
     )
 
 
@@ -98,7 +98,7 @@ def nt_xent(scaling, names):
 
 
 def other_losses(cases):
-    """A line a case: ours and the fastest other that is right."""
+    """A line for each case: ours, and the fastest of the others that are right."""
     head = ["loss", "inputs", "tclr-kernels, ms", "fastest other, ms", "which", "gain", "MiB", "MiB, other"]
     lines = []
     for (case, shape, dtype, mode), found in cases.items():
@@ -124,9 +124,9 @@ def page(paths):
 
 
 def case_table(key, found):
-    """A line a provider, the fastest first."""
+    """A line for each provider, the fastest first."""
     case, shape, dtype, mode = key
-    head = ["provider", "ms", "20 %", "80 %", "native is", "MiB", "loss error", "gradient error"]
+    head = ["provider", "ms", "20 %", "80 %", "of native's time", "MiB", "loss error", "gradient error"]
     lines = []
     for name, row in sorted(found.items(), key=lambda item: float(item[1]["p50_ms"] or "inf")):
         numbers = [time(row), row["p20_ms"], row["p80_ms"], ratio(row, found.get("native")), row["peak_mb"]]

@@ -1,4 +1,5 @@
-// Build facts, for `python -m tclr_kernels.info`, by a C function: a Python module would serve one Python version.
+// How the library was built, for `python -m tclr_kernels.info`. This is a C function, because an extension module would
+// need one build for each version of Python.
 #include <torch/headeronly/version.h>
 
 #include <exception>
@@ -39,14 +40,14 @@ std::string facts() {
 
 }  // namespace
 
-// libstdc++ reads this variable of glibc 2.32 before it counts a reference. With one of its own, which says that there
-// are threads, the library loads beside an older glibc too.
+// libstdc++ reads this variable of glibc 2.32 to see whether reference counts need atomic operations. With a variable
+// of its own, which says that there are threads, the library also works with an older glibc.
 extern "C" {
 __attribute__((visibility("hidden"))) char __libc_single_threaded = 0;
 }
 
-// JSON: the compiler, the PyTorch whose headers were used, the instruction sets, and the one in use or why there is
-// none.
+// Returns JSON: the compiler, the PyTorch whose headers were used, the instruction-set levels, and the level in use, or
+// the reason why there is none.
 extern "C" __attribute__((visibility("default"))) const char* tclr_kernels_facts() {
   static const std::string text = facts();
   return text.c_str();

@@ -1,4 +1,4 @@
-// Rows in the order of their keys, and what each row then finds among the columns.
+// Sorts rows by their keys, and finds the columns that match each row.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -13,13 +13,13 @@ struct Keys {  // of one group
   int64_t operator[](int64_t i) const { return data[i * stride]; }
 };
 
-// The rows' numbers, sorted by key; equal ones stay in their order.
+// The indices of the rows, sorted by key; rows of equal keys stay in their order.
 inline void sort_by_key(Keys keys, int64_t n, int64_t* order) {
   for (int64_t i = 0; i < n; ++i) order[i] = i;
   std::stable_sort(order, order + n, [&](int64_t i, int64_t j) { return keys[i] < keys[j]; });
 }
 
-// Of each sorted row, the columns with its key: both sides once from end to end.
+// Finds the columns with each sorted row's key, in one pass over both sides.
 inline void match_keys(Keys rows, const int64_t* row_order, int64_t n, Keys columns, const int64_t* column_order,
                        int64_t K, Match* match) {
   int64_t begin = 0, end = 0;
@@ -32,8 +32,8 @@ inline void match_keys(Keys rows, const int64_t* row_order, int64_t n, Keys colu
   }
 }
 
-// Of each row, the column with its index, which is `first` more. Orders are null where nothing is sorted; place: K
-// elements of memory.
+// For each row, finds the column with the same index: before sorting, row i has the index of column i + `first`. An
+// order is null if that side is not sorted. place: memory for K elements.
 inline void match_index(int64_t first, const int64_t* row_order, int64_t n, const int64_t* column_order, int64_t K,
                         int64_t* place, Match* match) {
   for (int64_t j = 0; j < K; ++j) place[column_order ? column_order[j] : j] = j;

@@ -1,4 +1,4 @@
-// The whole TCLR objective, and its gradient in the same call: each Gram matrix once, no autograd in between.
+// The whole TCLR objective, with its gradient in the same call: each Gram matrix is computed once, without autograd.
 #include "objective.h"
 
 #include <algorithm>
@@ -10,8 +10,8 @@
 namespace tclr {
 namespace {
 
-// An input and its gradient, to which several terms add; both as if [V, B, T, D]: T is 1 where the tensor has no such
-// dimension.
+// An input and its gradient, to which several terms add. Both are indexed as [V, B, T, D]; T is 1 if the tensor has no
+// such dimension.
 struct Input {
   Tensor z;
   Optional gradient{};
@@ -21,7 +21,7 @@ struct Input {
     if (z.dim() == 4) return z.stride(dimension);
     return dimension == 2 ? 0 : z.stride(dimension == 3 ? 2 : dimension);
   }
-  // Of the gradient, which is contiguous.
+  // The same for the gradient, which is contiguous.
   int64_t gradient_stride(int64_t dimension) const {
     int64_t D = z.size(z.dim() - 1), T = z.dim() == 4 ? z.size(2) : 1;
     return std::array<int64_t, 4>{z.size(1) * T * D, T * D, D, 1}[dimension];
@@ -34,7 +34,7 @@ struct Sets {
   std::vector<Rows> rows;
   std::vector<Gradient<T>> gradients;
 
-  // z[v, :, t] as a set, or (clips) every z[v, i, :] as the set of group i.
+  // Adds z[v, :, t] as a set of one group; or, with `clips`, z[v, i, :] as the set of group i, for every i.
   void add(const Input& from, int64_t v, int64_t t, bool clips) {
     int64_t first = v * from.stride(0) + t * from.stride(2), n = clips ? 2 : 1;
     const char* rows_begin = static_cast<const char*>(from.z.const_data_ptr()) + first * bytes_of(from.z);
@@ -53,8 +53,9 @@ struct Objective {
   bool normalize, gradient;
   const Tensor& x;
   Executor executor;
-  Optional memory{};  // one for all problems: where each had its own, the system gave its pages anew
-  double zdz = 0;     // sum of <z, dz> over all rows
+  // One workspace for all problems: with one for each, the operating system had to map new pages every time.
+  Optional memory{};
+  double zdz = 0;  // sum of <z, dz> over all rows
 
   Tensor block(const std::vector<int64_t>& sizes) const { return empty(sizes, wide(x), x); }
 
@@ -73,8 +74,8 @@ struct Objective {
 
   int64_t workspace(const GramInput& in) const { return kernels<T>().workspace(in, executor.threads, gradient); }
 
-  // The sum of the problem's terms, and that of LL over the same matrix; adds the gradient of the former times
-  // `of_term` plus that of the latter times `of_ll`.
+  // Returns the sum of the problem's terms and, with `with_ll`, the sum of the local-local losses (LL) of the same
+  // matrix. Adds `of_term` times the gradient of the former, plus `of_ll` times that of the latter, to the gradients.
   std::pair<double, double> contrast(GramInput in, const Sets<T>& sets, double of_term, bool with_ll, double of_ll) {
     auto [G, V, N] = std::tuple(in.G, in.V, in.N);
     in.sets = sets.rows.data();
@@ -137,7 +138,7 @@ std::tuple<Tensors, Tensors> compute(std::array<Input, 3> inputs, double tau, bo
     sums[ic_global] = run.contrast(of_videos, sets, up[ic_global], false, 0).first;
     g.written = true;
   }
-  if (with_local) {  // its one Gram matrix holds all that LL needs
+  if (with_local) {  // this Gram matrix has all similarities that the local-local loss needs
     Sets<T> sets;
     for (int64_t v = 0; v < V; ++v)
       for (int64_t t = 0; t < clips; ++t) sets.add(x, v, t, false);

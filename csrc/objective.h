@@ -5,12 +5,13 @@
 
 namespace tclr {
 
-// Of the TCLR objective on the CPU: total and the four terms; and, if asked for, the gradient of the total for g, s, x
-// (float at least, contiguous) and tau, or none where it is not finite. See tclr_kernels/objective.py.
+// The TCLR objective on the CPU, see tclr_kernels/objective.py. Returns the total and its four terms and, if asked for,
+// the gradients of the total for g, s, x (contiguous, float32 or float64) and tau, or none if one of them is not
+// finite.
 std::tuple<Tensors, Tensors> objective(Tensor g, Tensor s, Tensor x, Optional tau, double tau_value, bool normalize,
                                        std::vector<double> scales, std::vector<double> weights, bool gradient);
 
-// That gradient times upstream, in the inputs' dtype.
+// These gradients times the upstream gradient, in the dtype of the inputs.
 Tensors objective_backward(Tensor g, Tensor s, Tensor x, Optional tau, double tau_value, bool normalize,
                            std::vector<double> scales, std::vector<double> weights, Tensors kept, Tensor upstream);
 

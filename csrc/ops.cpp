@@ -1,4 +1,5 @@
-// Schemas, checks, and the CPU implementation: tensors in, pointers and sizes on.
+// The schemas of the operators, the checks of their arguments, and their implementation on the CPU, which calls the
+// kernels with pointers and sizes.
 #include <algorithm>
 #include <tuple>
 
@@ -15,7 +16,7 @@ struct Sets {
   GramInput input;
 };
 
-// The sets as pointers, alive as long as the tensors are.
+// The sets as pointers, valid as long as the tensors are.
 Sets describe(const Tensors& sets, const Optional& tau, double tau_value, bool normalize, bool cross) {
   STD_TORCH_CHECK(!sets.empty() && sets[0].dim() == 3, "sets: wanted at least one tensor [G, N, D]");
   Sets s;
@@ -49,8 +50,8 @@ std::tuple<Tensor, Tensor, Tensor> gram_forward(Tensors sets, Optional tau, doub
   return s.input.dtype == Dtype::f64 ? forward<double>(sets, s.input) : forward<float>(sets, s.input);
 }
 
-// A copy in the order of the indices, where that is not the order in memory already. Not by PyTorch's operator, which
-// costs a look-up by name: a microsecond, of the hundred that a small loss takes.
+// The tensor, or a contiguous copy of it. PyTorch's own operator would be looked up by name, which takes a microsecond
+// of the hundred that a small loss takes.
 template <typename T>
 Tensor contiguous(const Tensor& x) {
   if (x.is_contiguous()) return x;
@@ -99,15 +100,13 @@ std::tuple<Tensors, Tensor> gram_backward(Tensors sets, Optional tau, double tau
   return run(sets, s.input, neg, pos, g_term, g_neg, g_pos);
 }
 
-// ---- a whole loss: operation, reduction and, where it is wanted, gradient
-
-// Which terms a loss adds, and by what it divides: see tclr_kernels/reduced.py.
+// How a whole loss is made of the terms, as tclr_kernels/reduced.py defines it: which are added, and what divides them.
 struct Reduction {
   bool one_sided;
   double factor, count;
 };
 
-// Sets [N, D] or [G, N, D], or the views of one tensor [V, N, D]; as pointers.
+// The inputs as pointers: sets [N, D] or [G, N, D], or the views of one tensor [V, N, D].
 Sets describe_inputs(const Tensors& inputs, const Optional& tau, double tau_value, bool normalize, bool cross) {
   bool views = inputs.size() == 1;
   STD_TORCH_CHECK(!inputs.empty() && (inputs[0].dim() == 3 || (inputs[0].dim() == 2 && !views)),
@@ -129,7 +128,7 @@ Sets describe_inputs(const Tensors& inputs, const Optional& tau, double tau_valu
   return s;
 }
 
-// As PyTorch's own operator adds, for the same bits as where that is called.
+// By PyTorch's own operator, so that a loss has the same bits as the one that Python composes.
 Tensor total(const Tensor& x) { return torch::stable::sum(x); }
 
 // term[:, 0, 1], contiguous
@@ -141,8 +140,8 @@ Tensor first_pair(const Tensor& term) {
   return chosen;
 }
 
-// The gradients of the inputs, float32 at least, for `upstream` times the loss; and where tau is a tensor, the sum of
-// <z, dz>. memory: of the forward, where that left something.
+// The gradients of `upstream` times the loss: of the inputs, in float32 or float64, and the sum of <z, dz> if tau is a
+// tensor. memory: the forward's workspace, if the forward kept its rows in it.
 template <typename T>
 Tensors gradients_of(const Tensors& inputs, const GramInput& in, const Reduction& how, const Tensor& neg,
                      const Tensor& pos, T upstream, bool with_tau, const Optional& memory) {
@@ -225,7 +224,7 @@ Tensors reduced_backward(Tensors inputs, Optional tau, double tau_value, bool no
   return run(inputs, s.input, {one_sided, factor, count}, kept, host_value(upstream), tau.has_value());
 }
 
-// A rectangle as pointers, alive as long as the tensors and this are.
+// The arguments of a rectangle as pointers, valid as long as the tensors and this object are.
 struct Rectangle {
   std::vector<Rows> rows, columns;
   std::vector<int64_t> row_order, column_order;
@@ -285,7 +284,7 @@ struct Rectangle {
       }
       if (first >= 0) match_index(first, of_rows, n, of_columns, K, place, found);
     };
-    int64_t at_once = 1 + 4096 / (n + K + 1);  // waking another thread takes as long
+    int64_t at_once = 1 + 4096 / (n + K + 1);  // groups; fewer take less time than waking another thread
     torch::stable::parallel_for(0, matches ? G : 0, at_once, [&](int64_t begin, int64_t end) {
       std::vector<int64_t> place(first >= 0 ? K : 0);
       for (int64_t g = begin; g < end; ++g) of_group(g, place.data());
@@ -305,7 +304,7 @@ struct Rectangle {
     return const_data<double>(kept.emplace_back(contiguous<double>(x)));
   }
 
-  // neg, g_neg, g_pos and, with keys, pos_lse, g_pos_lse, g_spread, count; or negatives, g_pairs
+  // from: neg, g_neg, g_pos and, with keys, pos_lse, g_pos_lse, g_spread, count; or negatives, g_pairs
   Anchors anchors(const Tensors& from, bool of_columns) {
     size_t expected = input.keys ? 7 : 3;
     STD_TORCH_CHECK(from.empty() || from.size() == expected || (expected == 7 && from.size() == 2),
@@ -368,7 +367,7 @@ std::tuple<Tensor, Tensor> pairs(Tensors rows, Tensors columns, Optional tau, do
   return (r.input.dtype == Dtype::f64 ? pairs_of<double> : pairs_of<float>)(r, columns[0], negatives);
 }
 
-// Empty gradients beside the sets, and where the kernels put them.
+// Allocates the gradients of the sets in `made`, and returns pointers to them.
 template <typename T>
 std::vector<Gradient<T>> gradients(const Tensors& sets, bool wanted, Tensors& made) {
   std::vector<Gradient<T>> pointers;
@@ -406,14 +405,13 @@ std::tuple<Tensors, Tensors, Tensor> rectangle_backward(Tensors rows, Tensors co
   Rectangle r(rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys);
   STD_TORCH_CHECK(for_rows || for_columns, "for_rows, for_columns: wanted at least one");
   STD_TORCH_CHECK(!r.input.symmetric || (for_rows && !for_columns && of_columns.empty()),
-                  "for_rows: wanted alone, and no of_columns, without rows");
+                  "for_rows, for_columns, of_columns: wanted true, false, none: the rows are the columns");
   auto run = r.input.dtype == Dtype::f64 ? rectangle_gradients<double> : rectangle_gradients<float>;
   return run(r, r.input.symmetric ? columns : rows, columns, of_rows, of_columns, for_rows, for_columns);
 }
 
-// The sum of the terms of all rows, divided by `count`, or by the number of rows with positives where that is 0; and
-// the gradients of one set of rows and one of columns, or none where a product with what comes from above would be
-// inexact.
+// The sum of the terms of all rows, divided by `count`, or by the number of rows with positives if it is 0; and its
+// gradients, which are left out if they cannot be multiplied by an upstream gradient later (see `scalable`).
 template <typename T>
 std::tuple<Tensor, Tensors> labelled_of(Rectangle& r, const Tensors& rows, const Tensors& columns, bool spread,
                                         double count, bool for_rows, bool for_columns) {
@@ -458,7 +456,8 @@ std::tuple<Tensor, Tensors> labelled(Tensors rows, Tensors columns, double tau, 
                                      bool for_columns) {
   STD_TORCH_CHECK(rows.size() <= 1 && columns.size() == 1, "rows, columns: wanted one set of each, or no rows");
   Rectangle r(rows, columns, std::nullopt, tau, normalize, false, first, row_keys, column_keys);
-  STD_TORCH_CHECK(!r.input.symmetric || !for_columns, "for_columns: wanted false without rows");
+  STD_TORCH_CHECK(!r.input.symmetric || !for_columns,
+                  "for_columns: found true, wanted false where the rows are the columns");
   auto run = r.input.dtype == Dtype::f64 ? labelled_of<double> : labelled_of<float>;
   return run(r, r.input.symmetric ? columns : rows, columns, spread, count, for_rows, for_columns);
 }

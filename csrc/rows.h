@@ -1,4 +1,4 @@
-// A set of rows as it lies in memory, and the values in it. Plain arithmetic, shared by every kernel.
+// A set of rows in memory, and conversions between its dtypes. Plain arithmetic, shared by all kernels.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -28,7 +28,7 @@ constexpr float from_f16(uint16_t h) {
   return h & 0x8000 ? -x : x;
 }
 
-// To the nearest, ties to even; a NaN stays one.
+// Rounds to the nearest value, ties to even. A NaN stays a NaN.
 constexpr uint16_t to_bf16(float x) {
   uint32_t bits = bits_as<uint32_t>(x);
   return x == x ? uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16) : 0x7fc0;
@@ -38,7 +38,7 @@ constexpr uint16_t to_f16(float x) {
   uint32_t bits = bits_as<uint32_t>(x), sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
   if (x != x) return uint16_t(sign | 0x7e00);
   if (size >= 0x477ff000) return uint16_t(sign | 0x7c00);  // 65520 and beyond
-  if (size < 0x38800000)  // below 2^-14: as many halves of 2^-24 as the addition rounds to
+  if (size < 0x38800000)  // below 2^-14, subnormal: the addition rounds to a multiple of 2^-24
     return uint16_t(sign | (bits_as<uint32_t>(bits_as<float>(size) + 0.5f) - 0x3f000000));
   size += 0xfff + (size >> 13 & 1);
   return uint16_t(sign | (size - 0x38000000) >> 13);

@@ -1,5 +1,5 @@
-// The operators, as PyTorch's dispatcher knows them on every device. tf32: products of float32 may be rounded to TF32,
-// where the device has that.
+// The schemas of the operators, the same on every device. tf32: products of float32 may be rounded to TF32, where the
+// device has it.
 #pragma once
 
 namespace tclr {

@@ -1,5 +1,5 @@
-// What the bindings of the CPU and the CUDA kernels read of tensors and how they make them, by libtorch's stable ABI:
-// a library built on it with the headers of PyTorch 2.11 loads beside every later PyTorch.
+// How the bindings of the CPU and CUDA kernels read and make tensors. They use libtorch's stable ABI, so a library that
+// is built with the headers of PyTorch 2.11 can be loaded by every later PyTorch.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -16,8 +16,8 @@ using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
 using Optional = std::optional<Tensor>;
 
-// A dtype as PyTorch's C functions name it. Not torch::headeronly::ScalarType: every conversion to it asks for the
-// names of all dtypes one after the other.
+// A dtype as a number of PyTorch's C functions. torch::headeronly::ScalarType would cost a conversion, which compares
+// with the numbers of all dtypes in turn.
 using Code = int32_t;
 
 inline Code code_of(const Tensor& x) {
@@ -40,7 +40,7 @@ inline Code wide(const Tensor& x) {
   return code_of(x) == aoti_torch_dtype_float64() ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
 }
 
-// Of one value.
+// The size of one element.
 inline int64_t bytes_of(const Tensor& x) {
   switch (dtype_of(x)) {
     case Dtype::f64:
@@ -54,7 +54,7 @@ inline int64_t bytes_of(const Tensor& x) {
 
 inline std::vector<int64_t> sizes_of(const Tensor& x) { return {x.sizes().begin(), x.sizes().end()}; }
 
-// A contiguous tensor of any values, on the same device as another.
+// A contiguous, uninitialised tensor on the device of `beside`.
 inline Tensor empty(const std::vector<int64_t>& sizes, Code dtype, const Tensor& beside) {
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t k = sizes.size(); k-- > 1;) strides[k - 1] = strides[k] * sizes[k];
@@ -66,7 +66,7 @@ inline Tensor empty(const std::vector<int64_t>& sizes, Code dtype, const Tensor&
   return Tensor(handle);
 }
 
-// In the dtype of another.
+// x in the dtype of `like`.
 inline Tensor converted(const Tensor& x, const Tensor& like) {
   return code_of(x) == code_of(like) ? x : torch::stable::to(x, like.scalar_type());
 }

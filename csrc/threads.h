@@ -1,4 +1,4 @@
-// PyTorch's threads and the level of kernels in use, for the CPU's operators.
+// What the CPU's operators share: PyTorch's threads, and the kernels of the instruction-set level in use.
 #pragma once
 #include <time.h>
 
@@ -7,8 +7,8 @@
 #include <limits>
 #include <type_traits>
 
+#include "busy_cores.h"
 #include "cpu/gram.h"
-#include "crowd.h"
 #include "tensors.h"
 
 namespace tclr {
@@ -19,10 +19,10 @@ inline double seconds(clockid_t clock) {
   return double(now.tv_sec) + 1e-9 * double(now.tv_nsec);
 }
 
-inline Crowd crowd;
+inline BusyCores busy_cores;
 
-// PyTorch's own pool, so that the process has one. Whichever thread is free takes the next task; each has a number of
-// its own, below `threads`.
+// Runs tasks on PyTorch's own thread pool, so that the process has no second one. The next free thread takes the next
+// task; the threads are numbered from 0.
 inline Executor threads() {
   auto run = [](int64_t n, Task task, void* argument) {
     std::atomic<int64_t> next = 0;
@@ -32,9 +32,9 @@ inline Executor threads() {
       for (int64_t i = next++; i < n; i = next++) task(argument, i, thread);
       if (thread == 0) computed += seconds(CLOCK_THREAD_CPUTIME_ID);  // the calling thread
     });
-    if (count > 1) crowd.saw(seconds(CLOCK_MONOTONIC) - begun, computed);
+    if (count > 1) busy_cores.observe(seconds(CLOCK_MONOTONIC) - begun, computed);
   };
-  return {run, int64_t(torch::stable::get_num_threads()), crowd.least()};
+  return {run, int64_t(torch::stable::get_num_threads()), busy_cores.least_work()};
 }
 
 template <typename T>
@@ -61,7 +61,8 @@ inline bool keeps(const GramInput& in) {
   return rows <= 1024 && double(in.G * rows) * double(in.D + rows) < 1 << 21;
 }
 
-// Whether gradients may be multiplied by what comes from above: where all are finite, and not all near underflow.
+// Whether the gradients for an upstream of 1 can be kept and multiplied by the upstream gradient later: all must be
+// finite, and not all near underflow.
 template <typename T>
 bool scalable(const Tensors& gradients) {
   T largest = 0;
@@ -70,13 +71,13 @@ bool scalable(const Tensors& gradients) {
          (largest == 0 || largest > std::sqrt(std::numeric_limits<T>::min()));
 }
 
-// x, contiguous, times a number.
+// A contiguous tensor x times a number.
 template <typename T>
 Tensor times(const Tensor& x, double factor) {
   Tensor made = empty(sizes_of(x), code_of(x), x);
   const T* from = const_data<T>(x);
   T *to = data<T>(made), by = T(factor);
-  int64_t at_once = 1 << 20;  // the time it takes to wake another thread
+  int64_t at_once = 1 << 20;  // elements; multiplying fewer takes less time than waking another thread
   torch::stable::parallel_for(0, x.numel(), at_once, [=](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) to[i] = from[i] * by;
   });

@@ -1,8 +1,8 @@
 """Losses with labels or with further negatives, composed of calls of `general.py`.
 
 Results have the dtype of `general.py`, and losses round them at the end. If several calls use the same inputs, these
-are converted to float32 first, because autograd adds the gradients of the calls: in float16, those of a short row can
-be inf and -inf, and their sum NaN.
+are converted to float32 first, because autograd adds the gradients of the calls: in float16, those of a row of small
+norm can be inf and -inf, and their sum NaN.
 """
 
 import functools
@@ -21,7 +21,9 @@ from .symmetric import traced
 Negatives = Tensor | NegativeQueue
 
 
-def given(name: str, negatives: Negatives | None, anchors: Tensor, process: Process | None = None) -> Further | None:
+def checked_negatives(
+    name: str, negatives: Negatives | None, anchors: Tensor, process: Process | None = None
+) -> Further | None:
     """Checks the further negatives, [K, D] or [..., K, D], of anchors [..., N, D]. Of a queue, copies the rows."""
     if negatives is None:
         return None
@@ -82,7 +84,7 @@ def contrast(
     if negatives is not None:
         tau, *sets = map(distributed.widened, (tau, *sets))
     sets = [z.reshape(-1, N, D) for z in sets]
-    neg, pos, *_ = everything(sets, tau, normalize, cross, backend, keys)
+    neg, pos, *_ = all_pairs(sets, tau, normalize, cross, backend, keys)
     if negatives is None:
         return Contrast(neg, pos, None)
     rows = torch.stack(sets, 1)
@@ -94,7 +96,7 @@ def contrast(
     return Contrast(neg, pos, torch.stack(parts, 1))
 
 
-def everything(
+def all_pairs(
     sets: Sequence[Tensor],
     tau: float | Tensor,
     normalize: bool,
@@ -161,7 +163,7 @@ def partners(
         process.agree(a, 2, [negatives])
     tau, a, b = map(distributed.widened, (tau, a, b))
     in_pairs = [z.reshape(a.shape[:-1].numel(), 1, z.shape[-1]) for z in (a, b)]
-    _, pos, *_ = everything(in_pairs, tau, normalize, True, backend)
+    _, pos, *_ = all_pairs(in_pairs, tau, normalize, True, backend)
     pos, rows = pos[:, 0, 1].reshape(a.shape[:-1]), a.reshape(a.shape[:-2].numel(), *a.shape[-2:])
     if process is None:
         return log_sum(rows, negatives.rows, tau, normalize, backend).reshape(a.shape[:-1]), pos

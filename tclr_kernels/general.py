@@ -19,7 +19,7 @@ The gradient, where g_* are the upstream gradients of the outputs:
     W[(a,i),(c,j)] = g_neg exp(S - neg)                                     of a candidate in neg
                    = g_pos_lse exp(S - pos_lse) + g_spread (exp(S - pos_lse) - 1/P) - g_pairs sigmoid(negatives - S)
                                                                             of a positive one
-    and g_pos more for the same index, c != a
+    plus g_pos for the candidate with the same index, c != a
     dr_(a,i) = 1/tau sum_(c,j) W z_(c,j),     dz_(c,j) = 1/tau sum_(a,i) W r_(a,i),     dL/dtau = -<r, dr> / tau
 
 A backend has three functions for this. Sets are lists of tensors [G, n, D]. An empty list of rows means that the rows
@@ -27,13 +27,14 @@ are the columns, and the kernels use the symmetry. first is -1 if no candidate h
 
     rectangle(rows, columns, tau, normalize, cross, first, row_keys, column_keys, mean)
         -> neg, pos, pos_lse, spread, count: float64 [G, A, C, n]. If `mean` is True, also the mean of the columns with
-           weights exp(S - neg), [G, n, D]. Without keys, and without `mean`, these outputs are empty tensors.
+           weights exp(S - neg), [G, n, D]. pos_lse, spread and count are empty tensors without keys, and so is the mean
+           without `mean`.
     pairs(rows, columns, tau, normalize, cross, first, row_keys, column_keys, negatives)
         -> pairs, and their derivative with respect to the negatives
     rectangle_backward(rows, columns, tau, normalize, cross, first, row_keys, column_keys, of_rows, of_columns,
                        for_rows, for_columns) -> dr of each set, dz of each set, <r, dr> of each row
-        of_rows: what the weights W of the rows as anchors are made of, float64 [G, A, C, n]: neg, g_neg, g_pos; with
-        keys also pos_lse, g_pos_lse, g_spread, count; for pairs, negatives and g_pairs.
+        of_rows: what the weights W of the rows as anchors are computed from, float64 [G, A, C, n]: neg, g_neg, g_pos;
+        with keys also pos_lse, g_pos_lse, g_spread, count; for pairs, negatives and g_pairs.
         of_columns: the same for the columns as anchors, [G, C, A, K]. Either list may be empty.
         for_rows, for_columns: which of dr and dz to compute, from the weights of both; the other is empty. Without dr,
         the last output is <z, dz> of the columns.
@@ -136,7 +137,7 @@ def cost(negatives: Tensor, positive: Tensor, decoupled: bool = False) -> Tensor
 
     decoupled: leave the positive out of the denominator: negatives - positive.
     """
-    if not decoupled:  # of infinity it is 0, as its derivatives of every order are
+    if not decoupled:  # logsigmoid(inf) is 0, and so are its derivatives of every order
         return -F.logsigmoid(positive - negatives)
     none = negatives == -torch.inf
     return (negatives.masked_fill(none, 0) - positive).where(~none, 0 * (positive - positive.detach()))
@@ -263,7 +264,7 @@ class RectangleBackward(Once, torch.autograd.Function):
         n_anchors: int,
         *tensors: Tensor,
     ) -> tuple[Tensor | None, ...]:
-        """wanted: whether tau, rows, columns need a gradient. tensors: what the weights are made of, then the sets."""
+        """wanted: whether tau, rows, columns need a gradient. tensors: of_rows, then the sets."""
         of_tau, of_rows, of_columns = wanted
         anchors, sets = list(tensors[:n_anchors]), tensors[n_anchors:]
         rows, columns = sets[:n_rows], sets[n_rows:]

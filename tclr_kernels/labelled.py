@@ -1,14 +1,15 @@
-"""A loss of rows with labels, reduced: by one call on the CPU where it is small, else from the general operation.
+"""Losses of rows with labels: a small one takes one call of a backend, others the operation of `general.py`.
 
-A small loss costs less than Python and autograd take around it. A backend may therefore have one more function:
+The kernels of a small loss take less time than Python and autograd around them. A backend may therefore have one more
+function:
 
     labelled(rows, columns, tau, normalize, first, row_keys, column_keys, spread, count, for_rows, for_columns)
         -> (loss, gradients)
 
-Its values are those of the composition here but for rounding.
-gradients: of the rows and of the columns, as far as they are wanted, for an upstream gradient of 1; empty where a
-product with the upstream gradient would be inexact, because the gradient overflows or nearly underflows.
-torch.compile, the transforms of torch.func, forward mode and tensor subclasses see the composition.
+Its values are those of `composed`, except for rounding.
+gradients: those of the rows and of the columns that are wanted, for an upstream gradient of 1. They are multiplied by
+the upstream gradient later, so the list is empty if one of them overflows or nearly underflows.
+torch.compile, the transforms of torch.func, forward mode and tensor subclasses get `composed`.
 """
 
 from collections.abc import Sequence
@@ -58,7 +59,7 @@ def composed(
     spread: bool,
     count: float | Tensor | None,
 ) -> Tensor:
-    """The definition."""
+    """The same loss by `general.rectangle`, which defines it."""
     neg, _, pos_lse, of_each, positives = general.rectangle(settings, tau, keys, rows, columns)
     terms = supervised(neg, pos_lse, of_each, positives) if spread else general.cost(neg, pos_lse)
     divisor = (positives > 0).sum().clamp(min=1) if count is None else count

@@ -111,7 +111,7 @@ def nt_xent(
         return reduced([a, b], tau, backend, normalize, False, one_sided=not symmetric, count=count)
     further = None
     if negatives is not None:
-        further = [candidates.given("negatives", negatives, a, group), *([] if symmetric else [None])]
+        further = [candidates.checked_negatives("negatives", negatives, a, group), *([] if symmetric else [None])]
     term = _terms([a, b], tau, normalize, False, backend, labels, further, decoupled, group)  # [G, 2, 2, N]
     if reduction == "none":
         term = _own(term, group)
@@ -153,7 +153,7 @@ def clip_loss(
         return reduced([a, b], tau, backend, normalize, True, count=count)
     further = None
     if of_a is not None or of_b is not None:
-        further = [candidates.given(f"negatives[{k}]", x, a, group) for k, x in enumerate((of_a, of_b))]
+        further = [candidates.checked_negatives(f"negatives[{k}]", x, a, group) for k, x in enumerate((of_a, of_b))]
         if of_a is of_b:  # its gradient is a sum of two parts, which in float16 could be inf - inf
             rows = further[0].rows
             further = [further[0]._replace(rows=distributed.widened(rows), sent_as=rows.dtype)] * 2
@@ -198,7 +198,7 @@ def info_nce(
     if in_batch and _is_plain(reduction, labels, negatives, decoupled, group):
         count = query.shape[:-1].numel() if reduction == "mean" else 1
         return reduced([query, key], tau, backend, normalize, True, one_sided=True, count=count)
-    further = candidates.given("negatives", negatives, query, group)
+    further = candidates.checked_negatives("negatives", negatives, query, group)
     if in_batch:
         beside = None if further is None else [further, None]
         term = _terms([query, key], tau, normalize, True, backend, labels, beside, decoupled, group)[:, 0, 1]
@@ -248,7 +248,7 @@ def sup_con(
         of_rows = keys.view(G, M)  # torch.compile refuses the same tensor as two inputs
         count = None if reduction == "mean" else 1.0
         return labelled(settings, tau, (of_rows, keys), [], [z.reshape(G, M, D)], spread=True, count=count)
-    outputs = candidates.everything([z.reshape(G, M, D)], tau, normalize, False, backend, keys, group)
+    outputs = candidates.all_pairs([z.reshape(G, M, D)], tau, normalize, False, backend, keys, group)
     neg, _, pos_lse, spread, count = (x[:, 0, 0] for x in outputs)  # [G, M]
     term = _rounded(supervised(neg, pos_lse, spread, count), z)
     if reduction == "none":
@@ -295,7 +295,7 @@ def instance_contrastive(
         count = terms_per_row * B if reduction == "mean" else 1
         return reduced([views], tau, backend, normalize, False, count=count)
     sets = views.unsqueeze(1).unbind(0)
-    further = None if negatives is None else [candidates.given("negatives", negatives, views[0], group)]
+    further = None if negatives is None else [candidates.checked_negatives("negatives", negatives, views[0], group)]
     if softmax == "pairs":
         term = _terms(sets, tau, normalize, False, backend, labels, further, decoupled, group)
     else:
@@ -462,7 +462,7 @@ def _compose(
         return [_rounded(y, sets[0]) for y in (parts.terms(False, False), parts.neg, parts.pos)]
 
     V, B, T, D = x.shape
-    # the gradients of several terms are added in float32: in float16, those of a short row could be inf - inf
+    # the gradients of several terms are added in float32: in float16, a row of small norm could get inf - inf
     g, s, x = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (g, s, x))
     with_ic_global, with_ic_local, with_ll, with_gl = (w != 0 for w in weights)
     if labels is None and process is None and divides(backend, x, V * B * T):

@@ -1,13 +1,14 @@
-"""The whole TCLR objective by one call of a backend that offers it, its gradient made along with its values.
+"""The whole TCLR objective in one call of a backend that offers it. The same call computes values and gradient.
 
 Such a backend has two more functions:
 
     objective(g, s, x, tau, normalize, scales, weights, gradient) -> (terms, kept)
     objective_backward(g, s, x, tau, normalize, scales, weights, kept, upstream) -> gradients
 
-terms: the total and its four terms, 0-d; kept: if a gradient is asked for, the tensors from which the second makes that
-of upstream times the total, for g, s, x (in their dtype) and tau (in the total's), or none where it is not finite: what
-it is multiplied by may be small.
+terms: the total and its four terms, 0-d.
+kept: if `gradient`, the tensors from which `objective_backward` computes the gradients of upstream times the total, for
+g, s, x (in their dtype) and tau (in the dtype of the total). It is empty if those for an upstream of 1 are not finite,
+or near underflow. The backward then differentiates the single losses, since for another upstream they may be in range.
 scales, weights: term_k = scale_k times the sum over its anchors, total = sum_k weight_k term_k.
 """
 
@@ -36,7 +37,8 @@ def objective(
 ) -> tuple[Tensor, ...]:
     """total, ic_global, ic_local, ll, gl by the backend of that name.
 
-    compose: the same from (tau, g, s, x) by single losses, for a gradient of anything but the total alone.
+    compose: computes the same from (tau, g, s, x) by single losses, which is differentiated if single terms get
+    upstream gradients.
     """
     gradient = wants_gradient(tau, g, s, x)
     return Objective.apply(name, compose, normalize, scales, weights, gradient, tau, g, s, x)[:5]
@@ -91,7 +93,7 @@ class ObjectiveBackward(Once, torch.autograd.Function):
         *others: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         upstream, kept = others[:5], others[5:]
-        variables = [z for z in (tau, g, s, x) if isinstance(z, torch.Tensor)]  # a float tau is none
+        variables = [z for z in (tau, g, s, x) if isinstance(z, torch.Tensor)]  # not a float tau
         reached = [k for k, u in enumerate(upstream) if u is not None]
         if not reached:
             results = []

@@ -1,15 +1,15 @@
-"""A loss of plain blocks, reduced: by one call of a backend where it is small, else by the operation and PyTorch's sum.
+"""Losses that are a sum of the terms of `symmetric.py`: a small one takes one call of a backend.
 
-A small loss costs less than Python and autograd take around it. A backend may therefore have two more functions, with
-the same bits as the composition here:
+The kernels of a small loss take less time than Python and autograd around them. A backend may therefore have two more
+functions, whose results have the same bits as those of `composed`:
 
     reduced(inputs, tau, normalize, cross, one_sided, factor, count, gradient) -> (loss, kept)
     reduced_backward(inputs, tau, normalize, cross, one_sided, factor, count, kept, upstream) -> gradients
 
-kept: if a gradient is asked for, the tensors from which the second makes that of upstream times the loss, for every
-input and, where tau is a tensor, the sum of <z, dz> over all rows. They may be the gradient for an upstream of 1, which
-is then multiplied: by a power of two exactly, else with one more rounding than the composition's.
-torch.compile, the transforms of torch.func, forward mode and tensor subclasses see the composition.
+kept: if `gradient`, the tensors from which `reduced_backward` computes the gradients of upstream times the loss: of
+every input and, if tau is a tensor, the sum of <z, dz> over all rows. They may be the gradients for an upstream of 1,
+which are then multiplied. This is exact for a power of two, and takes one more rounding than `composed` otherwise.
+torch.compile, the transforms of torch.func, forward mode and tensor subclasses get `composed`.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from torch.autograd import forward_ad
 from . import backends, checks
 from .symmetric import SUMMED_AT_ONCE, Eager, Once, _transforms_active, blocks, ordered_sum, total, wants_gradient
 
-LARGEST = 1 << 21  # on the CPU, rows times the columns and features of each: a gradient of about a millisecond
+LARGEST = 1 << 21  # on the CPU: rows times (columns + features); the gradient then takes about a millisecond
 
 Settings = tuple[bool, bool, bool, float, int]
 
@@ -59,7 +59,7 @@ def reduced(
 
 
 def composed(name: str, settings: Settings, tau: float | Tensor, *inputs: Tensor) -> Tensor:
-    """The definition."""
+    """The same loss by `blocks` or `total` and a sum, which defines it."""
     normalize, cross, one_sided, factor, count = settings
     how = dict(normalize=normalize, cross=cross, backend=name)
     if len(inputs) == 1:
@@ -72,7 +72,7 @@ def composed(name: str, settings: Settings, tau: float | Tensor, *inputs: Tensor
 
 
 def seen_through(inputs: Sequence[Tensor]) -> bool:
-    """Whether something wants to see the single operations: the compiler, a transform, a subclass of tensors."""
+    """Whether the compiler, a transform or a tensor subclass must see the single operations."""
     if torch.compiler.is_compiling() or _transforms_active() or forward_ad._current_level >= 0:
         return True
     return any(type(z) not in checks.PLAIN for z in inputs)

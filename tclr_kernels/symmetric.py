@@ -28,7 +28,8 @@ from torch import Tensor
 
 from . import backends, checks
 
-SUMMED_AT_ONCE = 32768  # up to so many ATen adds in one thread, and beyond in one thread a row
+# Up to so many elements, ATen adds in one thread; the sums of the rows of a matrix take one thread for each row.
+SUMMED_AT_ONCE = 32768
 ORDERED = ["cuda"]  # types of devices whose sum always has the same order
 _transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
@@ -62,7 +63,7 @@ def blocks(
 def total(
     inputs: Sequence[Tensor], tau: float | Tensor, count: int, *, normalize: bool, cross: bool, backend: str | None
 ) -> Tensor:
-    """The sum of all terms of `blocks`, divided by count. inputs: sets [G, N, D], or several of them [..., G, N, D]"""
+    """The sum of all terms of `blocks`, divided by count. inputs: sets [G, N, D], or stacks of sets [..., G, N, D]"""
     sets = _sets(inputs)
     G, N, D = sets[0].shape
     name = backends.choose(backend, sets[0].device, G * len(sets) * N, D, sets[0].dtype, normalize)
@@ -74,7 +75,7 @@ def total(
 
 
 def divides(backend: str | None, like: Tensor, rows: int) -> bool:
-    """Whether `total` is one call of the backend and a sum."""
+    """Whether the backend that would be chosen has `DIVIDES = True`, so that `total` takes one call and one sum."""
     name = backends.choose(backend, like.device, rows, like.shape[-1], like.dtype)
     return getattr(backends.BACKENDS[name], "DIVIDES", False)
 

@@ -5,8 +5,8 @@
 #include <thread>
 #include <vector>
 
+#include "busy_cores.h"
 #include "cpu/gram.h"
-#include "crowd.h"
 #include "keys.h"
 
 namespace tclr {
@@ -139,12 +139,12 @@ extern "C" void local_local(int64_t V, int64_t N, const double* pos, double scal
 
 extern "C" void hesitate(int64_t microseconds) { tclr::hesitation = microseconds; }
 
-// A crowd of its own: what it says after each parallel region of so many seconds, for all of which but `lost` the
-// calling thread computed.
-extern "C" void crowd(int64_t n, const double* seconds, const double* lost, double* least) {
-  tclr::Crowd crowd;
+// What a new BusyCores says after each of n parallel regions of so many seconds, of which the calling thread computed
+// all but `lost`.
+extern "C" void busy_cores(int64_t n, const double* seconds, const double* lost, double* least) {
+  tclr::BusyCores busy_cores;
   for (int64_t k = 0; k < n; ++k) {
-    if (seconds[k] > 0) crowd.saw(seconds[k], seconds[k] - lost[k]);
-    least[k] = crowd.least();
+    if (seconds[k] > 0) busy_cores.observe(seconds[k], seconds[k] - lost[k]);
+    least[k] = busy_cores.least_work();
   }
 }

@@ -1,12 +1,13 @@
 """The benchmark suite: implementations that are timed are correct, wrong ones get no time, pages show the rows."""
 
+import importlib
 import shutil
 import sys
 
 import pytest
 import torch
 
-from benchmarks import accuracy, busy, cases, oracle, processes, providers, rows, run, step, table
+from benchmarks import accuracy, busy, cases, oracle, parts, processes, providers, rows, run, step, table
 
 CHEAP = [name for name, provider in providers.PROVIDERS.items() if not provider.compiled]
 
@@ -163,6 +164,30 @@ def test_several_processes_are_measured(pool):
     sent = processes.counted(pool, "tclr-kernels clip_loss, shares", n, torch.float32)
     assert sent["handed"] == 2 * n * D * 4 + 16 * 4 * n + 8 + 8 and sent["wire"] == 3 * sent["handed"]
     assert (sent["forward"], sent["backward"]) == (2, 2)
+
+
+IN_SMALL = {  # programs that the contributor's page names, with arguments that make them quick
+    "labels": ["--seconds", "0.01"],
+    "dropins": ["--seconds", "0.01", "--case", "solo-learn simclr_loss_func"],
+}
+
+
+@pytest.mark.parametrize("module", IN_SMALL)
+def test_a_program_writes_rows(module, monkeypatch, tmp_path):
+    out = tmp_path / "rows.csv"
+    monkeypatch.setattr(sys, "argv", [module, *IN_SMALL[module], "--out", str(out)])
+    importlib.import_module(f"benchmarks.{module}").main()
+    assert rows.read(out) and all(row.get("status", "ok") == "ok" for row in rows.read(out))
+
+
+def test_where_the_time_of_an_objective_goes_is_measured(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["parts", "--seconds", "0.01", "--out", str(tmp_path / "parts.csv")])
+    parts.main()
+    by_one_thread = {
+        row["part"]: float(row["p50_us"]) for row in rows.read(tmp_path / "parts.csv") if row["threads"] == "1"
+    }
+    assert by_one_thread.keys() == parts.parts().keys()
+    assert by_one_thread["one video, one clip"] < by_one_thread["all"] > by_one_thread["the arithmetic alone"] > 0
 
 
 def test_what_busy_processes_do_is_measured(capsys, tmp_path):

@@ -39,11 +39,11 @@ BUGS = {
     "a part forgotten": ("part < p.parts; ++part) sum", "part < 1; ++part) sum"),
     "unit forgotten": ("return sum * unit;", "return sum;"),
     "the objective: no projection": ("if (o.call.normalize) dz -=", "if (false) dz -="),
-    "the objective: a part forgotten": ("part < p.parts; part += warps", "part < p.parts - 1; part += warps"),
+    "the objective: a part forgotten": ("part < of.parts; part += warps", "part < of.parts - 1; part += warps"),
     "the objective: unit forgotten": ("sum[x] += dz.x[x] * unit", "sum[x] += dz.x[x]"),
     "the objective: tiles in units of their own": ("by != 1) dz.scale(by)", "by != 1) dz.scale(by == 0)"),
     "the objective: <z, dz> in units of their own": ("along *= by;", ""),
-    "the objective: another clip's rows": ("(a - outer * p.order.inner) * p.order.of_set", "0"),
+    "the objective: another clip's rows": ("inner * p.order.of_set", "0"),
     "IC: the own set's coefficient": ("log_sigmoid(pair.excess) + pair.share(own)", "log_sigmoid(pair.excess)"),
     "IC: the own set not counted": ("excess = (high - pos) + more;", "excess = high - pos;"),
     "LL: the mate among the negatives": ("if (c != a && c != mate) sum", "if (c != a) sum"),
@@ -78,7 +78,7 @@ ON_TENSOR_CORES = {
     "missing factor 2": (" + y.g * exponential(s - y.shift)", ""),
     "swapped positive": ("p.g_pos[p.at(I.g, J.a, I.a, i)]", "p.g_pos[p.at(I.g, I.a, J.a, i)]"),
     "coefficients of the first set": ("h < 2 && J.index == 0", "h < 2 && J.index == 0 && J.a == 0"),
-    "a set forgotten": ("first + (part + 1) * sets / p.parts, panel", "first + part * sets / p.parts + 1, panel"),
+    "a set forgotten": ("first + (part + 1) * sets / p.parts,", "first + part * sets / p.parts + 1,"),
     "missing barrier before coefficients": (
         "shared[threadIdx.x] = column;\n    __syncthreads();",
         "shared[threadIdx.x] = column;",
@@ -96,7 +96,7 @@ ON_HOPPER = {
     "own blocks in cross": ("return !cross || (a < half()) != (c < half());", "return true;"),
     "the own super-block's columns forgotten": ("if (exists && a == c) total +=", "if (false) total +="),
     "a strip's sums begin with the last piece's": ("? row[0] : to[0] + row[0]", "? to[0] + row[0] : to[0] + row[0]"),
-    "a column of eight lanes forgotten": ("share<8>(column, octet & 2, 8)", "share<8>(column, octet & 1, 8)"),
+    "a column of eight lanes forgotten": ("add_halves<8>(column, octet & 2, 8)", "add_halves<8>(column, octet & 1, 8)"),
     "alpha of the other side": ("s.alpha + l.at(w.g, c, w.a)", "s.alpha + l.at(w.g, w.a, c)"),
     "alpha of the first set": ("j = 0, ++c;\n          take_alpha();", "j = 0, ++c;"),
     "swapped positive": ("(p.g_pos[there] + p.g_pos[back])", "(2 * p.g_pos[there])"),
@@ -123,7 +123,7 @@ ON_HOPPER = {
         "wait_for_products<0>();\n      if (h == 0) release();",
         "if (h == 0) release();\n      wait_for_products<0>();",
     ),
-    "missing barrier before columns are joined": ("meet_first<computing>();", ""),
+    "missing barrier before columns are joined": ("sync_first<computing>();", ""),
 }
 
 OF_RECTANGLES = {
@@ -148,7 +148,7 @@ OF_RECTANGLES = {
     "pairs: the gradient's sign": ("size > 0 ? -1 : size < 0 ? 1", "size > 0 ? 1 : size < 0 ? -1"),
 }
 RECTANGLES_ON_TENSOR_CORES = {
-    "the same index on the diagonal alone": ("by > -square && by < square", "by == 0"),
+    "the same index on the diagonal alone": ("by > -tensor_tile && by < tensor_tile", "by == 0"),
     "other candidates counted": ("if (others >> (4 * n + e) & 1)", "if (false)"),
     "all candidates positive": ("sum += is ? S[n][e] : 0, count", "sum += S[n][e], count"),
     "own blocks in cross": ("(p.resident.V + 1) / 2 ? half() : 0", "(p.resident.V + 1) / 2 ? 0 : 0"),

@@ -198,7 +198,7 @@ def test_beside_other_processes_small_calls_take_one_thread(library):
         n = len(regions)
         out = (ctypes.c_double * n)()
         columns = ((ctypes.c_double * n)(*column) for column in zip(*regions, strict=True))
-        ctypes.CDLL(str(library)).crowd(ctypes.c_int64(n), *columns, out)
+        ctypes.CDLL(str(library)).busy_cores(ctypes.c_int64(n), *columns, out)
         return [x > 5e6 for x in out]
 
     fine, held_up, no_region, uneven = (0.001, 0.0002), (0.005, 0.004), (0, 0), (0.0005, 0.0004)

@@ -190,7 +190,7 @@ def test_bad_calls_of_the_operator_are_errors(fused):
     call = torch.ops.tclr_kernels.labelled
     with pytest.raises(RuntimeError, match="rows, columns: wanted one set of each"):
         call(rows * 2, columns, 0.1, True, -1, *problem.keys, True, 3.0, True, True)
-    with pytest.raises(RuntimeError, match="for_columns: wanted false without rows"):
+    with pytest.raises(RuntimeError, match="for_columns: found true, wanted false where"):
         call([], columns, 0.1, True, 0, problem.keys[1], problem.keys[1], True, 3.0, True, True)
     with pytest.raises(RuntimeError, match="keys: wanted CPU tensors of int64"):
         call(rows, columns, 0.1, True, -1, *(k.int() for k in problem.keys), True, 3.0, True, True)

@@ -57,8 +57,8 @@ CANDIDATE_BUGS = {
     "a row its own positive": (".masked_fill(itself, -torch.inf).logsumexp(2)", ".logsumexp(2)"),
     "the first block alone": ("blocks = [*self.neg.unbind(2),", "blocks = [*self.neg.unbind(2)[:1],"),
     "positives among the keys of others": (
-        "_, pos, *_ = everything(in_pairs, tau, normalize, True",
-        "pos, *_ = everything(in_pairs, tau, normalize, False",
+        "_, pos, *_ = all_pairs(in_pairs, tau, normalize, True",
+        "pos, *_ = all_pairs(in_pairs, tau, normalize, False",
     ),
     "gradients added in half precision": ("    tau, a, b = map(distributed.widened, (tau, a, b))\n", ""),
 }

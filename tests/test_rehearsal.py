@@ -111,7 +111,7 @@ def test_a_row_that_fails_or_ends_its_process_or_hangs_does_not_end_the_others(m
     assert worker.row(dict, [("a", 1)]) == dict(status="ok", a=1)
     assert worker.row(os._exit, 3)["status"].startswith("error: EOFError")
     assert worker.row(int, "x")["status"].startswith("error: ValueError: invalid literal")
-    monkeypatch.setattr(gpu, "SECONDS_A_ROW", 0.1)
+    monkeypatch.setattr(gpu, "SECONDS_PER_ROW", 0.1)
     assert worker.row(time.sleep, 100)["status"] == "error: TimeoutError: no answer within 0.1 s"
     assert worker.process is None
 

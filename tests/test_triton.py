@@ -147,8 +147,8 @@ def test_columns_are_split_where_rows_are_few(kernels):
 
     assert [splits(M) for M in (1024, 4096, 8192, 16384, 32768, 131072)] == [8, 4, 2, 1, 1, 1]
     for M in range(128, 300_000, 640):
-        count, tiles_a_split = kernels.large.splits_of(M // 64, 132, 1.0, M // 128, 2)
-        assert count == math.ceil(M // 128 / tiles_a_split)
+        count, tiles_per_split = kernels.large.splits_of(M // 64, 132, 1.0, M // 128, 2)
+        assert count == math.ceil(M // 128 / tiles_per_split)
         assert count == 1 or count * (M // 64) <= 4 * 132
     assert kernels.large.splits_of(800, 132, 1.5, 2, 2)[0] == 1  # many groups
 
@@ -728,7 +728,7 @@ BUGS = {  # what is wrong -> (file, old, new, the check that finds it)
     "large: one sided positive": ("large", "weight += tl.load", "weight += 0 * tl.load", "large"),
     "large: halves exchanged": ("large", "d % RUN + part * RUN", "d % RUN + (1 - part) * RUN", "halves"),
     "large: half of <z, dz>": ("large", "along += tl.sum(own", "along = tl.sum(own", "halves"),
-    "large: columns in two splits": ("large", "tl.minimum(start_j + columns_a_split, N)", "N", "splits"),
+    "large: columns in two splits": ("large", "tl.minimum(start_j + columns_per_split, N)", "N", "splits"),
     "large: a split forgotten": ("large", "for split in range(splits)", "for split in range(splits - 1)", "splits"),
     "large: <z, dz> of a split": ("large", "along += tl.load(partial_", "along = tl.load(partial_", "splits"),
     "large: damping forgotten": ("large", "tl.exp(-value * bounded)", "1.0", "large"),
@@ -779,7 +779,7 @@ BUGS = {  # what is wrong -> (file, old, new, the check that finds it)
         "for split in range(splits - 1):\n        dz",
         "rectangle",
     ),
-    "rectangle: columns in two splits": ("rectangle", "tl.minimum(start_j + columns_a_split, K)", "K", "rectangle"),
+    "rectangle: columns in two splits": ("rectangle", "tl.minimum(start_j + columns_per_split, K)", "K", "rectangle"),
     "rectangle: no projection": ("rectangle", "dz -= own * length[:, None]", "dz -= 0", "rectangle"),
     "rectangle: partner of another index": ("rectangle", "+ begin + offset) * DP", "+ begin) * DP", "rectangle"),
     "rectangle: beta of another row": ("rectangle", "* KP + partner, mask", "* KP + i, mask", "rectangle"),

@@ -4,13 +4,13 @@
 
 namespace tclr {
 
-// Runs task(argument, i, thread) for i in [0, n), begun in this order; a task may wait for one begun before it. Calls
-// with the same thread never overlap.
+// Runs task(argument, i, thread) for i in [0, n). Tasks start in the order of i, so a task may wait for an earlier one.
+// Two tasks with the same `thread` never run at the same time.
 using Task = void (*)(void* argument, int64_t i, int64_t thread);
 struct Executor {
   void (*run)(int64_t n, Task task, void* argument);
   int64_t threads;
-  double least = 5e6;  // the work, in the unit of `group_work`, that several threads are for
+  double least = 5e6;  // the work, as `group_work` counts it, from which several threads are used
 };
 
 struct GramInput {
@@ -18,8 +18,9 @@ struct GramInput {
   const Rows* sets;  // [V]
   Dtype dtype;
   double tau;
-  bool normalize, cross;
-  bool keep = false;  // forward leaves in a workspace of backward's size what backward, given the same, need not redo
+  bool normalize, cross;  // cross: see Problem
+  // Forward leaves its rows and tiles in the workspace, which is then as large as backward's, and backward reuses them.
+  bool keep = false;
 };
 
 // T is double for f64 inputs and float for the others; term, neg, pos, g_*: [G, V, V, N], contiguous.
@@ -32,18 +33,19 @@ template <typename T>
 struct Gradient {  // of one set: [G, N, D], its rows contiguous
   T* data;
   int64_t stride_g, stride_n;
-  bool add;  // to what is there
+  bool add;  // to the values in memory, instead of overwriting them
 };
 
 template <typename T>
 struct GramBackward {
   const T *neg, *pos;
-  const T *g_term, *g_neg, *g_pos;  // null: no gradient arrives there
+  const T *g_term, *g_neg, *g_pos;  // null: no upstream gradient
   const Gradient<T>* dz;            // [V]
   T* zdz;                           // [G, V, N]
 };
 
-// Of one row, among the sorted columns of a set: those with its key, and the one with its index, or -1.
+// The matches of one row among the columns of a set, sorted by key: begin .. end have the row's key, and own has its
+// index, or is -1.
 struct Match {
   int64_t begin, end, own;
 };
@@ -51,7 +53,7 @@ struct Match {
 struct Side {
   int64_t sets, N;
   const Rows* rows;      // [sets]
-  const int64_t* order;  // [G, N] the rows sorted by their keys; not read without keys
+  const int64_t* order;  // [G, N] the permutation that sorts the rows by key; not read without keys
 };
 
 // The operation of tclr_kernels/general.py. With keys both sides are taken in the order of their keys, so that the
@@ -64,12 +66,13 @@ struct RectangleInput {
   Dtype dtype;
   double tau;
   bool normalize, cross;
-  // The call for the sums leaves the rows and the similarities in the workspace, where the call for the gradients, of
-  // the rows as anchors, finds them.
+  // The call for the sums leaves the rows and the similarities in the workspace, and the call for the gradients (with
+  // the rows as anchors) reuses them.
   bool keep = false;
 };
 
-// What the weights are made of with one side as anchors, contiguous [G, A, C, n]; null where there is none.
+// What the weights W are computed from, with the rows of one side as anchors: saved outputs and upstream gradients,
+// contiguous [G, A, C, n], or null.
 struct Anchors {
   const double *neg{}, *g_neg{}, *g_pos{};
   const double *pos_lse{}, *g_pos_lse{}, *g_spread{}, *count{};
@@ -87,8 +90,9 @@ struct RectangleCall {
   const double* negatives{};                               // pairs: [G, A, C, n]
   double *sums{}, *slope{};
   Anchors of_rows{}, of_columns{};           // gradients
-  const Gradient<T>*d_rows{}, *d_columns{};  // one a set
-  T* along{};                                // [G, A, n], or [G, C, K] where only the columns' gradients are wanted
+  const Gradient<T>*d_rows{}, *d_columns{};  // one for each set
+  // <r, dr> of each row [G, A, n], or <z, dz> of each column [G, C, K] if only the columns' gradients are wanted
+  T* along{};
 
   bool of_pairs() const { return wanted == Wanted::pairs || of_rows.negatives || of_columns.negatives; }
 };
@@ -101,17 +105,18 @@ struct LabelledTerms {
   const double *neg, *pos_lse, *spread, *count;
   double scale;
   T* terms;
-  double *g_neg, *g_pos_lse, *g_spread;  // null: no gradient is wanted
+  double *g_neg{}, *g_pos_lse{}, *g_spread{};  // null: no gradient is wanted
 };
 
 template <typename T>
 struct Kernels {
-  // Elements of T that forward or backward wants as workspace.
+  // The size of the workspace that forward or backward needs, in elements of T.
   int64_t (*workspace)(const GramInput&, int64_t threads, bool backward);
   void (*forward)(const GramInput&, const GramForward<T>&, T* workspace, const Executor&);
   void (*backward)(const GramInput&, const GramBackward<T>&, T* workspace, const Executor&);
-  // LL from the similarities of the same video in different sets, pos: [V, V, N], the sets (v, t), v outermost.
-  // loss: [V, N]; g_pos: [V, V, N], `scale` times the derivative of their sum.
+  // The local-local loss (LL) from pos [V, V, N], the similarities between clips of the same video. A set is one clip
+  // of one view: first all clips of view 0, then those of view 1. loss: [V, N]; g_pos: [V, V, N], `scale` times the
+  // derivative of the sum of the losses.
   void (*local_local)(int64_t V, int64_t N, const T* pos, double scale, T* loss, T* g_pos, const Executor&);
   // The largest magnitude of n values; infinity where one of them is NaN.
   T (*largest)(const T* values, int64_t n);

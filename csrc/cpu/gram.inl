@@ -1,5 +1,6 @@
-// The operation and its gradient, tiled; compiled once per instruction-set level (no ATen, no STL in here: the linker
-// may keep any level's copy of an inline function).
+// The operation and its gradient, tiled; compiled once for each instruction-set level. There is no ATen and no STL in
+// here: of an inline function that several levels compile, the linker keeps one copy, which might need instructions
+// that the machine lacks.
 //
 //   S[(a,i),(c,j)] = <z_(a,i), z_(c,j)> / tau
 //   neg[a,c,i]     = log sum_{j != i} exp S           pos[a,c,i] = S[(a,i),(c,i)]
@@ -23,17 +24,19 @@ void serially(int64_t n, Task task, void* argument) {
   for (int64_t i = 0; i < n; ++i) task(argument, i, 0);
 }
 
-// A pair of blocks is worked on by so many columns at once: they, their S and its strips share the second cache.
+// The columns of a block pair that are processed at once: these columns and a strip of their S fit the L2 cache
+// together.
 constexpr int64_t chunk = 96, many_rows = 4096;
 
-// Large blocks pack their columns for more rows, small ones leave work for every thread. What is kept has no chunks.
+// In large blocks, columns are packed once for more rows; small blocks leave work for every thread. If tiles are kept,
+// a block is one chunk, since one tile is kept for each pair.
 template <typename T>
 Problem problem(const GramInput& in) {
   bool large = sizeof(T) == sizeof(float) && in.V * in.N >= many_rows && !in.keep;
   return Problem(in.V, in.N, in.cross, large ? 2 * chunk : chunk, NR<T>);
 }
 
-// Of a tile in memory.
+// The number of rows of a tile in memory, and the stride between them.
 INLINE int64_t tile_rows(const Problem& p) { return smaller(p.block, p.N); }
 template <typename T>
 INLINE int64_t tile_stride(const Problem& p) {
@@ -53,12 +56,13 @@ struct Group {
   Norm* norms;            // [V, N]
   double* sum;            // [V, V, N] of exp(S - largest), forward
   T* largest;             // [V, V, N] 0 where the sum needs no offset
-  double *g_neg, *g_pos;  // [V, V, N] backward; in `unit`s, and where S is bounded g_neg times exp(-neg)
-  int64_t* stage;         // [V, blocks] how much of its work each row block has behind it
-  double* top;            // [V, blocks] backward, the largest of its gradients
+  double *g_neg, *g_pos;  // [V, V, N] backward: divided by `unit`; where S is bounded, g_neg times exp(-neg)
+  int64_t* stage;         // [V, blocks] how many of its rounds each row block has completed
+  double* top;            // [V, blocks] backward: the largest magnitude of each block's gradients
   T* S;                   // the tiles, where they are kept
 
-  // dz and S last, where a forward that keeps its rows leaves room for them. Whole lines: vectors stay within them.
+  // dz and S come last, where a forward that keeps its rows leaves room for them. They begin at a cache line, so that
+  // no vector lies across two.
   static int64_t before_dz(const GramInput& in, int64_t ldz) {
     int64_t rows = in.V * in.N, blocks = in.V * rows, doubles = sizeof(double) / sizeof(T);
     return whole_lines<T>(rows * ldz + 2 * doubles * blocks + 4 * doubles * rows);
@@ -118,13 +122,14 @@ struct Work {
   int64_t row(int64_t b) const { return p.set(b) * p.N + p.begin(b); }
 };
 
-// Some columns of a pair of blocks: those of the tile.
+// The columns of a tile: a chunk of the right block of its pair.
 struct Columns {
   int64_t first, count;
 };
 
-// Rows r .. r + strip of the tile's similarities, with -inf for what no sum holds: j = i and the missing columns.
-// pos, where given, receives the diagonal.
+// Computes rows r .. r + strip of the tile's similarities, times tau where S is bounded. They are -inf where nothing is
+// summed: at j = i, and in the columns that fill up the last vector. The diagonal goes to pos, and to mirrored with the
+// columns as anchors, if these are given.
 template <typename T>
 void scores(const Work<T>& w, Pair pair, Columns columns, const Tile<T>& tile, int64_t r, T* S, T* pos, T* mirrored) {
   const Problem& p = w.p;
@@ -145,7 +150,7 @@ void scores(const Work<T>& w, Pair pair, Columns columns, const Tile<T>& tile, i
   }
 }
 
-// (largest, sum) += (m, s), both meaning sum * exp(largest).
+// Adds s * exp(m) to sum * exp(largest).
 template <typename T>
 INLINE void merge(T& largest, double& sum, T m, double s) {
   if (m > largest) {
@@ -157,11 +162,11 @@ INLINE void merge(T& largest, double& sum, T m, double s) {
 }
 
 template <typename T>
-INLINE Vec<T> finite(Vec<T> largest) {  // of nothing but -inf: any finite offset serves
+INLINE Vec<T> finite(Vec<T> largest) {  // if all values are -inf, any finite offset will do
   return largest == -INFINITY ? Vec<T>{} : largest;
 }
 
-// One row's share of its own sum and of the columns' sums; |S| is small.
+// For a row where S is bounded: returns the sum of its exponentials, and adds each to the sum of its column.
 template <typename T>
 double exponentials_bounded(const T* s, int64_t n, T to_exponent, T* column_sum) {
   Vec<T> row = {};
@@ -173,6 +178,7 @@ double exponentials_bounded(const T* s, int64_t n, T to_exponent, T* column_sum)
   return sum<T>(row);
 }
 
+// Adds the exponentials of one row of a tile to its running (largest, total).
 template <typename T>
 void row_exponentials(const T* s, int64_t n, T& largest, double& total) {
   Vec<T> m = splat<T>(-INFINITY), row = {};
@@ -183,7 +189,7 @@ void row_exponentials(const T* s, int64_t n, T& largest, double& total) {
   merge(largest, total, top, sum<T>(row));
 }
 
-// A strip's rows into the columns' running (maximum, sum).
+// Adds a strip's rows to the columns' running (maximum, sum).
 template <typename T>
 void column_exponentials(const T* S, int64_t lds, int64_t rows, int64_t n, T* column_max, T* column_sum) {
   for (int64_t j = 0; j < n; j += lanes<T>) {
@@ -224,7 +230,7 @@ void forward_tile(const Work<T>& w, Pair pair, Columns columns, const Tile<T>& t
     }
     if (!w.bounded && I != J) column_exponentials(S, tile.lds, scored, width, tile.column_max, tile.column_sum);
   }
-  if (I == J) return;  // its columns are its rows
+  if (I == J) return;  // in a diagonal tile, the columns are the rows
   for (int64_t j = 0; j < columns.count; ++j)
     if (w.bounded)
       group.sum[to_columns + j] += tile.column_sum[j];
@@ -244,7 +250,7 @@ Weight<T> weight(const Work<T>& w, int64_t at) {
   return {scale, scale == 0 ? T(INFINITY) : neg};  // exp(S - inf) is 0, and neg may be -inf here
 }
 
-// S to W + W^T. `scale` and `shift` are those of the columns.
+// Turns one row of S into W + W^T, in place. `scale` and `shift` are those of the columns.
 template <typename T>
 void weights(T* s, int64_t n, bool bounded, T to_exponent, Weight<T> row, const T* scale, const T* shift) {
   for (int64_t j = 0; j < n; j += lanes<T>) {
@@ -303,7 +309,7 @@ INLINE Vec<double> sigmoid(Vec<double> t) {
   return t > 0 ? r : e * r;
 }
 
-// neg and term of the rows of block b, from their sums.
+// Writes neg and term of the rows of block b, from their sums.
 template <typename T>
 void finish(const Work<T>& w, int64_t b) {
   const Problem& p = w.p;
@@ -330,7 +336,7 @@ void finish(const Work<T>& w, int64_t b) {
 
 INLINE Vec<double> size(Vec<double> g) { return g < 0 ? -g : g; }
 
-// The gradients of neg and pos of the rows of block b, and the largest of them.
+// Computes the gradients of neg and pos of the rows of block b, and their largest magnitude, for `unit`.
 template <typename T>
 void prepare(const Work<T>& w, int64_t b) {
   const Problem& p = w.p;
@@ -364,7 +370,8 @@ void prepare(const Work<T>& w, int64_t b) {
   w.group.top[b] = maximum<double>(top);
 }
 
-// Of the group's gradients, a power of two near the largest: those of very confident pairs are below float's range.
+// A power of two near the largest gradient of the group. All gradients are divided by it, because those of very
+// confident pairs are below float's range.
 template <typename T>
 double unit(const Work<T>& w) {
   double top = 0;
@@ -372,7 +379,8 @@ double unit(const Work<T>& w) {
   return top > 1e-300 && top < 1e300 ? ldexp(1, ilogb(top)) : 1;
 }
 
-// Once for all tiles: the unit, and exp(S - neg) as exp(S) exp(-neg) where that is safe.
+// Divides the gradients of block b by `unit` and, where S is bounded, multiplies g_neg by exp(-neg), so that a tile
+// needs exp(S) only.
 template <typename T>
 void absorb(const Work<T>& w, int64_t b) {
   const Problem& p = w.p;
@@ -400,8 +408,8 @@ struct LocalLocal {
   T *loss, *g_pos;
 };
 
-// One set's anchors: softplus(log sum_{c not a, mate} exp pos[a,c] - pos[a,mate]), mate the same clip of the other
-// view.
+// The losses of the anchors of set a, softplus(log sum_{c not a, mate} exp pos[a,c] - pos[a,mate]), and their
+// gradients. mate: the set of the same clip in the other view.
 template <typename T>
 void local_local_set(const LocalLocal<T>& w, int64_t a) {
   int64_t mate = (a + w.V / 2) % w.V;
@@ -470,7 +478,7 @@ void run_pair(const Work<T>& w, Pair pair, int64_t thread) {
   }
 }
 
-// What a block does before it meets the others, and after it.
+// What is done for a block before its first pair, and after its last.
 template <typename T, bool backward>
 void open(const Work<T>& w, int64_t b) {
   if (backward) {
@@ -494,9 +502,9 @@ void close(const Work<T>& w, int64_t b) {
     finish(w, b);
 }
 
-// Every block opens, the blocks meet round by round, every block closes; and before a backward opens them, all of them
-// are prepared. A task waits until its blocks have done all that is theirs before it, not for the whole round: a thread
-// that was held up holds up few.
+// The tasks of a group, in this order: backward prepares all blocks; all blocks are opened; the pairs of all rounds are
+// computed; all blocks are closed. A task waits only until its own blocks have completed their earlier tasks, not for a
+// whole round, so that a delayed thread delays few others.
 constexpr int64_t unprepared = -2, prepared = -1;
 
 template <typename T, bool backward>
@@ -547,6 +555,7 @@ INLINE double group_work(const GramInput& in) {
 // Many groups, or small ones: one thread each. Few large ones: one after the other, by all threads.
 INLINE bool group_by_group(const GramInput& in, int64_t threads) { return in.G < 2 * threads && group_work(in) > 1e6; }
 
+// How many groups have memory of their own at once.
 INLINE int64_t slots(const GramInput& in, int64_t threads) {
   return in.keep ? in.G : group_by_group(in, threads) ? 1 : threads;
 }
@@ -565,7 +574,7 @@ struct Call {
   const GramBackward<T>* backward;
   T* memory;
   Executor executor;
-  int64_t threads;  // that the workspace is for
+  int64_t threads;  // the number of threads that the workspace was sized for
 };
 
 template <typename T>

@@ -1,4 +1,4 @@
-// One instruction-set level: all kernels, compiled with what the including file says.
+// All kernels for one instruction-set level, compiled with the macros that the including file defines.
 #include "gram.inl"
 #include "rectangle.inl"
 

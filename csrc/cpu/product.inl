@@ -6,8 +6,8 @@ namespace tclr {
 namespace {
 
 constexpr int MR = TCLR_TILE_ROWS;  // rows of C held in registers
-constexpr int strip = 48;           // rows of a tile scored at once, while their S is near
-constexpr int64_t depth = 128;      // features multiplied at once: a panel of so many stays in the first cache
+constexpr int strip = 48;           // rows of a tile whose similarities are computed and used while in the L1 cache
+constexpr int64_t depth = 128;      // features of one pass of a product: a panel of so many stays in the L1 cache
 static_assert(strip % MR == 0);
 template <typename T>
 constexpr int NR = 2 * lanes<T>;  // columns of C held in registers
@@ -17,7 +17,7 @@ template <typename T, int R, bool add, int W = 2>
 void product(int64_t K, const T* A, int64_t rs, int64_t cs, const T* B, int64_t ldb, T* C, int64_t ldc) {
   constexpr int L = lanes<T>;
   if (add)
-    for (int r = 0; r < R; ++r) __builtin_prefetch(C + r * ldc, 1);  // at D = 512 they come from afar: 5 %
+    for (int r = 0; r < R; ++r) __builtin_prefetch(C + r * ldc, 1);  // at D = 512 C is not in the L1 cache: saves 5 %
   Vec<T> c[R][W] = {};
   for (int64_t k = 0; k < K; ++k, A += cs, B += ldb) {
     Vec<T> b[W];
@@ -64,7 +64,7 @@ INLINE int64_t padded(int64_t n) {
   return (n + NR<T> - 1) / NR<T> * NR<T>;
 }
 
-// Columns of a tile that are computed: whole vectors.
+// The number of columns that are computed for n columns: n, rounded up to whole vectors.
 template <typename T>
 INLINE int64_t covered(int64_t n) {
   return (n + lanes<T> - 1) / lanes<T> * lanes<T>;
@@ -78,15 +78,16 @@ INLINE int64_t whole_lines(int64_t n) {
   return (n + line<T> - 1) / line<T> * line<T>;
 }
 
-// Between rows of D values: whole vectors, and an odd number of cache lines, so that a column's lines do not share a
-// set.
+// The stride between rows of D values: whole vectors, and an odd number of cache lines, so that the lines of one column
+// fall into different sets of the cache.
 template <typename T>
 INLINE int64_t leading(int64_t D) {
   int64_t n = whole_lines<T>(padded<T>(D));
   return n / line<T> % 2 ? n : n + line<T>;
 }
 
-// [n, D] rows to panels [n / NR, D, NR] of columns, the missing rows of the last one zero; ldz >= D is padded to NR.
+// Packs rows [n, D] into panels of NR columns, [n / NR, D, NR]. The last panel is filled up with zeros. ldz, at least
+// D, is a multiple of NR.
 template <typename T>
 void pack_transposed(const T* z, int64_t ldz, int64_t n, int64_t D, T* panels) {
   constexpr int L = lanes<T>;

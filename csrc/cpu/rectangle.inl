@@ -1,19 +1,21 @@
-// Some rows against some columns, tiled; what is computed stands at the head of tclr_kernels/general.py.
+// The operation that tclr_kernels/general.py defines, some rows against some columns, tiled.
 //
-// With keys both sides are sorted by them when they are read, so that a row's positives are neighbours and most tiles
-// have none. These few are taken out of a strip of S before its exponentials, and weighted by arithmetic of their own
-// in double; so all else is the code that there is without keys. Each tile of S is computed once, whichever gradients
-// it serves. Who writes where, and in which order, depends on sizes alone, never on the number of threads.
+// With keys, the rows of both sides are sorted by key when they are read, so that the positives of a row are neighbours
+// and most tiles have none. The few positives are taken out of a strip of S before its exponentials are computed, and
+// are handled apart, in double; the rest is the same code as without keys. Each tile of S is computed once, for the
+// gradients of both sides. Which task writes where, and in which order, depends on the sizes alone, never on the number
+// of threads.
 //
-// Memory: both sides once as unit rows, backward as much again for the gradients that are wanted; sums and weights of
-// every (set, other set, row); one side's sums and gradients up to 31 blocks of 192 rows more; a tile for each thread.
+// Memory: a normalised copy of both sides; in the backward, as much again for the gradients that are wanted; sums or
+// weights for every (set, other set, row); for the side with fewer blocks, copies of its sums and gradients, of up to
+// 31 blocks of 192 rows; a tile for each thread.
 #pragma once
 #include "gram.inl"
 
 namespace tclr {
 namespace {
 
-// One side in row blocks.
+// One side, cut into blocks of rows.
 struct Cut {
   int64_t sets, N, block, blocks;
 
@@ -29,9 +31,9 @@ struct Cut {
   int64_t rows(int64_t b) const { return smaller(block, N - begin(b)); }
 };
 
-// The order in which all blocks of one side meet all of the other. Where one side has few, it has copies of what is
-// added to them, each for a segment of the many: else there were little to do at once. In a round each of the few, in
-// each segment, meets another of the many, or none.
+// The order in which each block of one side is paired with each block of the other. Two pairs that run at once must not
+// add to the same rows. If one side has few blocks, there are therefore copies of their sums and gradients, each for a
+// segment of the other side's blocks (the many). In a round, each of the few meets one block of every segment, or none.
 struct Meetings {
   static constexpr int64_t at_once = 32;
   bool rows_few;
@@ -45,7 +47,8 @@ struct Meetings {
     rounds = few > segment ? few : segment;
   }
   int64_t places() const { return few * copies; }
-  // The rounds in which one of the many meets its first, and, after the place p, its next.
+  // The round in which the nth block of a segment first meets one of the few; and the next such round after `round`, in
+  // which it meets block p of the few.
   int64_t first_round(int64_t nth) const { return nth < few ? 0 : nth - few + 1; }
   int64_t next_round(int64_t round, int64_t p) const { return round + 1 + (p == 0 ? rounds - few : 0); }
 };
@@ -64,24 +67,24 @@ struct Carver {
 };
 
 template <typename T>
-struct Sums {  // sum * exp(largest)
+struct Sums {  // the value is sum * exp(largest)
   double* sum;
   T* largest;
 };
 
-// One side of a group. What is indexed by (set, set of the other side, row) has size() elements.
+// One side of a group. An array with an entry for each (set, set of the other side, row) has size() elements.
 template <typename T>
 struct Half {
   Cut cut;
   int64_t others, copies, ldz;
   const int64_t* order = nullptr;
-  T *z{}, *d{};               // [sets, N, ldz], [copies, sets, N, ldz]: the gradient, or the weighted columns' sum
+  T *z{}, *d{};               // [sets, N, ldz], [copies, sets, N, ldz]: the gradient, or the columns' weighted sum
   Norm* norms{};              // [sets, N]
   int64_t* stage{};           // [copies, blocks] the round in which each block is next
   Sums<T> neg{}, pos{};       // [copies, size]
   double *total{}, *slope{};  // [copies, size] of the positives: the sum of S or softplus, and of its derivative
   T *scale{}, *shift{};       // [size] the weight of a negative is scale * exp(S - shift), in `unit`s
-  double *g_pos{}, *lse{}, *g_lse{}, *g_spread{}, *share{};  // [size] of the positives; of pairs lse is `negatives`
+  double *g_pos{}, *lse{}, *g_lse{}, *g_spread{}, *share{};  // [size] of the positives; lse of pairs: negatives
 
   Half(Cut cut, int64_t others, int64_t copies, int64_t ldz) : cut(cut), others(others), copies(copies), ldz(ldz) {}
 
@@ -90,7 +93,7 @@ struct Half {
   int64_t row(int64_t b) const { return cut.set(b) * cut.N + cut.begin(b); }
   T* gradient(int64_t b, int64_t copy) const { return d + (copy * cut.sets * cut.N + row(b)) * ldz; }
   int64_t original(int64_t i) const { return order ? order[i] : i; }
-  // Where what belongs to the (sorted) row i is in the tensors of all groups.
+  // Where the entry of the sorted row i lies in the operator's tensors, which have all groups and unsorted rows.
   int64_t source(int64_t g, int64_t a, int64_t c, int64_t i) const { return g * size() + at(a, c, original(i)); }
 
   void carve_rows(Carver& memory, bool with_d) {
@@ -118,7 +121,7 @@ INLINE int64_t tile_stride(const Cut& columns) {
   return leading<T>(smaller(chunk, columns.block));
 }
 
-// What one tile of S takes: its rows, and a vector more, which the products of the last row may write.
+// The size of one tile of S: its rows, and a vector more, which the products of the last row may overwrite.
 template <typename T>
 INLINE int64_t tile_size(const Cut& rows, const Cut& columns) {
   return rows.block * tile_stride<T>(columns) + NR<T>;
@@ -128,8 +131,8 @@ INLINE int64_t tile_size(const Cut& rows, const Cut& columns) {
 template <typename T>
 struct Patch {
   int64_t lds;
-  T *columns, *S, *positives;  // the packed columns; a tile; of a strip, -inf but for the positives
-  T* kept = nullptr;           // the tile in the memory that both calls share
+  T *columns, *S, *positives;  // the packed columns; a tile; a strip's positives, -inf elsewhere
+  T* kept = nullptr;           // the tile in the memory that forward and backward share
   T *column_sum, *column_max, *scale, *shift, *positive_sum, *positive_max;
   double *total, *slope, *negatives;
 
@@ -153,9 +156,9 @@ struct Sheet {
   int64_t g;
   bool bounded;  // |S| <= 1/tau is known to be small: no maximum is needed
   T inverse_tau;
-  double unit;                     // of the gradients, a power of two
-  bool of_positives;               // whether any gradient arrives at what the positives make
-  bool keys, by_rows, by_columns;  // weights have the rows, the columns as anchors
+  double unit;                     // the power of two by which all gradients are divided
+  bool of_positives;               // whether an output that depends on positives has a gradient
+  bool keys, by_rows, by_columns;  // by_*: whether the rows (columns) are anchors that have weights
   Problem tournament;              // of blocks with each other, where the rows are the columns
   Meetings meetings;
   Half<T> rows, columns;
@@ -204,7 +207,7 @@ Sheet<T> make_sheet(const RectangleInput& in, const RectangleCall<T>& call, int6
              0};
   w.rows.order = keys ? in.rows.order + g * rows.N : nullptr;
   w.columns.order = keys ? in.columns.order + g * columns.N : nullptr;
-  // where both calls share a workspace, each has room for what the other one needs
+  // if both calls share a workspace, it has room for what each of them needs
   bool for_rows = gradients ? call.d_rows != nullptr : call.mean != nullptr, for_columns = call.d_columns != nullptr;
   w.rows.carve_rows(memory, for_rows || in.keep);
   if (in.keep || (gradients && w.by_rows)) w.rows.carve_weights(memory, keys);
@@ -221,15 +224,16 @@ Sheet<T> make_sheet(const RectangleInput& in, const RectangleCall<T>& call, int6
   return w;
 }
 
-// A tile: rows of a block, a chunk of the columns of another.
+// A tile: the rows of one block against a chunk of the columns of another.
 struct Place {
   int64_t row_block, column_block, row_copy, column_copy;
   int64_t a, c, i, j;  // its first row and column
   int64_t rows, count, width;
-  int64_t of_rows, of_columns;  // where (a, c, i) and (c, a, j) are among size()
+  int64_t of_rows, of_columns;  // the indices of (a, c, i) and (c, a, j) in arrays of size()
 };
 
-// What a row finds among the tile's columns: its positives begin .. end, maybe with itself, and its index, or -1.
+// The matches of a row among the tile's columns: begin .. end have its key, perhaps the row itself among them, and own
+// has its index, or is -1.
 INLINE Match find(const Match* match, const Place& p, int64_t r) {
   if (match == nullptr) return {0, 0, -1};
   const Match& m = match[p.i + r];
@@ -247,7 +251,8 @@ INLINE bool any_positives(const Match* match, const Place& p) {
   return false;
 }
 
-// Rows r .. r + strip of the tile's similarities, -inf for the missing columns; times tau where S is bounded.
+// Computes rows r .. r + strip of the tile's similarities, times tau where S is bounded; -inf in the columns that fill
+// up the last vector.
 template <typename T>
 void score(const Sheet<T>& w, const Place& p, int64_t r, const Patch<T>& patch, T* S) {
   int64_t rows = smaller(strip, p.rows - r), ldz = w.rows.ldz;
@@ -260,8 +265,9 @@ void score(const Sheet<T>& w, const Place& p, int64_t r, const Patch<T>& patch, 
   }
 }
 
-// Takes one row's positives and its index out of its similarities. The positives go to `positives`, begin .. end, which
-// is -inf elsewhere; the similarity of the same index in another set goes to the output.
+// Takes a row's positives, and the column with its index, out of its similarities, which become -inf there. The
+// positives go to `positives`, begin .. end, which is -inf elsewhere; the similarity of the same index in another set
+// goes to the output.
 template <typename T>
 void take_out(const Sheet<T>& w, const Place& p, int64_t r, const Match& m, int64_t begin, int64_t end, T* s,
               T* positives) {
@@ -278,7 +284,7 @@ void take_out(const Sheet<T>& w, const Place& p, int64_t r, const Match& m, int6
   if (m.own >= 0) s[m.own] = -INFINITY;
 }
 
-// The sum of exp(S - offset) over one row, and in its place the exponentials, if they are kept.
+// Returns the sum of exp(S - offset) over one row. With `keep`, the exponentials take the place of S.
 template <typename T, bool keep>
 double exponentials(T* s, int64_t n, bool bounded, T to_exponent, T offset) {
   Vec<T> total = {};
@@ -290,8 +296,8 @@ double exponentials(T* s, int64_t n, bool bounded, T to_exponent, T offset) {
   return sum<T>(total);
 }
 
-// One row's share of the columns' weighted sum: its exponentials in the place of S, and what it has so far brought to
-// the same offset.
+// For one row of the columns' weighted sum: the exponentials take the place of S, and what was summed before is scaled
+// to the new maximum.
 template <typename T>
 void weigh_columns(T* s, int64_t n, T& largest, double& total, T* mean, int64_t D) {
   Vec<T> m = splat<T>(-INFINITY);
@@ -305,7 +311,7 @@ void weigh_columns(T* s, int64_t n, T& largest, double& total, T* mean, int64_t 
   total += exponentials<T, true>(s, n, false, T(1), largest == -INFINITY ? T(0) : largest);
 }
 
-// The negatives of a strip into the sums of its rows, and of its columns where these are rows too.
+// Adds the negatives of a strip to the sums of its rows and, if mirrored (they are anchors too), of its columns.
 template <typename T>
 void add_negatives(const Sheet<T>& w, const Place& p, int64_t r, bool mirrored, T* S, const Patch<T>& patch) {
   T to_exponent = T(w.inverse_tau * log2e);
@@ -327,7 +333,7 @@ void add_negatives(const Sheet<T>& w, const Place& p, int64_t r, bool mirrored, 
   if (!w.bounded && mirrored) column_exponentials(S, patch.lds, scored, p.width, patch.column_max, patch.column_sum);
 }
 
-// The sum of a row's positives, and each one to its column's.
+// Returns the sum of a row's positives, and adds each to the sum of its column.
 template <typename T>
 double add_similarities(const T* positives, int64_t n, double* columns) {
   Vec<double> row = {};
@@ -340,7 +346,7 @@ double add_similarities(const T* positives, int64_t n, double* columns) {
   return sum<double>(row);
 }
 
-// softplus(negatives - S) of a row's positives and its derivative; the other sums are the columns'.
+// Adds softplus(negatives - S) of a row's positives, and its derivative, to the sums of the row.
 template <typename T>
 void add_pairs(const T* positives, int64_t n, double negatives, double& total, double& slope) {
   Vec<double> totals = {}, slopes = {};
@@ -361,7 +367,7 @@ void add_pairs_of_columns(const T* positives, int64_t n, const double* negatives
   }
 }
 
-// The positives of a strip, between the columns begin and end, into the sums of its rows and of its columns.
+// Adds the positives of a strip, between the columns begin and end, to the sums of its rows and its columns.
 template <typename T>
 void add_positives(const Sheet<T>& w, const Place& p, int64_t r, bool mirrored, int64_t begin, int64_t end,
                    const Patch<T>& patch) {
@@ -395,7 +401,7 @@ void clear_columns(const Sheet<T>& w, const Place& p, bool mirrored, const Patch
     patch.negatives[j] = j < p.count ? w.call.negatives[w.columns.source(w.g, p.c, p.a, p.j + j)] : 0;
 }
 
-// What the tile's columns got, to the rows that they are.
+// If the rows are the columns, a tile's columns are anchors too: adds their sums to those of the same rows.
 template <typename T>
 void add_columns(const Sheet<T>& w, const Place& p, const Patch<T>& patch) {
   const Half<T>& to = w.columns;
@@ -438,7 +444,8 @@ void forward_place(const Sheet<T>& w, const Place& p, const Patch<T>& patch) {
                w.rows.gradient(p.row_block, p.row_copy), w.rows.ldz);
 }
 
-// What the weights of n positives have of the anchors `at`: one for all of them, or one for each.
+// For positives with the similarities S: the part of their weights that comes from the anchors of one side. read: gives
+// every lane the number of the same anchor, or each lane that of its own anchor.
 template <typename T, typename Read>
 INLINE Vec<double> positive_weights(const Half<T>& half, bool of_pairs, Vec<double> S, Read read) {
   Vec<double> g = read(half.g_lse), lse = read(half.lse);
@@ -447,7 +454,7 @@ INLINE Vec<double> positive_weights(const Half<T>& half, bool of_pairs, Vec<doub
   return g * e + read(half.g_spread) * (e - read(half.share));
 }
 
-// The weights of one row's positives, from their similarities in s, to `weights`.
+// Writes the weights of one row's positives to `weights`. s: the similarities of the row.
 template <typename T>
 void weigh_positives(const Sheet<T>& w, const Place& p, int64_t r, const Match& m, const T* s, T* weights) {
   T factor = w.bounded ? w.inverse_tau : T(1);
@@ -465,7 +472,7 @@ void weigh_positives(const Sheet<T>& w, const Place& p, int64_t r, const Match& 
   }
 }
 
-// S to its weights in one row, where the columns are no anchors.
+// Turns one row of S into weights, in place, where only the rows are anchors.
 template <typename T>
 void weigh_negatives(T* s, int64_t n, bool bounded, T to_exponent, Weight<T> row) {
   for (int64_t j = 0; j < n; j += lanes<T>) {
@@ -521,7 +528,7 @@ void backward_place(const Sheet<T>& w, const Place& p, const Patch<T>& patch) {
                columns.d + (p.column_copy * columns.cut.sets * columns.cut.N + first) * ldz, ldz);
 }
 
-// A block of the rows meets a block of the columns, which changes the given copies of what is theirs.
+// Computes the pair of a block of rows and a block of columns, and adds to the given copies of their results.
 template <typename T>
 void meet(const Sheet<T>& w, int64_t row, int64_t column, int64_t row_copy, int64_t column_copy, int64_t thread) {
   const Cut &rows = w.rows.cut, &columns = w.columns.cut;
@@ -557,7 +564,7 @@ void meet(const Sheet<T>& w, int64_t row, int64_t column, int64_t row_copy, int6
   }
 }
 
-// The power of two of the largest gradient that arrives.
+// The largest magnitude of `top` and of the upstream gradients of n anchors.
 INLINE double unit(const Anchors& from, int64_t first, int64_t n, double top) {
   Vec<double> largest = splat(top);
   const double* gradients[] = {from.g_neg, from.g_pos, from.g_pos_lse, from.g_spread, from.g_pairs};
@@ -576,9 +583,9 @@ INLINE bool reaches_positives(const Anchors& from, int64_t first, int64_t n) {
   return false;
 }
 
-// The weights of one block's rows as anchors, in the rows' order: in units, and exp(S - neg) as exp(S) exp(-neg) where
-// that is safe. Without a negative, neg is -inf and there is nothing to weigh. What rounding takes from neg goes to
-// the factor.
+// Computes the weights of one block's rows as anchors, in the order of the sorted rows: divided by `unit`, and with
+// exp(S - neg) as exp(S) exp(-neg) where S is bounded. An anchor without negatives has neg = -inf and weight 0. What
+// neg loses when it is rounded to T goes into the scale.
 template <typename T>
 void absorb(const Sheet<T>& w, const Half<T>& half, const Anchors& from, int64_t b) {
   double inverse = 1 / w.unit;
@@ -611,7 +618,7 @@ void read(const Sheet<T>& w, const Half<T>& half, const Side& side, int64_t b) {
   }
 }
 
-// Before a block meets others: its rows are read, its sums are empty.
+// Before a block's first pair: reads its rows, and clears its sums and gradients.
 template <typename T>
 void open(const Sheet<T>& w, const Half<T>& half, const Side& side, const Anchors& from, bool anchors, int64_t b) {
   if (!(w.kept && w.call.wanted == Wanted::gradients)) read(w, half, side, b);
@@ -631,7 +638,7 @@ void open(const Sheet<T>& w, const Half<T>& half, const Side& side, const Anchor
   }
 }
 
-// The first copy of the sums of n rows gets all that the others have.
+// Adds the other copies of the sums of n rows to the first copy.
 template <typename T>
 void merge_copies(const Half<T>& half, bool keys, int64_t at, int64_t n) {
   for (int64_t copy = 1; copy < half.copies; ++copy)
@@ -644,7 +651,7 @@ void merge_copies(const Half<T>& half, bool keys, int64_t at, int64_t n) {
     }
 }
 
-// The columns' mean, weighted by exp(S - neg), of the rows of block b.
+// Writes the columns' mean, weighted by exp(S - neg), for the rows of block b.
 template <typename T>
 void write_mean(const Sheet<T>& w, int64_t b) {
   const Half<T>& half = w.rows;
@@ -734,8 +741,8 @@ void close_task(void* work, int64_t b, int64_t) {
   for (int64_t c = 0; c < w.rows.others; ++c) write_sums(w, b, c);
 }
 
-// Blocks of one side meet those of the other, or, where both are the same, each other in a tournament. A task waits
-// until its blocks have met all that they meet before.
+// Computes a pair of blocks, one of each side; `tournament_task` does so if the rows are the columns. A task waits
+// until its blocks have completed their earlier pairs.
 template <typename T>
 void meet_task(void* work, int64_t task, int64_t thread) {
   const Sheet<T>& w = *(const Sheet<T>*)work;

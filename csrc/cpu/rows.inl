@@ -1,4 +1,4 @@
-// Rows in, converted and normalised; gradients of rows out.
+// Reads rows, which are converted and normalised, and writes their gradients.
 #pragma once
 #include "../problem.h"
 #include "gram.h"
@@ -7,7 +7,8 @@
 namespace tclr {
 namespace {
 
-// Values of one type, `step` apart. A NaN becomes the canonical one: exp2 passes no other.
+// Converts D values that are `step` elements apart. A NaN becomes the canonical NaN, the only one for which `exp2`
+// returns NaN.
 template <typename T, typename X, typename To>
 INLINE void convert(const X* x, int64_t step, int64_t D, T* out, To to) {
   auto canonical = [&](X from) {
@@ -34,7 +35,7 @@ void read_row(const Rows& rows, Dtype dtype, int64_t g, int64_t i, int64_t D, T*
     convert((const uint16_t*)rows.data + first, step, D, out, [](uint16_t x) { return T(from_f16(x)); });
 }
 
-// sum_d x_d y_d in double; what follows the D values up to two whole vectors is zero
+// sum_d x_d y_d in double. Both rows are padded with zeros to a multiple of two vectors of doubles.
 template <typename T>
 INLINE double dot(const T* x, const T* y, int64_t D) {
   constexpr int L = lanes<double>;
@@ -46,8 +47,8 @@ INLINE double dot(const T* x, const T* y, int64_t D) {
   return sum<double>(even + odd);
 }
 
-// The norm as the product of a power of two and the rest: that of a row of 1e308 is beyond double. rest is 0 for a zero
-// row.
+// A norm as the product of a power of two, scale, and the rest, because the norm of a row of 1e308 overflows a double.
+// rest is 0 for a row of zeros.
 struct Norm {
   double scale, rest;
 };
@@ -91,8 +92,8 @@ void read_block(const GramInput& in, const Problem& p, int64_t g, int64_t b, int
     norms[r] = read_unit(in.sets[p.set(b)], in.dtype, in.normalize, g, p.begin(b) + r, in.D, ldz, z + r * ldz);
 }
 
-// The gradient of a row from that of its unit row, dx = (dz - z <z, dz>) / |x|, to row i; returns <z, dz>.
-// dz is in units of 1 / scale.
+// Writes row i of a gradient, dx = (dz - z <z, dz>) / |x|, and returns <z, dz>. row: the normalised row z; grad: its
+// gradient dz divided by `scale`.
 template <typename T>
 INLINE T write_row(const Gradient<T>& to, int64_t g, int64_t i, int64_t D, double scale, bool unit, Norm norm,
                    const T* row, const T* grad) {
@@ -102,14 +103,14 @@ INLINE T write_row(const Gradient<T>& to, int64_t g, int64_t i, int64_t D, doubl
   if (unit) exponent = norm.scale, projected = along, scale /= norm.rest;
   for (int64_t d = 0; d < D; ++d) {
     double value = (double(grad[d]) - double(row[d]) * projected) * scale;
-    if (sizeof(T) == sizeof(double)) value /= exponent;  // of floats it is 1
+    if (sizeof(T) == sizeof(double)) value /= exponent;  // for float rows it is 1
     value = zero ? 0 : value;
     dx[d] = to.add ? dx[d] + T(value) : T(value);
   }
   return T(scaled);
 }
 
-// The gradients of one block's rows; dz is in units of tau / unit.
+// Writes the gradients of one block's rows. dz: the gradients of the normalised rows, divided by unit / tau.
 template <typename T>
 void write_block(const GramInput& in, const GramBackward<T>& out, const Problem& p, int64_t g, int64_t b, int64_t ldz,
                  double unit, const T* z, const T* dz, const Norm* norms) {

@@ -1,4 +1,4 @@
-// Vectors of one level's width, by the compiler's generic vector types: loads, exp2, transposes.
+// SIMD vectors as wide as the instruction-set level allows, as the compiler's generic vector types.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -23,9 +23,9 @@ struct Lane<float> {
   typedef float vec __attribute__((vector_size(TCLR_VECTOR_BYTES)));
   typedef uint32_t ivec __attribute__((vector_size(TCLR_VECTOR_BYTES)));
   static constexpr int mantissa = 23;
-  static constexpr float smallest = -126;            // of exp2: below, 0
+  static constexpr float smallest = -126;            // below this, exp2 returns 0
   static constexpr float round = 12582912;           // 1.5 * 2^23: adding it rounds to an integer
-  static constexpr double largest_inverse_tau = 40;  // up to here no exp(+-1/tau) of unit rows leaves the range
+  static constexpr double largest_inverse_tau = 40;  // up to this, exp(1/tau) and exp(-1/tau) are in range
   // 2^f on [-1/2, 1/2], minimax, relative error 1.9e-9
   static constexpr float exp2[] = {1.0000000005541732f,    0.69314720573748053f,  0.24022646890602097f,
                                    0.05550328776484039f,   0.009618488958971071f, 0.001339993142907839f,
@@ -91,7 +91,8 @@ INLINE Vec<double> widen(const T* p) {
   return __builtin_convertvector(v, Vec<double>);
 }
 
-// The first n of them, the others 0; and the way back. Half a vector by itself: four clips of a video are one.
+// Loads and stores of n values; the missing lanes are 0. Half a vector has code of its own, because four clips of a
+// video are half a vector of AVX-512.
 template <typename T, int... l>
 INLINE Vec<double> widen_half(const T* p, std::integer_sequence<int, l...>) {
   constexpr int n = lanes<double> / 2;
@@ -149,13 +150,14 @@ INLINE Vec<T> exp2(Vec<T> x) {
 constexpr double log2e = 1.4426950408889634, ln2 = 0.6931471805599453;
 
 INLINE Vec<double> exp(Vec<double> x) { return exp2<double>(x * log2e); }  // x < 709
-// not the C library's: its exp of today would keep a wheel from systems older than glibc 2.29
+// Not the C library's exp: linked with a current glibc, the wheel would not load with one older than 2.29.
 INLINE double exp(double x) { return exp(splat<double>(x))[0]; }
 
-// Not of subnormals. x = 2^e m, 1/sqrt 2 < m < sqrt 2; log m = 2 atanh f with f = (m - 1) / (m + 1), |f| < 0.172
+// x is not subnormal. x = 2^e m, 1/sqrt 2 < m < sqrt 2; log m = 2 atanh f with f = (m - 1) / (m + 1), |f| < 0.172
 INLINE Vec<double> log(Vec<double> x) {
   using Bits = Lane<double>::ivec;
-  constexpr uint64_t one = 0x3ff0000000000000, to_root = 0x95f619980c433;  // from sqrt 2 to 2
+  // one: the bits of 1; to_root: the bits of 2 minus the bits of sqrt 2
+  constexpr uint64_t one = 0x3ff0000000000000, to_root = 0x95f619980c433;
   Bits shifted = (Bits)x + to_root;
   Bits biased = (shifted >> 52) | 0x4330000000000000;  // as a double: 2^52 + 1023 + e
   Vec<double> e = (Vec<double>)biased - 4503599627371519.0;

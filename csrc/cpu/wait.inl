@@ -1,4 +1,4 @@
-// How tasks wait for each other: a stage is a number that only rises, and whoever needs it higher waits.
+// How tasks wait for each other. A stage is a counter that only rises; a task waits until it has the value it needs.
 //
 // The thread that others wait for may not be running, where other processes want the same cores. A waiting thread
 // therefore gives its core away after some tens of microseconds: it sleeps until the stage rises.
@@ -12,7 +12,7 @@
 namespace tclr {
 namespace {
 
-constexpr int64_t awake = 50000;  // nanoseconds
+constexpr int64_t awake = 50000;  // nanoseconds that a waiting thread spins before it sleeps
 
 int64_t sleepers;  // threads that sleep below
 
@@ -27,7 +27,7 @@ static inline void futex(const int64_t* stage, int operation, int32_t value) {
   syscall(SYS_futex, stage, operation, value, nullptr, nullptr, 0);
 }
 
-// One step of waiting, begun at `since`.
+// One step of a wait that began at `since` (0: begins now): spins for a moment or, after `awake`, sleeps.
 __attribute__((noinline)) void linger(const int64_t* stage, int64_t wanted, int64_t& since) {
   if (since == 0) since = nanoseconds();
   if (nanoseconds() - since < awake) {
@@ -36,8 +36,8 @@ __attribute__((noinline)) void linger(const int64_t* stage, int64_t wanted, int6
 #endif
     return;
   }
-  // Whoever raises the stage looks for sleepers afterwards, and the system looks at the stage before it puts one to
-  // sleep: one of them sees the other.
+  // A thread that raises the stage looks for sleepers afterwards, and the operating system compares the stage before it
+  // lets a thread sleep. So at least one of the two notices the other, and no thread sleeps for ever.
   __atomic_add_fetch(&sleepers, 1, __ATOMIC_SEQ_CST);
   int64_t seen = __atomic_load_n(stage, __ATOMIC_SEQ_CST);
   if (seen < wanted) futex(stage, FUTEX_WAIT_PRIVATE, int32_t(seen));

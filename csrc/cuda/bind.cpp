@@ -1,6 +1,7 @@
-// From tensors to what the CUDA kernels take, by libtorch's stable ABI: one build serves every PyTorch from 2.11 on.
+// The operators on CUDA devices: checks the tensors, and calls the CUDA kernels with pointers and sizes. By libtorch's
+// stable ABI, one build works with every PyTorch from 2.11 on.
 //
-// With TCLR_HOST_EXECUTOR the same operators are made for CPU tensors, in a library of their own, for the tests.
+// With TCLR_HOST_EXECUTOR, the same operators are registered for CPU tensors in a separate library, for the tests.
 #include <torch/csrc/stable/accelerator.h>
 
 #include <array>
@@ -31,8 +32,8 @@ struct Device {
 
 bool on_device(const Tensor& x) { return x.is_cuda(); }
 
-// The inputs' device, made the current one, and its current stream. The symbol is looked up in the library that is
-// there: a CPU build of PyTorch has none, and this one must load beside it all the same.
+// Makes the inputs' device the current device, and gives its current stream. The symbol is looked up at run time: a CPU
+// build of PyTorch lacks it, and this library must load beside that, too.
 struct Device {
   torch::stable::accelerator::DeviceGuard guard;
   void* stream = nullptr;
@@ -133,15 +134,15 @@ std::tuple<Tensors, Tensor> gram_backward(Tensors sets, Optional tau, double tau
   return {dz, zdz};
 }
 
-// ---- a whole loss: operation and reduction; and its gradient, for which the forward leaves neg and pos
+// ---- a whole loss in one call. The forward keeps neg and pos for the gradient.
 
-// Which terms a loss adds, and by what it divides: see tclr_kernels/reduced.py.
+// How a whole loss is made of the terms, as tclr_kernels/reduced.py defines it: which are added, and what divides them.
 struct Reduction {
   bool one_sided;
   double factor, count;
 };
 
-// Inputs [N, D] or [G, N, D], or the views of one tensor [V, N, D]; as sets [G, N, D].
+// The sets [G, N, D] of inputs [N, D] or [G, N, D], or of the views in one tensor [V, N, D].
 Tensors sets_of(const Tensors& inputs) {
   bool views = inputs.size() == 1;
   STD_TORCH_CHECK(!inputs.empty() && (inputs[0].dim() == 3 || (inputs[0].dim() == 2 && !views)),
@@ -155,8 +156,8 @@ Tensors sets_of(const Tensors& inputs) {
   return sets;
 }
 
-// PyTorch's own operator with a number, "aten::mul" or "aten::div", as where Python calls it: the same bits. x: 0-d, of
-// the terms' dtype.
+// x times or divided by a number, by PyTorch's own operator (name: "aten::mul" or "aten::div"), so that the result has
+// the same bits as in Python. x: 0-d, with the dtype of the terms.
 Tensor with_number(const char* name, const Tensor& x, double number) {
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(
@@ -201,9 +202,9 @@ Tensors reduced_backward(Tensors inputs, Optional tau, double tau_value, bool no
   size_t views = d.sets.size() / inputs.size();
   for (size_t k = 0; k < inputs.size(); ++k) {
     Tensor& to = made.emplace_back(empty(sizes_of(inputs[k]), code_of(inputs[k]), inputs[k]));
-    int64_t bytes_a_view = d.call.N * d.call.D * bytes_of(to);
+    int64_t bytes_per_view = d.call.N * d.call.D * bytes_of(to);
     for (size_t v = 0; v < views; ++v)
-      d.sets[k * views + v].gradient = static_cast<char*>(to.mutable_data_ptr()) + int64_t(v) * bytes_a_view;
+      d.sets[k * views + v].gradient = static_cast<char*>(to.mutable_data_ptr()) + int64_t(v) * bytes_per_view;
   }
   Tensor zdz = run_backward(d, inputs[0], kept[0], kept[1], g_term, {}, {});
   if (tau) made.push_back(torch::stable::sum(zdz));
@@ -214,7 +215,7 @@ Tensors reduced_backward(Tensors inputs, Optional tau, double tau_value, bool no
 
 struct DescribedRectangle {
   Described rows, columns;
-  Tensors held;  // what the pointers below point into
+  Tensors held;  // keeps the tensors alive to which `call` points
   cuda::RectangleCall call{};
 
   std::vector<int64_t> of_rows() const { return {rows.call.G, rows.call.V, columns.call.V, rows.call.N}; }
@@ -222,12 +223,13 @@ struct DescribedRectangle {
 };
 
 const double* of_anchors(DescribedRectangle& d, const Tensor& x, const std::vector<int64_t>& sizes) {
-  STD_TORCH_CHECK(sizes_of(x) == sizes && code_of(x) == aoti_torch_dtype_float64() && on_device(x),
-                  "what anchors have: wanted CUDA tensors [G, sets, sets of the other side, N] of float64");
+  STD_TORCH_CHECK(
+      sizes_of(x) == sizes && code_of(x) == aoti_torch_dtype_float64() && on_device(x),
+      "negatives, of_rows, of_columns: wanted CUDA tensors [G, sets, sets of the other side, N] of float64");
   return static_cast<const double*>(d.held.emplace_back(torch::stable::contiguous(x)).const_data_ptr());
 }
 
-// neg, g_neg, g_pos; with keys pos_lse, g_pos_lse, g_spread, count too; or negatives and g_pairs.
+// given: neg, g_neg, g_pos and, with keys, pos_lse, g_pos_lse, g_spread, count; or negatives and g_pairs.
 cuda::Anchors anchors(DescribedRectangle& d, const Tensors& given, const std::vector<int64_t>& sizes) {
   std::vector<const double*> x;
   for (const Tensor& of_anchor : given) x.push_back(of_anchors(d, of_anchor, sizes));
@@ -239,7 +241,7 @@ cuda::Anchors anchors(DescribedRectangle& d, const Tensors& given, const std::ve
     case 3:
       return {x[0], x[1], x[2]};
     default:
-      STD_TORCH_CHECK(x.size() == 7, "what anchors have: wanted 2, 3 or 7 tensors, found ", x.size());
+      STD_TORCH_CHECK(x.size() == 7, "of_rows, of_columns: wanted none, 2, 3 or 7 tensors, found ", x.size());
       return {x[0], x[1], x[2], x[3], x[4], x[5], x[6]};
   }
 }
@@ -269,7 +271,7 @@ DescribedRectangle describe(const Tensors& rows, const Tensors& columns, const O
   return d;
 }
 
-// The call once the sets are where they stay.
+// Sets the pointers to the sets. They point into d, so d must not be moved afterwards.
 const cuda::RectangleCall& ready(DescribedRectangle& d) {
   d.call.rows = d.rows.call, d.call.columns = d.columns.call;
   d.call.rows.sets = d.rows.sets.data(), d.call.columns.sets = d.columns.sets.data();
@@ -317,7 +319,7 @@ std::tuple<Tensor, Tensor> pairs(Tensors rows, Tensors columns, Optional tau, do
   return {sums, slope};
 }
 
-// Gradients of sets, for the kernels to write.
+// Allocates the gradients of the sets, for the kernels to write.
 Tensors gradients_of(const Tensors& sets, Described& side) {
   Tensors made;
   for (size_t a = 0; a < sets.size(); ++a)
@@ -421,7 +423,7 @@ static void implement(torch::stable::detail::StableLibrary& m) {
 using torch::stable::detail::StableLibrary;
 using Init = torch::stable::detail::StableTorchLibraryInit;
 
-static const char* library = getenv("TCLR_HOST_LIBRARY");  // several of them may stand side by side
+static const char* library = getenv("TCLR_HOST_LIBRARY");  // tests may load several such libraries
 static const Init define_all(
     StableLibrary::Kind::DEF,
     [](StableLibrary& m) {

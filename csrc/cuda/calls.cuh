@@ -38,22 +38,23 @@ Gram<T> describe(int64_t G, int64_t V, int64_t N, int64_t D, bool normalize, boo
   p.order = {0, V * N, N, 0, 1, 1};
   Problem tiles = p.tiles();
   p.parts = parts_of(tiles.V * tiles.blocks, p.gradient_blocks(), enough_tiles);
-  auto few = [](int64_t n) { return uint32_t(n); };
-  p.of = {few(V),       few(N),          few(tiles.block),    few(tiles.blocks),    few(tiles.V),
-          few(p.parts), few(p.panels()), few(p.sum_blocks()), few(p.term_blocks()), few(p.gradient_blocks()),
-          p.whole()};
+  auto narrow = [](int64_t n) { return uint32_t(n); };
+  p.of = {
+      narrow(V),       narrow(N),          narrow(tiles.block),    narrow(tiles.blocks),    narrow(tiles.V),
+      narrow(p.parts), narrow(p.panels()), narrow(p.sum_blocks()), narrow(p.term_blocks()), narrow(p.gradient_blocks()),
+      p.whole()};
   return p;
 }
 
 template <typename T>
-void keep(Gram<T>& p, Arena& arena) {
+void take_gradient(Gram<T>& p, Arena& arena) {
   arena.take(p.dz, p.parts * p.rows() * p.ldz);
   arena.take(p.norms, p.rows());
   arena.take(p.largest, p.G);
 }
 
 template <typename T>
-void scratch(Gram<T>& p, bool gradient, Arena& arena) {
+void take_coefficients(Gram<T>& p, bool gradient, Arena& arena) {
   int64_t blocks = p.V * p.rows();
   if (gradient) arena.take(p.g_neg, blocks), arena.take(p.g_pos, blocks);
 }
@@ -103,7 +104,8 @@ size_t shared_of(const Gram<T>& p, int numbers) {
 }
 
 // A problem is computed either in the arithmetic of T, with tiles of 32 rows (Plain), or on tensor cores. groups: how
-// many groups of 128 features a thread block computes the gradient for.
+// many groups of 128 features a thread block computes the gradient for. of_block: the threads of a thread block;
+// at_once, sums_at_once: the thread blocks of a multiprocessor, in the gradient and in the sums.
 template <typename T, int groups = panel<T> / 128>
 struct Plain {
   using Number = T;
@@ -116,11 +118,11 @@ struct Plain {
   TCLR_METHOD static int64_t row_size(const Call<T>& c) { return c.p.ldz; }
   static int64_t sum_blocks(const Call<T>& c) { return c.p.sum_blocks(); }
   static int64_t gradient_blocks(const Call<T>& c) { return c.p.gradient_blocks(); }
-  static size_t shared(const Call<T>& c) { return shared_of(c.p, Given<T>::numbers); }
+  static size_t shared(const Call<T>& c) { return shared_of(c.p, StoredCoefficients<T>::numbers); }
   TCLR_METHOD static void sum(const Call<T>& c, uint32_t block) { sums(c.p, block); }
   TCLR_METHOD static void add_gradient(const Call<T>& c, uint32_t block) {
     Work<T> work(c.p, block);
-    Given<T> anchors(c.p, work.I.g);
+    StoredCoefficients<T> anchors(c.p, work.I.g);
     gradient<groups>(c.p, work, anchors);
   }
 };
@@ -135,7 +137,8 @@ struct OnTensorCores {
     c.z.ldw = (c.p.D + 8 * in_word<E> - 1) / (8 * in_word<E>)*8;
     arena.take(c.z.words, c.p.rows() * c.z.ldw);
     c.p.parts = parts_of(c.p.cross ? (c.p.V + 1) / 2 : c.p.V, sum_blocks(c) / c.p.V * c.z.chunks());
-    if (std::is_same_v<E, Half>) c.p.boost = 8192;  // moves weights of at most 4 to the middle of float16's range
+    // Weights are at most 4. In float16, this factor keeps all but very small ones out of the subnormal range.
+    if (std::is_same_v<E, Half>) c.p.boost = 8192;
   }
   TCLR_METHOD static auto* rows(const Call<float>& c) { return reinterpret_cast<typename E::Element*>(c.z.words); }
   TCLR_METHOD static int64_t row_size(const Call<float>& c) { return c.z.ldw * in_word<E>; }
@@ -165,7 +168,7 @@ TCLR_KERNEL write_sets(TCLR_ARGUMENT Call<T> c) {
   SetRow row(c);
   double factor = 1 / value_of(c.p.tau);
   double along =
-      write_row(row.x, row.D, share(c.p, row.r), factor, row.set->gradient, (row.r.g * c.p.N + row.r.i) * c.p.D);
+      write_row(row.x, row.D, sum_of_parts(c.p, row.r), factor, row.set->gradient, (row.r.g * c.p.N + row.r.i) * c.p.D);
   if (row.D != 0 && threadIdx.x % 32 == 0) c.zdz[c.p.row(row.r)] = T(along * factor);
 }
 

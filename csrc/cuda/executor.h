@@ -24,7 +24,7 @@ namespace tclr {
 
 using Stream = cudaStream_t;
 
-constexpr int64_t enough_blocks = 512, enough_tiles = 512;  // as many thread blocks fill a device
+constexpr int64_t enough_blocks = 512, enough_tiles = 512;  // this many thread blocks fill a device
 
 template <typename T>
 TCLR_DEVICE T* shared_memory() {

@@ -226,7 +226,7 @@ struct BlockRows {
   }
 };
 
-// The number of eights of rows, at least two, so that there are fewer variants of the products.
+// The rows in groups of eight, rounded up. At least two groups, so that there are fewer variants of the products.
 TCLR_DEVICE int eights(int64_t rows) { return rows < 9 ? 2 : int(rows + 7) / 8; }
 
 // Loads some features of rows, each row by a warp, and fills up with rows of zeros to a multiple of eight.
@@ -498,15 +498,16 @@ TCLR_DEVICE void each_anchor(const Gram<T>& p, const Block& I, const Block& J, F
   }
 }
 
-// The coefficients of a tile's anchors, read from g_neg and g_pos, in the unit of their group.
+// The coefficients of a tile's anchors, read from g_neg and g_pos, and divided by the unit of their group.
 template <typename T>
-struct Given {
+struct StoredCoefficients {
   static constexpr int numbers = 3;  // for each anchor: neg and the two coefficients
   const Gram<T>& p;
   T* table;
   double inverse_unit;
 
-  TCLR_METHOD Given(const Gram<T>& p, int64_t g) : p(p), table(Tile<T>(p.ldz).end()), inverse_unit(1 / unit(p, g)) {}
+  TCLR_METHOD StoredCoefficients(const Gram<T>& p, int64_t g)
+      : p(p), table(Tile<T>(p.ldz).end()), inverse_unit(1 / unit(p, g)) {}
   TCLR_METHOD const T* of(int slot, int r) const { return table + (slot * tile + r) * numbers; }
   TCLR_METHOD void read(const Block& I, const Block& J) {
     each_anchor<1>(p, I, J, [&](int slot, int r, bool valid, const Place& x, int64_t c) {
@@ -524,7 +525,8 @@ struct Given {
   TCLR_METHOD T positive(int slot, int r) const { return of(slot, r)[2]; }
   // The factor by which to multiply the gradient so far, if new coefficients change its unit; see objective.cuh.
   TCLR_METHOD T rescale() { return 1; }
-  TCLR_METHOD void met(T, T) {}
+  // Called with the weight and the product of each entry of a tile.
+  TCLR_METHOD void add_weight(T, T) {}
 };
 
 // Replaces the products of two blocks by W + W^T.
@@ -544,7 +546,7 @@ TCLR_DEVICE void weights(const Gram<T>& p, const Block& I, const Block& J, const
         w = anchors.negative(slot, r, product * inverse_tau) + anchors.negative(back, j, product * inverse_tau);
       else if (!same_set)
         w = anchors.positive(slot, r) + anchors.positive(back, j);
-      anchors.met(w, product);
+      anchors.add_weight(w, product);
     }
     t.S[r * lds + j] = w;
   });
@@ -623,7 +625,7 @@ struct Work {
   }
 };
 
-// Computes the gradient of unit rows, in units of the anchors' unit / tau.
+// Computes the gradient of unit rows, divided by the anchors' unit / tau.
 template <int groups, typename T, typename Anchors>
 TCLR_DEVICE void gradient(const Gram<T>& p, const Work<T>& work, Anchors& anchors) {
   const Block& I = work.I;
@@ -654,9 +656,9 @@ TCLR_DEVICE void gradient(const Gram<T>& p, const Work<T>& work, Anchors& anchor
 
 // ---- rows again
 
-// The gradient of a unit row: the sum of its parts.
+// The gradient of a unit row, which is the sum of its parts.
 template <typename T>
-struct Share {
+struct SumOfParts {
   const Gram<T>& p;
   int64_t row;
   double unit;
@@ -669,14 +671,15 @@ struct Share {
 };
 
 template <typename T>
-TCLR_DEVICE Share<T> share(const Gram<T>& p, const Place& r) {
+TCLR_DEVICE SumOfParts<T> sum_of_parts(const Gram<T>& p, const Place& r) {
   return {p, p.row(r), unit(p, r.g)};
 }
 
 // Writes factor times the gradient of one row, by a warp, and returns <z, dz>. D is 0 if there is no row. The first
 // features are kept in registers between the two passes.
 template <typename T>
-TCLR_DEVICE double write_row(const Source& x, int64_t D, const Share<T>& from, double factor, void* to, int64_t first) {
+TCLR_DEVICE double write_row(const Source& x, int64_t D, const SumOfParts<T>& from, double factor, void* to,
+                             int64_t first) {
   constexpr int held = 8;
   bool normalize = from.p.normalize;
   Norm<T> norm = normalize && D != 0 ? from.p.norms[from.row] : Norm<T>{1, 1};

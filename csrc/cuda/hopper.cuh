@@ -3,8 +3,8 @@
 //   rows      z = x / |x| as float16, in blocks of 128 rows, each in the chunks of wgmma.h; padded with zeros
 //   sums      sum_j exp S[(a,i),(c,j)] over j != i, and pos; a tile of S is added to the sums of its rows and columns
 //   logs      neg
-//   factors   alpha = g_neg exp(-neg), and the weights of the positives, in the unit of the group
-//   gradient  dz_(a,i) = sum_(c,j) exp S (alpha_i + alpha_j) z_j, in the unit of the group / tau
+//   factors   alpha = g_neg exp(-neg), and the weights of the positives, divided by the unit of the group (`unit`)
+//   gradient  dz_(a,i) = sum_(c,j) exp S (alpha_i + alpha_j) z_j, divided by the unit of the group / tau
 //
 // The kernels sum exp S itself, which cannot overflow since |S| <= 1 / tau <= `limit`. If the temperature is on the
 // device, the kernels of tensor.cuh are launched as well, and those whose range does not contain it return at once.
@@ -20,7 +20,7 @@ namespace tclr {
 namespace hopper {
 namespace {
 
-constexpr int most_features = 256, most_blocks_a_super = 16;
+constexpr int most_features = 256, most_blocks_per_super = 16;
 constexpr size_t shared_limit = 227 << 10;
 constexpr double limit = 60;  // the largest 1 / tau for which exp S and its sums cannot overflow
 constexpr float log2e = 1.4426950408889634f;
@@ -62,7 +62,8 @@ struct Eight {
   float x[8];
 };
 
-TCLR_DEVICE bool together(const void* data, int64_t first, int64_t step, int64_t D) {  // can be loaded by 16 bytes
+// Whether eight features of a row can be loaded or stored together, as 16 bytes.
+TCLR_DEVICE bool together(const void* data, int64_t first, int64_t step, int64_t D) {
   return step == 1 && D % 8 == 0 && (reinterpret_cast<uint64_t>(data) + first * 2) % 16 == 0;
 }
 
@@ -91,7 +92,7 @@ TCLR_DEVICE T over_lanes(T x, int lanes, Join join) {
   return x;
 }
 
-// As norm_of in rows.cuh.
+// The same as norm_of in rows.cuh.
 TCLR_DEVICE Norm<float> norm_of(const Eight& e, int lanes) {
   float largest = 0, scale = 1, inverse = 1, squares = 0;
   for (float x : e.x) largest = fabsf(x) > largest || x != x ? fabsf(x) : largest;
@@ -117,20 +118,20 @@ struct RowsCall {
   int parts;  // the number of parts of dz, if these kernels computed it
 
   constexpr int lanes() const { return l.chunks == 1 ? 8 : l.chunks == 2 ? 16 : 32; }
-  constexpr int64_t blocks(int rows_a_set) const {
-    return (c.count * l.G * rows_a_set * lanes() + threads - 1) / threads;
+  constexpr int64_t blocks(int rows_per_set) const {
+    return (c.count * l.G * rows_per_set * lanes() + threads - 1) / threads;
   }
 };
 
-// The row of a thread, if sets have `rows_a_set` rows, and the first of its eight features.
+// The row of a thread, if sets have `rows_per_set` rows, and the first of its eight features.
 struct RowOf {
   int k, g, i, d;
   bool valid;
 
-  TCLR_METHOD RowOf(const RowsCall& r, int rows_a_set) {
+  TCLR_METHOD RowOf(const RowsCall& r, int rows_per_set) {
     unsigned thread = blockIdx.x * threads + threadIdx.x, lanes = r.lanes(), row = thread / lanes;
-    unsigned set = row / unsigned(rows_a_set);
-    i = int(row % unsigned(rows_a_set)), k = int(set / unsigned(r.l.G)), g = int(set % unsigned(r.l.G));
+    unsigned set = row / unsigned(rows_per_set);
+    i = int(row % unsigned(rows_per_set)), k = int(set / unsigned(r.l.G)), g = int(set % unsigned(r.l.G));
     d = int(thread % lanes) * 8, valid = k < r.c.count;
   }
   TCLR_METHOD Source source(const Call<float>& c) const {
@@ -204,10 +205,10 @@ TCLR_KERNEL write_blocks(TCLR_ARGUMENT RowsCall r) {
 struct Sums {
   Layout l;
   float *sums, *neg, *pos;  // sums: [G, supers + 1, V, padded]; neg, pos: [G, V, V, N]
-  int supers, supers_a_set, blocks_a_super, pairs, panels, slots;
+  int supers, supers_per_set, blocks_per_super, pairs, panels, slots;
 
-  // The first slot of the rows of a set, for their candidates in a super-block. The last super-block stands for the
-  // blocks before a row in its own super-block.
+  // The index of the first row of a set in `sums`, for its sum over the candidates in a super-block. With
+  // super = supers, the sum is over the blocks of the row's own super-block that precede the block of the row.
   constexpr int64_t slot(int g, int super, int set) const {
     return ((int64_t(g) * (supers + 1) + super) * l.V + set) * l.padded();
   }
@@ -227,7 +228,7 @@ struct Piece {
   }
   TCLR_METHOD bool take(int pair) {
     if (s.l.cross) {
-      int left = s.l.half() * s.supers_a_set;
+      int left = s.l.half() * s.supers_per_set;
       p = pair % left, q = left + pair / left;
       return true;
     }
@@ -239,9 +240,9 @@ struct Piece {
   TCLR_METHOD void open() {
     for (valid = false; number < s.l.G * s.pairs; number += gridDim.x)
       if ((valid = take(number % s.pairs))) break;
-    g = number / s.pairs, a = p / s.supers_a_set, c = q / s.supers_a_set;
-    first_i = p % s.supers_a_set * s.blocks_a_super, first_j = q % s.supers_a_set * s.blocks_a_super;
-    last_i = min(first_i + s.blocks_a_super, s.l.blocks), last_j = min(first_j + s.blocks_a_super, s.l.blocks);
+    g = number / s.pairs, a = p / s.supers_per_set, c = q / s.supers_per_set;
+    first_i = p % s.supers_per_set * s.blocks_per_super, first_j = q % s.supers_per_set * s.blocks_per_super;
+    last_i = min(first_i + s.blocks_per_super, s.l.blocks), last_j = min(first_j + s.blocks_per_super, s.l.blocks);
   }
   TCLR_METHOD int end_i(int j) const { return p == q ? j + 1 : last_i; }
 };
@@ -252,7 +253,7 @@ struct SumsTiles {
   static constexpr int units = chunks <= 2 ? 1 : chunks, unit_chunks = chunks / units;
   static constexpr int unit_bytes = unit_chunks * chunk_bytes;
   static constexpr bool ahead = chunks <= 3;  // with more features, the rows of the next tile do not fit
-  static constexpr int row_sums = most_blocks_a_super * chunk_rows, column_sums = 8 * chunk_rows;
+  static constexpr int row_sums = most_blocks_per_super * chunk_rows, column_sums = 8 * chunk_rows;
   static constexpr size_t rest = (row_sums + 2 * column_sums) * sizeof(float) + 512;
 
   static size_t plan(Sums& s) {
@@ -283,7 +284,7 @@ TCLR_DEVICE void add_tile(const float (&S)[64], float scale, float (&column)[32]
 
 // Adds up x[k] of two lanes in the lower lane, and x[k + half] of both in the upper lane.
 template <int half>
-TCLR_DEVICE void share(float (&x)[32], bool upper, int lanes) {
+TCLR_DEVICE void add_halves(float (&x)[32], bool upper, int lanes) {
 #pragma unroll
   for (int k = 0; k < half; ++k) {
     float mine = upper ? x[k + half] : x[k], theirs = upper ? x[k] : x[k + half];
@@ -436,13 +437,13 @@ TCLR_WARPGROUP_KERNEL sum_blocks(TCLR_ARGUMENT Sums s) {
       // eight lanes share 32 columns; each of them gets the sums of four
       float* of_warps = column_sums + strip++ % 2 * Tiles::column_sums;
       const int octet = lane / 4;
-      share<16>(column, octet & 4, 16), share<8>(column, octet & 2, 8), share<4>(column, octet & 1, 4);
+      add_halves<16>(column, octet & 4, 16), add_halves<8>(column, octet & 2, 8), add_halves<4>(column, octet & 1, 4);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         int which = octet * 4 + k;
         of_warps[warp * chunk_rows + which / 2 * 8 + j_local + which % 2] = column[k];
       }
-      meet_first<computing>();
+      sync_first<computing>();
       if (threadIdx.x < chunk_rows) {
         float all = 0;
 #pragma unroll
@@ -466,7 +467,8 @@ TCLR_KERNEL take_logs(TCLR_ARGUMENT Sums s) {
   if (g >= l.G) return;
   bool exists = l.exists(a, c);
   double total = 0;
-  for (int x = c * s.supers_a_set; exists && x < (c + 1) * s.supers_a_set; ++x) total += s.sums[s.slot(g, x, a) + i];
+  for (int x = c * s.supers_per_set; exists && x < (c + 1) * s.supers_per_set; ++x)
+    total += s.sums[s.slot(g, x, a) + i];
   if (exists && a == c) total += s.sums[s.slot(g, s.supers, a) + i];
   s.neg[at] = float(log(total));
   if (!exists || a == c) s.pos[at] = 0;
@@ -704,12 +706,12 @@ const char* launch_on_all(void (*kernel)(A), int64_t pieces, size_t shared, Stre
 void arrange_supers(Sums& s) {
   double least = 0;
   int64_t all = processors();
-  for (int size = 1; size <= most_blocks_a_super; ++size) {
-    int a_set = (s.l.blocks + size - 1) / size, supers = s.l.V * a_set, left = s.l.half() * a_set;
+  for (int size = 1; size <= most_blocks_per_super; ++size) {
+    int per_set = (s.l.blocks + size - 1) / size, supers = s.l.V * per_set, left = s.l.half() * per_set;
     int64_t pieces = s.l.G * (s.l.cross ? int64_t(left) * (supers - left) : int64_t(supers) * (supers + 1) / 2);
     double cost = double((pieces + all - 1) / all) * (size * size + 0.8 * size + 0.5);
     if (size > 1 && cost >= least) continue;
-    least = cost, s.blocks_a_super = size, s.supers_a_set = a_set, s.supers = supers;
+    least = cost, s.blocks_per_super = size, s.supers_per_set = per_set, s.supers = supers;
     s.pairs = s.l.cross ? left * (supers - left) : supers * (supers / 2 + 1);
   }
 }
@@ -755,7 +757,7 @@ struct Arrangement {
       arrange_supers(sums);
       arena.take(sums.sums, int64_t(l.G) * (sums.supers + 1) * l.V * l.padded());
     }
-    scratch(c.p, backward, arena);
+    take_coefficients(c.p, backward, arena);
   }
 };
 
@@ -763,7 +765,7 @@ struct Arrangement {
 bool serves(const GramCall& call) {
 #ifdef TCLR_HOPPER
   bool half = call.dtype == Dtype::f16 || call.dtype == Dtype::bf16;
-  bool sizes = call.N >= square && call.D >= chunk_features && call.D <= most_features;
+  bool sizes = call.N >= tensor_tile && call.D >= chunk_features && call.D <= most_features;
   // so that the number of a thread and an index of [G, V, V, N] fit 32 bits
   bool few = call.G * call.V * (call.V > 32 ? call.V : 32) * (call.N + chunk_rows) < int64_t(1) << 31;
   bool bounded = call.tau.data || 1 / call.tau.value <= limit;
@@ -783,12 +785,12 @@ const char* with_chunks(int chunks, F f) {
   return f(integral_constant<int, 4>());
 }
 
-const char* over_rows(RowsCall r, const GramCall& call, int rows_a_set, void (*kernel)(RowsCall), Stream stream) {
+const char* over_rows(RowsCall r, const GramCall& call, int rows_per_set, void (*kernel)(RowsCall), Stream stream) {
   Call<float>& c = r.c;
   for (c.first = 0; c.first < call.V; c.first += most_sets) {
     c.count = call.V - c.first < most_sets ? call.V - c.first : most_sets;
     for (int64_t k = 0; k < c.count; ++k) c.sets[k] = call.sets[c.first + k];
-    if (const char* error = launch(kernel, r.blocks(rows_a_set), 0, stream, r)) return error;
+    if (const char* error = launch(kernel, r.blocks(rows_per_set), 0, stream, r)) return error;
   }
   return nullptr;
 }

@@ -32,7 +32,7 @@ TCLR_DEVICE uint32_t shared_address(const void* p) {
 }
 
 template <int count>
-void meet_first() {
+void sync_first() {
   if (host::of_first.arrivals != count) host::of_first = host::Barrier(count);
   host::meet(host::of_first);
 }

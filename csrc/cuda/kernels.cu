@@ -48,10 +48,10 @@ CallOf<Path> arrange(const GramCall& call, bool backward, Arena& arena) {
   c.p = describe<T>(call.G, call.V, call.N, call.D, call.normalize, call.cross, call.tau);
   Path::describe(c, arena);
   if (backward)
-    keep(c.p, arena);
+    take_gradient(c.p, arena);
   else
     arena.take(c.p.norms, c.p.rows());
-  scratch(c.p, backward, arena);
+  take_coefficients(c.p, backward, arena);
   connect(c, call);
   return c;
 }
@@ -83,7 +83,7 @@ const char* backward(const GramCall& call, void* memory, Stream stream) {
 // than 64 features are computed without tensor cores.
 template <typename F>
 auto on_path(const GramCall& call, F f) {
-  bool many = call.N >= square, half = call.dtype == Dtype::f16 || call.dtype == Dtype::bf16;
+  bool many = call.N >= tensor_tile, half = call.dtype == Dtype::f16 || call.dtype == Dtype::bf16;
   if (call.dtype == Dtype::f64) return f(Plain<double>());
   if (many && half && !call.normalize && call.dtype == Dtype::bf16) return f(OnTensorCores<Bfloat>());
   if (many && half && (!call.normalize || call.D >= 64)) return f(OnTensorCores<Half>());
@@ -183,7 +183,7 @@ const char* objective_forward(const ObjectiveCall& call, Arena kept, Arena memor
   if (o.rows() * call.V > INT32_MAX) return "more rows than 32-bit numbers count";
   size_t tile = Tile<T>::size(o.ldz()), with_anchors = tile;
   for (int k = 0; k < o.count; ++k) {
-    size_t of_problem = shared_of(o.problems[k], Made<T>::numbers);
+    size_t of_problem = shared_of(o.problems[k], ComputedCoefficients<T>::numbers);
     with_anchors = of_problem > with_anchors ? of_problem : with_anchors;
   }
   int64_t gradient_blocks = call.gradient ? o.gradient_blocks : 0;

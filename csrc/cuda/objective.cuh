@@ -1,14 +1,14 @@
 // The TCLR objective on a CUDA device. All of its problems are computed in the same launches:
 //
 //   ic_global   G = 1, V = the views,              N = the videos, from g
-//   ic_local    G = 1, V = the views' local clips, N = the videos, from x; its matrix has LL's similarities, too
+//   ic_local    G = 1, V = the views' local clips, N = the videos, from x; its matrix has the similarities of ll, too
 //   ll          G = the videos, V = the views,     N = the clips,  from x, if ic_local is not computed
 //   gl          G = the videos, V = the views of s and those of x, N = the clips, cross
 //
 // The forward has the kernels read_inputs, sum_all_tiles and finish_objective. In the last one, some thread blocks add
 // up the terms, and the others compute parts of the gradient, from coefficients that each of them computes itself. The
 // backward has the kernel write_gradients. It adds up the parts, and multiplies by the upstream gradient before it
-// divides by the rows' norms, since without this factor the gradient of a very short row could be infinite.
+// divides by the rows' norms, since without this factor the gradient of a row of tiny norm could be infinite.
 //
 // The coefficients of very confident pairs may be below float's range. They are therefore kept as logarithms, until a
 // block knows the largest coefficient that it uses. The unit of its part is a power of two near that.
@@ -176,7 +176,7 @@ struct Anchor {
   TCLR_METHOD Pair<T> with(uint32_t c) const { return {p.cross ? -INFINITY : neg(a), neg(c), pos(c)}; }
 };
 
-// LL of one anchor, from the sets (v, t) of ic_local. Computed by the lanes that share the anchor.
+// The local-local loss (LL) of one anchor, from the sets of ic_local. Computed by the lanes that share the anchor.
 template <typename T>
 struct LocalLocal {
   uint32_t mate;
@@ -206,9 +206,9 @@ TCLR_DEVICE T log_add(T x, T y) {
   return low == -INFINITY ? high : high + log_of_more(low - high);
 }
 
-// The coefficients of a tile's anchors, computed in the thread block that uses them; compare Given in gram.cuh.
+// The coefficients of a tile's anchors, computed in the thread block that uses them; compare StoredCoefficients.
 template <typename T>
-struct Made {
+struct ComputedCoefficients {
   static constexpr int numbers = 4;  // for each anchor: see `make`
   static constexpr int lanes = 4;    // lanes that share an anchor
   static constexpr T none = lowest<T>;
@@ -219,7 +219,7 @@ struct Made {
   T power = none;  // the unit of the gradient is 2^power
   T along = 0;     // this thread's part of <z, dz> of one row
 
-  TCLR_METHOD Made(const Objective<T>& o, int k)
+  TCLR_METHOD ComputedCoefficients(const Objective<T>& o, int k)
       : p(o.problems[k]),
         log_upstream(o.log_upstream[o.kinds[k]]),
         log_ll(o.log_upstream[ll]),
@@ -298,7 +298,7 @@ struct Made {
     const T* x = of(slot, r);
     return exp(in_unit(x[3])) - exp(in_unit(x[2]));
   }
-  TCLR_METHOD void met(T weight, T product) { along += weight * product; }
+  TCLR_METHOD void add_weight(T weight, T product) { along += weight * product; }
   TCLR_METHOD double unit() const { return power == none ? 1 : ldexp(1.0, int(power)); }
 };
 
@@ -383,7 +383,7 @@ TCLR_DEVICE void add_gradient(const Objective<T>& o, uint32_t block) {
   int k = problem_of(o, &Sizes::gradient_blocks, block);
   const Gram<T>& p = o.problems[k];
   Work<T> work(p, block);
-  Made<T> anchors(o, k);
+  ComputedCoefficients<T> anchors(o, k);
   gradient<groups>(p, work, anchors);
   T along = sum_over_row(anchors.along, per_row);
   int r = threadIdx.x / per_row;

@@ -61,15 +61,15 @@ struct RectangleOnTensorCores {
   TCLR_METHOD static TwoSides sides(const Step<float>& s) { return {s.p, s.z, s.passing_z}; }
   static int64_t resident_tiles(const Step<float>& s) {
     const Gram<float>& R = s.p.resident;
-    return R.G * R.V * Cut{R.N, square}.tiles();
+    return R.G * R.V * Cut{R.N, tensor_tile}.tiles();
   }
-  static int64_t tiles_of_set(const Step<float>& s) { return Cut{s.p.passing.N, square}.tiles(); }
+  static int64_t tiles_of_set(const Step<float>& s) { return Cut{s.p.passing.N, tensor_tile}.tiles(); }
   static int64_t passing_tiles(const Step<float>& s) {
     return (s.p.resident.cross ? s.p.passing.V / 2 : s.p.passing.V) * tiles_of_set(s);
   }
   static int64_t panels(const Step<float>& s) { return s.z.chunks(); }
   static size_t shared(const Step<float>& s) {
-    return TwoSides{s.p, s.z, s.passing_z}.shared() + square * sizeof(Coefficients<true>);
+    return TwoSides{s.p, s.z, s.passing_z}.shared() + tensor_tile * sizeof(Coefficients<true>);
   }
   template <bool keyed>
   TCLR_METHOD static void sum(const Step<float>& s, int64_t block) {
@@ -87,13 +87,13 @@ struct RectangleOnTensorCores {
   }
 };
 
-template <typename Way>
-using StepOf = Step<typename Way::Number>;
+template <typename RectanglePath>
+using StepOf = Step<typename RectanglePath::Number>;
 
-template <typename Way, bool keyed>
-TCLR_KERNEL_OF(Way::Path::of_block, 1)
-sum_rectangle(TCLR_ARGUMENT StepOf<Way> s) {
-  Way::template sum<keyed>(s, blockIdx.x);
+template <typename RectanglePath, bool keyed>
+TCLR_KERNEL_OF(RectanglePath::Path::of_block, 1)
+sum_rectangle(TCLR_ARGUMENT StepOf<RectanglePath> s) {
+  RectanglePath::template sum<keyed>(s, blockIdx.x);
 }
 
 template <typename T, bool keyed>
@@ -106,10 +106,10 @@ TCLR_KERNEL note_coefficients(TCLR_ARGUMENT Step<T> s) {
   note_largest(s.p, int64_t(blockIdx.x) * threads + threadIdx.x);
 }
 
-template <typename Way, bool keyed, int weighed>
-TCLR_KERNEL_OF(Way::Path::of_block, 1)
-make_rectangle_gradient(TCLR_ARGUMENT StepOf<Way> s) {
-  Way::template add_gradient<keyed, weighed>(s, blockIdx.x);
+template <typename RectanglePath, bool keyed, int weighed>
+TCLR_KERNEL_OF(RectanglePath::Path::of_block, 1)
+make_rectangle_gradient(TCLR_ARGUMENT StepOf<RectanglePath> s) {
+  RectanglePath::template add_gradient<keyed, weighed>(s, blockIdx.x);
 }
 
 template <typename E>
@@ -117,9 +117,9 @@ TCLR_KERNEL sum_rectangle_with_mean(TCLR_ARGUMENT Step<float> s) {
   rectangle_mean_on_tensor_cores<E>(s.p, {s.p, s.z, s.passing_z}, blockIdx.x);
 }
 
-template <typename Way>
-TCLR_KERNEL write_means(TCLR_ARGUMENT StepOf<Way> s) {
-  Way::finish_mean(s, int64_t(blockIdx.x) * threads + threadIdx.x);
+template <typename RectanglePath>
+TCLR_KERNEL write_means(TCLR_ARGUMENT StepOf<RectanglePath> s) {
+  RectanglePath::finish_mean(s, int64_t(blockIdx.x) * threads + threadIdx.x);
 }
 
 template <typename T>
@@ -144,10 +144,10 @@ Kernel<float> RectangleOnTensorCores<E>::mean_kernel(const Step<float>& s) {
 }
 
 // One call: its sides, its memory and its launches.
-template <typename Way>
+template <typename RectanglePath>
 struct RectangleLaunches {
-  using T = typename Way::Number;
-  using Path = typename Way::Path;
+  using T = typename RectanglePath::Number;
+  using Path = typename RectanglePath::Path;
 
   const RectangleCall& call;
   Stream stream;
@@ -200,24 +200,24 @@ struct RectangleLaunches {
     if (!call.symmetric) over(columns, call.columns, read_sets<Path>, 0);
   }
   void sum(Step<T>& s, Kernel<T> with_mean = nullptr) {
-    int64_t sets = s.p.passing.V, tiles = Way::resident_tiles(s) * sets;
-    s.p.parts = parts_of(Way::tiles_of_set(s), tiles, enough_blocks);
+    int64_t sets = s.p.passing.V, tiles = RectanglePath::resident_tiles(s) * sets;
+    s.p.parts = parts_of(RectanglePath::tiles_of_set(s), tiles, enough_blocks);
     int64_t size = keyed ? sizeof(SumsOf<T, true>) : sizeof(SumsOf<T, false>);
     char* sums;
     arena.take(sums, s.p.parts * s.p.anchor_count() * size);
     s.p.sums = reinterpret_cast<Sums<T>*>(sums);
     if (with_mean) arena.take(s.p.resident.dz, s.p.parts * s.p.resident.rows() * s.p.resident.ldz);
-    Kernel<T> without = keyed ? sum_rectangle<Way, true> : sum_rectangle<Way, false>;
-    run(with_mean ? with_mean : without, tiles * s.p.parts, Way::shared(s), s);
+    Kernel<T> without = keyed ? sum_rectangle<RectanglePath, true> : sum_rectangle<RectanglePath, false>;
+    run(with_mean ? with_mean : without, tiles * s.p.parts, RectanglePath::shared(s), s);
     run_for_each(keyed ? finish_rectangle<T, true> : finish_rectangle<T, false>, s.p.anchor_count(), s);
   }
   void make_gradient(Step<T>& s) {
-    int64_t tiles = Way::resident_tiles(s) * Way::panels(s);
+    int64_t tiles = RectanglePath::resident_tiles(s) * RectanglePath::panels(s);
     Gram<T>& p = s.p.resident;
-    s.p.parts = p.parts = parts_of(Way::passing_tiles(s), tiles, enough_blocks);
+    s.p.parts = p.parts = parts_of(RectanglePath::passing_tiles(s), tiles, enough_blocks);
     arena.take(p.dz, p.parts * p.rows() * p.ldz);
-    run(keyed ? Way::template gradient_kernel<true>(s) : Way::template gradient_kernel<false>(s), tiles * p.parts,
-        Way::shared(s), s);
+    run(keyed ? RectanglePath::template gradient_kernel<true>(s) : RectanglePath::template gradient_kernel<false>(s),
+        tiles * p.parts, RectanglePath::shared(s), s);
   }
 
   void forward() {
@@ -225,12 +225,12 @@ struct RectangleLaunches {
     Step<T> s = step(true);
     s.p.neg = call.neg, s.p.pos = call.pos, s.p.pos_lse = call.pos_lse, s.p.spread = call.spread;
     s.p.count = call.count, s.p.pair_sums = call.pair_sums, s.p.slope = call.slope;
-    Kernel<T> with_mean = call.mean ? Way::mean_kernel(s) : nullptr;
+    Kernel<T> with_mean = call.mean ? RectanglePath::mean_kernel(s) : nullptr;
     sum(s, with_mean);
     if (!call.mean) return;
     s.p.mean = static_cast<T*>(call.mean), s.p.anchors.neg = call.neg;
     if (!with_mean) make_gradient(s);
-    run_for_each(write_means<Way>, s.p.resident.rows() * s.p.resident.D, s);
+    run_for_each(write_means<RectanglePath>, s.p.resident.rows() * s.p.resident.D, s);
   }
   void note(bool of_rows) {
     Step<T> s = step(of_rows);
@@ -257,12 +257,12 @@ struct RectangleLaunches {
   }
 };
 
-// Calls f with the way for a call, as on_path does. `many`: enough rows and columns for a tile of tensor cores. Pairs
-// are not computed on tensor cores, since each positive needs double precision.
+// Calls f with the RectanglePath for a call, as on_path does. `many`: enough rows and columns for a tile of tensor
+// cores. Pairs are not computed on tensor cores, since each positive needs double precision.
 template <typename F>
-auto on_way(const RectangleCall& call, F f) {
+auto on_rectangle_path(const RectangleCall& call, F f) {
   bool pairs = call.of_rows.negatives || call.of_columns.negatives;
-  bool many = !pairs && call.rows.N * call.columns.N >= square * square;
+  bool many = !pairs && call.rows.N * call.columns.N >= tensor_tile * tensor_tile;
   Dtype dtype = call.rows.dtype;
   bool half = dtype == Dtype::f16 || dtype == Dtype::bf16, normalize = call.rows.normalize;
   if (dtype == Dtype::f64) return f(PlainRectangle<double>());
@@ -277,24 +277,24 @@ auto on_way(const RectangleCall& call, F f) {
 namespace cuda {
 
 size_t rectangle_memory(const RectangleCall& call, bool backward) {
-  return on_way(call, [&](auto way) {
-    RectangleLaunches<decltype(way)> launches{call, nullptr, {nullptr}};
+  return on_rectangle_path(call, [&](auto path) {
+    RectangleLaunches<decltype(path)> launches{call, nullptr, {nullptr}};
     backward ? launches.backward() : launches.forward();
     return launches.arena.used;
   });
 }
 
 const char* rectangle_forward(const RectangleCall& call, void* memory, void* stream) {
-  return on_way(call, [&](auto way) {
-    RectangleLaunches<decltype(way)> launches{call, static_cast<Stream>(stream), {static_cast<char*>(memory)}};
+  return on_rectangle_path(call, [&](auto path) {
+    RectangleLaunches<decltype(path)> launches{call, static_cast<Stream>(stream), {static_cast<char*>(memory)}};
     launches.forward();
     return launches.error;
   });
 }
 
 const char* rectangle_backward(const RectangleCall& call, void* memory, void* stream) {
-  return on_way(call, [&](auto way) {
-    RectangleLaunches<decltype(way)> launches{call, static_cast<Stream>(stream), {static_cast<char*>(memory)}};
+  return on_rectangle_path(call, [&](auto path) {
+    RectangleLaunches<decltype(path)> launches{call, static_cast<Stream>(stream), {static_cast<char*>(memory)}};
     launches.backward();
     return launches.error;
   });

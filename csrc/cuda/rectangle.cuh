@@ -243,7 +243,7 @@ TCLR_DEVICE void note_largest(const Rectangle<T>& p, int64_t k) {
 
 // ---- gradient
 
-// The weight of a negative, in the unit of the group: g exp(S - shift).
+// The weight of a negative, divided by the unit of the group: g exp(S - shift).
 template <typename T>
 struct Negative {
   T g = 0, shift = INFINITY;
@@ -311,8 +311,8 @@ TCLR_DEVICE T weight(const Rectangle<T>& p, const Place& row, const Place& colum
   return sum;
 }
 
-// One panel of features of the gradient of one tile of resident rows, summed over one part of the passing rows, in
-// units of `unit` / tau.
+// One panel of features of the gradient of one tile of resident rows, summed over one part of the passing rows, and
+// divided by `unit` / tau.
 template <typename T, bool keyed>
 TCLR_DEVICE void rectangle_gradient(const Rectangle<T>& p, int64_t block) {
   const Gram<T>&R = p.resident, &Z = p.passing;
@@ -353,7 +353,7 @@ template <typename T>
 TCLR_DEVICE void write_mean(const Rectangle<T>& p, int64_t k) {
   const Gram<T>& R = p.resident;
   int64_t row = k / R.D;
-  if (row < R.rows()) p.mean[k] = T(share(R, R.place(row)).at(k % R.D));
+  if (row < R.rows()) p.mean[k] = T(sum_of_parts(R, R.place(row)).at(k % R.D));
 }
 
 }  // namespace

@@ -7,14 +7,15 @@
 namespace tclr {
 namespace {
 
-// The rows for `meet`. The passing tiles of all sets of a group are numbered consecutively, and Block.a is this number.
+// The rows for `for_each_tile`. The passing tiles of all sets of a group are numbered consecutively, and Block.a is
+// this number.
 struct TwoSides {
   const Rectangle<float>& p;
   const Packed &z, &passing_z;
 
-  constexpr Cut rows() const { return {p.resident.N, square}; }
-  constexpr Cut columns() const { return {p.passing.N, square}; }
-  constexpr size_t shared() const { return sizeof(uint32_t) * square * (z.chunks() > 1 ? 4 : 3) * ldc; }
+  constexpr Cut rows() const { return {p.resident.N, tensor_tile}; }
+  constexpr Cut columns() const { return {p.passing.N, tensor_tile}; }
+  constexpr size_t shared() const { return sizeof(uint32_t) * tensor_tile * (z.chunks() > 1 ? 4 : 3) * ldc; }
 
   TCLR_METHOD const Packed& packed() const { return z; }
   TCLR_METHOD int64_t passing_blocks() const { return 1; }
@@ -43,7 +44,7 @@ struct TwoSides {
   }
   TCLR_METHOD bool touch(const Block& I, const Block& J) const {
     int64_t by = apart(I, J);
-    return p.offset != no_index && by > -square && by < square;
+    return p.offset != no_index && by > -tensor_tile && by < tensor_tile;
   }
 };
 
@@ -72,10 +73,10 @@ struct RectangleSums {
   TCLR_METHOD void take_others(const Block& J, TileOfS& S) {
     bool touch = sides.touch(I, J);
     if (!touch && !keyed) return;
-    int apart = touch ? int(sides.apart(I, J)) : 2 * square;
+    int apart = touch ? int(sides.apart(I, J)) : 2 * tensor_tile;
     uint32_t others = 0, positives = 0;  // bits as in all_entries
 #pragma unroll
-    for (int n = 0; n < square / 8; ++n)
+    for (int n = 0; n < tensor_tile / 8; ++n)
       for (int e = 0; e < 4; ++e) {
         const auto& anchor = anchors[e / 2];
         int column = lane.column(n, e);
@@ -88,7 +89,7 @@ struct RectangleSums {
     if constexpr (keyed)
       if (positives) add_positives<0>(S, positives), add_positives<1>(S, positives);
 #pragma unroll
-    for (int n = 0; n < square / 8; ++n)
+    for (int n = 0; n < tensor_tile / 8; ++n)
       for (int e = 0; e < 4; ++e)
         if (others >> (4 * n + e) & 1) S[n][e] = -INFINITY;
   }
@@ -97,7 +98,7 @@ struct RectangleSums {
     float sum = 0;
     int count = 0;
 #pragma unroll
-    for (int n = 0; n < square / 8; ++n)
+    for (int n = 0; n < tensor_tile / 8; ++n)
       for (int e = 2 * h; e < 2 * h + 2; ++e) {
         bool is = positives >> (4 * n + e) & 1;
         sum += is ? S[n][e] : 0, count += is;
@@ -105,10 +106,10 @@ struct RectangleSums {
     Sums<float>& of = anchors[h].sums;
     of.positives.merge(of_tile<h>(S, positives)), of.sum += sum, of.count += count;
   }
-  TCLR_METHOD void scored(const Block& b, TileOfS& S) {
+  TCLR_METHOD void use_products(const Block& b, TileOfS& S) {
     Block J = sides.tile_of(b);
     if (keyed) {
-      if (threadIdx.x < square) keys[threadIdx.x] = key;
+      if (threadIdx.x < tensor_tile) keys[threadIdx.x] = key;
       __syncthreads();
     }
     for (auto& row : S)
@@ -122,14 +123,14 @@ struct RectangleSums {
   TCLR_METHOD Exponentials<float> of_tile(const TileOfS& S, uint32_t entries) const {
     auto value = [&](int n, int e) { return entries >> (4 * n + e) & 1 ? S[n][e] : -INFINITY; };
     float top = lowest<float>, sum = 0;
-    for (int n = 0; n < square / 8; ++n)
+    for (int n = 0; n < tensor_tile / 8; ++n)
       for (int e = 2 * h; e < 2 * h + 2; ++e) top = value(n, e) > top ? value(n, e) : top;
     float offset = top < INFINITY ? top : 0;
-    for (int n = 0; n < square / 8; ++n)
+    for (int n = 0; n < tensor_tile / 8; ++n)
       for (int e = 2 * h; e < 2 * h + 2; ++e) sum += exponential(value(n, e) - offset);
     return {top, sum};
   }
-  TCLR_METHOD void met(TileOfS&, const uint32_t*, int) {}
+  TCLR_METHOD void add_product(TileOfS&, const uint32_t*, int) {}
 };
 
 // The sums of one tile of resident rows with one part of one passing set.
@@ -147,7 +148,8 @@ TCLR_DEVICE void rectangle_sums_on_tensor_cores(const Rectangle<float>& p, const
   auto* keys = reinterpret_cast<int64_t*>(shared_memory<char>() + sides.shared());
   RectangleSums<keyed> work{p, sides, I, keys, float(1 / value_of(p.resident.tau)), lane, {anchor(0), anchor(1)}};
   int64_t tiles = p.exists(I.a, c) ? sides.columns().tiles() : 0, first = c * sides.columns().tiles();
-  meet<E>(sides, I, first + part_begin(part, tiles, p.parts), first + part_begin(part + 1, tiles, p.parts), -1, work);
+  for_each_tile<E>(sides, I, first + part_begin(part, tiles, p.parts), first + part_begin(part + 1, tiles, p.parts), -1,
+                   work);
   auto* to = reinterpret_cast<SumsOf<float, keyed>*>(p.sums) + part * p.anchor_count();
 #pragma unroll
   for (int h = 0; h < 2; ++h) join<4>(work.anchors[h].sums, work.anchors[h].valid, to + work.anchors[h].at());
@@ -169,26 +171,26 @@ struct RectangleMean {
   ChunkSum<E> weighted;
 
   TCLR_METHOD void begin(const Block&) {}
-  TCLR_METHOD void scored(const Block& b, TileOfS& S) {
+  TCLR_METHOD void use_products(const Block& b, TileOfS& S) {
     for (auto& row : S)
       for (float& s : row) s *= inverse_tau;
     lane.put(S, sides.columns().of(sides.tile_of(b).index), -INFINITY);
     for (int h = 0; h < 2; ++h) {
       float top = largest[h];
-      for (int n = 0; n < square / 8; ++n)
+      for (int n = 0; n < tensor_tile / 8; ++n)
         for (int e = 2 * h; e < 2 * h + 2; ++e) top = S[n][e] > top ? S[n][e] : top;
       for (int bits = 1; bits < 4; bits *= 2) {
         float other = of_other_lane(top, bits);
         top = other > top ? other : top;
       }
       float shift = top < INFINITY ? top - below : 0, factor = exponential(sums[h].largest - shift), sum = 0;
-      for (int n = 0; n < square / 8; ++n)
+      for (int n = 0; n < tensor_tile / 8; ++n)
         for (int e = 2 * h; e < 2 * h + 2; ++e) sum += S[n][e] = exponential(S[n][e] - shift);
       for (auto& x : weighted.sum) x[2 * h] *= factor, x[2 * h + 1] *= factor;
       largest[h] = top, sums[h] = {shift, sums[h].sum * factor + sum};
     }
   }
-  TCLR_METHOD void met(TileOfS& W, const uint32_t* columns, int words) { weighted.add(W, columns, words); }
+  TCLR_METHOD void add_product(TileOfS& W, const uint32_t* columns, int words) { weighted.add(W, columns, words); }
 };
 
 // The sums of one tile of resident rows with one part of the only passing set, and the weighted sum of the columns.
@@ -199,7 +201,7 @@ TCLR_DEVICE void rectangle_mean_on_tensor_cores(const Rectangle<float>& p, const
   Block I{block / p.parts / sides.rows().tiles(), 0, index};
   RectangleMean<E> work{sides, float(1 / value_of(R.tau))};
   int64_t tiles = sides.columns().tiles();
-  meet<E>(sides, I, part_begin(part, tiles, p.parts), part_begin(part + 1, tiles, p.parts), 0, work);
+  for_each_tile<E>(sides, I, part_begin(part, tiles, p.parts), part_begin(part + 1, tiles, p.parts), 0, work);
   int64_t first = R.row({I.g, 0, sides.rows().begin(index)}), rows = sides.rows().of(index);
   auto* to = reinterpret_cast<Exponentials<float>*>(p.sums) + part * p.anchor_count() + first;
   for (int h = 0; h < 2; ++h) {
@@ -301,14 +303,14 @@ struct RectangleGradient {
     return w;
   }
 
-  TCLR_METHOD void scored(const Block& b, TileOfS& S) {
+  TCLR_METHOD void use_products(const Block& b, TileOfS& S) {
     Block J = sides.tile_of(b);
     if (keyed || weighed & of_passing) {
-      if (threadIdx.x < square) shared[threadIdx.x] = column;
+      if (threadIdx.x < tensor_tile) shared[threadIdx.x] = column;
       __syncthreads();
     }
 #pragma unroll
-    for (int n = 0; n < square / 8; ++n)
+    for (int n = 0; n < tensor_tile / 8; ++n)
       for (int e = 0; e < 4; ++e) {
         float s = S[n][e] * inverse_tau, sum = 0;
         bool positive = same_key(n, e);
@@ -319,14 +321,14 @@ struct RectangleGradient {
     lane.put(S, sides.columns().of(J.index), 0);
     if (!sides.touch(I, J)) return;
     int apart = int(sides.apart(I, J));
-    for (int n = 0; n < square / 8; ++n)
+    for (int n = 0; n < tensor_tile / 8; ++n)
       for (int e = 0; e < 4; ++e) {
         int row = lane.row(e);
         if (lane.column(n, e) + apart != row || row >= sides.rows().of(I.index)) continue;
         S[n][e] = I.a == J.a ? 0 : (same_key(n, e) ? S[n][e] : 0) + of_same_index(J, sides.rows().begin(I.index) + row);
       }
   }
-  TCLR_METHOD void met(TileOfS& W, const uint32_t* columns, int words) { dz.add(W, columns, words); }
+  TCLR_METHOD void add_product(TileOfS& W, const uint32_t* columns, int words) { dz.add(W, columns, words); }
 };
 
 // One chunk of the gradient of one tile of resident rows, summed over one part of the passing tiles.
@@ -340,8 +342,8 @@ TCLR_DEVICE void rectangle_gradient_on_tensor_cores(const Rectangle<float>& p, c
   auto* shared = reinterpret_cast<Coefficients<keyed>*>(shared_memory<char>() + sides.shared());
   RectangleGradient<E, keyed, weighed> work{
       p, sides, {g, a, index}, shared, float(1 / value_of(R.tau)), 1 / unit(R, g)};
-  meet<E>(sides, work.I, first + part_begin(part, tiles, p.parts), first + part_begin(part + 1, tiles, p.parts), panel,
-          work);
+  for_each_tile<E>(sides, work.I, first + part_begin(part, tiles, p.parts),
+                   first + part_begin(part + 1, tiles, p.parts), panel, work);
   int64_t row = part * R.rows() + R.row({g, a, sides.rows().begin(index)}), from = panel * work.dz.features;
   int64_t size = R.ldz - from < work.dz.features ? R.ldz - from : work.dz.features;
   work.dz.write(sides.rows().of(index), R.ldz, size, R.dz + row * R.ldz + from);

@@ -13,9 +13,9 @@
 namespace tclr {
 namespace {
 
-constexpr int square = 64;      // rows and columns of a tile of S
-constexpr int chunk = 64;       // words of a row that are in shared memory at a time
-constexpr int ldc = chunk + 4;  // row stride there, so that rows begin in different banks
+constexpr int tensor_tile = 64;  // rows and columns of a tile of S
+constexpr int chunk = 64;        // words of a row that are in shared memory at a time
+constexpr int ldc = chunk + 4;   // row stride there, so that rows begin in different banks
 template <typename E>
 constexpr int in_word = 4 / sizeof(typename E::Element);
 
@@ -32,17 +32,17 @@ struct TensorTiles {
   Packed z;
 
   template <typename T>
-  constexpr TensorTiles(const Gram<T>& p, const Packed& z) : problem(p.V, p.N, p.cross, square, 1), z(z) {}
+  constexpr TensorTiles(const Gram<T>& p, const Packed& z) : problem(p.V, p.N, p.cross, tensor_tile, 1), z(z) {}
   // The range of sets with which set a is compared.
   constexpr int64_t first(int64_t a) const { return problem.cross && a < problem.half() ? problem.half() : 0; }
   constexpr int64_t last(int64_t a) const { return problem.cross && a >= problem.half() ? problem.half() : problem.V; }
   constexpr size_t shared() const {
     int stages = z.chunks() > 1 ? 4 : 3;
-    return sizeof(uint32_t) * square * (stages * ldc + 2);
+    return sizeof(uint32_t) * tensor_tile * (stages * ldc + 2);
   }
 };
 
-using TileOfS = float[square / 8][4];
+using TileOfS = float[tensor_tile / 8][4];
 
 // The positions of a lane's entries in a tile: S[n][e] is in row `row(e)` and column `column(n, e)`.
 struct Lane {
@@ -55,8 +55,8 @@ struct Lane {
   TCLR_METHOD bool on_diagonal() const { return g / 2 == t; }
   // Sets the columns from `count` on to a value.
   TCLR_METHOD void put(TileOfS& S, int64_t count, float value) const {
-    if (count == square) return;
-    for (int n = 0; n < square / 8; ++n)
+    if (count == tensor_tile) return;
+    for (int n = 0; n < tensor_tile / 8; ++n)
       for (int e = 0; e < 4; ++e)
         if (column(n, e) >= count) S[n][e] = value;
   }
@@ -64,7 +64,7 @@ struct Lane {
 
 TCLR_DEVICE void copy_chunk(const uint32_t* from, int64_t ldw, int64_t rows, int words, uint32_t* to) {
   int w = threadIdx.x % 16 * 4;
-  for (int r = threadIdx.x / 16; r < square && w < words; r += threads / 16)
+  for (int r = threadIdx.x / 16; r < tensor_tile && w < words; r += threads / 16)
     copy_async(to + r * ldc + w, from + (r < rows ? r * ldw + w : 0), r < rows);
 }
 
@@ -77,7 +77,7 @@ TCLR_DEVICE void add_products(TileOfS& S, const uint32_t* rows, const uint32_t* 
   for (int k = 0; k < words; k += 8) {
     uint32_t left[4], right[4];
     load_matrices(left, rows + k);
-    for (int n = 0; n < square / 8; n += 2) {
+    for (int n = 0; n < tensor_tile / 8; n += 2) {
       load_matrices(right, columns + n * 8 * ldc + k);
       multiply_add<E>(S[n], left, right[0], right[1]);
       multiply_add<E>(S[n + 1], left, right[2], right[3]);
@@ -85,7 +85,7 @@ TCLR_DEVICE void add_products(TileOfS& S, const uint32_t* rows, const uint32_t* 
   }
 }
 
-// The rows for `meet` if the rows of a thread block (resident) and the columns (passing) are of the same sets.
+// The rows for `for_each_tile` if the rows of a thread block (resident) and the columns (passing) are of the same sets.
 struct SameSets {
   const TensorTiles& tiles;
   const Gram<float>& p;
@@ -100,14 +100,16 @@ struct SameSets {
 };
 
 // Computes all tiles of the rows I with the sets first .. last. For each of them it calls work.begin(J); then
-// work.scored(J, S), where S has <z_i, z_j> and may be changed; and then work.met(S, columns, words). If panel >= 0,
-// this chunk of the columns is in shared memory during the last call.
+// work.use_products(J, S), where S has <z_i, z_j> and may be changed; and then work.add_product(S, columns, words). If
+// panel >= 0, this chunk of the columns is in shared memory during the last call.
 template <typename E, typename Tiles, typename Work>
-TCLR_DEVICE void meet(const Tiles& tiles, const Block& I, int64_t first, int64_t last, int panel, Work& work) {
+TCLR_DEVICE void for_each_tile(const Tiles& tiles, const Block& I, int64_t first, int64_t last, int panel, Work& work) {
   const Packed& z = tiles.packed();
   auto* shared = shared_memory<uint32_t>();
   int chunks = z.chunks(), parts = chunks + (panel >= 0 && chunks > 1);
-  auto stage = [&](int of, int step) { return shared + (of + (of < 2 || chunks > 1 ? step % 2 : 0)) * square * ldc; };
+  auto stage = [&](int of, int step) {
+    return shared + (of + (of < 2 || chunks > 1 ? step % 2 : 0)) * tensor_tile * ldc;
+  };
   auto width = [&](int k) { return int(z.ldw) - k * chunk < chunk ? int(z.ldw) - k * chunk : chunk; };
   auto copy = [&](const Span<uint32_t>& from, int k, uint32_t* to) {
     copy_chunk(from.z + k * chunk, z.ldw, from.rows, width(k), to);
@@ -147,8 +149,8 @@ TCLR_DEVICE void meet(const Tiles& tiles, const Block& I, int64_t first, int64_t
       work.begin(s.J);
     }
     if (s.part < chunks) add_products<E>(S, stage(2, s.count), columns, width(s.part));
-    if (s.part == chunks - 1) work.scored(s.J, S);
-    if (s.part == parts - 1) work.met(S, columns, width(chunks > 1 ? panel : 0));
+    if (s.part == chunks - 1) work.use_products(s.J, S);
+    if (s.part == parts - 1) work.add_product(S, columns, width(chunks > 1 ? panel : 0));
     __syncthreads();
   }
 }
@@ -168,25 +170,25 @@ struct TensorSums {
   // Stores the positives, and excludes them from the sums.
   TCLR_METHOD void take_same(const Block& J, TileOfS& S) {
     float same[2];
-    for (int n = 0; n < square / 8; ++n)
+    for (int n = 0; n < tensor_tile / 8; ++n)
       for (int e = 0; e < 4; ++e)
         if (lane.column(n, e) == lane.row(e)) same[e / 2] = S[n][e], S[n][e] = -INFINITY;
     for (int e = 0; e < 4; e += 2)
       if (lane.on_diagonal() && valid(e) && J.a != I.a) p.pos[at(J.a, e)] = same[e / 2];
   }
-  TCLR_METHOD void met(TileOfS&, const uint32_t*, int) {}
+  TCLR_METHOD void add_product(TileOfS&, const uint32_t*, int) {}
 
-  TCLR_METHOD void scored(const Block& J, TileOfS& S) {
+  TCLR_METHOD void use_products(const Block& J, TileOfS& S) {
     for (auto& row : S)
       for (float& s : row) s *= inverse_tau;
     if (I.index == J.index) take_same(J, S);
     lane.put(S, problem.rows(J.index), -INFINITY);
     for (int h = 0; h < 2; ++h) {
       float top = largest[h];
-      for (int n = 0; n < square / 8; ++n)
+      for (int n = 0; n < tensor_tile / 8; ++n)
         for (int e = 2 * h; e < 2 * h + 2; ++e) top = S[n][e] > top ? S[n][e] : top;
       float offset = top < INFINITY ? top : 0, more = 0;
-      for (int n = 0; n < square / 8; ++n)
+      for (int n = 0; n < tensor_tile / 8; ++n)
         for (int e = 2 * h; e < 2 * h + 2; ++e) more += exponential(S[n][e] - offset);
       sum[h] = sum[h] * exponential(largest[h] - offset) + more, largest[h] = top;
     }
@@ -204,7 +206,7 @@ TCLR_DEVICE void tensor_sums(const Gram<float>& p, const Packed& z, int64_t bloc
   if (!exists || c == work.I.a)
     for (int e = 0; e < 4; e += 2)
       if (work.valid(e) && work.lane.t == 0) p.pos[work.at(c, e)] = 0;
-  meet<E>(SameSets{tiles, p}, work.I, c, exists ? c + 1 : c, -1, work);
+  for_each_tile<E>(SameSets{tiles, p}, work.I, c, exists ? c + 1 : c, -1, work);
   for (int h = 0; h < 2; ++h) {  // four lanes share a row
     float top = over_row(work.largest[h], 4, [](float x, float y) { return y > x ? y : x; });
     float offset = top < INFINITY ? top : 0;
@@ -232,7 +234,7 @@ struct ChunkSum {
     if constexpr (in_word<E> == 2) {
       columns += l % 16 * ldc + l / 16 * 4;
 #pragma unroll
-      for (int k = 0; k < square / 8; k += 2) {
+      for (int k = 0; k < tensor_tile / 8; k += 2) {
         uint32_t right[4], left[4] = {pair<E>(W[k][0], W[k][1]), pair<E>(W[k][2], W[k][3]),
                                       pair<E>(W[k + 1][0], W[k + 1][1]), pair<E>(W[k + 1][2], W[k + 1][3])};
         for (int n = 0; n < features / 8; n += 2) {
@@ -245,7 +247,7 @@ struct ChunkSum {
     } else {  // the columns of W are in the order of a lane's entries: 0, 2, 4, 6, 1, 3, 5, 7
       columns += lane.t * 2 * ldc + lane.g;
 #pragma unroll
-      for (int k = 0; k < square / 8; ++k) {
+      for (int k = 0; k < tensor_tile / 8; ++k) {
         uint32_t left[4] = {E::of(W[k][0]), E::of(W[k][2]), E::of(W[k][1]), E::of(W[k][3])};
         for (int n = 0; n < features / 8; ++n)
           if (n * 8 < words)
@@ -301,11 +303,11 @@ struct TensorGradient {
   }
 
   // Replaces S by W + W^T.
-  TCLR_METHOD void scored(const Block& J, TileOfS& S) {
-    if (threadIdx.x < square) shared[threadIdx.x] = column;
+  TCLR_METHOD void use_products(const Block& J, TileOfS& S) {
+    if (threadIdx.x < tensor_tile) shared[threadIdx.x] = column;
     __syncthreads();
 #pragma unroll
-    for (int n = 0; n < square / 8; ++n)
+    for (int n = 0; n < tensor_tile / 8; ++n)
       for (int e = 0; e < 4; ++e) {
         const Coefficient &x = own[e / 2], &y = shared[lane.column(n, e)];
         float s = S[n][e] * inverse_tau;
@@ -314,11 +316,11 @@ struct TensorGradient {
     lane.put(S, problem.rows(J.index), 0);
     if (I.index != J.index) return;
     float same[2] = {of_same(J, lane.row(0)), of_same(J, lane.row(2))};
-    for (int n = 0; n < square / 8; ++n)
+    for (int n = 0; n < tensor_tile / 8; ++n)
       for (int e = 0; e < 4; ++e)
         if (lane.column(n, e) == lane.row(e)) S[n][e] = same[e / 2];
   }
-  TCLR_METHOD void met(TileOfS& W, const uint32_t* columns, int words) { dz.add(W, columns, words); }
+  TCLR_METHOD void add_product(TileOfS& W, const uint32_t* columns, int words) { dz.add(W, columns, words); }
 };
 
 // One chunk of the gradient of one block of rows, summed over one part of the sets, as in gram.cuh.
@@ -330,10 +332,11 @@ TCLR_DEVICE void tensor_gradient(const Gram<float>& p, const Packed& z, int64_t 
   int64_t rest = block / z.chunks(), part = rest % p.parts, index = rest / p.parts % problem.blocks;
   int64_t set = rest / p.parts / problem.blocks, a = set % p.V;
   int64_t first = tiles.first(a), sets = tiles.last(a) - first;
-  auto* coefficients = reinterpret_cast<Coefficient*>(shared_memory<char>() + tiles.shared()) - square;
+  auto* coefficients = reinterpret_cast<Coefficient*>(shared_memory<char>() + tiles.shared()) - tensor_tile;
   TensorGradient<E> work{
       p, problem, {set / p.V, a, index}, coefficients, float(1 / value_of(p.tau)), 1 / unit(p, set / p.V)};
-  meet<E>(SameSets{tiles, p}, work.I, first + part * sets / p.parts, first + (part + 1) * sets / p.parts, panel, work);
+  for_each_tile<E>(SameSets{tiles, p}, work.I, first + part * sets / p.parts, first + (part + 1) * sets / p.parts,
+                   panel, work);
   int64_t row = part * p.rows() + p.row({work.I.g, a, problem.begin(index)}), from = panel * work.dz.features;
   int64_t size = p.ldz - from < work.dz.features ? p.ldz - from : work.dz.features;
   work.dz.write(problem.rows(index), p.ldz, size, p.dz + row * p.ldz + from);

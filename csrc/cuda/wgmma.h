@@ -48,7 +48,7 @@ namespace {
 
 // A barrier for the first `count` threads of a block.
 template <int count>
-TCLR_DEVICE void meet_first() {
+TCLR_DEVICE void sync_first() {
   asm volatile("bar.sync 1, %0;" ::"n"(count) : "memory");
 }
 

@@ -26,8 +26,9 @@ class Regime(NamedTuple):
 
 # The first regime that includes a problem decides; without one, the order of BACKENDS. They follow from measurements on
 # an H100 (benchmarks/results/operation-*.csv): with few rows the launches count, which cost the host less with native;
-# with many rows the tensor cores count, which Triton uses better, except on Hopper, where native has kernels of its own
-# for normalised rows of half precision with 65 to 256 features.
+# with many rows the tensor cores count, which Triton uses better, except for normalised rows of half precision with 65
+# to 256 features on Hopper, for which native has kernels of its own. They also serve 64 features, but there Triton is
+# faster.
 HALF = torch.bfloat16, torch.float16
 NATIVE, TRITON = ("native", "triton", "reference"), ("triton", "native", "reference")
 HOPPER = 9, 0  # compute capability
@@ -57,7 +58,8 @@ def _why_not(name: str, device: torch.device) -> str | None:
 
 
 # The same as torch.compiler.assume_constant_result, which would import the compiler: that takes two seconds. With it,
-# torch.compile takes the answer, and does not trace how files and devices are looked for.
+# torch.compile calls the function and takes its result as a constant, and does not trace the search for files and
+# devices.
 _why_not._dynamo_marked_constant = True
 
 

@@ -1,7 +1,7 @@
-"""The compiled kernels, by PyTorch's own dispatcher: `torch.ops.tclr_kernels.*`, built from `csrc/`.
+"""The native backend: the kernels of `csrc/` as registered operators `torch.ops.tclr_kernels.*`.
 
-`_cpu.so` holds the operators and what they are on the CPU; `_cuda.so`, built where nvcc is, what they are on CUDA
-devices.
+`_cpu.so` registers the operators and their CPU kernels. `_cuda.so`, which is built if there is nvcc, registers their
+CUDA kernels.
 """
 
 import ctypes
@@ -285,7 +285,7 @@ def _split(tau: float | Tensor) -> tuple[Tensor | None, float]:
 
 
 def register_fakes(namespace: str) -> None:
-    """What the operators return, without values, for the compiler to trace."""
+    """Registers fake implementations, which only allocate outputs, so that torch.compile can trace the operators."""
 
     @torch.library.register_fake(f"{namespace}::gram_forward")
     def _(sets, tau, tau_value, normalize, cross, tf32=False):

@@ -33,8 +33,8 @@ def gram(sets: Sequence[Tensor], tau: float | Tensor, normalize: bool, cross: bo
     """term, neg, pos: [G, V, V, N] of the sets: V tensors [G, N, D]; tau: a float or a 0-d tensor.
 
     On the CPU all arithmetic is float64, since the weights of very confident pairs are below float32's range, but the
-    gradients that they give to short rows are not. Other devices may be slow in float64 or lack it, so the dtype there
-    is that of the sets, and at least float32.
+    gradients that they give to rows of small norm are not. Other devices may be slow in float64 or lack it, so the
+    dtype there is that of the sets, and at least float32.
     """
     wide = torch.promote_types(sets[0].dtype, torch.float32)
     dtype = torch.float64 if sets[0].device.type == "cpu" else wide

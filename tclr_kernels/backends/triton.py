@@ -26,7 +26,7 @@ from torch import Tensor
 from . import cuda
 
 OLDEST = 3, 6
-DIVIDES = True
+DIVIDES = True  # `symmetric.py` explains it
 NAMESPACE = "tclr_kernels_triton"
 
 

@@ -95,7 +95,7 @@ class MemoryBank(nn.Module):
         """Replaces the oldest rows by these [n, D]. Those that would go past the end of the bank are dropped."""
         size, n, rows = len(self.bank), len(rows), rows.to(self.bank)
         room = size - self.bank_ptr
-        kept = torch.minimum(torch.arange(n, device=rows.device), room - 1)  # beyond the end: the last one again
+        kept = torch.minimum(torch.arange(n, device=rows.device), room - 1)  # rows beyond the end repeat the last one
         self.bank.index_copy_(0, self.bank_ptr + kept, rows[kept])
         self.bank_ptr.copy_((self.bank_ptr + n).where(n < room, 0))
 
@@ -156,7 +156,7 @@ def _decoupled(
     parts = candidates.contrast([out0, out1], tau, True, False, None, process=group)
     neg, pos = (losses._own(x, group)[0] for x in (parts.neg, parts.pos))  # [2, 2, N]
     negatives = neg.sum(1) if two_logarithms else general.log_add(neg[:, 0], neg[:, 1])
-    positives = pos.sum(1)  # a view has none with itself, which reads 0
+    positives = pos.sum(1)  # where a view meets itself, pos is 0
     terms = negatives - (positives if weights is None else positives * weights)
     return losses._reduce(terms, "mean", 2 * losses._rows(out0, group), group, parts=True)
 

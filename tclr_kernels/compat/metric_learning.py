@@ -27,7 +27,7 @@ from . import shared
 
 
 class _Loss(nn.Module):
-    """What both have in common."""
+    """What the two losses have in common."""
 
     REDUCERS: tuple[str, ...] = ("MeanReducer",)
 

@@ -39,7 +39,7 @@ class MoCoLoss(nn.Module):
         shared.temperature(T)
         self.K: int = K
         self.T: float = T
-        rows = F.normalize(torch.randn(dim, K), dim=0).T.contiguous()  # rows are what the kernels read and writes add
+        rows = F.normalize(torch.randn(dim, K), dim=0).T.contiguous()  # every key is contiguous in memory
         self.register_buffer("queue", rows.T)
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.int64))
 
@@ -124,14 +124,14 @@ def _together(x: Tensor) -> Tensor:
 
 
 def _own(x: Tensor, order: Tensor | None) -> Tensor:
-    """This process's share of the samples of all in another order; without an order, the samples themselves."""
+    """This process's share of the samples of all processes, in the given order; without an order, x itself."""
     if order is None:
         return x
     return _together(x)[order.view(dist.get_world_size(), -1)[dist.get_rank()]]
 
 
 def _shuffled(x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Other samples than one's own, so that BatchNorm's statistics tell nothing about them; and the order back."""
+    """Samples exchanged between processes, so that BatchNorm's statistics do not reveal pairs; and the order back."""
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return x, None
     order = torch.randperm(len(x) * dist.get_world_size(), device=x.device)

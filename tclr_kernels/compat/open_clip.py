@@ -65,7 +65,7 @@ class ClipLoss(nn.Module):
         group = self._group()
         image, text = shared.rows(dict(image_features=image_features, text_features=text_features), group=group)
         if group is None and isinstance(logit_scale, Tensor) and image.dtype in (torch.float32, torch.float64):
-            # for a small batch, a product takes less time than the way of a tensor through the kernels
+            # for a small batch, this product takes less time than to pass the scale to the kernels as a tensor
             image, logit_scale = image * logit_scale.to(image.dtype), 1.0
         loss = losses.clip_loss(image, text, logit_scale=logit_scale, normalize=False, group=group)
         if isinstance(logit_bias, Tensor):  # a parameter that gets no gradient stops DistributedDataParallel

@@ -18,11 +18,11 @@ from . import shared
 DIRECTIONS = "query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"
 MODES = "joint", "per_direction"
 HARDNESS = "in_batch_negatives", "hard_negatives", "all_negatives"
-SIMILARITIES = {"cos_sim": True, "pytorch_cos_sim": True, "dot_score": False}  # and whether they normalise
+SIMILARITIES = {"cos_sim": True, "pytorch_cos_sim": True, "dot_score": False}  # name -> whether it normalises
 
 
 def cos_sim(a: Tensor, b: Tensor) -> Tensor:
-    """The cosine of every row of a [N, D] with every row of b [K, D]: [N, K]. The loss uses only its name."""
+    """The cosine of every row of a [N, D] with every row of b [K, D]: [N, K]. The loss only reads its name."""
     return dot_score(nn.functional.normalize(a, dim=1), nn.functional.normalize(b, dim=1))
 
 
@@ -118,7 +118,7 @@ class MultipleNegativesRankingLoss(nn.Module):
 
 
 def _with_hard(queries: Tensor, columns: Tensor, scale: float, normalize: bool) -> Tensor:
-    """`info_nce` with the hard negatives as columns beside the documents. A single call saves time in a small batch.
+    """`info_nce` with documents and hard negatives as the columns of one call, since in a small batch calls cost most.
 
     The label of a query and of its document is the query's index, so the document is its only positive.
     """

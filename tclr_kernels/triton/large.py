@@ -1,9 +1,9 @@
 """Few large groups: the Gram matrix is computed by tiles and never stored, and only half of it if it is symmetric.
 
-    rows          z = x / |x|, packed and padded to whole tiles
+    rows          z = x / |x|, packed and padded to whole tiles: N rows to NP, D features to DP
     sums          sum_j exp S[(a,i),(c,j)] over j != i, and pos[a,c,i] = S[(a,i),(c,i)]
     finish        neg = log of the sums, and term
-    coefficients  g_neg and g_pos; alpha = g_neg exp(-neg) in the bounded case
+    coefficients  alpha = g_neg, or g_neg exp(-neg) in the bounded case, and beta = g_pos
     gradient      dz_(a,i) = 1/tau sum_(c,j) exp S (alpha_i + alpha_j) z_j + 1/tau sum_c (g_pos_ac + g_pos_ca) z_(c,i)
     join          adds up partial dz, if there are few rows and several programs share the columns of a row
 
@@ -60,7 +60,7 @@ from .tiles import Tile
 
 LIMITS = {torch.float32: 60.0, torch.float64: 300.0}  # largest 1 / tau for which exp S and its sums cannot overflow
 LOG2E = tl.constexpr(1.4426950408889634)
-UNIT = tl.constexpr(4096.0)  # scale of pairs, so that the lower float16 of a feature is no subnormal if it matters
+UNIT = tl.constexpr(4096.0)  # factor of pairs, so that only very small features have a subnormal lower float16
 RUN = tl.constexpr(64)  # consecutive features that go to the same half of dz
 
 
@@ -288,18 +288,18 @@ def store_positives(
         tl.store(pos + ((g * V + c) * V + a) * N + i, positive, mask=i < N)
 
 
-SUPERS = ["V", "supers", "left", "supers_a_set", "programs"]
+SUPERS = ["V", "supers", "left", "supers_per_set", "programs"]
 
 
 @triton.jit(do_not_specialize=SUPERS)
 def sums_kernel(
-    z, u, lower: tl.int64, tau, limit, sums, pos, V, N, NP, supers, left, supers_a_set, rows_a_super, programs,
+    z, u, lower: tl.int64, tau, limit, sums, pos, V, N, NP, supers, left, supers_per_set, rows_per_super, programs,
     TENSOR: tl.constexpr, CROSS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """sums: [G, supers, V, NP]; slot x of a row has sum exp S over its candidates in super-block x.
 
-    A super-block is rows_a_super rows, a multiple of BM and BN, or the rest of its set. The outer loop is over the
+    A super-block is rows_per_super rows, a multiple of BM and BN, or the rest of its set. The outer loop is over the
     columns of a tile, the inner loop over its rows. So the columns' sums stay in registers, one number for each entry
     of a tile (HELD), which are added up after the inner loop; the rows' sums are added up in memory. If the features
     are read in parts, the registers are needed for the products, and each tile's column sums are formed at once.
@@ -312,12 +312,12 @@ def sums_kernel(
     p, q = pair_of_supers(tl.program_id(0) % programs, supers, left, CROSS)
     if q < 0:
         return
-    a = p // supers_a_set
-    c = q // supers_a_set
-    first_i = (p % supers_a_set) * rows_a_super
-    first_j = (q % supers_a_set) * rows_a_super
-    end_i = tl.minimum(first_i + rows_a_super, N)
-    end_j = tl.minimum(first_j + rows_a_super, N)
+    a = p // supers_per_set
+    c = q // supers_per_set
+    first_i = (p % supers_per_set) * rows_per_super
+    first_j = (q % supers_per_set) * rows_per_super
+    end_i = tl.minimum(first_i + rows_per_super, N)
+    end_j = tl.minimum(first_j + rows_per_super, N)
     M = V * NP
     first_row = g * M + a * NP
     first_column = g * M + c * NP
@@ -353,8 +353,8 @@ def sums_kernel(
 
 @triton.jit(do_not_specialize=SUPERS)
 def unbounded_sums_kernel(
-    z, u, lower: tl.int64, tau, limit, sums, largest, pos, V, N, NP, supers, left, supers_a_set, rows_a_super, programs,
-    TENSOR: tl.constexpr, CROSS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
+    z, u, lower: tl.int64, tau, limit, sums, largest, pos, V, N, NP, supers, left, supers_per_set, rows_per_super,
+    programs, TENSOR: tl.constexpr, CROSS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """sums, largest: [G, supers, V, NP]; as in sums_kernel, but each sum is relative to exp of the largest S.
@@ -367,12 +367,12 @@ def unbounded_sums_kernel(
         return
     g = tl.program_id(0).to(tl.int64) // programs
     p, q = ordered_supers(tl.program_id(0) % programs, supers, left, CROSS)
-    a = p // supers_a_set
-    c = q // supers_a_set
-    first_i = (p % supers_a_set) * rows_a_super
-    first_j = (q % supers_a_set) * rows_a_super
-    end_i = tl.minimum(first_i + rows_a_super, N)
-    end_j = tl.minimum(first_j + rows_a_super, N)
+    a = p // supers_per_set
+    c = q // supers_per_set
+    first_i = (p % supers_per_set) * rows_per_super
+    first_j = (q % supers_per_set) * rows_per_super
+    end_i = tl.minimum(first_i + rows_per_super, N)
+    end_j = tl.minimum(first_j + rows_per_super, N)
     M = V * NP
     slot = (g * supers + q) * M + a * NP
 
@@ -426,9 +426,9 @@ def sum_of_slots(sums, first, M, supers, BI: tl.constexpr, SLOTS: tl.constexpr):
     return total
 
 
-@triton.jit(do_not_specialize=["count", "V", "N", "supers", "supers_a_set"])
+@triton.jit(do_not_specialize=["count", "V", "N", "supers", "supers_per_set"])
 def finish_kernel(
-    sums, largest, tau, limit, term, neg, pos, count, V, N, NP, supers, supers_a_set,
+    sums, largest, tau, limit, term, neg, pos, count, V, N, NP, supers, supers_per_set,
     TENSOR: tl.constexpr, CROSS: tl.constexpr, ACC: tl.constexpr, BI: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """neg and term / count: [G, V, V, N], from the slots and pos. Writes 0 to pos in blocks without pairs.
@@ -446,22 +446,22 @@ def finish_kernel(
     there = exists(a, c, V, CROSS)
     paired = there & (a != c)
     first = g * supers * M + a * NP + i
-    step = supers_a_set.to(tl.int64) * M
+    step = supers_per_set.to(tl.int64) * M
     from_slots = tl.where(i < tl.where(there, N, 0), first + c * step, -1)
     from_own = tl.where(i < tl.where(paired, N, 0), first + a * step, -1)
     at = ((g * V + a) * V + c) * N + i
     positive = tl.load(pos + at, mask=i < tl.where(paired, N, 0), other=0.0).to(tl.float64)
     if inverse_of(tau, TENSOR, ACC) <= limit:
-        total = sum_of_slots(sums, from_slots, M, supers_a_set, BI, SLOTS)
+        total = sum_of_slots(sums, from_slots, M, supers_per_set, BI, SLOTS)
         value = tl.log(total)
         if not CROSS:
-            total += sum_of_slots(sums, from_own, M, supers_a_set, BI, SLOTS)
+            total += sum_of_slots(sums, from_own, M, supers_per_set, BI, SLOTS)
         loss = log1p(total * tl.exp(-positive))
     else:
-        value = log_of_slots(sums, largest, from_slots, M, supers_a_set, BI, SLOTS)
+        value = log_of_slots(sums, largest, from_slots, M, supers_per_set, BI, SLOTS)
         own = value
         if not CROSS:
-            own = log_of_slots(sums, largest, from_own, M, supers_a_set, BI, SLOTS)
+            own = log_of_slots(sums, largest, from_own, M, supers_per_set, BI, SLOTS)
         loss = term_of(own, value, positive, CROSS)
     loss = tl.where(N > 1, loss, positive - positive) / count
     tl.store(neg + at, value, mask=i < N)
@@ -471,7 +471,10 @@ def finish_kernel(
 
 @triton.jit
 def store_scaled(for_neg, for_pos, alpha, beta, to_exponent, at, damping, mask):
-    """Stores the gradients of neg and pos in units of a power of two for the block, as float32 may not hold them."""
+    """Stores the gradients of neg and pos, divided by a power of two, since they may be too small for float32.
+
+    damping: another factor of alpha, exp(-neg) in the bounded case.
+    """
     exponent = exponent_of(tl.maximum(tl.max(finite_size(for_neg), 0), tl.max(finite_size(for_pos), 0)))
     shrink = power_of_two(-exponent)
     tl.store(alpha + at, tl.where(for_neg == 0, 0.0, for_neg * shrink * damping), mask=mask)
@@ -634,17 +637,17 @@ def store_gradient(
 @triton.jit(do_not_specialize=["programs", "V", "blocks"])
 def gradient_kernel(
     z, u, lower: tl.int64, tau, limit, norms, neg, pos, alpha, beta, exponents, partial, partial_along, dx, zdz,
-    programs, columns_a_split, G, V, N, NP, D, blocks, BOUNDED: tl.constexpr, TENSOR: tl.constexpr,
+    programs, columns_per_split, G, V, N, NP, D, blocks, BOUNDED: tl.constexpr, TENSOR: tl.constexpr,
     NORMALIZE: tl.constexpr, CROSS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr, DC: tl.constexpr, SPLIT: tl.constexpr, PARTS: tl.constexpr,
     UPCAST: tl.constexpr, BOOST: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
     """dx: [V, G, N, D] and zdz: [G, V, N]. A program computes BM rows and DC of their features.
 
-    SPLIT: a program has only columns_a_split candidates of every set. It stores its part of dz and <z, dz> for
+    SPLIT: a program has only columns_per_split candidates of every set. It stores its part of dz and <z, dz> for
     join_kernel, in partial: [splits, G, V, NP, DP] and partial_along: [splits, G, V, NP].
     blocks: the number of blocks of BN rows in a set, one for each of `exponents`.
-    BOOST: a factor that moves the weights into the middle of float16's range.
+    BOOST: a factor that keeps all but very small weights out of float16's subnormal range.
     PARTS: 2 if dz and a read of as many features do not fit the registers together, so that dz is stored in halves.
     """
     inverse_tau = inverse_of(tau, TENSOR, ACC)
@@ -657,8 +660,8 @@ def gradient_kernel(
     if SPLIT:
         split = program // programs
         program = program % programs
-        start_j = tl.multiple_of(split * columns_a_split, BN)
-        end_j = tl.minimum(start_j + columns_a_split, N)
+        start_j = tl.multiple_of(split * columns_per_split, BN)
+        end_j = tl.minimum(start_j + columns_per_split, N)
     chunk = (program % (DP // DC)) * DC
     block = program // (DP // DC)
     begin = (block % (NP // BM)) * BM
@@ -852,14 +855,15 @@ def splits_of(programs: int, processors: int, alone: float, tiles: int, partners
 
     The columns are split only if that saves a tenth of this work. There are at most four programs for each
     multiprocessor, so that the memory for partial results does not grow with the rows.
-    alone: the least work on a multiprocessor, in programs; above 1, a program by itself leaves units idle.
+    alone: the time of a program that has a multiprocessor to itself, relative to its share of the time when several
+    run there; above 1 if it leaves units idle.
     tiles: the number of tiles of columns in a set; partners: the number of sets with which a row is compared.
     """
 
-    def busiest(tiles_a_split):
-        splits = -(-tiles // tiles_a_split)
+    def busiest(tiles_per_split):
+        splits = -(-tiles // tiles_per_split)
         handed_over = 3 if splits > 1 else 0  # the time to write and read dz, in tiles; an estimate
-        return max(-(-programs * splits // processors), alone) * (tiles_a_split * partners + handed_over)
+        return max(-(-programs * splits // processors), alone) * (tiles_per_split * partners + handed_over)
 
     most = max(1, 4 * processors // programs)
     fewest_tiles = -(-tiles // most)
@@ -911,15 +915,15 @@ def forward(
     whole = max(size for tile in chosen.values() for size in (tile.BM, tile.BN))
     z, _, *products = packed(sets, normalize, chosen[launches[0][0]].DP, whole)
     NP = z.shape[2]
-    blocks_a_super, supers_a_set = super_blocks(V, NP // whole, G, 12 * table_of(first)[1])
-    supers, left = V * supers_a_set, (V + 1) // 2 * supers_a_set
+    blocks_per_super, supers_per_set = super_blocks(V, NP // whole, G, 12 * table_of(first)[1])
+    supers, left = V * supers_per_set, (V + 1) // 2 * supers_per_set
     dtype = torch.promote_types(first.dtype, torch.float32)
     term, neg, pos = (first.new_empty((G, V, V, N), dtype=dtype) for _ in range(3))
     sums = first.new_empty((G, supers, V, NP), dtype=dtype)
     largest = sums if launches == [(True, math.inf)] else torch.empty_like(sums)
     number, limit = temperature(tau, first), launches[0][1]
     how = dict(TENSOR=isinstance(number, torch.Tensor), CROSS=cross)
-    places = V, N, NP, supers, left, supers_a_set, blocks_a_super * whole
+    places = V, N, NP, supers, left, supers_per_set, blocks_per_super * whole
     for bounded, _ in launches:
         if bounded:
             programs = left * (supers - left) if cross else supers * (supers // 2 + 1)
@@ -934,7 +938,7 @@ def forward(
     BI = 64
     launch(
         finish_kernel, G * V * V * cdiv(N, BI), sums, largest, number, limit, term, neg, pos, count, V, N, NP,
-        supers, supers_a_set, **how, ACC=accumulator(z), BI=BI, SLOTS=8, num_warps=4,
+        supers, supers_per_set, **how, ACC=accumulator(z), BI=BI, SLOTS=8, num_warps=4,
     )  # fmt: skip
     return term, neg, pos
 
@@ -989,21 +993,21 @@ def backward(
         wide.gradient(z, number, limit, norms, alpha, beta, exponents, dx, zdz, cross, max(tile.BM, tile.BN))
         launches = launches[1:]
     in_halves = tile.DC * z.element_size() >= 512 and tile.DC % (2 * RUN.value) == 0
-    programs, tiles_a_set = G * V * (NP // tile.BM) * (tile.DP // tile.DC), cdiv(N, tile.BN)
+    programs, tiles_per_set = G * V * (NP // tile.BM) * (tile.DP // tile.DC), cdiv(N, tile.BN)
     alone = 1.5 if tile.warps == 4 else 1.0  # one program of 4 warps does not fill a multiprocessor; an estimate
     partners = V // 2 if cross else V
-    splits, tiles_a_split = splits_of(programs, table_of(first)[1], alone, tiles_a_set, partners)
+    splits, tiles_per_split = splits_of(programs, table_of(first)[1], alone, tiles_per_set, partners)
     if by_library:  # join_kernel would overwrite its results
         splits = 1
-    partial, partial_along, columns_a_split = neg, neg, 0
+    partial, partial_along, columns_per_split = neg, neg, 0
     if splits > 1:
-        columns_a_split = tiles_a_split * tile.BN
+        columns_per_split = tiles_per_split * tile.BN
         partial = neg.new_empty((splits, G, V, NP, tile.DP))
         partial_along = neg.new_empty((splits, G, V, NP)) if tile.DC != tile.DP else neg
     for bounded, _ in launches:
         launch(
             gradient_kernel, programs * splits, z, *products, number, limit, norms, neg, pos, alpha, beta, exponents,
-            partial, partial_along, dx, zdz, programs if splits > 1 else 0, columns_a_split, G, V, N, NP, D, blocks,
+            partial, partial_along, dx, zdz, programs if splits > 1 else 0, columns_per_split, G, V, N, NP, D, blocks,
             BOUNDED=bounded, NORMALIZE=normalize, DC=tile.DC, SPLIT=splits > 1, PARTS=2 if in_halves else 1,
             BOOST=boost, BE=1024, **how, **of_tiles(z, normalize, chosen[bounded]),
         )  # fmt: skip

@@ -3,8 +3,8 @@
 `tclr_kernels/general.py` defines its outputs and gradients. These are the kernels, in the order of their launches:
 
     rows          unit rows of both sides, packed and padded to whole tiles (`large.py`)
-    sums          sum exp S and the largest S over the negatives; with keys, also over the positives, and their sum of S
-                  and number; if requested, the sum of the columns with weights exp S
+    sums          sum exp S and the largest S over the negatives; with keys, the same over the positives, and the sum of
+                  S over them and their number; if requested, the sum of the columns with weights exp S
     pairs         the sums of softplus(negatives - S) and of its derivative over the positives
     finish, mean  neg, pos_lse, spread and count in float64, and the columns' mean, from the partial sums of all splits
     units         the largest gradient of each block of rows, as a power of two
@@ -100,7 +100,7 @@ def candidates(
 
 
 @triton.jit
-def more(total, largest, top, added):
+def accumulated(total, largest, top, added):
     """The sum total * exp(largest) plus added * exp(top), divided by exp(top)."""
     return total * exponential(largest - finite(top)) + added
 
@@ -111,7 +111,7 @@ SIZES = ["G", "A", "C", "n", "K", "first"]  # the other sizes are always divisib
 @triton.jit(do_not_specialize=SIZES)
 def rectangle_sums_kernel(
     r, z, r_lower: tl.int64, z_lower: tl.int64, tau, row_keys, column_keys, pos, sums, largest, positive_sums,
-    positive_largest, similarities, counts, weighted, G, A, C, n, K, NP, KP, first, columns_a_split,
+    positive_largest, similarities, counts, weighted, G, A, C, n, K, NP, KP, first, columns_per_split,
     TENSOR: tl.constexpr, CROSS: tl.constexpr, INDEX: tl.constexpr, KEYS: tl.constexpr, MEAN: tl.constexpr,
     BOOST: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     DP: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr,
@@ -138,8 +138,8 @@ def rectangle_sums_kernel(
         sum_z = tl.zeros([BM, DP], ACC)
     total = tl.zeros([BM], ACC)
     top = tl.full([BM], float("-inf"), ACC)
-    start_j = split * columns_a_split
-    end_j = tl.minimum(start_j + columns_a_split, K)
+    start_j = split * columns_per_split
+    end_j = tl.minimum(start_j + columns_per_split, K)
     if CROSS:
         end_j = tl.where(exists(a, c, A, CROSS), end_j, start_j)
     for start in range(start_j, end_j, BN):
@@ -164,7 +164,7 @@ def rectangle_sums_kernel(
             e = exponential(s - tl.where(positive, finite(positive_higher)[:, None], finite(higher)[:, None]))
             added = tl.sum(tl.where(positive, 0.0, e), 1)
             positive_added = tl.sum(tl.where(positive, e, 0.0), 1)
-            positive_total = more(positive_total, positive_top, positive_higher, positive_added)
+            positive_total = accumulated(positive_total, positive_top, positive_higher, positive_added)
             positive_top = positive_higher
             similarity += tl.sum(tl.where(positive, s, 0.0), 1).to(tl.float64)
             count += tl.sum(positive.to(tl.int32), 1)
@@ -178,7 +178,7 @@ def rectangle_sums_kernel(
             sum_z *= exponential(top - finite(higher))[:, None]
             weight = as_operand(e * BOOST, z.dtype.element_ty, PRECISION, UPCAST)
             sum_z = plus_product(sum_z, weight, columns, PRECISION, ACC)
-        total = more(total, top, higher, added)
+        total = accumulated(total, top, higher, added)
         top = higher
     slot = split.to(tl.int64) * (G.to(tl.int64) * A * C * n) + cell
     tl.store(sums + slot, total, mask=i < n)
@@ -254,13 +254,13 @@ def rectangle_mean_kernel(
     g = (tl.program_id(0) // (NP // BR)).to(tl.int64)
     i = begin + tl.arange(0, BR)
     d = tl.arange(0, BD)
-    lies = tl.arange(0, BR)[:, None] * DP + d[None, :]
+    elements = tl.arange(0, BR)[:, None] * DP + d[None, :]
     value = tl.load(neg + g * n + i, mask=i < n, other=0.0)
     total = tl.zeros([BR, BD], ACC)
     for split in range(splits):
         top = tl.load(largest + (split * G + g) * n + i, mask=i < n, other=float("-inf"))
         share = tl.where(top == float("-inf"), 0.0, tl.exp(top.to(tl.float64) - value) / BOOST)
-        part = tl.load(weighted + ((split * G + g) * NP + begin) * DP + lies, mask=(d < DP)[None, :], other=0.0)
+        part = tl.load(weighted + ((split * G + g) * NP + begin) * DP + elements, mask=(d < DP)[None, :], other=0.0)
         total += part * share.to(ACC)[:, None]
     to = mean + (g * n + i)[:, None] * D + d[None, :]
     tl.store(to, total, mask=(i < n)[:, None] & (d < D)[None, :])
@@ -269,7 +269,7 @@ def rectangle_mean_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def rectangle_pairs_kernel(
     r, z, r_lower: tl.int64, z_lower: tl.int64, tau, row_keys, column_keys, negatives, pairs, slopes, G, A, C, n, K, NP,
-    KP, first, columns_a_split,
+    KP, first, columns_per_split,
     TENSOR: tl.constexpr, CROSS: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -281,12 +281,12 @@ def rectangle_pairs_kernel(
     z_i = r + ((g * A + a) * NP + begin) * DP
     rows = operand(z_i, r_lower, tl.arange(0, BK), BM, DP, PRECISION, UPCAST)
     cell = ((g * A + a) * C + c) * n + i
-    level = tl.load(negatives + cell, mask=i < n, other=0.0).to(ACC)
+    negative_lse = tl.load(negatives + cell, mask=i < n, other=0.0).to(ACC)
     row_key = keys_of(row_keys + g * n, i, n, ROW_KEY)
     total = tl.zeros([BM], tl.float64)
     slope = tl.zeros([BM], tl.float64)
-    start_j = split * columns_a_split
-    end_j = tl.minimum(start_j + columns_a_split, K)
+    start_j = split * columns_per_split
+    end_j = tl.minimum(start_j + columns_per_split, K)
     if CROSS:
         end_j = tl.where(exists(a, c, A, CROSS), end_j, start_j)
     for start in range(start_j, end_j, BN):
@@ -297,7 +297,7 @@ def rectangle_pairs_kernel(
         s = rounded(s, of_product(inverse_tau, PRECISION))
         column_key = keys_of(column_keys + g * K, j, K, COLUMN_KEY)
         s, positive = candidates(s, row_key, column_key, i, j, begin, start, first, K, a == c, INDEX, True, BM, BN)
-        t = level[:, None] - s
+        t = negative_lse[:, None] - s
         e = exponential(-tl.abs(t))
         loss = tl.where(t > 0, t, 0.0) + log1p(e)
         total += tl.sum(tl.where(positive, loss, 0.0), 1).to(tl.float64)
@@ -312,7 +312,10 @@ def rectangle_units_kernel(
     first, second, third, fourth, exponents, cells: tl.int64, blocks, before, all_blocks,
     GRADIENTS: tl.constexpr, BI: tl.constexpr,
 ):  # fmt: skip
-    """exponents: [G, all_blocks], each for the largest gradient of BI cells. A launch writes `blocks` from `before`."""
+    """exponents: [G, all_blocks], one for the largest gradient of every BI cells.
+
+    A launch writes the `blocks` exponents that follow the first `before` ones of each group.
+    """
     block = tl.program_id(0) % blocks
     g = (tl.program_id(0) // blocks).to(tl.int64)
     k = block.to(tl.int64) * BI + tl.arange(0, BI)
@@ -420,7 +423,7 @@ def weights(s, positive, fields, ROWS: tl.constexpr, KIND: tl.constexpr):
 @triton.jit(do_not_specialize=["programs", "G", "A", "C", "n", "K", "offset"])
 def rectangle_gradient_kernel(
     x, y, x_lower: tl.int64, y_lower: tl.int64, tau, x_keys, y_keys, of_x, of_y, partial, programs, G, A, C, n, K,
-    NP, KP, offset, columns_a_split,
+    NP, KP, offset, columns_per_split,
     TENSOR: tl.constexpr, CROSS: tl.constexpr, INDEX: tl.constexpr, KIND: tl.constexpr, OF_X: tl.constexpr,
     OF_Y: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     DP: tl.constexpr, BK: tl.constexpr, DC: tl.constexpr, UPCAST: tl.constexpr,
@@ -447,8 +450,8 @@ def rectangle_gradient_kernel(
         x_key = keys_of(x_keys + g * n, i, n, ROW_KEY)
     x_step = (G * A * C).to(tl.int64) * NP
     y_step = (G * A * C).to(tl.int64) * KP
-    start_j = split * columns_a_split
-    end_j = tl.minimum(start_j + columns_a_split, K)
+    start_j = split * columns_per_split
+    end_j = tl.minimum(start_j + columns_per_split, K)
     dz = tl.zeros([BM, DC], ACC)
     first_set, last_set = partners_of(a, C, CROSS)
     for c in range(first_set, last_set):
@@ -496,11 +499,11 @@ def rectangle_join_kernel(
     i = begin + tl.arange(0, BR)
     d = tl.arange(0, BD)
     inside = (d < DP)[None, :]
-    lies = tl.arange(0, BR)[:, None] * DP + d[None, :]
+    elements = tl.arange(0, BR)[:, None] * DP + d[None, :]
     row = (g * A + a) * NP + begin
     dz = tl.zeros([BR, BD], ACC)
     for split in range(splits):
-        dz += tl.load(partial + (split * G * A * NP + row) * DP + lies, mask=inside, other=0.0)
+        dz += tl.load(partial + (split * G * A * NP + row) * DP + elements, mask=inside, other=0.0)
     dz *= 1.0 / BOOST
     if INDEX:  # the pairs with the same index, whose weights are not rounded to the dtype of products
         partner = i + offset
@@ -516,9 +519,9 @@ def rectangle_join_kernel(
                     field = of_y + LAST * G.to(tl.int64) * A * C * KP
                     weight += tl.load(field + ((g * C + c) * A + a) * KP + partner, mask=paired, other=0.0)
                 z_c = y + ((g * C + c) * KP + begin + offset) * DP
-                other = tl.load(z_c + lies, mask=paired[:, None] & inside, other=0.0)
+                other = tl.load(z_c + elements, mask=paired[:, None] & inside, other=0.0)
                 dz += weight[:, None] * (other.to(tl.float32) if UPCAST else other).to(ACC)
-    own = tl.load(x + row * DP + lies, mask=inside, other=0.0)
+    own = tl.load(x + row * DP + elements, mask=inside, other=0.0)
     own = (own.to(tl.float32) if UPCAST else own).to(ACC)
     length = tl.sum(own * dz, 1)
     unit = power_of_two(largest_exponent(exponents + g * all_blocks, all_blocks, BE))
@@ -634,17 +637,17 @@ def tile_for(kernel: str, call: Any, rows: Sequence[Tensor], columns: Sequence[T
 def split(programs: int, tile: Tile, y: Side, partners: int) -> tuple[int, int]:
     """The number of splits of the columns, and the number of columns in a split."""
     alone = 1.5 if tile.warps == 4 else 1.0  # the estimate of `large.backward`
-    tiles_a_set = cdiv(y.n, tile.BN)
-    splits, tiles_a_split = splits_of(programs, large.table_of(y.z)[1], alone, tiles_a_set, partners)
-    return splits, tiles_a_split * tile.BN
+    tiles_per_set = cdiv(y.n, tile.BN)
+    splits, tiles_per_split = splits_of(programs, large.table_of(y.z)[1], alone, tiles_per_set, partners)
+    return splits, tiles_per_split * tile.BN
 
 
 def boost(x: Side) -> float:
-    """A factor that moves weights of at most 4 into the middle of float16's range."""
+    """A factor that keeps all but very small weights, which are at most 8, out of float16's subnormal range."""
     return 4096.0 if x.u.dtype == torch.float16 else 1.0
 
 
-def rows_a_program(x: Side) -> int:
+def rows_per_program(x: Side) -> int:
     """The rows of a program that holds whole rows: as many as fit the registers."""
     return 16 if INTERPRETED else min(16, max(1, 2048 // triton.next_power_of_2(x.z.shape[3])))
 
@@ -665,13 +668,13 @@ def over_pairs(
     x, y = p.rows, p.columns
     G, tile = len(x.z), fitted(p.tile, x.n, y.n)
     programs = G * x.count * y.count * (x.padded // tile.BM)
-    splits, columns_a_split = split(programs, tile, y, 1)
+    splits, columns_per_split = split(programs, tile, y, 1)
     shape = splits, G, x.count, y.count, x.n
     slots = [x.z.new_empty(shape if dtype else 0, dtype=dtype) for dtype in outputs]
     slots += [x.z.new_empty((splits, G, *x.z.shape[2:]) if dtype else 0, dtype=dtype) for dtype in rows]
     launch(
         kernel, programs * splits, x.u, y.u, x.lower, y.lower, p.tau, x.keys, y.keys, *inputs, *slots, G, x.count,
-        y.count, x.n, y.n, x.padded, y.padded, p.first, columns_a_split, **settings, **p.settings(),
+        y.count, x.n, y.n, x.padded, y.padded, p.first, columns_per_split, **settings, **p.settings(),
         **of_tiles(x.z, p.normalize, tile),
     )  # fmt: skip
     return slots
@@ -726,8 +729,8 @@ def mean_of(p: Problem, largest: Tensor, neg: Tensor, weighted: Tensor) -> Tenso
     G, n, D = x.sets[0].shape
     mean = weighted.new_empty((G, n, D))
     launch(
-        rectangle_mean_kernel, G * (x.padded // rows_a_program(x)), largest, neg, weighted, mean, len(weighted), G, n,
-        x.padded, D, ACC=accumulator(x.z), BR=rows_a_program(x), DP=p.tile.DP, BD=triton.next_power_of_2(p.tile.DP),
+        rectangle_mean_kernel, G * (x.padded // rows_per_program(x)), largest, neg, weighted, mean, len(weighted), G, n,
+        x.padded, D, ACC=accumulator(x.z), BR=rows_per_program(x), DP=p.tile.DP, BD=triton.next_power_of_2(p.tile.DP),
         BOOST=boost(x), num_warps=4,
     )  # fmt: skip
     return mean
@@ -828,14 +831,14 @@ def partial_gradient(p: Problem, w: Weights, for_rows: bool) -> Tensor:
     x, y = (p.rows, p.columns) if for_rows else (p.columns, p.rows)
     G, tile = len(x.z), fitted(p.tile, x.n, y.n)
     programs = G * x.count * (x.padded // tile.BM) * (tile.DP // tile.DC)
-    splits, columns_a_split = split(programs, tile, y, y.count // 2 if p.cross else y.count)
+    splits, columns_per_split = split(programs, tile, y, y.count // 2 if p.cross else y.count)
     dtype = torch.promote_types(x.z.dtype, torch.float32)
     partial = x.z.new_empty((splits, G, x.count, x.padded, tile.DP), dtype=dtype)
     of, there = w.of(for_rows)
     launch(
         rectangle_gradient_kernel, programs * splits, x.u, y.u, x.lower, y.lower, p.tau, x.keys, y.keys, *of, partial,
-        programs, G, x.count, y.count, x.n, y.n, x.padded, y.padded, p.first if for_rows else -p.first, columns_a_split,
-        KIND=w.kind, DC=tile.DC, **there, **p.settings(), **of_tiles(x.z, p.normalize, tile),
+        programs, G, x.count, y.count, x.n, y.n, x.padded, y.padded, p.first if for_rows else -p.first,
+        columns_per_split, KIND=w.kind, DC=tile.DC, **there, **p.settings(), **of_tiles(x.z, p.normalize, tile),
     )  # fmt: skip
     return partial
 
@@ -848,7 +851,7 @@ def gradient(p: Problem, w: Weights, for_rows: bool) -> tuple[Tensor, Tensor]:
     dx = x.sets[0].new_empty((x.count, G, n, D))
     along = partial.new_empty((G, x.count, n))
     DP = p.tile.DP
-    BD, BR = triton.next_power_of_2(DP), rows_a_program(x)
+    BD, BR = triton.next_power_of_2(DP), rows_per_program(x)
     of, there = w.of(for_rows)
     settings = p.settings() | dict(INDEX=p.first >= 0 and w.kind != "pairs")
     launch(

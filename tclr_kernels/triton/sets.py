@@ -97,19 +97,19 @@ def launch(kernel: Any, programs: int, *arguments: Any, **settings: Any) -> None
     if modes is None:
         kernel[(programs,)](*arguments, **settings, **COMPILER_OPTIONS)
         return
-    alike = id(kernel), device.index, *modes, *settings, *settings.values(), *specialised(arguments)
-    held = _held.get(alike)
+    key = id(kernel), device.index, *modes, *settings, *settings.values(), *specialised(arguments)
+    held = _held.get(key)
     if held is None:
         compiled = kernel[(programs,)](*arguments, **settings, **COMPILER_OPTIONS)
         if compiled is None:  # a hook of Triton's compiler prevented the compilation
             return
         constants = [settings[name] for name in kernel.arg_names[len(arguments) :]]
-        what = compiled.function, compiled.packed_metadata, None, None, None  # without hooks and their metadata
-        _held[alike] = compiled, what, constants
+        metadata = compiled.function, compiled.packed_metadata, None, None, None  # without hooks and their metadata
+        _held[key] = compiled, metadata, constants
         return
-    compiled, what, constants = held
+    compiled, metadata, constants = held
     stream = driver.active.get_current_stream(device.index)
-    compiled.run(programs, 1, 1, stream, *what, *arguments, *constants)
+    compiled.run(programs, 1, 1, stream, *metadata, *arguments, *constants)
 
 
 def _modes(kernel: Any) -> tuple[Hashable, ...] | None:

@@ -215,6 +215,7 @@ FEATURES = 128 if INTERPRETED else 32  # features that are read at a time; the i
 
 
 def serves(V: int, N: int) -> bool:
+    """Whether this module computes groups of this size."""
     return V * N <= LARGEST
 
 

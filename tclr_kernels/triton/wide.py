@@ -28,10 +28,10 @@ ENTRIES = 1 << 23  # entries of S at a time, which take a few dozen MiB
 FEWEST = 256  # but at least this many rows at a time, even if they have more entries
 
 
-@triton.jit(do_not_specialize=["V", "N", "first_group", "first_row", "first_column", "columns_a_program", "blocks"])
+@triton.jit(do_not_specialize=["V", "N", "first_group", "first_row", "first_column", "columns_per_program", "blocks"])
 def weights_kernel(
     s, w, tau, limit, alpha, exponents, V, N, NP, first_group, first_row, first_column, rows, columns,
-    columns_a_program, blocks, TENSOR: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
+    columns_per_program, blocks, TENSOR: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BI: tl.constexpr, BOOST: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
     """The weights w from the cosines s: [groups, rows, columns]. rows and columns are whole tiles.
@@ -41,17 +41,17 @@ def weights_kernel(
     inverse_tau = inverse_of(tau, TENSOR, ACC)
     if not (inverse_tau <= limit):
         return
-    spans = tl.cdiv(columns, columns_a_program)
+    spans = tl.cdiv(columns, columns_per_program)
     begin = (tl.program_id(0) // spans % (rows // BM)) * BM
     k = tl.program_id(0) // spans // (rows // BM)
-    span = (tl.program_id(0) % spans) * columns_a_program
+    span = (tl.program_id(0) % spans) * columns_per_program
     g = k.to(tl.int64) + first_group
     a = (first_row + begin) // NP
     i = (first_row + begin) % NP + tl.arange(0, BM)
     top = largest_exponent(exponents + g * V * V * blocks, V * V * blocks, BE)
     scale = inverse_tau * LOG2E
     line = (k.to(tl.int64) * rows + begin + tl.arange(0, BM))[:, None] * columns
-    for start in range(span, tl.minimum(span + columns_a_program, columns), BN):
+    for start in range(span, tl.minimum(span + columns_per_program, columns), BN):
         c = (first_column + start) // NP
         j = (first_column + start) % NP + tl.arange(0, BN)
         row_block = (g * V + a) * V + c
@@ -71,13 +71,13 @@ def weights_kernel(
 
 
 @triton.jit
-def some_of_dz(
+def features_of_dz(
     dz, z, beta, exponents, d, begin, a, g, top, V, N, NP, blocks,
     CROSS: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BI: tl.constexpr, DP: tl.constexpr, BOOST: tl.constexpr,
 ):  # fmt: skip
     """Features d of the gradient dz of BM unit rows: the products' result, and the positives with unrounded weights."""
     i = begin + tl.arange(0, BM)
-    some = features(dz + ((g * V + a) * NP + begin) * DP, d, BM, DP, False) * (1.0 / BOOST)
+    part = features(dz + ((g * V + a) * NP + begin) * DP, d, BM, DP, False) * (1.0 / BOOST)
     first, last = partners_of(a, V, CROSS)
     for c in range(first, last):
         if c != a:
@@ -88,8 +88,8 @@ def some_of_dz(
             weight = tl.load(beta + row_block * N + i, mask=i < N, other=0.0) * to_row
             weight += tl.load(beta + column_block * N + i, mask=i < N, other=0.0) * to_column
             partners = features(z + ((g * V + c) * NP + begin) * DP, d, BM, DP, False)
-            some += weight[:, None] * partners.to(ACC)
-    return some
+            part += weight[:, None] * partners.to(ACC)
+    return part
 
 
 @triton.jit(do_not_specialize=["G", "V", "N", "blocks"])
@@ -111,10 +111,10 @@ def wide_join_kernel(
     along = tl.zeros([BM], ACC)
     for start in range(0, DP, BK):
         d = start + tl.arange(0, BK)
-        some = some_of_dz(
+        part = features_of_dz(
             dz, z, beta, exponents, d, begin, a, g, top, V, N, NP, blocks, CROSS, ACC, BM, BI, DP, BOOST
         )  # fmt: skip
-        along += tl.sum(features(z_i, d, BM, DP, False).to(ACC) * some, 1)
+        along += tl.sum(features(z_i, d, BM, DP, False).to(ACC) * part, 1)
     unit = power_of_two(top)
     tl.store(zdz + (g * V + a) * N + i, along.to(tl.float64) * (unit * inverse_tau.to(tl.float64)), mask=i < N)
     norm = tl.load(norms + (g * V + a) * NP + i)
@@ -122,11 +122,11 @@ def wide_join_kernel(
     to = dx + (a.to(tl.int64) * G + g) * N * D + i.to(tl.int64)[:, None] * D
     for start in range(0, DP, BK):
         d = start + tl.arange(0, BK)
-        some = some_of_dz(
+        part = features_of_dz(
             dz, z, beta, exponents, d, begin, a, g, top, V, N, NP, blocks, CROSS, ACC, BM, BI, DP, BOOST
         )  # fmt: skip
-        some -= features(z_i, d, BM, DP, False).to(ACC) * along[:, None]
-        gradient = narrowed(scaled(some, norm, one, other), dx.dtype.element_ty)
+        part -= features(z_i, d, BM, DP, False).to(ACC) * along[:, None]
+        gradient = narrowed(scaled(part, norm, one, other), dx.dtype.element_ty)
         tl.store(to + d[None, :], gradient, mask=(i < N)[:, None] & (d < D)[None, :])
 
 
