@@ -95,7 +95,7 @@ def test_a_dry_run_touches_no_run_of_that_name(tmp_path, monkeypatch):
 def test_what_cannot_be_made_small_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         dry("export", "--run", str(tmp_path), "--file", str(tmp_path / "x"))
-    assert ended.value.code and "invalid choice: 'export'" in capsys.readouterr().err
+    assert ended.value.code and "command: found 'export'" in capsys.readouterr().err
 
 
 def test_generated_videos_that_were_cut_short_are_not_taken(tmp_path, monkeypatch):
