@@ -93,7 +93,7 @@ def test_a_dry_run_changes_no_run_of_that_name(tmp_path, monkeypatch):
 def test_commands_without_a_dry_run_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         dry("export", "--run", str(tmp_path), "--file", str(tmp_path / "x"))
-    assert ended.value.code and "invalid choice: 'export'" in capsys.readouterr().err
+    assert ended.value.code and "command: found 'export'" in capsys.readouterr().err
 
 
 def test_an_interrupted_generation_of_videos_leaves_nothing_behind(tmp_path, monkeypatch):
