@@ -102,7 +102,7 @@ def summary(grid, M=(512, 8192, 32768, 131072), D=128):
                 continue
             best = min(float(row["both_us"]) for row in found.values() if row["both_us"])
             cells = line(key, found)
-            lines.append([f"{rows_of:,}", shown(best), *cells[5:9], *cells[13:]])
-        head = ["NT-Xent, rows (D = 128)", "tclr-kernels, us", *(f"{name}, us" for name in HEAD[5:8]), *HEAD[8:9]]
+            lines.append([f"{rows_of:,}", shown(best), *cells[5:7], cells[8], *cells[13:]])
+        head = ["NT-Xent, rows (D = 128)", "tclr-kernels, us", *(f"{name}, us" for name in HEAD[5:7]), HEAD[8]]
         parts += [grid([*head, *HEAD[13:]], lines), f"{device}, torch {every[0]['torch']}; bfloat16, in a CUDA graph."]
     return parts

@@ -28,6 +28,9 @@ def checked_negatives(
     if negatives is None:
         return None
     queue = isinstance(negatives, NegativeQueue)
+    if not queue and not isinstance(negatives, Tensor):
+        found = f"a {type(negatives).__name__}"
+        raise TypeError(f"{name}: found {found}, wanted a torch.Tensor [K, D] or [..., K, D], or a NegativeQueue")
     rows = negatives.rows.to(anchors.dtype, copy=torch.is_grad_enabled()) if queue else negatives
     return Further(checks.sides(process is not None, embeddings=anchors, **{name: rows})[1], everywhere=queue)
 

@@ -117,7 +117,7 @@ def stacked(name: str, value: Tensor | Sequence[Tensor]) -> Tensor:
 def pair(name: str, value: object) -> tuple[Any, Any]:
     if not isinstance(value, (list, tuple)) or len(value) != 2:
         found = f"a tensor of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
-        raise TypeError(f"{name}: found {found}, wanted a pair: for the anchors of a, for the anchors of b")
+        raise TypeError(f"{name}: found {found}, wanted a pair (negatives of a, negatives of b), where one may be None")
     return value[0], value[1]
 
 
@@ -223,7 +223,9 @@ def _check_values() -> bool:
 def _embedding(name: str, x: object, dims: Sequence[str], check_values: bool, empty: bool = False) -> None:
     wanted = f"[{', '.join(dims)}]"
     if not isinstance(x, torch.Tensor):
-        raise TypeError(f"{name}: found {type(x).__module__}.{type(x).__name__}, wanted a torch.Tensor {wanted}")
+        kind = f"{type(x).__module__}.{type(x).__name__}".removeprefix("builtins.")
+        found = "None" if x is None else f"a {kind}"
+        raise TypeError(f"{name}: found {found}, wanted a torch.Tensor {wanted}")
     if x.layout != torch.strided:
         raise TypeError(f"{name}: found layout {x.layout}, wanted a dense tensor {wanted}")
     if x.dtype not in DTYPES:
@@ -307,7 +309,7 @@ def kept_temperature(value: object) -> float | Tensor:
         found = "that requires a gradient" if value.is_leaf else "computed from one that requires a gradient"
         raise ValueError(
             f"temperature: found a tensor {found}, wanted a float, an nn.Parameter or a tensor without gradient; "
-            "to learn it, pass an nn.Parameter, or compute it at every step and pass it to the loss's function"
+            "to learn it, pass an nn.Parameter, or compute it at every step and call the function, such as nt_xent"
         )
     return value
 

@@ -48,7 +48,7 @@ def default_for(shape: Sequence[int], device: str, dtype: str) -> str:
     name = backends.choose(None, torch.device(device), G * V * N, D, getattr(torch, dtype))
     wide = torch.float64 if dtype == "float64" else torch.float32
     gram = G * (V * N) ** 2 * wide.itemsize / 2**20
-    return f"G={G} V={V} N={N} D={D} {dtype} on {device}: {name} (its Gram matrix would take {gram:,.1f} MiB)"
+    return f"{name}, for --shape {G} {V} {N} {D} in {dtype} on {device}, whose Gram matrix would take {gram:,.1f} MiB"
 
 
 def untested() -> str | None:
@@ -76,7 +76,8 @@ def lines(facts: dict[str, Any] | None) -> Iterator[tuple[str, str]]:
         kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes) or "any dtype"
         sizes = [f"{most} {of}" for most, of in ((rows, "rows"), (features, "features")) if most < math.inf]
         limit = f"{kinds}, up to {' of '.join(sizes)}" if sizes else "otherwise"
-        yield f"default on {device}", f"{limit}: the first usable one of {', '.join(order)}"
+        if "cuda" in devices():
+            yield f"default on {device}", f"{limit}: the first usable one of {', '.join(order)}"
     yield "CUDA targets", backends.native.cuda_targets() or "none: the CUDA kernels are not built"
 
 
@@ -97,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         for name, value in lines(build_facts()):
             print(f"{name:<22}{value}")
-        print(f"{'default for --shape':<22}{default_for(options.shape, options.device, options.dtype)}")
+        print(f"{'default backend':<22}{default_for(options.shape, options.device, options.dtype)}")
     # such as an unknown device, or an environment variable that names a backend that cannot run
     except (AssertionError, RuntimeError, ValueError) as error:
         parser.exit(1, f"error: {error}\n")

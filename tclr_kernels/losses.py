@@ -8,13 +8,13 @@ A row that is exactly zero has similarity 0 and gradient 0. `temperature` is a f
 tensor with one element, whatever its shape: it may require a gradient, which has its shape and dtype, and its value is
 never read on the host. `logit_scale` is 1 / temperature, and may be given instead of it. Inputs and temperature may be
 tensors made in `torch.inference_mode()`. `backend` is one of `available_backends()`, or None for the default. Every
-function raises TypeError or ValueError, naming the argument, for a wrong type, rank, size, dtype or device, and for an
+function raises TypeError or ValueError, naming the argument, for a wrong type, shape, dtype or device, and for an
 empty tensor.
 
 Three arguments change which candidates are in the denominators:
 
-- `labels`, integers [N] or [..., N]: candidates with the anchor's label are left out, except its positive, which is the
-  same as without labels. A row with a negative integer has no label.
+- `labels`, integers [N] or [..., N]: candidates with the anchor's label are left out, except its positive, which stays
+  the same row as without labels. A row with a negative integer has no label.
 - `negatives`, [K, D] for all groups or [..., K, D] with the anchors' leading dimensions, or a `NegativeQueue`: more
   candidates for every anchor, whatever the labels. They get a gradient if they require it.
 - `decoupled=True`: the positive is left out as well (DCL, https://arxiv.org/abs/2110.06848). The loss may then be
@@ -24,9 +24,9 @@ With several processes (docs/processes.md), each passes its share of the rows, w
 
 - `group`: None, only this process; "world", all processes, or only this one if torch.distributed is not initialised;
   a ProcessGroup; or a DeviceMesh with one dimension. "mean" and "sum" are then over the rows of all processes, with
-  the same bits on each; "none" returns the terms of this process's rows. Each process gets the gradient of the sum of
-  the losses that all processes return. Its average, as DistributedDataParallel takes it, is the gradient of a single
-  process with all rows.
+  the same bits on each; "none" returns the terms of this process's rows. The gradients of the parameters, averaged
+  over the processes as DistributedDataParallel does, are those of a single process with all rows. (So each process's
+  rows get the gradient of the sum of the values that all processes return.)
 - `shares`: the number of rows of each process. If it is given, the processes need not exchange these numbers.
 
 Without shares, an error on one process becomes an error on all: this process raises its own error, the others a
@@ -105,11 +105,9 @@ def nt_xent(
     a, b = checks.embeddings("... N D", group is not None, a=a, b=b)
     checks.flag("symmetric", symmetric)
     tau = _tau(temperature, logit_scale, normalize, reduction, a, group)
-    of_a_row = a.shape[:-2].numel() * (
-        2 if symmetric else 1
-    )  # anchors; how many rows there are, processes agree on below
+    anchors_per_row = a.shape[:-2].numel() * (2 if symmetric else 1)  # the processes exchange their numbers of rows
     if _is_plain(reduction, labels, negatives, decoupled, group):
-        count = of_a_row * a.shape[-2] if reduction == "mean" else 1
+        count = anchors_per_row * a.shape[-2] if reduction == "mean" else 1
         return reduced([a, b], tau, backend, normalize, False, one_sided=not symmetric, count=count)
     further = None
     if negatives is not None:
@@ -118,7 +116,7 @@ def nt_xent(
     if reduction == "none":
         term = _own(term, group)
         return (_off_diagonal(term) if symmetric else term[:, 0, 1]).reshape(*a.shape[:-2], -1)
-    return _reduce(term if symmetric else term[:, 0, 1], reduction, of_a_row * _rows(a, group), group)
+    return _reduce(term if symmetric else term[:, 0, 1], reduction, anchors_per_row * _rows(a, group), group)
 
 
 @distributed.collective
@@ -149,9 +147,9 @@ def clip_loss(
     a, b = checks.embeddings("... N D", group is not None, a=a, b=b)
     tau = _tau(temperature, logit_scale, normalize, reduction, a, group)
     of_a, of_b = checks.pair("negatives", negatives)
-    of_a_row = 2 * a.shape[:-2].numel()
+    anchors_per_row = 2 * a.shape[:-2].numel()
     if _is_plain(reduction, labels, of_a if of_b is None else of_b, decoupled, group):
-        count = of_a_row * a.shape[-2] if reduction == "mean" else 1
+        count = anchors_per_row * a.shape[-2] if reduction == "mean" else 1
         return reduced([a, b], tau, backend, normalize, True, count=count)
     further = None
     if of_a is not None or of_b is not None:
@@ -162,7 +160,7 @@ def clip_loss(
     term = _terms([a, b], tau, normalize, True, backend, labels, further, decoupled, group)
     if reduction == "none":
         return _off_diagonal(_own(term, group)).reshape(*a.shape[:-2], -1)
-    return _reduce(term, reduction, of_a_row * _rows(a, group), group)
+    return _reduce(term, reduction, anchors_per_row * _rows(a, group), group)
 
 
 @distributed.collective
@@ -206,9 +204,9 @@ def info_nce(
         term = _terms([query, key], tau, normalize, True, backend, labels, beside, decoupled, group)[:, 0, 1]
     else:
         if further is None:
-            raise ValueError("negatives: found None, wanted further candidates beside in_batch=False")
+            raise ValueError("negatives: found None, wanted a tensor or a NegativeQueue beside in_batch=False")
         if labels is not None:
-            raise ValueError("labels: found a value beside in_batch=False, wanted None: they are of keys of the batch")
+            raise ValueError("labels: found a tensor, wanted None, since in_batch=False leaves out the labelled keys")
         checks.flag("decoupled", decoupled)
         neg, pos = candidates.partners(query, key, further, tau, normalize, backend, group)
         term = _rounded(general.cost(neg, pos, decoupled), query)
@@ -292,9 +290,9 @@ def instance_contrastive(
         raise ValueError(f"views: found V = {V}, shape {list(views.shape)}, wanted V >= 2")
     checks.one_of("softmax", softmax, SOFTMAXES)
     tau = _tau(temperature, logit_scale, normalize, reduction, views, group)
-    of_a_row = V * (V - 1 if softmax == "pairs" else 1)
+    terms_per_row = V * (V - 1 if softmax == "pairs" else 1)
     if softmax == "pairs" and _is_plain(reduction, labels, negatives, decoupled, group):
-        count = of_a_row * B if reduction == "mean" else 1
+        count = terms_per_row * B if reduction == "mean" else 1
         return reduced([views], tau, backend, normalize, False, count=count)
     sets = views.unsqueeze(1).unbind(0)
     further = None if negatives is None else [candidates.checked_negatives("negatives", negatives, views[0], group)]
@@ -306,7 +304,7 @@ def instance_contrastive(
         term = _rounded(parts.joint_terms(decoupled), views)
     if reduction == "none":
         return _own(term, group)[0]
-    return _reduce(term, reduction, of_a_row * _rows(views, group), group)
+    return _reduce(term, reduction, terms_per_row * _rows(views, group), group)
 
 
 @distributed.collective
@@ -399,7 +397,7 @@ def tclr(
     labels: integers [B], one for each video. In the IC terms, videos with the same label are not negatives.
     weights: floats >= 0 for any of "ic_global", "ic_local", "ll", "gl". A missing one is 1 (ic_local of "paper": 0).
     Returns TCLRTerms. A term whose weight is 0 is not computed, and is returned as 0.
-    Source: TCLR section 3; the closed form of the official release's `contrastive_loss` calls.
+    Source: TCLR section 3; "release": what the calls of `contrastive_loss` in the official code add up to.
     """
     checks.one_of("form", form, FORMS)
     checks.flag("normalize", normalize)

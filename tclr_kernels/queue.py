@@ -22,7 +22,7 @@ class NegativeQueue(nn.Module):
     With several processes, the queue must be the same on each. It is, if all processes create it from the same seed (or
     load it) and enqueue with `group=`.
 
-    normalize: whether to keep the rows with length one. A loss with `normalize=True` normalises them in any case.
+    normalize: whether rows are normalised before they are stored. A loss with `normalize=True` normalises them anyway.
     Raises ValueError for sizes below 1.
     Source: MoCo, https://arxiv.org/abs/1911.05722, algorithm 1.
     """

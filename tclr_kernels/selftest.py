@@ -265,16 +265,16 @@ def second_derivative(backend: str, device: str) -> None:
 
 
 CHECKS: dict[str, Check] = {
-    **{f"parity {str(dtype)[6:]}": functools.partial(parity, dtype) for dtype in TOLERANCE},
+    **{f"results in {str(dtype)[6:]}": functools.partial(parity, dtype) for dtype in TOLERANCE},
     "gradcheck": gradcheck,
-    "zero row": zero_row,
-    "rows 1e-38 .. 1e38": scales,
+    "row of zeros": zero_row,
+    "tiny and huge rows": scales,
     "NaN and Inf": nan,
     "dtypes": dtypes,
     "temperature": temperature,
-    "empty": empty,
-    "one row": one_row,
-    "misuse": misuse,
+    "empty inputs": empty,
+    "a single row": one_row,
+    "wrong arguments": misuse,
     "deterministic": deterministic,
     "second derivative": second_derivative,
 }

@@ -274,10 +274,10 @@ def test_a_list_of_views_equals_the_stacked_tensor(backend):
     [
         ([torch.ones(3, 2), torch.ones(2, 2)], r"views\[0\] has shape \[3, 2\] and views\[1\] \[2, 2\]"),
         ([torch.ones(3, 2), torch.ones(3, 2).double()], r"views\[0\] has dtype torch.float32 and views\[1\]"),
-        ([torch.ones(3, 2), None], r"views\[1\]: found builtins.NoneType"),
-        ([None, torch.ones(3, 2)], r"views\[0\]: found builtins.NoneType"),
+        ([torch.ones(3, 2), None], r"views\[1\]: found None"),
+        ([None, torch.ones(3, 2)], r"views\[0\]: found None"),
         ([torch.ones(3, 2)], "views: found V = 1"),
-        ([], "views: found builtins.list"),
+        ([], "views: found a list"),
         ([torch.ones(3, 1, 2)] * 2, "views: found 4 dimensions"),
     ],
 )
@@ -390,7 +390,7 @@ NEGATIVE_FAULTS = {  # negatives beside embeddings [2, 4, 3]
     "other groups": (torch.ones(3, 5, 3), r"found shape \[3, 5, 3\], wanted"),
     "one dimension": (torch.ones(3), "found 1 dimensions"),
     "empty": (torch.ones(0, 3), "found an empty tensor"),
-    "list": ([[1.0, 2.0, 3.0]], "found builtins.list"),
+    "list": ([[1.0, 2.0, 3.0]], "found a list"),
     "integers": (torch.ones(5, 3, dtype=torch.int64), "found dtype torch.int64"),
     "another dtype": (torch.ones(5, 3).double(), "torch.float64: wanted one dtype"),
     "another device": (torch.ones(5, 3, device="meta"), "on meta: wanted one device"),
@@ -447,8 +447,8 @@ def test_errors_name_wrong_labels(name, fault):
 
 
 SETTING_FAULTS = {
-    "negatives: found None, wanted further candidates beside in_batch=False": lambda: tk.info_nce(A, A, in_batch=False),
-    "labels: found a value beside in_batch=False": lambda: tk.info_nce(
+    "negatives: found None, wanted a tensor or a NegativeQueue": lambda: tk.info_nce(A, A, in_batch=False),
+    "labels: found a tensor, wanted None, since in_batch=False": lambda: tk.info_nce(
         A, A, in_batch=False, negatives=A, labels=torch.arange(4)
     ),
     "in_batch: found 1, wanted True or False": lambda: tk.info_nce(A, A, in_batch=1),

@@ -442,6 +442,7 @@ FAULTS = {  # a call, its error, and what the message names: the argument, what 
         ValueError,
         r"memory_bank: found rows of D = 5, wanted D = 3",
     ),
+    "lightly, weights": (lambda: C.lightly.DCLLoss(weight_fn=3), TypeError, "weight_fn: found 3, wanted None or"),
     "open_clip, horovod": (lambda: C.open_clip.ClipLoss(use_horovod=True), NotImplementedError, "use_horovod: found T"),
     "open_clip, processes": (
         lambda: C.open_clip.ClipLoss(True, True, world_size=2)(x(4, 3), x(4, 3), 1.0),
@@ -546,7 +547,7 @@ def test_settings_equal_to_the_defaults_are_accepted():
 
 
 def test_open_clip_settings_with_a_wrong_gradient_warn_at_construction():
-    with pytest.warns(UserWarning, match="gather_with_grad: found False"):
+    with pytest.warns(UserWarning, match="gather_with_grad=False is ignored"):
         C.open_clip.ClipLoss(world_size=2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -140,7 +140,7 @@ OWN = {  # fault of one rank -> (its call, its error); the other ranks' error na
     "an unknown argument": (lambda **s: nt_xent(rows(), rows(), median=True, **s), "unexpected keyword argument"),
     "a missing argument": (lambda **s: tk.nt_xent(rows(), **s), "missing 1 required positional argument"),
     "shapes": (lambda **s: nt_xent(rows(2), rows(), **s), "wanted the same shape"),
-    "a type": (lambda **s: nt_xent([[1.0]], rows(), **s), "a: found builtins.list"),
+    "a type": (lambda **s: nt_xent([[1.0]], rows(), **s), "a: found a list"),
     "temperature": (lambda **s: nt_xent(rows(), rows(), temperature=-1, **s), "temperature: found -1"),
     "a huge temperature": (lambda **s: nt_xent(rows(), rows(), temperature=10**400, **s), "temperature: found 1000"),
     "an integer": (lambda **s: nt_xent(rows().long(), rows().long(), **s), "a: found dtype torch.int64"),

@@ -191,7 +191,7 @@ KEYS = {
     "one dimension": (torch.ones(3), "keys: found 1 dimensions"),
     "empty": (torch.ones(0, 3), "keys: found an empty tensor"),
     "integers": (torch.ones(4, 3, dtype=torch.int64), "keys: found dtype torch.int64"),
-    "a list": ([[1.0, 2.0, 3.0]], "keys: found builtins.list"),
+    "a list": ([[1.0, 2.0, 3.0]], "keys: found a list"),
     "another device": (torch.ones(4, 3, device="meta"), "the queue is on cpu and keys on meta"),
 }
 

@@ -221,7 +221,7 @@ def test_the_loss_is_finite_with_the_augmentation_of_the_release(videos):
 
 
 def test_a_batch_larger_than_the_data_is_refused(videos):
-    with pytest.raises(ValueError, match="batch: found 6 x 2 a step, wanted at most the 10 videos"):
+    with pytest.raises(ValueError, match="batch: found 6 videos x accumulate 2 per step, wanted at most 10"):
         train.Run(embedder(), videos, PLAN, train.Recipe(batch=6, accumulate=2), "cpu")
 
 

@@ -146,6 +146,13 @@ def test_finetuning_measures_its_accuracy_and_export_writes_the_backbone(run, tm
 
     wanted = features.embedder_of(run).backbone.state_dict()
     assert all(torch.equal(value, wanted[name]) for name, value in load_file(tmp_path / "b.safetensors").items())
+    with pytest.raises(FileNotFoundError, match="folder does not exist.*nowhere/b.pt'"):
+        cli.main(["export", "--run", str(run), "--file", str(tmp_path / "nowhere/b.pt")])
+
+
+def test_the_summary_of_a_pretraining_says_where_unreadable_videos_are_listed(dataset, tmp_path, capsys):
+    pretrain(dataset, tmp_path / "run", "--recipe.steps", "5")
+    assert "1 unreadable" in (said := capsys.readouterr().out) and "; bad_videos.csv lists the unreadable ones" in said
 
 
 def test_a_checkpoint_of_the_release_is_loaded_and_evaluated(run, dataset, tmp_path):
@@ -298,7 +305,7 @@ def figures(row, seed, r1, linear):
     return dict(row=row, seed=seed, steps=2, by_clips=curve)
 
 
-@pytest.mark.parametrize("better, verdict", [(6, "above"), (1, "not told apart"), (-6, "below")])
+@pytest.mark.parametrize("better, verdict", [(6, "higher"), (1, "no clear difference"), (-6, "lower")])
 def test_the_statement_says_whether_a_difference_exceeds_its_interval(better, verdict):
     """The three seeds differ by better - 1, better and better + 1. Half their interval is 4.303 / sqrt(3)."""
     rows = []
@@ -311,7 +318,7 @@ def test_the_statement_says_whether_a_difference_exceeds_its_interval(better, ve
     first, second = claims.statement(found).splitlines()
     wanted = f"R@1: {30 + better:.1f} against 30.0, {verdict} (difference {better:+.1f} [{better - 2.484:+.1f}, "
     assert wanted in first and f", {verdict} (difference {better:+.1f} [" in second
-    assert "linear accuracy: 20.0 against 20.0, not told apart" in first
+    assert "linear accuracy: 20.0 against 20.0, no clear difference" in first
 
 
 def test_rows_of_other_steps_and_unpaired_seeds_are_left_out():
@@ -392,15 +399,37 @@ def program(monkeypatch, capsys, *arguments):
 @pytest.mark.parametrize(
     "arguments, wanted",
     [
-        ([], "error: expected"),
-        (["nothing"], "error: argument subcommand: invalid choice: 'nothing'"),
+        ([], "error: found no command, wanted one, such as pretrain (tclr --help"),
+        (["nothing"], "error: command: found 'nothing', wanted one of 'pretrain', 'retr"),
         (["retrieval"], "error: the following arguments are required: --run (tclr --help"),
-        (["linear", "--run", "x", "--share", "half"], "error: --share: Expected a float. Got value: half (tclr linear"),
-        (["pretrain", "--out", "x", "--data.rot", "y"], "error: unrecognized arguments: --data.rot y (tclr pretrain"),
-        (["retrieval", "--run", "nowhere"], "error: nowhere/config.yaml is not there"),
+        (
+            ["linear", "--run", "x", "--share", "half"],
+            "error: --share: found 'half', wanted a value of type float: share",
+        ),
+        (
+            ["pretrain", "--out", "x", "--data.rot", "y"],
+            "error: unknown option: --data.rot y, did you mean --data.root?",
+        ),
+        (
+            ["pretrain", "--out", "x", "--dryrun"],
+            "error: unknown option: --dryrun, did you mean --dry-run? (tclr pretr",
+        ),
+        (
+            ["pretrain", "--out=x", "--recipe.form=x"],
+            "error: --recipe.form: found 'x', wanted one of 'paper', 'release'",
+        ),
+        (
+            ["confusion", "--run=x", "--classes=Run"],
+            "error: --classes: found 'Run', wanted a value of type list[str]: ",
+        ),
+        (["linear", "--run", "x", "--share", "2"], "error: share: found 2.0, wanted a number above 0 and at most 1"),
+        (["finetune", "--run", "x", "--batch", "0"], "error: batch: found 0, wanted at least 1"),
+        (["retrieval", "--run=x", "--evaluation.clips=0"], "error: evaluation.clips: found 0, wanted at least 1"),
+        (["retrieval", "--run", "x", "--device", "gpu"], "error: device: found 'gpu', wanted auto, cpu, cuda or"),
+        (["retrieval", "--run", "nowhere"], "error: run: found no nowhere/config.yaml, wanted the folder of a pretr"),
         (["pretrain", "--out", "x", "--data.root", "/nowhere"], "error: root: found '/nowhere', wanted a folder"),
         (["load", "--out", "x", "--file", "/nowhere.pt", "--format=release", "--data.root=y"], "error: /nowhere.pt:"),
-        (["data", "check", "--dataset", "ucf102", "--root", "y"], "error: "),
+        (["data", "check", "--dataset", "ucf102", "--root", "y"], "error: --dataset: found 'ucf102', wanted one of 'u"),
     ],
 )
 def test_errors_of_the_command_line_are_one_line(arguments, wanted, monkeypatch, capsys, tmp_path):

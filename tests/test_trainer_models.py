@@ -43,8 +43,10 @@ def test_a_torchvision_checkpoint_is_loaded_and_a_missing_weight_named(tmp_path)
     assert net.inputs.mean[0] == pytest.approx(0.43216)
     del theirs["layer2.0.conv1.0.weight"]
     torch.save(theirs, tmp_path / "tv.pth")
-    with pytest.raises(ValueError, match="layer2.0.conv1.0.weight"):
+    with pytest.raises(ValueError, match="found no layer2.0.conv1.0.weight, wanted the weights of a VideoResNet"):
         models.load_torchvision(net, tmp_path / "tv.pth")
+    with pytest.raises(ValueError, match=r"of shape \[8.*\], wanted \[4.*\]; see net.backbone and net.width"):
+        models.load_torchvision(models.r3d18(4), tmp_path / "tv.pth")
 
 
 def release_weights(embedder, prefix="module."):

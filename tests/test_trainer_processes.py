@@ -528,7 +528,7 @@ def test_bad_videos_are_replaced_and_counted_as_by_one_process(dataset, tmp_path
         assert len({row["video"] for row in rows}) == len(rows)
         found[P] = {row["video"]: row["reason"] for row in rows}, first.splitlines()[-1]
     assert len(found[1][0]) == 3 and found[1] == found[3]
-    assert found[1][1] == "reading: 3 unreadable, 8 replaced, 42 decoded"
+    assert found[1][1].startswith("reading: 3 unreadable, 8 replaced, 42 decoded; bad_videos.csv lists")
     settings = (tmp_path / "run3/config.yaml").read_text()
     assert "\nprocesses: 3\nbatch_statistics: of each process's share of a batch\n" in settings
     assert "processes" not in (tmp_path / "run1/config.yaml").read_text()

@@ -490,7 +490,7 @@ def test_a_key_that_cannot_change_is_refused_by_name_and_nothing_is_written(vide
         pretrain(root, run, *independent)
         given += independent
     before = contents(run)
-    with pytest.raises(ValueError, match=rf"{key}: found .*, wanted .* to go on from the checkpoint"):
+    with pytest.raises(ValueError, match=rf"{key}: found .*, wanted .* to resume from the checkpoint"):
         pretrain(root, run, *given, steps=2)
     assert contents(run) == before
     cli.main(["export", f"--run={run}", f"--file={tmp_path / 'b.safetensors'}"])

@@ -179,7 +179,7 @@ def pretrained(job, train_set, progress=iter):
 
 
 def measure(job, embedder, splits):
-    """R@1, R@5 and linear accuracy by clips a video; with all clips, accuracy by the share of labels, and confusion."""
+    """R@1, R@5 and linear accuracy by clips per video; with all clips, accuracy by share of labels, and confusion."""
     a, (train_set, test_set) = job.scale, splits
     describe = evaluate.backbone_features(embedder.backbone)
     plan = dict(clips=a.eval_clips, frames=a.frames, stride=a.eval_stride, side=a.side)
@@ -200,7 +200,7 @@ def measure(job, embedder, splits):
 
 
 def oracle(scale, seed):
-    """The best possible accuracy by clips a video, if the movements that each clip shows are recognised.
+    """The best possible accuracy by clips per video, if the movements that each clip shows are recognised.
 
     Each movement that no clip shows must be guessed, out of two. "best" is the bound for a single clip with the best
     start. A clip shows a movement if it has two frames between which the movement happens.

@@ -1,5 +1,6 @@
 """Atomic writing of files, the checkpoint of a run, and SIGTERM as a request for a checkpoint."""
 
+import errno
 import os
 import re
 import signal
@@ -18,6 +19,8 @@ def whole(path, *, shared=False):
 
     shared: other processes may write the same file at the same time; the last one to finish wins.
     """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "its folder does not exist", str(path))
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.part" if shared else f"{path.name}.part")
     try:
         with unfinished.open("wb") as file:

@@ -63,7 +63,7 @@ class Found:
         return sorted(set.intersection(*({seed for row, seed in self.jobs if row == wanted} for wanted in rows)))
 
     def at(self, figure, clips=None):
-        """A function (row, seed) -> the figure with `clips` clips a video, by default with all."""
+        """A function (row, seed) -> the figure with `clips` clips per video, by default with all."""
         return lambda row, seed: 100 * self.jobs[row, seed]["by_clips"][str(clips or self.clips)][figure]
 
     def gain(self, figure):
@@ -116,15 +116,15 @@ def statement(found):
         return "No seed has both rows."
     sentences = []
     for name, measures in {
-        f"with {found.clips} clips a video": found.at,
-        f"as a gain from 1 to {found.clips} clips a video": found.gain,
+        f"with {found.clips} clips per video": found.at,
+        f"as a gain from 1 to {found.clips} clips per video": found.gain,
     }.items():
         parts = []
         for figure, label in FIGURES.items():
             value, half, count = found.difference(TCLR, INVARIANT, measures(figure))
-            verdict = "not told apart"
+            verdict = "no clear difference"
             if not math.isnan(half) and abs(value) > half:
-                verdict = "above" if value > 0 else "below"
+                verdict = "higher" if value > 0 else "lower"
             values = (found.mean(row, measures(figure), seeds)[0] for row in (TCLR, INVARIANT))
             parts.append(
                 "{}: {:.1f} against {:.1f}, {} (difference {})".format(
@@ -206,7 +206,7 @@ def sets_table(found):
     measures = {f"clip by clip, {n} clip{'s' * (n > 1)}": measured.in_sets(n) for n in clips}
     if clips:
         measures["gain, clip by clip"] = measured.gain_in_sets()
-        measures["gain, mean"] = measured.gain("r1")
+        measures["gain, mean feature"] = measured.gain("r1")
         measures["variance between videos (%)"] = lambda row, seed: 100 * measured.jobs[row, seed]["constancy"]
     rows = [row for row in ROWS if measured.seeds(row)]
     lines = [
@@ -309,7 +309,7 @@ def tabulate(folder: Path, steps: int = Ablation.steps):
 
 
 def draw_curves(found):
-    """Draws R@1 and linear accuracy against the number of clips a video, with 95 % intervals, as in the slides."""
+    """Draws R@1 and linear accuracy against the number of clips per video, with 95 % intervals, as in the slides."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
     clips = range(1, found.clips + 1)
     for axis, (name, label) in zip(axes, FIGURES.items(), strict=True):
@@ -317,7 +317,7 @@ def draw_curves(found):
             means, halves, _ = zip(*(found.mean(row, found.at(name, n)) for n in clips), strict=True)
             axis.errorbar(clips, means, halves, color=colour, marker="o", markersize=4, capsize=3, label=row)
         axis.axhline(100 / len(motions.ROUTINES), color="gray", linestyle=":", label="chance")
-        axis.set(xlabel="clips a video", ylabel=f"{label} (%)", ylim=(0, None), xticks=list(clips))
+        axis.set(xlabel="clips per video", ylabel=f"{label} (%)", ylim=(0, None), xticks=list(clips))
     axes[0].legend(frameon=False)
     lines = [textwrap.fill(sentence, 150) for sentence in statement(found).splitlines()]
     figure.supxlabel("\n".join(lines), fontsize=8)

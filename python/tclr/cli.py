@@ -15,12 +15,14 @@ import torch
 from jsonargparse import auto_cli
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+import tclr_kernels
+
 from . import ablation, checkpoint, config, dryrun, evaluate, models, processes, report, train
 from . import finetune as tuning
 from . import linear as probe
 from . import page as pages
 from .clips import ClipPlan
-from .config import Data, Evaluation, Net, OtherData
+from .config import Data, DataSet, Evaluation, Net, OtherData
 from .features import embedder_of, features
 from .options import Parser
 
@@ -76,7 +78,10 @@ def pretrain(
                 stack.enter_context(log)
             job.note("claimed")
             train.carry_on(run, log, file=last)
-        processes.say("reading: " + ", ".join(f"{count} {what}" for what, count in videos.tally().items()))
+        counts = videos.tally()
+        listed = "; bad_videos.csv lists the unreadable ones" * ("unreadable" in counts)
+        listed += "; `tclr data check` lists the missing ones" * ("missing" in counts)
+        processes.say("reading: " + ", ".join(f"{count} {what}" for what, count in counts.items()) + listed)
 
 
 def restore(run, file):
@@ -152,6 +157,7 @@ def retrieval(run: Path, evaluation: Evaluation = Evaluation(), data: OtherData 
 def linear(run: Path, evaluation: Evaluation = Evaluation(), data: OtherData | None = None, device: str = "auto",  # noqa: B008
            share: float = 1.0, seed: int = 0):  # fmt: skip
     """Trains one linear layer on the features of the frozen network, and measures its accuracy."""
+    config.check(evaluation, share=share)
 
     def measured(gallery, queries):
         layer = fitted(gallery, share, seed)
@@ -164,7 +170,7 @@ def linear(run: Path, evaluation: Evaluation = Evaluation(), data: OtherData | N
 
 
 def multiclip(run: Path, evaluation: Evaluation = Evaluation(), data: OtherData | None = None, device: str = "auto"):  # noqa: B008
-    """Measures retrieval and linear accuracy against the number of clips a video."""
+    """Measures retrieval and linear accuracy against the number of clips per video."""
 
     def measured(gallery, queries):
         layer, curve = fitted(gallery), {}
@@ -205,6 +211,7 @@ def confusion(run: Path, evaluation: Evaluation = Evaluation(), data: OtherData 
 def finetune(run: Path, evaluation: Evaluation = Evaluation(), data: OtherData | None = None, device: str = "auto",  # noqa: B008
              share: float = 1.0, epochs: int = 16, batch: int = 16, lr: float = 1e-4, seed: int = 0):  # fmt: skip
     """Trains the whole network with a classifier on the labels, and measures its accuracy."""
+    config.check(evaluation, share=share, epochs=epochs, batch=batch)
     data, device = config.data_of(run, data), config.device(device)
     span = (evaluation.frames - 1) * evaluation.stride + 1
     trained, test = (config.open_labelled(data, part, span, run) for part in (data.train, data.test))
@@ -293,7 +300,7 @@ def page(run: Path):
 
 
 @processes.single("data check")
-def check(dataset: str, root: Path, part: str = "train", split: int = 1, out: Path = Path("data_check.csv"),  # noqa: B008
+def check(dataset: DataSet, root: Path, part: str = "train", split: int = 1, out: Path = Path("data_check.csv"),  # noqa: B008
           window: int = 64):  # fmt: skip
     """Lists videos that are missing, unreadable, short or of another size. Exits with 1 if one cannot be read."""
     from . import check
@@ -307,6 +314,7 @@ def of_features(run, data, evaluation, device, measured):
 
     Several processes share the extraction. The first one calls `measured`, and all return its result.
     """
+    config.check(evaluation)
     device, data, embedder = config.device(device), config.data_of(run, data), embedder_of(run)
     parts = [features(run, embedder, data, part, evaluation, device) for part in (data.train, data.test)]
     return processes.from_first(lambda: measured(*parts))
@@ -347,7 +355,15 @@ def main(arguments=None):
         commands = {name: dryrun.small(command) for name, command in commands.items()}
     else:
         commands |= dict(export=export, load=load, data=dict(_help="Checks a data set.", check=check))
-    auto_cli(commands, args=arguments, prog="tclr", as_positional=False, parser_class=Parser, description=DESCRIPTION)
+    auto_cli(
+        commands,
+        args=arguments,
+        prog="tclr",
+        version=tclr_kernels.__version__,
+        as_positional=False,
+        parser_class=Parser,
+        description=DESCRIPTION,
+    )
 
 
 def program():

@@ -15,12 +15,14 @@ from tclr_kernels import info
 
 from . import annotations, checkpoint, models, processes, train, videos
 
+DataSet = Literal["ucf101", "hmdb51", "kinetics400", "diving48", "folder"]
+
 
 @dataclass(frozen=True)
 class Data:
     """The data set. `train` and `test` name its parts; size = [H, W] resizes all videos to one size."""
 
-    dataset: Literal["ucf101", "hmdb51", "kinetics400", "diving48", "folder"] = "ucf101"
+    dataset: DataSet = "ucf101"
     root: str = "."
     split: int = 1
     train: str = "train"
@@ -32,7 +34,7 @@ class Data:
 class OtherData:
     """Another data set for an evaluation. A setting that is None is that of the data of the pretraining."""
 
-    dataset: Literal["ucf101", "hmdb51", "kinetics400", "diving48", "folder"] | None = None
+    dataset: DataSet | None = None
     root: str | None = None
     split: int | None = None
     train: str | None = None
@@ -99,7 +101,7 @@ def read_run(run):
 
     def text():
         if not path.exists():
-            raise SystemExit(f"{path} is not there: wanted the folder of a pretraining")
+            raise SystemExit(f"run: found no {path}, wanted the folder of a pretraining")
         return path.read_text()
 
     plain = yaml.safe_load(processes.from_first(text))
@@ -148,9 +150,30 @@ def build(net, seed):
     return train.Embedder(models.backbone(net.backbone, net.width), net.dim).to(memory_format=torch.channels_last_3d)
 
 
+def check(evaluation, share=1.0, **counts):
+    """Raises ValueError, naming the setting, for a share outside of (0, 1] and for counts below 1."""
+    if not 0 < share <= 1:
+        raise ValueError(f"share: found {share}, wanted a number above 0 and at most 1")
+    counts |= {f"evaluation.{name}": value for name, value in vars(evaluation).items() if name != "pooled"}
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name}: found {value}, wanted at least 1")
+
+
+def usable(name):
+    """Raises ValueError if this is not the name of a device, or if the device is a GPU and there is none."""
+    try:
+        kind = "cpu" if name == "auto" else torch.device(name).type
+    except RuntimeError:
+        raise ValueError(f"device: found {name!r}, wanted auto, cpu, cuda or a single GPU such as cuda:1") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: found {name!r}, wanted cpu or auto: PyTorch finds no GPU here")
+
+
 def device(name):
     """The device of this process. "auto" is a GPU if there is one. Several processes must not share a GPU."""
     with processes.telling():
+        usable(name)
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
         if name == "cuda" and processes.ranks() > 1:

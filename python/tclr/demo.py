@@ -53,7 +53,7 @@ def arguments(argv=None):
     add("--side", type=int, default=32, help="height and width of a clip")
     add("--steps", type=int, default=200, help="steps of each pretraining")
     add("--batch", type=int, default=32, help="videos per step")
-    add("--lr", type=float, default=2e-3, help="highest learning rate")
+    add("--lr", type=float, default=2e-3, help="peak learning rate")
     add("--width", type=int, default=8, help="channels of the network's first stage")
     add("--eval-clips", type=int, default=8, help="largest number of clips per video in the evaluation")
     add("--eval-stride", type=int, default=3, help="frames between two frames of such a clip")
@@ -146,7 +146,9 @@ class Demo:
         for clips in counts:
             r1 = {run: self.metrics.of("retrieval", run=run, clips=clips)[0]["r1"] for run in (RANDOM, IC, TCLR)}
             ratios = ", ".join(f"{run} {r1[run] / max(r1[RANDOM], 1e-9):.1f}x" for run in (IC, TCLR))
-            self.console.print(f"R@1 over random init with {clips} clip{'s' * (clips > 1)} a video: {ratios}")
+            self.console.print(
+                f"R@1 as a multiple of random init, with {clips} clip{'s' * (clips > 1)} per video: {ratios}"
+            )
         took = ", ".join(f"{name} {value:.0f} s" for name, value in self.seconds.items())
         self.console.print(f"{took}; {sum(self.seconds.values()):.0f} s in all. Written to {self.out}/")
         facts = dict(options={k: str(v) if isinstance(v, Path) else v for k, v in vars(o).items()})

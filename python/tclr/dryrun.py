@@ -1,7 +1,7 @@
 """`tclr COMMAND ... --dry-run` runs the command within a minute, on a few small generated videos in UCF101's layout.
 
 It reads, trains, evaluates and writes as the command does, but with two steps of two videos, a narrow network of the
-same architecture, frames of 32 x 32 pixels and two clips a video. "-dry-run" is appended to the name of the run's
+same architecture, frames of 32 x 32 pixels and two clips per video. "-dry-run" is appended to the name of the run's
 folder, so that the dry run of an evaluation finds that of its pretraining, and no other run is changed.
 """
 

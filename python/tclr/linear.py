@@ -1,4 +1,4 @@
-"""Linear evaluation: one linear layer on frozen features, and its accuracy with several clips a video."""
+"""Linear evaluation: one linear layer on frozen features, and its accuracy with several clips per video."""
 
 import torch
 import torch.nn.functional as F

@@ -323,12 +323,14 @@ def _grad_scaler():
 
 def _load(module, weights, path, may_lack=()):
     """Copies weights by name. Raises ValueError, naming them, for weights that are unknown, or missing but required."""
-    try:
-        missing, unknown = module.load_state_dict(weights, strict=False)
-    except RuntimeError as error:
-        raise ValueError(f"{path}: {error}") from None
+    for name, value in module.state_dict().items():
+        if name in weights and weights[name].shape != value.shape:
+            found, wanted = list(weights[name].shape), list(value.shape)
+            raise ValueError(f"{path}: found {name} of shape {found}, wanted {wanted}; see net.backbone and net.width")
+    missing, unknown = module.load_state_dict(weights, strict=False)
     lacking = [name for name in missing if not name.startswith(may_lack or ("\0",))]
     unknown = [name for name in unknown if not name.startswith(may_lack or ("\0",))]
     if lacking or unknown:
-        raise ValueError(f"{path}: found no {lacking[:3]}, and unknown {unknown[:3]}: wanted a {type(module).__name__}")
+        found = [f"{what} {', '.join(some[:3])}" for what, some in (("no", lacking), ("also", unknown)) if some]
+        raise ValueError(f"{path}: found {' and '.join(found)}, wanted the weights of a {type(module).__name__}")
     return [name for name in missing if not name.startswith("inputs.")]

@@ -30,14 +30,14 @@ EVALUATIONS = {
     "retrieval": "Retrieval",
     "linear": "Linear classifier",
     "finetune": "Finetuning",
-    "classify": "Classifier on other data",
+    "classify": "Saved classifier",
 }
 PICTURES = {
     "gallery": (
         "Nearest neighbours",
         "Left: frames of a test video. Right: the most similar training videos; green names are of the same class.",
     ),
-    "multiclip": ("Clips per video", "Retrieval and linear accuracy against the number of clips that are averaged."),
+    "multiclip": ("Clips per video", "R@1 and linear accuracy against the number of clips that describe a video."),
     "confusion": ("Confusion", "Each row is a class, and shows which classes its test videos were taken for."),
 }
 POINTS = 500  # the largest number of points of a curve; neighbouring values are averaged if there are more
@@ -47,7 +47,7 @@ STYLE = """
   :root { --text: #e6edf3; --soft: #9198a1; --page: #0d1117; --card: #161b22; --line: #3d444d }
 }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page); margin: 0 }
-main { max-width: 62rem; margin: 0 auto; padding: 1.5rem 1rem 3rem }
+main { max-width: 68rem; margin: 0 auto; padding: 1.5rem 1rem 3rem }
 h1 { margin: 0; overflow-wrap: anywhere } h2 { margin: 0 0 .6rem; font-size: 1.15rem }
 p { margin: .2rem 0 .8rem; color: var(--soft) }
 section { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; padding: 1rem 1.2rem;
@@ -69,7 +69,7 @@ def write(run):
     results, title = read_results(run), html.escape(shown(run.resolve().name))
     parts = [tiles(results), table_of(results), curves(run, settings), pictures(run), unreadable(run)]
     if not any(parts) and not settings:
-        raise SystemExit(f"{run}: found no results, pictures or configuration, wanted a run's folder")
+        raise SystemExit(f"run: found no results, pictures or configuration in {run}, wanted a run's folder")
     parts += [environment(run, settings), configuration(run)]
     head = '<!doctype html><html lang="en"><meta charset="utf-8">'
     head += '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -139,7 +139,7 @@ def table_of(results):
         [name_of(evaluation), *(value_of(f, values[f]) if f in values else "" for f in columns), digest]
         for (evaluation, digest), values in results.items()
     ]
-    note = "<p>Two rows of one evaluation differ in their settings, of which the last column is a hash.</p>"
+    note = "<p>Rows of one evaluation with different hashes in the last column had other settings, weights or data.</p>"
     return section("Results", note + table(head, lines))
 
 
@@ -172,7 +172,7 @@ def drawn(panels, steps):
         axis.set(title=title, xlabel="step", ylim=(0, None))
         axis.grid(alpha=0.3, linewidth=0.5)
         if len(lines) > 1:
-            axis.legend(frameon=False)
+            axis.legend(framealpha=0.8)
     file = io.BytesIO()
     figure.savefig(file, dpi=130)
     plt.close(figure)

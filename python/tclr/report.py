@@ -83,7 +83,7 @@ def plot_losses(metrics, runs, path):
 
 @matplotlib.rc_context(PLAIN)
 def plot_clips(metrics, runs, chance, path):
-    """Draws R@1 against the number of clips a video."""
+    """Draws R@1 against the number of clips per video."""
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
     for run in runs:
         rows = metrics.of("retrieval", run=run)
@@ -112,7 +112,7 @@ def plot_gallery(queries, gallery, ranks, chosen, path, *, nearest=3, strip=6):
 
 @matplotlib.rc_context(PLAIN)
 def plot_curves(curve, path):
-    """Draws R@1 and linear accuracy against the number of clips a video. curve: {clips: {r1, linear}}"""
+    """Draws R@1 and linear accuracy against the number of clips per video. curve: {clips: {r1, linear}}"""
     figure, axis = plt.subplots(figsize=(5, 3.6), layout="constrained")
     for name, label in dict(r1="R@1", linear="linear accuracy").items():
         axis.plot(list(curve), [100 * row[name] for row in curve.values()], marker="o", markersize=4, label=label)

@@ -320,7 +320,7 @@ class Run:
         if not found and state["done"] > self.steps:
             found = [f"recipe.steps: found {self.steps}, wanted at least the {state['done']} that are done"]
         if found:
-            raise ValueError("; ".join(found) + ", to go on from the checkpoint: a changed one needs a new run")
+            raise ValueError("; ".join(found) + ", to resume from the checkpoint; any other value needs a new run")
 
 
 @dataclass
@@ -403,8 +403,8 @@ def length(recipe, videos):
     """The number of steps of an epoch, and of the whole pretraining."""
     epoch = len(videos) // (recipe.batch * recipe.accumulate)
     if epoch == 0:
-        wanted = f"wanted at most the {len(videos)} videos there are"
-        raise ValueError(f"batch: found {recipe.batch} x {recipe.accumulate} a step, {wanted}")
+        found = f"{recipe.batch} videos" + f" x accumulate {recipe.accumulate}" * (recipe.accumulate > 1)
+        raise ValueError(f"recipe.batch: found {found} per step, wanted at most {len(videos)}, all videos of this part")
     return epoch, recipe.steps or recipe.epochs * epoch
 
 

@@ -58,7 +58,8 @@ def why_not(device: torch.device) -> str | None:
     if _missing is not None:
         return _missing
     if device.type == "cpu":
-        return None if _interpreted else "on the CPU it only runs interpreted, with TRITON_INTERPRET=1 from the start"
+        needs = "on the CPU it needs Triton's interpreter: set TRITON_INTERPRET=1 before Python starts"
+        return None if _interpreted else needs
     if device.type != "cuda":
         return f"it has no kernels for device type {device.type!r}"
     return "it is interpreted, TRITON_INTERPRET=1, which is for the CPU" if _interpreted else cuda.why_not(device)

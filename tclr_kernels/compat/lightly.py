@@ -1,8 +1,8 @@
 """The contrastive losses of lightly 1.6 (`from lightly.loss import ...`) and the SupConLoss of its repository.
 
-With `gather_distributed=True` each loss is that of the rows of all processes, the same value on each; lightly returns
-the value of a process's own rows. The gradient, averaged over the processes, is the same. A negative temperature, which
-lightly takes, is a ValueError.
+With `gather_distributed=True` every process returns the loss of the rows of all processes; lightly returns the loss of
+the process's own rows. The gradients, averaged over the processes, are the same. A negative temperature raises a
+ValueError; lightly accepts it.
 
 Source: https://github.com/lightly-ai/lightly
 """
@@ -19,7 +19,7 @@ from ..distributed import Group, Shares
 from . import shared
 
 Weights = Callable[[Tensor, Tensor], Tensor]
-SMALLEST = 1e-8  # temperature that lightly takes where it checks it
+SMALLEST = 1e-8  # the smallest temperature that lightly accepts, in the losses that check it
 
 
 class _Loss(nn.Module):
@@ -45,9 +45,9 @@ class NTXentLoss(_Loss):
         l_i = -log h(a_i, b_i) / sum_j [ 1[j != i] h(a_i, a_j) + h(a_i, b_j) ],  and so for b_i
         l_i = -log h(a_i, b_i) / ( h(a_i, b_i) + sum_m h(a_i, bank_m) )          with a memory bank
 
-    memory_bank_size: 0, or (rows, D). The bank takes the second view after each loss whose first view requires a
-    gradient; as in lightly, the rows of a batch that do not fit before its end are dropped. With gather_distributed
-    it takes the rows of all processes; the loss is then still that of a process's own rows.
+    memory_bank_size: 0, or (rows, D). Each call whose first view requires a gradient stores its second view in the
+    bank; as in lightly, if a batch reaches past the end of the bank, the rest of it is dropped. With gather_distributed
+    the rows of all processes are stored, but the loss is still that of the process's own rows.
     forward(out0, out1): [N, D] each. Returns the mean over the rows. Raises ValueError as lightly does.
     Source: SimCLR, https://arxiv.org/abs/2002.05709; MoCo, https://arxiv.org/abs/1911.05722.
     """
@@ -74,9 +74,9 @@ class NTXentLoss(_Loss):
 
 
 class MemoryBank(nn.Module):
-    """The rows of earlier batches, written as lightly's MemoryBankModule writes them. bank: [rows, D]
+    """The rows of earlier batches, stored in the same order as by lightly's MemoryBankModule. bank: [rows, D]
 
-    size: 0 for none, or (rows, D). Raises ValueError for negative sizes, and for a number of rows without D.
+    size: 0 for no bank, or (rows, D). Raises ValueError for negative sizes, and for a number of rows without D.
     """
 
     bank: Tensor
@@ -92,7 +92,7 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, rows: Tensor) -> None:
-        """Writes rows [n, D] in the place of the oldest ones, up to the end of the bank."""
+        """Replaces the oldest rows by these [n, D]. Those that would go past the end of the bank are dropped."""
         size, n, rows = len(self.bank), len(rows), rows.to(self.bank)
         room = size - self.bank_ptr
         kept = torch.minimum(torch.arange(n, device=rows.device), room - 1)  # rows beyond the end repeat the last one
@@ -105,12 +105,12 @@ class DCLLoss(_Loss):
 
         l_i = -w_i S(a_i, b_i) + log sum_(j != i) [ exp S(a_i, a_j) + exp S(a_i, b_j) ],  and so for b_i
 
-    This is the paper's loss, and lightly's from 1.5.21 on. Until 1.5.20 lightly added a logarithm for each view,
-    log sum exp S(a_i, a_j) + log sum exp S(a_i, b_j): `two_logarithms=True`. The negatives of each view then pull with
-    the same total weight however near they are, and the value is about twice as large.
+    S is the cosine divided by the temperature. This is the paper's loss, and lightly's since 1.5.21. Before, lightly
+    added two logarithms, log sum exp S(a_i, a_j) + log sum exp S(a_i, b_j), as `two_logarithms=True` does: the
+    negatives of each view then have the same total weight in the gradient, and the value is about twice as large.
 
-    weight_fn: the weights w [N] of (out0, out1), normalised, and then of (out1, out0). With gather_distributed too, it
-    is given a process's own rows.
+    weight_fn: a function of two normalised views [N, D] that returns the weights w [N] of the positives; it is called
+    for (out0, out1) and for (out1, out0), always with the process's own rows.
     forward(out0, out1): [N, D] each. Returns the mean over the rows; -inf without negatives, as lightly does.
     Source: https://arxiv.org/abs/2110.06848, equation 6.
     """
@@ -125,6 +125,8 @@ class DCLLoss(_Loss):
     ) -> None:
         super().__init__(temperature, gather_distributed)
         checks.flag("two_logarithms", two_logarithms)
+        if weight_fn is not None and not callable(weight_fn):
+            raise TypeError(f"weight_fn: found {weight_fn!r}, wanted None or a function of two views")
         self.weight_fn: Weights | None = weight_fn
         self.two_logarithms: bool = two_logarithms
 

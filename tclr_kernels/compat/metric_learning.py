@@ -3,15 +3,15 @@
 Both take the arguments of the original:
 
 - `distance`: None, a CosineSimilarity, or a DotProductSimilarity, with p = 2 and power 1;
-- `reducer`: None, or one that does what the loss does anyway; `collect_stats`: None or False;
+- `reducer`: None, or a reducer that each class names; `collect_stats`: None or False;
 - `forward(embeddings, labels, indices_tuple=None, ref_emb=None, ref_labels=None)`: embeddings [N, D], labels [N] of any
-  dtype. With ref_emb [K, D] and ref_labels [K], these are the candidates. Row i is no candidate of itself; as in the
-  original, row i of ref_emb is none of row i where ref_labels is the same object as labels, or None. The loss is 0
-  without a positive or without a negative pair, and where there is one of each at most.
+  dtype. If ref_emb [K, D] and ref_labels [K] are given, they are the candidates; otherwise each row is compared with
+  all other rows. As in the original, if ref_labels is None or the same object as labels, row i of ref_emb is not a
+  candidate for row i. The loss is 0 if there is no positive pair, no negative pair, or only one of each.
 
-ValueError as in the original. NotImplementedError, naming the argument, for other distances and reducers, for an
-embedding_regularizer, and for indices_tuple, a miner's pairs or triplets: the operation compares rows by their inner
-products, and tells positives by labels.
+Raises ValueError as the original does, and NotImplementedError, naming the argument, for other distances and reducers,
+for an embedding_regularizer, and for indices_tuple (a miner's pairs or triplets): the kernels compare rows by their
+inner products, and find positives by their labels.
 
 Source: https://github.com/KevinMusgrave/pytorch-metric-learning
 """
@@ -43,11 +43,11 @@ class _Loss(nn.Module):
         super().__init__()
         shared.temperature(temperature)
         if reducer is not None and type(reducer).__name__ not in self.REDUCERS:
-            shared.no_place("reducer", reducer, f"None or {' or '.join(self.REDUCERS)}")
+            shared.unsupported("reducer", reducer, f"None or {' or '.join(self.REDUCERS)}")
         if embedding_regularizer is not None:
-            shared.no_place("embedding_regularizer", embedding_regularizer, "None: add it to the loss")
+            shared.unsupported("embedding_regularizer", embedding_regularizer, "None: add it to the loss")
         if collect_stats:
-            shared.no_place("collect_stats", collect_stats, "False: there is no matrix to take statistics of")
+            shared.unsupported("collect_stats", collect_stats, "False: there is no matrix to take statistics of")
         self.temperature: float | Tensor = temperature
         self.normalize: bool = _normalizes(distance)
 
@@ -60,7 +60,7 @@ class _Loss(nn.Module):
         ref_labels: Tensor | None = None,
     ) -> Tensor:
         if indices_tuple is not None:
-            shared.no_place("indices_tuple", type(indices_tuple), "None: all pairs of equal labels are positives")
+            shared.unsupported("indices_tuple", type(indices_tuple), "None: all pairs of equal labels are positives")
         if labels is None:
             raise ValueError("labels: found None, wanted a tensor [N]")
         call = self._call(embeddings, labels, ref_emb, ref_labels)
@@ -90,11 +90,11 @@ class _Loss(nn.Module):
 
 
 class NTXentLoss(_Loss):
-    """A term for every positive pair, each against the negatives of its anchor.
+    """A term for every positive pair, which is compared with the negatives of its anchor.
 
         l_ip = -log h(z_i, z_p) / ( h(z_i, z_p) + sum_(n not in P(i)) h(z_i, z_n) )
 
-    Arguments: in the head of this module. Returns the mean over the pairs.
+    Arguments: see the docstring of this module; reducer: None or a MeanReducer. Returns the mean over the pairs.
     """
 
     def __init__(self, temperature: float | Tensor = 0.07, **kwargs: Any) -> None:
@@ -106,12 +106,12 @@ class NTXentLoss(_Loss):
 
 
 class SupConLoss(_Loss):
-    """Supervised contrast, the logarithm outside of the mean over the positives.
+    """The supervised contrastive loss, with the mean over the positives outside of the logarithm.
 
         l_i = -1/|P(i)| sum_(p in P(i)) log h(z_i, z_p) / sum_j h(z_i, z_j)
 
-    Arguments: in the head of this module. Returns the mean over the rows whose term is above 0, as the original's
-    AvgNonZeroReducer does, or over all rows with a MeanReducer.
+    Arguments: see the docstring of this module; reducer: None or an AvgNonZeroReducer for the mean over the rows whose
+    term is above 0, or a MeanReducer for the mean over all rows.
     """
 
     REDUCERS: tuple[str, ...] = ("AvgNonZeroReducer", "MeanReducer")
@@ -131,5 +131,5 @@ def _normalizes(distance: Any) -> bool:
         return True
     plain = getattr(distance, "p", None) == 2 and getattr(distance, "power", None) == 1
     if not plain or type(distance).__name__ not in ("CosineSimilarity", "DotProductSimilarity"):
-        shared.no_place("distance", distance, "None, CosineSimilarity() or DotProductSimilarity()")
+        shared.unsupported("distance", distance, "None, CosineSimilarity() or DotProductSimilarity()")
     return distance.normalize_embeddings

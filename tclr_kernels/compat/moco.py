@@ -1,4 +1,4 @@
-"""The model of MoCo v1 and v2 (`from moco.builder import MoCo`), and its loss alone, for models of one's own.
+"""The model of MoCo v1 and v2 (`from moco.builder import MoCo`), and its loss alone, for your own encoders.
 
 Source: https://github.com/facebookresearch/moco
 """
@@ -16,15 +16,16 @@ from . import shared
 
 
 class MoCoLoss(nn.Module):
-    """MoCo's loss with its queue: what MoCo's `forward` does from "compute logits" on, and the cross-entropy after it.
+    """MoCo's loss and its queue, without the encoders.
 
         l_i = -log exp(<q_i, k_i> / T) / ( exp(<q_i, k_i> / T) + sum_m exp(<q_i, queue_m> / T) )
 
-    dim: the width of the rows; K: the size of the queue. The buffers `queue` [dim, K] and `queue_ptr` [1] have MoCo's
-    names and shapes, so that its checkpoints load; under one seed the queue starts with the same values as MoCo's.
-    forward(q, k): [N, dim] each, of length one as MoCo's `normalize` makes them. Returns the mean over the rows of this
-    process, and puts the keys of all processes into the queue.
-    Raises ValueError where K is no multiple of the number of keys, an AssertionError of MoCo's.
+    dim: the size of an embedding; K: the number of keys in the queue; T: the temperature. The buffers `queue` [dim, K]
+    and `queue_ptr` [1] have MoCo's names and shapes, so its checkpoints load. With the same seed, the queue starts with
+    the same values as MoCo's.
+    forward(q, k): [N, dim] each, rows of length one. Returns the mean over the rows of this process, and puts the keys
+    of all processes into the queue.
+    Raises ValueError if K is not a multiple of the number of keys; MoCo raises an AssertionError.
     Source: https://arxiv.org/abs/1911.05722, equation 1 and algorithm 1.
     """
 
@@ -67,14 +68,14 @@ class MoCoLoss(nn.Module):
 
 
 class MoCo(MoCoLoss):
-    """MoCo's model: a query encoder, a key encoder that follows it slowly, and the queue.
+    """MoCo's model: a query encoder, a key encoder that is its moving average, and the queue.
 
-    base_encoder: a function of num_classes; dim, K, T: as of `MoCoLoss`; m: of the key encoder's moving average; mlp:
-    two layers in the place of `fc`.
+    base_encoder: called with num_classes=dim, returns an encoder; dim, K, T: as for `MoCoLoss`; m: the momentum of the
+    key encoder; mlp: whether the encoder's last layer `fc` is replaced by two layers, as in MoCo v2.
     forward(im_q, im_k) returns logits and labels for a cross-entropy, as MoCo does. The logits are [N, 2] instead of
-    [N, 1 + K]: the positive, and the log-sum-exp of the queue, whose cross-entropy is the same. So an accuracy counts
-    the rows whose positive outweighs all negatives together, and there is no top 5. Over several processes, batches are
-    shuffled for BatchNorm; on one process there is nothing to shuffle.
+    [N, 1 + K]: the positive, and the log-sum-exp of the queue. Their cross-entropy is the same. An accuracy computed
+    from them counts the rows whose positive outweighs all negatives together, and a top-5 accuracy does not exist. With
+    several processes, the key batch is shuffled between them, as MoCo does for BatchNorm.
     """
 
     def __init__(

@@ -13,19 +13,19 @@ from . import shared
 
 
 class ClipLoss(nn.Module):
-    """The loss of CLIP, as `clip_loss` of rows that are not normalised again.
+    """The loss of CLIP, as `clip_loss` with `normalize=False`.
 
         l_i = -log exp(s <a_i, b_i>) / sum_j exp(s <a_i, b_j>),  and so for b_i among the a_j
 
-    world_size: over this many processes it is the loss of the rows of all, the same value on each, and its gradient,
-    averaged over them, is that of a single process: whatever `local_loss` and `gather_with_grad` say. Without
-    `gather_with_grad`, open_clip's is not; a warning at construction says so. `rank` is kept, and torch.distributed's
-    is used. `cache_labels` changes nothing: there are no labels to keep.
+    world_size: the number of processes. Each returns the loss of the rows of all, and the gradients, averaged over the
+    processes, are those of a single process, for all values of `local_loss` and `gather_with_grad`. (open_clip's are
+    not without `gather_with_grad`; a warning at construction says so.) `rank` is ignored: torch.distributed knows it.
+    `cache_labels` is ignored too, since there are no labels to cache.
     forward(image_features, text_features, logit_scale, logit_bias=None, output_dict=False): features [N, D];
-    logit_scale: a number > 0 or a tensor of one element, not its logarithm; logit_bias: adds the same to every logit,
-    which changes neither the loss nor a gradient, and its own gradient is 0. Returns the mean over the 2 N rows,
-    {"contrastive_loss": mean} if output_dict.
-    Raises NotImplementedError for use_horovod, and ValueError where world_size is not that of torch.distributed.
+    logit_scale: a number > 0 or a tensor of one element, not its logarithm; logit_bias: the same number is added to
+    every logit, which changes neither the loss nor a gradient, so its own gradient is 0. Returns the mean over the 2 N
+    rows, as {"contrastive_loss": mean} if output_dict.
+    Raises NotImplementedError for use_horovod, and ValueError if world_size is not that of torch.distributed.
     Source: https://arxiv.org/abs/2103.00020, figure 3.
     """
 
@@ -40,11 +40,11 @@ class ClipLoss(nn.Module):
     ) -> None:
         super().__init__()
         if use_horovod:
-            shared.no_place("use_horovod", use_horovod, "False: the processes must be torch.distributed's")
+            shared.unsupported("use_horovod", use_horovod, "False: the processes must be torch.distributed's")
         if world_size > 1 and not gather_with_grad:
             warnings.warn(
-                "gather_with_grad: found False. The gradient is the whole one nevertheless; open_clip's lacks the part "
-                "that comes from the rows of other processes. A learning rate tuned with it may be too high.",
+                "gather_with_grad=False is ignored: the gradient is complete, while open_clip's lacks the part that "
+                "comes from the rows of other processes. A learning rate tuned with open_clip may be too high.",
                 stacklevel=2,
             )
         self.local_loss: bool = local_loss

@@ -32,19 +32,22 @@ def dot_score(a: Tensor, b: Tensor) -> Tensor:
 
 
 class MultipleNegativesRankingLoss(nn.Module):
-    """Each query against its own document, among the documents of the other queries and all hard negatives.
+    """Each query is compared with its own document, the documents of the other queries and all hard negatives.
 
         l_i = -log h(q_i, d_i) / ( sum_j h(q_i, d_j) + sum_m h(q_i, n_m) ),  h(u, v) = exp(scale cos(u, v))
 
-    model: gives {"sentence_embedding": [N, D]} for the features of a column. scale: 1 / temperature. similarity_fct:
-    cos_sim or dot_score, of sentence-transformers or of this module. gather_across_devices: the loss of the rows of all
-    processes, the same value on each.
-    directions: the other candidates: the other queries of a query, the queries of its document, and the documents of
-    the other queries, of its document. partition_mode: all of them in one denominator, or the mean of two losses.
+    model: returns {"sentence_embedding": [N, D]} for the features of a column.
+    scale: 1 / temperature.
+    similarity_fct: cos_sim or dot_score, from sentence-transformers or from this module.
+    gather_across_devices: whether every process returns the loss of the rows of all processes.
+    directions: which similarities are in the denominator of query i. "query_to_doc", which is required: of the query
+    with all documents; "query_to_query": of the query with the other queries; "doc_to_query": of its document with all
+    queries; "doc_to_doc": of its document with the documents and hard negatives of the other queries.
+    partition_mode: "joint" for one denominator with all directions, "per_direction" for the mean of a loss for each.
     forward(sentence_features, labels=None): the columns are queries, documents, and any number of hard negatives.
     Returns the mean over the queries.
-    Raises ValueError as sentence-transformers does; NotImplementedError for other similarities and for hardness_mode,
-    which gives each negative a weight of its own.
+    Raises ValueError as sentence-transformers does; NotImplementedError for other similarities, and for a hardness_mode
+    with a strength above 0, which gives each negative its own weight.
     Source: https://arxiv.org/abs/1705.00652, section 4.4; https://arxiv.org/abs/2308.03281, equation 2.
     """
 
@@ -64,7 +67,7 @@ class MultipleNegativesRankingLoss(nn.Module):
             raise ValueError(f"scale: found {scale!r}, wanted a number > 0")
         similarity = getattr(similarity_fct, "__name__", None)
         if similarity not in SIMILARITIES:
-            shared.no_place("similarity_fct", similarity_fct, "cos_sim or dot_score")
+            shared.unsupported("similarity_fct", similarity_fct, "cos_sim or dot_score")
         _check_directions(directions, partition_mode)
         _check_hardness(hardness_mode, hardness_strength)
         self.model: Any = model
@@ -117,7 +120,7 @@ class MultipleNegativesRankingLoss(nn.Module):
 def _with_hard(queries: Tensor, columns: Tensor, scale: float, normalize: bool) -> Tensor:
     """`info_nce` with documents and hard negatives as the columns of one call, since in a small batch calls cost most.
 
-    The label of a query is its index, and so is that of its document, its only positive.
+    The label of a query and of its document is the query's index, so the document is its only positive.
     """
     N = len(queries)
     keys = torch.arange(len(columns), device=queries.device)
@@ -168,4 +171,4 @@ def _check_hardness(mode: str | None, strength: float) -> None:
     if strength < 0:
         raise ValueError(f"hardness_strength: found {strength!r}, wanted a number >= 0")
     if mode is not None and strength > 0:
-        shared.no_place("hardness_mode", mode, "None: the operation has one weight for all negatives")
+        shared.unsupported("hardness_mode", mode, "None: the kernels give all negatives the same weight")

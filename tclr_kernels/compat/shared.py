@@ -14,14 +14,14 @@ LARGEST = torch.iinfo(torch.int64).max
 
 
 def temperature(value: float | Tensor, smallest: float = 0.0) -> None:
-    """Raises TypeError or ValueError for what is no temperature; of a tensor, the value is not read."""
+    """Raises TypeError or ValueError if the value is not a temperature. The value of a tensor is not read."""
     checks.temperature(value)
     if isinstance(value, numbers.Real) and value < smallest:
         raise ValueError(f"temperature: found {value!r}, wanted a number >= {smallest}")
 
 
-def no_place(argument: str, found: object, wanted: str) -> NoReturn:
-    """Raises the error for what the other library computes and this operation cannot."""
+def unsupported(argument: str, found: object, wanted: str) -> NoReturn:
+    """Raises the error for an option that the other library has and these kernels cannot compute."""
     raise NotImplementedError(f"{argument}: found {found!r}, wanted {wanted}; see docs/drop-ins.md")
 
 

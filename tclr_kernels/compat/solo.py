@@ -11,13 +11,13 @@ from . import shared
 
 
 def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float | Tensor = 0.1) -> Tensor:
-    """SimCLR's loss of any number of views, whose positives are summed inside the logarithm.
+    """SimCLR's loss for any number of views, with the positives summed inside the logarithm.
 
         l_i = -log sum_(p in P(i)) h(z_i, z_p) / sum_(j != i) h(z_i, z_j),  P(i): the other rows of the same index
 
-    z: [N, D], the rows of all views; indexes: [N], which image (or class) each row is of. Over several processes it is
-    the loss of the rows of all, as in solo-learn, which gathers them without being told.
-    Returns the mean over the rows; inf if one has no positive, as solo-learn does.
+    z: [N, D], the rows of all views; indexes: [N], the index of the image (or class) of each row. If torch.distributed
+    is initialised, it is the loss of the rows of all processes, as in solo-learn.
+    Returns the mean over the rows; inf if a row has no positive, as solo-learn does.
     """
     (z,) = shared.rows(dict(z=z), group="world")
     keys = shared.keys("indexes", indexes, z, group="world")

@@ -1,4 +1,4 @@
-"""The loss of SupContrast (`from losses import SupConLoss`), the authors' code of supervised contrast.
+"""The loss of SupContrast (`from losses import SupConLoss`), the code of the authors of the SupCon paper.
 
 Source: https://github.com/HobbitLong/SupContrast
 """
@@ -14,16 +14,17 @@ MODES = "all", "one"
 
 
 class SupConLoss(nn.Module):
-    """Supervised contrast, the logarithm outside of the mean over the positives; SimCLR's loss without labels.
+    """The supervised contrastive loss, with the mean over the positives outside of the logarithm.
 
         l_i = -(tau / base_tau) / |P(i)| sum_(p in P(i)) log h(z_i, z_p) / sum_(j != i) h(z_i, z_j)
 
     with h(u, v) = exp(<u, v> / tau): rows are not normalised here.
-    contrast_mode: the anchors are the rows of all views, or of the first one.
-    forward(features, labels=None, mask=None): features [B, V, ...], what follows V being flattened; labels [B] of any
-    dtype, or mask [B, B]: mask_ij says how much row j, in each view, is a positive of row i. It need not be symmetric.
-    Returns the mean over the anchors; those without positives count, with 0.
-    Raises ValueError as SupContrast does; an unknown contrast_mode is one at construction.
+    contrast_mode: "all" if the rows of all views are anchors, "one" if only those of the first view are.
+    forward(features, labels=None, mask=None): features [B, V, ...], whose dimensions after V are flattened; labels [B]
+    of any dtype, or mask [B, B], where mask_ij is the weight of sample j, in each view, as a positive of sample i. The
+    mask need not be symmetric. Without either, the positives are the other views of a sample: SimCLR's loss.
+    Returns the mean over the anchors, where those without positives count as 0.
+    Raises ValueError as SupContrast does, for an unknown contrast_mode at construction.
     Source: https://arxiv.org/abs/2004.11362, equation 2.
     """
 
