@@ -360,6 +360,7 @@ MAY_SPILL = {
     ("gradient_kernel", "half unbounded", 512): 90,
     ("gradient_kernel", "half unbounded", 1024): 10,
     ("gradient_kernel", "pairs", 512): 900,
+    ("rectangle_gradient_kernel", "half", 128): 8,  # rows against themselves without labels; the tile was measured
     ("rectangle_gradient_kernel", "half", 512): 10,
     ("rectangle_gradient_kernel", "double", 128): 8,  # with Triton 3.9 only
     ("rectangle_sums_kernel", "pairs", 128): 4,  # with Triton 3.9 only
@@ -476,6 +477,7 @@ products.
 Besides, with Triton 3.9 only, the gradient of half precision with 256 features has 31 such accesses where 1/tau is not
 bounded, and two kernels of the general operation have 2 and 6 with 128 features: the sums of pairs, and the gradient of
 float64 with labels. With Triton 3.7.1 and 3.8, one or two of those of half precision with 512 features are in the loop.
+The general operation has 4 with Triton 3.6 for rows of half precision with 128 features against themselves.
 Three small kernels without products (`rows_kernel`, `rectangle_finish_kernel`, `rectangle_join_kernel`) have up to 8
 accesses with some versions, with 64, 80, 96 or 168 registers: ptxas prefers these to fewer programs on a
 multiprocessor.
