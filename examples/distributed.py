@@ -29,5 +29,5 @@ for step in range(61):
     if step % 20 == 0 and rank == 0:
         print(f"step {step}: loss {loss.item():.3f}", flush=True)
 dist.barrier()  # no process ends while another still waits for it
-del model, loss, a, b, optimizer  # which hold the group
+del model, loss, a, b, optimizer  # these refer to the group that is destroyed next
 dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Lightning: the loss in a LightningModule. With devices=2, give the loss group="world" for the whole batch's loss."""
+"""Lightning: the loss in a LightningModule. With devices=2, group="world" makes it the loss of the whole batch."""
 
 import lightning
 import torch

@@ -1,4 +1,4 @@
-"""SupCon: rows of one class are positives of each other. Then a class is told by its nearest neighbour."""
+"""SupCon: rows of one class are positives of each other. Then each sample's nearest neighbour predicts its class."""
 
 import torch
 import torch.nn.functional as F

@@ -392,6 +392,7 @@ def tclr(
         form="paper":   total = IC(g) + mean_i LL_i + mean_(i,v,w) GL_i(s_v, x_w)
         form="release": total = IC(g) + 1/(V^2 B) sum_(a!=c,i) l_(a,c,i)(x) + B/T mean_i LL_i + V^2/2 mean_(i,v,w) GL_i
 
+    where l_(a,c,i) is the term of `instance_contrastive`, with the V T local clips of each video i as its views.
     g: [V, B, D], the global clips; s: [V, B, T, D], their time slices; x: [V, B, T, D], the local clips; V = 2 views.
     Each may be a list or tuple of V tensors instead.
     labels: integers [B], one for each video. In the IC terms, videos with the same label are not negatives.

@@ -42,7 +42,7 @@ class _Loss(nn.Module):
 class NTXentLoss(_Loss):
     """NT-Xent of two views, as `nt_xent`; with a memory bank MoCo's loss, as `info_nce` with a queue.
 
-        l_i = -log h(a_i, b_i) / sum_j [ 1[j != i] h(a_i, a_j) + h(a_i, b_j) ],  and so for b_i
+        l_i = -log h(a_i, b_i) / sum_j [ 1[j != i] h(a_i, a_j) + h(a_i, b_j) ],  likewise for b_i
         l_i = -log h(a_i, b_i) / ( h(a_i, b_i) + sum_m h(a_i, bank_m) )          with a memory bank
 
     memory_bank_size: 0, or (rows, D). Each call whose first view requires a gradient stores its second view in the
@@ -103,7 +103,7 @@ class MemoryBank(nn.Module):
 class DCLLoss(_Loss):
     """Decoupled contrastive loss: NT-Xent whose denominator leaves the positive out.
 
-        l_i = -w_i S(a_i, b_i) + log sum_(j != i) [ exp S(a_i, a_j) + exp S(a_i, b_j) ],  and so for b_i
+        l_i = -w_i S(a_i, b_i) + log sum_(j != i) [ exp S(a_i, a_j) + exp S(a_i, b_j) ],  likewise for b_i
 
     S is the cosine divided by the temperature. This is the paper's loss, and lightly's since 1.5.21. Before, lightly
     added two logarithms, log sum exp S(a_i, a_j) + log sum exp S(a_i, b_j), as `two_logarithms=True` does: the

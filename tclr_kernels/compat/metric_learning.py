@@ -3,7 +3,7 @@
 Both take the arguments of the original:
 
 - `distance`: None, a CosineSimilarity, or a DotProductSimilarity, with p = 2 and power 1;
-- `reducer`: None, or a reducer that each class names; `collect_stats`: None or False;
+- `reducer`: None, or one of those in the docstring of the class; `collect_stats`: None or False;
 - `forward(embeddings, labels, indices_tuple=None, ref_emb=None, ref_labels=None)`: embeddings [N, D], labels [N] of any
   dtype. If ref_emb [K, D] and ref_labels [K] are given, they are the candidates; otherwise each row is compared with
   all other rows. As in the original, if ref_labels is None or the same object as labels, row i of ref_emb is not a

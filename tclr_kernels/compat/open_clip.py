@@ -15,7 +15,7 @@ from . import shared
 class ClipLoss(nn.Module):
     """The loss of CLIP, as `clip_loss` with `normalize=False`.
 
-        l_i = -log exp(s <a_i, b_i>) / sum_j exp(s <a_i, b_j>),  and so for b_i among the a_j
+        l_i = -log exp(s <a_i, b_i>) / sum_j exp(s <a_i, b_j>),  likewise for b_i and all a_j
 
     world_size: the number of processes. Each returns the loss of the rows of all, and the gradients, averaged over the
     processes, are those of a single process, for all values of `local_loss` and `gather_with_grad`. (open_clip's are

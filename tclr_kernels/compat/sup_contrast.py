@@ -24,7 +24,7 @@ class SupConLoss(nn.Module):
     of any dtype, or mask [B, B], where mask_ij is the weight of sample j, in each view, as a positive of sample i. The
     mask need not be symmetric. Without either, the positives are the other views of a sample: SimCLR's loss.
     Returns the mean over the anchors, where those without positives count as 0.
-    Raises ValueError as SupContrast does, for an unknown contrast_mode at construction.
+    Raises ValueError as SupContrast does; for an unknown contrast_mode, already at construction.
     Source: https://arxiv.org/abs/2004.11362, equation 2.
     """
 
