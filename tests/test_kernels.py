@@ -192,8 +192,8 @@ def test_a_thread_that_waits_long_goes_to_sleep(library, tmp_path):
 
 
 def test_beside_other_processes_small_calls_take_one_thread(library):
-    """The next 8 small calls do, after a parallel region in which the calling thread mostly waited for a core. If it
-    happens again soon, the next 16 calls do."""
+    """If the calling thread mostly waited for a core in a parallel region, the next 8 small calls take one thread. If
+    that happens again soon, the next 16 calls do."""
 
     def least(regions):
         n = len(regions)
