@@ -28,9 +28,9 @@ class Step(NamedTuple):
 STEPS = {
     "build": Step(90),
     "what is here": Step(10),
-    "compile for the times and the sanitizers": Step(50, 28),
+    "compile for the times and the sanitizers": Step(42, 22),
     "times": Step(75),
-    "tests on the GPU": Step(80, 110),
+    "tests on the GPU": Step(80, 130),
     "compute-sanitizer memcheck": Step(25),
     "compute-sanitizer racecheck": Step(45),
     "compute-sanitizer initcheck": Step(25),

@@ -153,6 +153,14 @@ RECTANGLES = [
     Rectangle(1024, 65536, 128, torch.float64, labels=True),
     Rectangle(1, 16, 128, torch.bfloat16),
 ]
+# those whose gradients of half precision and TF32 have at most 256 features, one for each entry of a table
+GRADIENTS = [
+    *(Case(1, 2, 65536, D, torch.bfloat16, tau=tau) for D in (64, 128, 256) for tau in (0.1, 0.005)),
+    *(Case(1, 2, 2048, D, torch.bfloat16) for D in (128, 256)),
+    *(Case(1, 2, 65536, 256, torch.float32, tau=tau, tf32=True) for tau in (0.1, 0.005)),
+    *(Case(1, 2, 65536, D, torch.float32, normalize=False, tf32=True) for D in (64, 128)),
+    *(Rectangle(65536, 0, D, torch.bfloat16, labels=labels) for D in (64, 128, 256) for labels in (True, False)),
+]
 SELECTED = [case for case in CASES if case.dtype == torch.bfloat16 and case.D in (128, 512)]
 SELECTED += [case for case in CASES if str(case) == "1x2x65536x128 float32 self tau=0.1"]
 
@@ -320,12 +328,17 @@ def predicted(launch, facts):
     )
 
 
-def rows(cases, targets):
-    """A row for each case, kernel and target. A kernel that was already compiled for another case is left out."""
+def rows(cases, targets, only=""):
+    """A row for each case, kernel and target. A kernel that was already compiled for another case is left out.
+
+    only: leave out kernels whose name does not contain this
+    """
     seen = set()
     for target in targets:
         for case in cases:
             for launch in recorded(case, TABLE[target]):
+                if only not in launch.kernel.__name__:
+                    continue
                 key = target, source(launch).hash(), tuple(launch.options.items())
                 if key in seen:
                     continue
@@ -338,9 +351,35 @@ def rows(cases, targets):
                 yield dict(target=target, case=str(case), kernel=launch.kernel.__name__, **tile) | facts | prediction
 
 
-# These kernels may have so many spills before and after their loops, where they take little time. Tiles without any
-# spills were slower on a GPU.
-MAY_SPILL = {"gradient_kernel": 100, "rectangle_gradient_kernel": 100}
+# The most accesses to spilled registers on sm_90, by kernel, dtype and features, with Triton 3.6 to 3.9. They are
+# before and after the loops over tiles. Without them, a program would compute fewer of the features, so S would be
+# computed more often: for half precision that is 1.5 times the products.
+MAY_SPILL = {
+    ("gradient_kernel", "half", 512): 70,
+    ("gradient_kernel", "half unbounded", 256): 40,  # with Triton 3.9 only
+    ("gradient_kernel", "half unbounded", 512): 90,
+    ("gradient_kernel", "half unbounded", 1024): 10,
+    ("gradient_kernel", "pairs", 512): 900,
+    ("rectangle_gradient_kernel", "half", 128): 8,  # rows against themselves without labels; the tile was measured
+    ("rectangle_gradient_kernel", "half", 512): 10,
+    ("rectangle_gradient_kernel", "double", 128): 8,  # with Triton 3.9 only
+    ("rectangle_sums_kernel", "pairs", 128): 4,  # with Triton 3.9 only
+}
+# ptxas chooses 64, 80, 96 or 168 registers for these, which compute no products, so that more programs fit
+FEWER_REGISTERS = dict.fromkeys(("rows_kernel", "rectangle_finish_kernel", "rectangle_join_kernel"), 8)
+
+
+def may_spill(row):
+    """How many accesses to spilled registers a row of the table may have."""
+    if row["kernel"] in FEWER_REGISTERS:
+        return FEWER_REGISTERS[row["kernel"]]
+    _, dtype, *others = row["case"].split()
+    kind = dict(bfloat16="half", tf32="tf32", float64="double").get(dtype, "pairs")
+    if kind == "tf32" and row.get("DP", 0) <= 128 and "raw" not in others:
+        kind = "pairs"
+    unbounded = row["kernel"] == "gradient_kernel" and ("tau=0.005" in others or "raw" in others)
+    kind += " unbounded" * unbounded
+    return MAY_SPILL.get((row["kernel"], kind, row.get("DP")), 0)
 
 
 def too_large(row):
@@ -350,9 +389,9 @@ def too_large(row):
         return f"{row['status']}, on {target}"
     if row["shared"] > SHARED[target] * 1024:
         return f"{row['shared']} bytes of shared memory on {target}, which has {SHARED[target]} KiB"
-    # with 512 features, Triton 3.7.1 has 2 spills in the loop; with 128 and no bound, Triton 3.9 has 5
-    in_loops = 5 if row["kernel"] == "gradient_kernel" and row.get("DP") in (128, 512) else 0
-    if target == "sm_90" and (row["spills_in_loops"] > in_loops or row["spills"] > MAY_SPILL.get(row["kernel"], 0)):
+    # of half precision with 512 features, Triton 3.7.1 has 2 in the loop, of about 700 instructions
+    in_loops = 2 if row["kernel"] == "gradient_kernel" and may_spill(row) and "bfloat16" in row["case"] else 0
+    if target == "sm_90" and (row["spills_in_loops"] > in_loops or row["spills"] > may_spill(row)):
         return f"{row['spills']} spills on {target}, {row['spills_in_loops']} of them in a loop"
     return None
 
@@ -415,9 +454,47 @@ Neither includes latencies, bank conflicts, barriers, the issue of other instruc
 sums), or multiprocessors that are idle in the last wave of thread blocks. So a measured time may even be above the slow
 end of the range.
 
-The tiles of `tclr_kernels/triton/tiles.py` for Hopper fit the shared memory and do not spill on sm_90. Of all tiles
-that were tried on an H200 with Triton 3.6, they were the fastest with these properties; cases that were not tried have
-tiles that are close to these.
+The tiles of `tclr_kernels/triton/tiles.py` for Hopper that are marked "measured" were the fastest of those tried on an
+H100 and an H200 with Triton 3.6.
+
+## Spilled registers
+
+On sm_90, with Triton 3.6, 3.7.1, 3.8 and 3.9, the selected tiles do not spill registers with up to 512 features, except
+for the following gradients, which spill before and after their loop over tiles. The tests hold the limits
+(`MAY_SPILL` in `benchmarks/compile_triton.py`). The counts are those of Triton 3.6 and 131,072 rows. Without spills, a
+program computes fewer features of the gradient, and every program of a row computes S again, so there are more
+products.
+
+| gradient | tile | features of a program | warps, stages | spills | products, in units of M^2 D |
+| :--- | ---: | ---: | ---: | ---: | ---: |
+| half precision, D = 512, selected | 64x64 | 512 | 8, 2 | 64 | 2 |
+| | 64x64 | 512 | 8, 1 | 23 | 2 |
+| | 64x32 | 512 | 8, 3 | 17 | 2 |
+| | 64x64 | 256 | 8, 3 | 0 | 3 |
+| float32 as pairs, D = 512, selected | 64x32 | 256 | 4, 2 | 670 | 3 |
+| | 64x32 | 256 | 8, 2 | 42 | 3 |
+| | 64x64 | 128 | 8, 2 | 0 | 5 |
+
+Besides, with Triton 3.9 only, the gradient of half precision with 256 features has 31 such accesses where 1/tau is not
+bounded, and two kernels of the general operation have 2 and 6 with 128 features: the sums of pairs, and the gradient of
+float64 with labels. With Triton 3.7.1 and 3.8, one or two of those of half precision with 512 features are in the loop.
+The general operation has 4 with Triton 3.6 for rows of half precision with 128 features against themselves.
+Three small kernels without products (`rows_kernel`, `rectangle_finish_kernel`, `rectangle_join_kernel`) have up to 8
+accesses with some versions, with 64, 80, 96 or 168 registers: ptxas prefers these to fewer programs on a
+multiprocessor.
+
+## Features that are not a power of two
+
+The sums read rows in parts of 64 features, so they pad D to a multiple of 64. The gradient pads it to a power of two
+(up to 512), since a tensor in Triton has a power of two of entries, and a program keeps the gradient of all features of
+its rows in registers. If each program had one of several equal parts, S would be computed once for each part, which
+takes more products than the padding:
+
+| D | padded to a power of two | in parts | products of the gradient, padded | in parts |
+| ---: | ---: | ---: | ---: | ---: |
+| 130 to 192 | 256 | 3 of 64 | 512 M^2 | 768 M^2 |
+| 300 | 512 | 5 of 64 | 1,024 M^2 | 1,920 M^2 |
+| 384 | 512 | 3 of 128 | 1,024 M^2 | 1,536 M^2 |
 """
 
 COLUMNS_OF_KERNELS = """\

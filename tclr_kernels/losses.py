@@ -49,7 +49,7 @@ from .distributed import Further, Group, Process, Shares
 from .labelled import labelled, supervised
 from .objective import objective
 from .reduced import reduced
-from .symmetric import blocks, divides, ordered_sum, total, traced
+from .symmetric import blocks, divides, ordered_sum, total, traced, widened
 
 Temperature = float | Tensor
 Reduction = Literal["mean", "sum", "none"]
@@ -463,7 +463,8 @@ def _compose(
 
     V, B, T, D = x.shape
     # the gradients of several terms are added in float32: in float16, a row of small norm could get inf - inf
-    g, s, x = (z.to(torch.promote_types(z.dtype, torch.float32)) for z in (g, s, x))
+    name = backends.choose(backend, x.device, V * B * T, D)
+    g, s, x = widened(name, g, s, x)
     with_ic_global, with_ic_local, with_ll, with_gl = (w != 0 for w in weights)
     if labels is None and process is None and divides(backend, x, V * B * T):
         inputs = [g.unsqueeze(1)], [x.transpose(1, 2).unsqueeze(2)], [x], [s, x]

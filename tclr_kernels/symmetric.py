@@ -180,6 +180,45 @@ class EagerGram(Eager, Gram):
     """Gram for eager mode; torch.compile cannot trace a function with the methods of `Eager`."""
 
 
+def cast_together(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The tensors, which have one dtype, in another. On a GPU, contiguous ones share a kernel."""
+    made = [torch.empty_like(x, dtype=dtype) for x in tensors]
+    torch._foreach_copy_(made, tensors)
+    return made
+
+
+class Widened(Eager, torch.autograd.Function):
+    """Inputs of half precision in float32: one kernel converts all of them, and one all of their gradients."""
+
+    @staticmethod
+    def forward(name: str, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(cast_together(inputs, torch.float32))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.name, first, *_ = inputs
+        ctx.dtype = first.dtype
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        given = [d for d in gradients if d is not None]
+        if torch.is_grad_enabled():  # differentiable, so that a second derivative reaches `Once` and its error
+            made = iter([d.to(ctx.dtype) for d in given])
+        else:
+            made = iter(cast_together(given, ctx.dtype))
+        return None, *(d if d is None else next(made) for d in gradients)
+
+
+def widened(backend: str | None, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """The inputs, which have one dtype, in float32 if they are of half precision. backend: whose kernels take them"""
+    if inputs[0].element_size() > 2:
+        return inputs
+    if backend == "reference" or torch.compiler.is_compiling():
+        return tuple(x.float() for x in inputs)
+    return Widened.apply(backend, *inputs)
+
+
 class GramBackward(Once, torch.autograd.Function):
     @staticmethod
     def forward(

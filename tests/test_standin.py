@@ -248,12 +248,15 @@ def test_a_call_makes_the_expected_launches_and_operations(name, hopper):
     assert (forward[1], backward[1]) == (["sum"], ["ones_like"])
 
 
-@pytest.mark.parametrize("form, most", [("paper", 20), ("release", 30)])
+@pytest.mark.parametrize("form, most", [("paper", 20), ("release", 28)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("B", [8, 40, 256])
-def test_the_objective_makes_few_launches_and_operations(B, form, most, hopper):
-    inputs = [torch.zeros(shape, requires_grad=True) for shape in ((2, B, 128), (2, B, 4, 128), (2, B, 4, 128))]
+def test_the_objective_makes_few_launches_and_operations(B, dtype, form, most, hopper):
+    shapes = (2, B, 128), (2, B, 4, 128), (2, B, 4, 128)
+    inputs = [torch.zeros(shape, dtype=dtype, requires_grad=True) for shape in shapes]
     with hopper.counted() as (launches, operations):
         torch.autograd.grad(tk.tclr(*inputs, form=form, backend="triton").total, inputs)
+    most += 2 * (dtype.itemsize == 2)  # a cast of all inputs to float32, and one of all gradients back
     assert len(launches) + len(operations) <= most, (launches, operations)
 
 

@@ -164,10 +164,13 @@ def test_bounded_and_unbounded_gradient_tiles_have_equal_shapes(table, kernels):
             (torch.float32, "tf32"),
             (torch.float64, "ieee"),
         ]:
-            tile, unbounded = (choose(table, f"gradient{more}", dtype, D, precision) for more in ("", " unbounded"))
-            assert (tile.BM, tile.BN, tile.DC) == (unbounded.BM, unbounded.BN, unbounded.DC)
+            tile = choose(table, "gradient", dtype, D, precision)
+            names = [f"gradient{more}" for more in (" unbounded", " split", " unbounded split")]
+            others = [choose(table, name, dtype, D, precision) for name in names]
+            for other in others:
+                assert (tile.BM, tile.BN, tile.DP, tile.DC) == (other.BM, other.BN, other.DP, other.DC)
             assert tile.BM % 16 == 0  # needed by join_kernel
-            for one in (tile, unbounded, choose(table, "sums", dtype, D, precision)):
+            for one in (tile, *others, choose(table, "sums", dtype, D, precision)):
                 assert one.DP % one.BK == one.DP % one.DC == 0
 
 

@@ -140,7 +140,8 @@ class Log:
             self.bar.console.print(f"step {step}: " + ", ".join(filter(None, shown)), highlight=False, soft_wrap=True)
 
 
-def retrieval(run: Path, evaluation: Evaluation = Evaluation(), data: OtherData | None = None, device: str = "auto"):  # noqa: B008
+def retrieval(run: Path, evaluation: Evaluation = Evaluation(), data: OtherData | None = None, device: str = "auto",  # noqa: B008
+              timeout: float = processes.TIMEOUT):  # fmt: skip
     """Finds the training videos most like each test video: R@1, R@5, R@10, R@20 and a picture."""
 
     def measured(gallery, queries):
@@ -151,11 +152,11 @@ def retrieval(run: Path, evaluation: Evaluation = Evaluation(), data: OtherData 
         report.plot_gallery(queries.videos, gallery.videos, ranks, chosen, run / "gallery.png")
         return figures
 
-    return of_features(run, data, evaluation, device, measured)
+    return of_features(run, data, evaluation, device, timeout, measured)
 
 
 def linear(run: Path, evaluation: Evaluation = Evaluation(), data: OtherData | None = None, device: str = "auto",  # noqa: B008
-           share: float = 1.0, seed: int = 0):  # fmt: skip
+           share: float = 1.0, seed: int = 0, timeout: float = processes.TIMEOUT):  # fmt: skip
     """Trains one linear layer on the features of the frozen network, and measures its accuracy."""
     config.check(evaluation, share=share)
 
@@ -166,10 +167,11 @@ def linear(run: Path, evaluation: Evaluation = Evaluation(), data: OtherData | N
         tuning.save(run / f"{name}.pt", layer, gallery.videos.classes, evaluation, backbone=gallery.weights)
         return result(run, name, gallery.hash, figures)
 
-    return of_features(run, data, evaluation, device, measured)
+    return of_features(run, data, evaluation, device, timeout, measured)
 
 
-def multiclip(run: Path, evaluation: Evaluation = Evaluation(), data: OtherData | None = None, device: str = "auto"):  # noqa: B008
+def multiclip(run: Path, evaluation: Evaluation = Evaluation(), data: OtherData | None = None, device: str = "auto",  # noqa: B008
+              timeout: float = processes.TIMEOUT):  # fmt: skip
     """Measures retrieval and linear accuracy against the number of clips per video."""
 
     def measured(gallery, queries):
@@ -184,11 +186,11 @@ def multiclip(run: Path, evaluation: Evaluation = Evaluation(), data: OtherData 
         report.plot_curves(curve, run / "multiclip.png")
         return dict(by_clips=curve)
 
-    return of_features(run, data, evaluation, device, measured)
+    return of_features(run, data, evaluation, device, timeout, measured)
 
 
 def confusion(run: Path, evaluation: Evaluation = Evaluation(), data: OtherData | None = None, device: str = "auto",  # noqa: B008
-              classes: list[str] | None = None):  # fmt: skip
+              classes: list[str] | None = None, timeout: float = processes.TIMEOUT):  # fmt: skip
     """Draws the confusion matrix of the linear layer."""
 
     def measured(gallery, queries):
@@ -204,7 +206,7 @@ def confusion(run: Path, evaluation: Evaluation = Evaluation(), data: OtherData 
         report.plot_confusion(counts[chosen][:, chosen], [names[i] for i in chosen], run / "confusion.png")
         return dict(classes=names, counts=counts.tolist())
 
-    return of_features(run, data, evaluation, device, measured)
+    return of_features(run, data, evaluation, device, timeout, measured)
 
 
 @processes.single("finetune")
@@ -308,16 +310,16 @@ def check(dataset: DataSet, root: Path, part: str = "train", split: int = 1, out
     check.main(dataset, root, part, split, out=out, window=window)
 
 
-@processes.group()
-def of_features(run, data, evaluation, device, measured):
+def of_features(run, data, evaluation, device, timeout, measured):
     """Calls measured(features of the training part, features of the test part), for the run's data or for other data.
 
     Several processes share the extraction. The first one calls `measured`, and all return its result.
     """
     config.check(evaluation)
-    device, data, embedder = config.device(device), config.data_of(run, data), embedder_of(run)
-    parts = [features(run, embedder, data, part, evaluation, device) for part in (data.train, data.test)]
-    return processes.from_first(lambda: measured(*parts))
+    with processes.group(timeout):
+        device, data, embedder = config.device(device), config.data_of(run, data), embedder_of(run)
+        parts = [features(run, embedder, data, part, evaluation, device) for part in (data.train, data.test)]
+        return processes.from_first(lambda: measured(*parts))
 
 
 def epoch_of(epochs, epoch, loss):

@@ -5,8 +5,8 @@ take three in the forward (rows, sums, finish) and three in the backward (rows, 
 512 features, the backward takes blocks of rows, with two matrix products by the vendor's library and one launch for
 each block, and one launch at the end. If the temperature is a tensor, it is never read on the host: one kernel is
 launched for temperatures where exp S cannot overflow, another for all others, and one of the two returns at once. One
-more launch is needed to stack sets that are not evenly spaced in memory, to copy a strided upstream gradient (except a
-single expanded number), and for float64 with a float as temperature.
+more launch is needed to stack sets that are not evenly spaced in memory, and to copy a strided upstream gradient
+(except a single expanded number).
 
 Launches of the general operation (`rectangle`, `pairs`, `rectangle_backward`): four in the forward (rows of both sides,
 sums, finish), or three if the rows are the columns, and one more for the columns' mean, from which a backward without

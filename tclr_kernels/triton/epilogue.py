@@ -13,10 +13,12 @@ import triton.language as tl
 
 @triton.jit
 def inverse_of(tau, TENSOR: tl.constexpr, ACC: tl.constexpr):
-    """1 / tau. tau: a number, or a pointer to one of any dtype"""
+    """1 / tau. tau: a number, the bits of one as an integer where ACC is float64, or a pointer to one of any dtype"""
     if TENSOR:
         value = tl.load(tau).to(tl.float32) if tau.dtype.element_ty != tl.float64 else tl.load(tau)
         inverse = 1.0 / value.to(ACC)
+    elif tl.float64 == ACC:
+        inverse = 1.0 / tl.cast(tl.cast(tau, tl.int64), tl.float64, bitcast=True)
     else:
         inverse = 1.0 / tau
     return inverse

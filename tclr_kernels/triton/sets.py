@@ -1,6 +1,7 @@
 """Preparation of the kernels' arguments, and a faster way to launch a kernel that is already compiled."""
 
 import os
+import struct
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -50,11 +51,12 @@ def accumulator(x: Tensor) -> tl.dtype:
     return tl.float64 if x.dtype == torch.float64 else tl.float32
 
 
-def temperature(tau: float | Tensor, x: Tensor) -> float | Tensor:
-    """tau as an argument of a kernel. For float64 sets it is a tensor, since a kernel receives a float as float32."""
+def temperature(tau: float | Tensor, x: Tensor) -> float | int | Tensor:
+    """tau as an argument of a kernel, see `inverse_of`. A kernel receives a float as float32, so for float64 sets it
+    is passed as the integer with the same bits."""
     if isinstance(tau, torch.Tensor):
         return tau.to(x.device, non_blocking=True)
-    return tau if x.dtype != torch.float64 else torch.full((), tau, dtype=torch.float64, device=x.device)
+    return tau if x.dtype != torch.float64 else int.from_bytes(struct.pack("<d", tau), "little")
 
 
 def pointer(x: Tensor | None, stand_in: Tensor) -> Tensor:

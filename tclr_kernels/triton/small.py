@@ -221,7 +221,7 @@ def serves(V: int, N: int) -> bool:
 
 def settings(x: Tensor, tau: float | Tensor, normalize: bool, cross: bool) -> dict[str, Any]:
     return dict(
-        TENSOR=isinstance(tau, torch.Tensor) or x.dtype == torch.float64,
+        TENSOR=isinstance(tau, torch.Tensor),
         NORMALIZE=normalize,
         CROSS=cross,
         ACC=accumulator(x),

@@ -1,7 +1,8 @@
 """The tile sizes for each class of devices. They are fixed ahead of time, so that a first call need not search.
 
 Those of Hopper that are marked "measured" were the fastest of those tried on an H100 and an H200 with Triton 3.6. On
-sm_90, none of them spills registers in a loop in the cases that `python -m benchmarks.compile_triton` compiles.
+sm_90, with Triton 3.6 to 3.9 and up to 512 features, they do not spill registers, but for a few gradients, before and
+after their loop: docs/triton.md names them.
 """
 
 import functools
@@ -43,6 +44,8 @@ INTERPRETED: Table = {
     "sums": [(512, 64, 64, 0, 0, 4, 1), (ANY, 64, 64, 256, 0, 4, 1)],
     "gradient": [(512, 64, 64, 0, 0, 4, 1), (ANY, 64, 64, 256, 256, 4, 1)],
 }
+# of Hopper's gradient of half precision, for more than 128 features
+HALF_WIDE = [(256, 128, 64, 0, 0, 8, 3), (512, 64, 64, 0, 0, 8, 2), (ANY, 64, 128, 64, 256, 8, 3)]
 # Each entry is (largest DP, BM, BN, BK, DC, warps, stages); BK or DC = 0 means all of DP. A missing kernel name falls
 # back to the name without its last word, such as "sums unbounded" to "sums"; missing "tf32" or "pairs" to "float". The
 # gradient's bounded and unbounded tiles must have the same BM, BN and DC, since both use the same coefficients; a test
@@ -57,30 +60,63 @@ TABLES: dict[str, dict[str, Table]] = {
                 (ANY, 128, 128, 64, 0, 4, 2),
             ],
             "sums unbounded": [(128, 64, 64, 0, 0, 4, 3), (256, 64, 64, 0, 0, 4, 2), (ANY, 128, 64, 64, 0, 4, 4)],
-            "gradient": [
-                (64, 64, 128, 0, 0, 4, 3),
-                (128, 64, 128, 0, 0, 4, 2),
-                (256, 128, 64, 0, 0, 8, 3),
-                (512, 64, 64, 0, 0, 8, 2),
-                (ANY, 64, 128, 64, 256, 8, 3),
-            ],
+            "gradient": [(64, 64, 128, 0, 0, 4, 3), (128, 64, 128, 0, 0, 4, 2), *HALF_WIDE],
+            # not measured, but those of "gradient" would spill
+            "gradient split": [(128, 64, 128, 0, 0, 8, 3), *HALF_WIDE],
+            "gradient unbounded": [(128, 64, 128, 0, 0, 8, 3), *HALF_WIDE],
+            "gradient unbounded rectangle": [(64, 64, 128, 0, 0, 4, 3), (128, 64, 128, 0, 0, 4, 2), *HALF_WIDE],
+            "gradient unbounded rectangle keys": [(128, 64, 64, 0, 0, 8, 3), (256, 64, 32, 0, 0, 8, 3), *HALF_WIDE],
         },
         "tf32": {
             "sums": [(128, 64, 64, 0, 0, 4, 2), (ANY, 128, 128, 32, 0, 8, 4)],
             "sums unbounded": [(128, 64, 64, 0, 0, 4, 2), (ANY, 128, 64, 32, 0, 4, 4)],
-            "gradient": [(64, 64, 64, 0, 0, 4, 2), (128, 128, 128, 0, 0, 8, 1), (ANY, 64, 128, 32, 256, 8, 2)],
+            "gradient": [
+                (32, 64, 64, 16, 0, 4, 3),
+                (64, 64, 64, 32, 0, 4, 3),
+                (128, 64, 64, 32, 0, 8, 3),
+                (ANY, 64, 64, 32, 256, 8, 3),
+            ],
+            "gradient unbounded": [
+                (32, 64, 64, 16, 0, 4, 3),
+                (64, 64, 64, 32, 0, 4, 3),
+                (128, 64, 64, 32, 0, 8, 3),
+                (256, 64, 64, 64, 0, 8, 3),
+                (ANY, 64, 64, 32, 256, 8, 3),
+            ],
         },
         "pairs": {  # measured with 128 and 512 features
             "sums": [(128, 64, 64, 0, 0, 4, 2), (ANY, 128, 64, 64, 0, 8, 3)],
             "gradient": [
                 (64, 64, 64, 0, 0, 4, 2),
                 (128, 128, 64, 0, 0, 8, 2),
-                (256, 64, 64, 64, 0, 8, 2),
+                (256, 64, 32, 32, 0, 8, 2),
                 (ANY, 64, 32, 64, 256, 4, 2),
+            ],
+            "gradient unbounded": [
+                (64, 64, 64, 0, 0, 4, 2),
+                (128, 128, 64, 32, 0, 8, 2),
+                (256, 64, 32, 32, 0, 8, 2),
+                (ANY, 64, 32, 64, 256, 4, 2),
+            ],
+            "gradient unbounded rectangle": [
+                (64, 64, 64, 0, 0, 4, 2),
+                (128, 128, 64, 0, 0, 8, 2),
+                (256, 64, 64, 64, 0, 8, 2),
+                (ANY, 64, 32, 64, 256, 8, 2),
+            ],
+            "sums unbounded rectangle keys": [(128, 64, 64, 0, 0, 4, 2), (ANY, 64, 32, 64, 0, 8, 3)],
+            "gradient unbounded rectangle keys": [
+                (64, 64, 64, 0, 0, 4, 2),
+                (128, 64, 32, 0, 0, 8, 2),
+                (ANY, 64, 32, 16, 256, 8, 2),
             ],
         },
         "float": FLOAT,
-        "double": DOUBLE,
+        "double": {
+            **DOUBLE,
+            "gradient unbounded": [(ANY, 32, 32, 16, 16, 8, 1)],
+            "gradient unbounded rectangle": DOUBLE["gradient"],
+        },
     },
     "blackwell": {  # sm_100: 227 KiB; larger tiles spill, since products are copied from tensor memory to registers
         "half": {
@@ -159,7 +195,7 @@ def by_parts(D: int) -> int:
 
 
 def choose(table: str, kernel: str, dtype: torch.dtype, D: int, precision: str = "ieee") -> Tile:
-    """The tile for a kernel: "sums" or "gradient", which "unbounded", "rectangle" and "keys" may follow.
+    """The tile for a kernel: "sums" or "gradient", which "unbounded", "rectangle", "keys" and "split" may follow.
 
     table: a key of TABLES; dtype: that of the packed rows; precision: a result of `large.precision`
     """
