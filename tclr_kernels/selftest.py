@@ -21,7 +21,7 @@ from .info import devices
 
 
 def _halves(z: Tensor) -> Tensor:
-    """Labels that two rows each have: 0, 0, 1, 1, ..."""
+    """Labels, each of which two neighbouring rows share: 0, 0, 1, 1, ..."""
     return torch.arange(len(z), device=z.device) // 2
 
 
@@ -49,7 +49,7 @@ LOSSES: dict[str, tuple[Callable[..., Tensor], Callable[[int, int], Shapes]]] = 
         lambda B, D: [(2, B, D), (2, B, 4, D), (2, B, 4, D)],
     ),
 }
-SIZES = (2, 1), (3, 16), (17, 33), (257, 64)  # (B, D): within a tile, several tiles, tiles that are not full
+SIZES = (2, 1), (3, 16), (17, 33), (257, 64)  # (B, D): from a part of a tile to several tiles, the last one not full
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 
 

@@ -28,8 +28,8 @@ if os.environ.get("TCLR_KERNELS_TEST_CUDA") == "1":
 BACKENDS = tk.available_backends("cpu")
 USABLE = [name for name, reason in BACKENDS.items() if reason is None]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# Triton's interpreter skips these: they take too many operations of 50-100 us (test_triton.py tests them with smaller
-# tiles), or test the threads of the CPU.
+# Tests with these words in their names are not run in Triton's interpreter: they take too many operations of 50-100 us
+# (test_triton.py has such tests with smaller tiles), or test the threads of the CPU.
 TOO_LONG = "many blocks, narrow", "finite_differences", "test_bits_do_not_depend_on_threads", "own_thread_counts"
 WRONG_THERE = ("dtype6-1e-38",)  # denormal bfloat16 numbers, which the interpreter computes less exactly
 if INTERPRETED and BACKENDS["triton"] is None:
@@ -67,7 +67,7 @@ def pytest_collection_modifyitems(config, items):
     first, seen = rotation_of(config), collections.Counter()
 
     def taken(item, every):
-        """Whether an item belongs to the sample, if every N-th set of parameters of its test runs."""
+        """Whether a test is in the sample. Of the sets of parameters of each test, the sample has one in `every`."""
         seen[item.function] += 1
         return seen[item.function] % every == first % every
 

@@ -165,7 +165,7 @@ class Host:
     """A backend that calls one such library.
 
     executor: the library's functions for tests. launches() is the number of launches so far, run_downwards(bool) sets
-    the order of threads, and be_hopper(processors) simulates a Hopper GPU with so many multiprocessors, or none with 0.
+    the order of threads. be_hopper(processors) simulates a Hopper GPU with that many multiprocessors; 0 ends this.
     """
 
     loaded = 0

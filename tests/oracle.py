@@ -418,7 +418,7 @@ GRADIENT = {torch.float64: 1e-11, torch.float32: 1e-4, torch.float16: 5e-3, torc
 def loss_bound(dtype, carried, D):
     """The absolute error that a loss may have at 1 / tau = 10. carried: whether unit rows are rounded to float16.
 
-    Then the product of two rows has the error of D roundings of numbers of about D^-1/2, each of up to 2^-12 of it.
+    If so, the product of two rows has the error of D roundings of numbers of about D^-1/2, each of up to 2^-12 of it.
     Their sum decreases with the square root of D; with 64 features, errors of 1.1e-3 have been seen.
     """
     if dtype == torch.float64:

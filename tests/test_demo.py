@@ -59,7 +59,7 @@ def test_a_run_writes_metrics_pictures_and_settings(runs):
     assert facts["options"]["steps"] == 3 and facts["windows"] == {demo.IC: "independent", demo.TCLR: "same"}
 
 
-def test_ic_shows_two_times_of_a_video_and_tclr_the_same_frames(tmp_path, monkeypatch):
+def test_views_of_ic_show_different_times_and_those_of_tclr_the_same_frames(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(train, "pretrain", lambda embedder, videos, plan, recipe, *_: seen.append((plan, recipe)))
     run = demo.Demo(demo.arguments([*SMALL.split(), "--out", str(tmp_path)]))

@@ -266,7 +266,7 @@ def shares_fault(group, given, checked):
     ],
 )
 def test_wrong_shares_are_an_error(wrong, error, message, pool):
-    """With checks, all ranks raise it. Without, the ranks do that notice it, which here are all."""
+    """With checks, all ranks raise an error. Without, only ranks that notice the mistake do: here, all."""
     found = pool.run(3, shares_fault, [[3, 3, 3], wrong, [3, 3, 3]], True)
     for rank, (text, seconds, _) in enumerate(found):
         pattern = message if rank == 1 else "group: rank 1 of 3 raised"

@@ -280,7 +280,7 @@ def test_ranges_of_anchors_together_equal_the_whole(shares, V, cross, labelled, 
 @pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.parametrize("shares", SHARES, ids=str)
 def test_the_coefficients_of_all_anchors_give_the_gradient_of_a_range_of_rows(shares, labelled, dtype, backend):
-    """So does a rank of several processes: it has the values and upstream gradients of all anchors."""
+    """With several processes, a rank computes its gradient this way, from the results and gradients of all anchors."""
     N, V = sum(shares), 2
     sets = [x.to(dtype).requires_grad_() for x in oracle.correlated([(2, N, 6)] * V, 0.5, 0)]
     keys = (torch.arange(N) // 2).expand(2, -1) if labelled else None

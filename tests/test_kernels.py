@@ -42,7 +42,7 @@ BUGS = {
         "if (p.set(pair.left) == p.set(pair.right)) s[own] = -INFINITY;",
     ),
     "no projection": ("projected = along", "projected = 0"),
-    "a block not met by itself": ("if (!p.cross) run_pair", "if (!p.cross && opened > 0) run_pair"),
+    "a block not compared with itself": ("if (!p.cross) run_pair", "if (!p.cross && opened > 0) run_pair"),
     "a pair left out": ("run_pair<T, backward>(w, pair,", "if (p.cross || round) run_pair<T, backward>(w, pair,"),
     "a cross pair left out": (
         "run_pair<T, backward>(w, pair,",
@@ -62,8 +62,8 @@ BUGS = {
 
 
 RECTANGLE_BUGS = {
-    "index among the negatives": ("if (m.own >= 0) s[m.own] = -INFINITY;", ""),
-    "itself among the positives": (
+    "the same index among the negatives": ("if (m.own >= 0) s[m.own] = -INFINITY;", ""),
+    "the anchor itself among its positives": (
         "if (m.own >= 0 && p.a == p.c && holds(m, m.own)) positives[m.own]",
         "if (false) s[0]",
     ),
@@ -85,8 +85,8 @@ RECTANGLE_BUGS = {
     "copies of the mean not merged": ("merge(largest, total, half", "if (false) merge(largest, total, half"),
     "last of a segment missed": ("nth < m.segment && other", "nth < m.segment - 1 && other"),
     "share of the spread forgotten": ("(e - read(half.share))", "e"),
-    "pairs pull": ("return -g * sigmoid", "return g * sigmoid"),
-    "upstream of the index once": ("(w.by_columns ? w.columns.g_pos[column] : 0)", "0"),
+    "the gradient of pair_sum with the wrong sign": ("return -g * sigmoid", "return g * sigmoid"),
+    "the gradient of pos from one side only": ("(w.by_columns ? w.columns.g_pos[column] : 0)", "0"),
     "columns' weights of positives forgotten": ("if (w.by_columns)\n      both +=", "if (false)\n      both +="),
     "rows' weights of positives forgotten": ("if (w.by_rows)\n      both +=", "if (false)\n      both +="),
     "gradients in the sorted order": (
@@ -97,11 +97,11 @@ RECTANGLE_BUGS = {
         "int64_t at = half.row(b) + r, i = half.original(half.cut.begin(b) + r);\n    half.norms",
         "int64_t at = half.row(b) + r, i = half.cut.begin(b) + r;\n    half.norms",
     ),
-    "unlabelled are alike": ("key < 0 ? Match{0, 0, -1}", "key < -9 ? Match{0, 0, -1}"),
-    "index of the unsorted": ("first + (row_order ? row_order[i] : i)", "first + i"),
-    "itself counted": ("(a == c && holds(m, m.own))", "0"),
+    "rows without labels count as alike": ("key < 0 ? Match{0, 0, -1}", "key < -9 ? Match{0, 0, -1}"),
+    "the same index looked for in the unsorted order": ("first + (row_order ? row_order[i] : i)", "first + i"),
+    "the anchor itself counted as a positive": ("(a == c && holds(m, m.own))", "0"),
     "gradient unit forgotten in rectangles": ("w.unit / w.in.tau", "1 / w.in.tau"),
-    "a block not met by itself in rectangles": (
+    "a block not compared with itself in rectangles": (
         "if (w.in.symmetric && !w.in.cross) meet",
         "if (w.in.symmetric && !w.in.cross && b > 0) meet",
     ),
@@ -192,8 +192,8 @@ def test_a_thread_that_waits_long_goes_to_sleep(library, tmp_path):
 
 
 def test_beside_other_processes_small_calls_take_one_thread(library):
-    """The next 8 small calls do, after a parallel region in which the calling thread mostly waited for a core. If it
-    happens again soon, the next 16 calls do."""
+    """If the calling thread mostly waited for a core in a parallel region, the next 8 small calls take one thread. If
+    that happens again soon, the next 16 calls do."""
 
     def least(regions):
         n = len(regions)

@@ -33,8 +33,8 @@ GENERAL_BUGS = {
     "a range that begins at the first row": ("i[:, None] + first == j", "i[:, None] == j"),
     "positives of another row": ("m.S[:, :, :, i, i + first]", "m.S[:, :, :, i, i]"),
     "unlabelled rows alike": (" & (row_keys >= 0)[:, :, None]", ""),
-    "itself a positive": ("same_key & ~itself & self.there", "same_key & self.there"),
-    "its other views no positives": (
+    "the anchor itself a positive": ("same_key & ~itself & self.there", "same_key & self.there"),
+    "a row's other views not among its positives": (
         "itself = self.same_index & (a[:, None] == c)",
         "itself = self.same_index & (a[:, None] == a[:, None])",
     ),
@@ -42,7 +42,7 @@ GENERAL_BUGS = {
         "self.left_out = self.same_index | same_key",
         "self.left_out = self.same_index",
     ),
-    "the mean of one positive more": ("count.clamp(min=1)", "(count + 1)"),
+    "a mean divided by one positive too many": ("count.clamp(min=1)", "(count + 1)"),
     "half of the columns' gradient": ("self.z.flatten(1, 2)", "(self.z / 2 + self.z.detach() / 2).flatten(1, 2)"),
     "blocks that do not exist": ("m.left_out | ~m.there", "m.left_out"),
 }

@@ -60,7 +60,7 @@ def or_zero(x):
     return oracle.unit(x.masked_fill(zero, 1)).masked_fill(zero, 0)
 
 
-def test_if_all_rows_are_zero_the_loss_is_uniform_and_the_gradient_zero(backend):
+def test_if_all_rows_are_zero_all_candidates_are_equally_likely_and_the_gradient_is_zero(backend):
     a = torch.zeros(5, 8)
     out, grads = run(tk.nt_xent, [a, a], backend=backend)
     assert out.item() == pytest.approx(math.log(9)) and all(torch.equal(g, a) for g in grads)
@@ -88,7 +88,8 @@ def test_extremely_short_and_long_rows_have_accurate_losses_and_gradients(name, 
     for g, want in zip(grads, want_grads, strict=True):
         wanted = torch.ldexp(want, torch.tensor(exponent)).to(dtype).double()
         largest = wanted[wanted.isfinite()].abs().max()
-        # beyond `top`, one of the two or a part of a sum of gradients may have been rounded to infinity
+        # Near the largest number of the dtype, one of the two, or a summand of it, may have been rounded to infinity.
+        # So all values beyond `top` count as equal.
         top = (0.4 if name in oracle.SEVERAL_CALLS else 0.98) * torch.finfo(dtype).max
         found, wanted = (x.double().clamp(-top, top) for x in (g, wanted))
         assert oracle.error(found, wanted) <= 2 * oracle.GRADIENT[dtype] * largest + torch.finfo(dtype).smallest_normal

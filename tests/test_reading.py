@@ -84,10 +84,10 @@ def wrong_windows(path, expected, count, decoder):
 def test_windows_are_slices_of_the_sequential_decode(tmp_path, name, decoder):
     path = PACKED if name == PACKED.name else write(tmp_path, name)
     whole = films.sequential(path)
-    assert films.numbers(whole) == list(range(len(whole))), "the film itself"
+    assert films.numbers(whole) == list(range(len(whole))), "the film does not show the numbers of its frames"
     assert wrong_windows(path, films.numbers(whole), 13, decoder) == 0
     for wanted in films.windows(path, len(whole), 3, seed=1):
-        assert torch.equal(decode.read(path, wanted, decode.PYAV)[0], whole[list(wanted)]), "to the bit"
+        assert torch.equal(decode.read(path, wanted, decode.PYAV)[0], whole[list(wanted)]), "a window has other bits"
 
 
 @pytest.mark.skipif(not films.FFMPEG, reason="no ffmpeg program to write and judge these films: apt-get install ffmpeg")
@@ -288,7 +288,7 @@ def test_frames_of_another_size_are_resized_to_the_first(tmp_path, suffix, decod
     assert decode.length(path) == len(expected) >= 58 and len({picture.shape for picture in pictures}) == 3
     frames, held = decode.read(path, range(15, 55), decoder)
     assert frames.shape == (40, 3, 64, 64) and held == 0 and films.numbers(frames) == expected[15:55]
-    assert torch.equal(frames[:3], torch.stack(pictures[15:18]).permute(0, 3, 1, 2)), "those that have it already"
+    assert torch.equal(frames[:3], torch.stack(pictures[15:18]).permute(0, 3, 1, 2)), "frames of the first size changed"
     if films.FFMPEG:
         assert (films.oracle(path)[15:55].float() - frames.float()).abs().mean() < 3
     found = videos.Files(annotations.read("folder", tmp_path, "all"), shortest=2)
@@ -352,7 +352,7 @@ def test_the_index_is_made_once_and_kept(tmp_path, monkeypatch):
     check.check("folder", tmp_path, "all", out=tmp_path / "check.csv")
     forget()
     videos.Files(listing).read(0, range(9))
-    assert len(made) == 1, "by data check, and taken from the cache by whoever reads"
+    assert len(made) == 1, "the check made the index, but a reader made it again"
     (file,) = (tmp_path / "indices").iterdir()
     whole = file.read_text()
     changed = whole.replace('"frames": 70', '"frames": 71')
@@ -366,14 +366,14 @@ def test_the_index_is_made_once_and_kept(tmp_path, monkeypatch):
         forget()
         with pytest.raises(decode.Unreadable, match="no video file"):
             decode.length(tmp_path / "bad.avi")
-    assert len(made) == 9, "what cannot be read is remembered too"
+    assert len(made) == 9, "an unreadable file was decoded again"
 
 
 def test_an_index_of_another_file_or_library_is_not_trusted(tmp_path, monkeypatch):
     path = write(tmp_path, "mpeg4_b.avi", 40)
     assert decode.length(path) == 40
     write(tmp_path, "mpeg4_b.avi", 50)
-    assert decode.length(path) == 50, "in the same process"
+    assert decode.length(path) == 50, "the same process used the index of the old file"
     status = path.stat()
     (file,) = (tmp_path / "indices").iterdir()
     checksum, text = file.read_text().split("\n")
@@ -389,7 +389,7 @@ def test_an_index_of_another_file_or_library_is_not_trusted(tmp_path, monkeypatc
     (other,) = (each for each in file.parent.iterdir() if each != file)
     file.write_text(other.read_text())
     forget()
-    assert decode.length(path) == 50, "the index of another file under this one's name"
+    assert decode.length(path) == 50, "the index of another file was used"
 
 
 def test_an_index_of_a_file_of_the_same_size_and_time_is_not_trusted(tmp_path):

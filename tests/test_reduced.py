@@ -42,7 +42,7 @@ def fused(request):
 
 @pytest.fixture
 def compose(monkeypatch):
-    """A function after whose call every loss uses the separate calls."""
+    """A function. Once it is called, every loss uses the separate calls instead of a single one."""
     return lambda: monkeypatch.setattr(reduced, "seen_through", lambda inputs: True)
 
 

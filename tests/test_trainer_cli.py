@@ -307,7 +307,7 @@ def figures(row, seed, r1, linear):
 
 @pytest.mark.parametrize("better, verdict", [(6, "higher"), (1, "no clear difference"), (-6, "lower")])
 def test_the_statement_says_whether_a_difference_exceeds_its_interval(better, verdict):
-    """The three seeds differ by better - 1, better and better + 1. Half their interval is 4.303 / sqrt(3)."""
+    """The three seeds differ by better - 1, better and better + 1: the interval is better +- 4.303 / sqrt(3)."""
     rows = []
     for seed, noise in enumerate((-1, 0, 1)):
         rows.append(figures(claims.INVARIANT, seed, (20 + 9 * seed, 30), (20, 20)))

@@ -137,10 +137,10 @@ def test_bad_videos_are_replaced_the_same_way_whatever_was_read_before(tmp_path,
     backward = [(second.length(i), second.read(i, range(20, 24))) for i in reversed(range(8))][::-1]
     for label, ((n, frames), (m, same)) in enumerate(zip(forward, backward, strict=True)):
         assert n == m and torch.equal(frames, same) and frames.shape == (4, 3, 32, 32)
-        assert n in (range(30, 34) if label < 4 else range(40, 44)), "the replacement is of the same class"
+        assert n in (range(30, 34) if label < 4 else range(40, 44)), "a replacement has another class"
     assert first.counts == dict(missing=0, decoded=8, replaced=6, unreadable=3, held=0)
     listed = table(tmp_path / "bad_videos.csv")
-    assert sorted(row["video"] for row in listed) == ["a/1.avi", "b/0.avi", "b/2.avi"], "once, although met by two"
+    assert sorted(row["video"] for row in listed) == ["a/1.avi", "b/0.avi", "b/2.avi"], "each must be listed once"
     assert all(row["reason"].startswith("no video file") for row in listed)
 
 

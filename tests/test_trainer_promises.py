@@ -203,7 +203,7 @@ def test_a_classifier_keeps_its_classes_on_another_data_set(run, tmp_path, comma
         (other / name).rename(other / f"test/{name}")
     assert classified() == sum(right.values()) / 2
     if command == "linear":
-        assert right == dict(a=1, c=1), "a linear layer fits nine videos of noise"
+        assert right == dict(a=1, c=1), "a linear layer must fit nine videos of noise"
     video(other / "test/b2/0.avi")
     with pytest.raises(ValueError, match="test/b2/0.avi: found the unknown class 'b2', wanted one of a, b, c"):
         classified()
@@ -717,7 +717,7 @@ SHAPES = {
     "module.": lambda w: dict(state_dict=prefixed("module.", w)),
     "module.module.": lambda w: prefixed("module.module.", w),
     "compiled": lambda w: dict(model=prefixed("module._orig_mod.", w)),
-    "compiled within": lambda w: {name.replace("layer1.", "layer1._orig_mod."): value for name, value in w.items()},
+    "a layer compiled": lambda w: {name.replace("layer1.", "layer1._orig_mod."): value for name, value in w.items()},
     "beside a head": lambda w: dict(model=prefixed("model.backbone.", w) | {"model.head.weight": torch.zeros(2)}),
     "averaged": lambda w: prefixed("module.", w) | dict(n_averaged=torch.tensor(3)),
 }

@@ -225,7 +225,7 @@ def confusions(found, row):
 
 
 def confusion_table(found):
-    """How often a video is classified correctly, and as the one class that has the same frames, for each such pair."""
+    """For pairs of classes with the same frames: how many videos are taken for the right one, and for the other one."""
     names, rows = list(motions.ROUTINES), [row for row in (SCRATCH, INVARIANT, TCLR) if found.seeds(row)]
     lines = []
     for pair in motions.MIRRORED:

@@ -77,8 +77,8 @@ def random_windows(videos, chosen, plan, generator, threads=None, own=None):
     if not hasattr(videos, "read"):
         videos = Loaded(None, videos, None)
     own = range(len(chosen)) if own is None else own
-    # A start takes one number of the generator, however long the video is, so nobody opens another process's videos;
-    # but a distance with a decay takes as many as there are starts.
+    # All processes must draw the same random numbers. Without a decay, a start takes one number, however long the video
+    # is, so no process has to open the videos of another. A distance with a decay takes one for each possible start.
     lengths = [videos.length(i) if place in own else plan.window for place, i in enumerate(chosen)]
     if plan.decay is not None:
         lengths = [n if place in own else videos.length(chosen[place], False) for place, n in enumerate(lengths)]

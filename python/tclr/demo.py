@@ -56,7 +56,7 @@ def arguments(argv=None):
     add("--lr", type=float, default=2e-3, help="peak learning rate")
     add("--width", type=int, default=8, help="channels of the network's first stage")
     add("--eval-clips", type=int, default=8, help="largest number of clips per video in the evaluation")
-    add("--eval-stride", type=int, default=3, help="frames between two frames of such a clip")
+    add("--eval-stride", type=int, default=3, help="such a clip has every N-th frame of a video")
     return parser.parse_args(argv)
 
 

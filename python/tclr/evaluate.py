@@ -13,7 +13,7 @@ from .processes import rank, ranks
 def clip_features(describe, videos, *, clips, frames, stride, side, device="cpu"):
     """Features of evenly spaced clips. describe: [N, F, 3, side, side] -> [N, C]; returns [videos, clips, C]
 
-    With several processes, all must call this. Each takes 16 videos in turn, so all batches are those of one process.
+    With several processes, all must call this. Each takes 16 videos in turn, so batches are the same as in one process.
     """
     parts, features = [range(len(videos))[start : start + 16] for start in range(0, len(videos), 16)], []
     for first in range(0, len(parts), ranks()):

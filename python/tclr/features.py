@@ -11,7 +11,7 @@ from safetensors.torch import save
 from . import checkpoint, config, evaluate, index, processes
 from .videos import share_findings
 
-CODE = "augment", "clips", "decode", "evaluate", "features", "index", "models", "videos"  # from a file to its features
+CODE = "augment", "clips", "decode", "evaluate", "features", "index", "models", "videos"  # what features depend on
 
 
 @dataclass

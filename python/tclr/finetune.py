@@ -10,7 +10,7 @@ from . import checkpoint, train
 from .augment import ReleaseAugment, centre_crop
 from .clips import read_even_clips
 
-DROPS, FACTOR = (6, 10, 14), 0.3  # of the learning rate, at these epochs of 16
+DROPS, FACTOR = (6, 10, 14), 0.3  # the learning rate is multiplied by FACTOR at these epochs of 16
 
 
 def subset(labels, share, seed):

@@ -62,9 +62,10 @@ def group(timeout=TIMEOUT):
 
 
 def end_with(parent):
-    """Sends this process a SIGTERM, as torchrun does when it ends, once the agent that started it was killed instead.
+    """Sends this process a SIGTERM once its parent, the agent of torchrun, no longer exists.
 
-    Nobody else would end it, and it might write to the folder of a run that was started again.
+    An agent that ends by itself has sent that signal before. A killed agent cannot, and the process might otherwise
+    write to the folder of a run that was started again.
     """
     while os.getppid() == parent:
         time.sleep(1)
@@ -174,6 +175,8 @@ def from_first(function):
 
 class Job:
     """The stage that a run's processes reached, kept in the store of torchrun's agents over restarts.
+
+    "claiming": the first process may have changed the run's folder. "claimed": the folder is that of this run.
 
     TORCHELASTIC_RESTART_COUNT is not enough: it differs between machines, is 0 again after the number of machines has
     changed, and is above 0 even if the processes ended before they did anything.

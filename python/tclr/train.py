@@ -446,7 +446,8 @@ class Views(nn.Module):
     def __init__(self, embedder, embed):
         super().__init__()
         self.embedder, self.embed = embedder, embed
-        self.unused = nn.Parameter(torch.zeros(()))  # PyTorch warns if find_unused_parameters finds none: `averaging`
+        # PyTorch warns if find_unused_parameters, which `averaging` sets, finds none.
+        self.unused = nn.Parameter(torch.zeros(()))
 
     def forward(self, windows, plan, augment, local):
         return self.embed(self.embedder, windows, plan, augment, local=local)

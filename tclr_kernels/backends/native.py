@@ -116,7 +116,10 @@ def build_facts() -> dict[str, Any] | None:
 def _load_cuda() -> str | None:
     """Registers the CUDA kernels. Returns None, or the reason why they cannot be used."""
     if not CUDA.exists():
-        return "the CUDA kernels are not built: from the sources, where nvcc is: TCLR_KERNELS_CUDA=1 pip install -v ."
+        return (
+            "the CUDA kernels are not built: on a machine with nvcc, install the package from its sources by "
+            "TCLR_KERNELS_CUDA=1 pip install -v ."
+        )
     try:
         torch.ops.load_library(str(CUDA))
     except OSError as error:
