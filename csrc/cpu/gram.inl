@@ -24,23 +24,22 @@ void serially(int64_t n, Task task, void* argument) {
   for (int64_t i = 0; i < n; ++i) task(argument, i, 0);
 }
 
-// The columns of a block pair that are processed at once: these columns and a strip of their S fit the L2 cache
-// together.
-constexpr int64_t chunk = 96, many_rows = 4096;
+// The largest number of rows of a block. The tile of two blocks, their rows and their gradients fit the L2 cache. In
+// large blocks, columns are packed once for more rows, and their sums are stored less often; small blocks leave work
+// for every thread.
+constexpr int64_t small_block = 96, large_block = 192, many_rows = 4096;
 
-// In large blocks, columns are packed once for more rows; small blocks leave work for every thread. If tiles are kept,
-// a block is one chunk, since one tile is kept for each pair.
 template <typename T>
 Problem problem(const GramInput& in) {
   bool large = sizeof(T) == sizeof(float) && in.V * in.N >= many_rows && !in.keep;
-  return Problem(in.V, in.N, in.cross, large ? 2 * chunk : chunk, NR<T>);
+  return Problem(in.V, in.N, in.cross, large ? large_block : small_block, NR<T>);
 }
 
 // The number of rows of a tile in memory, and the stride between them.
 INLINE int64_t tile_rows(const Problem& p) { return smaller(p.block, p.N); }
 template <typename T>
 INLINE int64_t tile_stride(const Problem& p) {
-  return leading<T>(smaller(chunk, p.block));
+  return leading<T>(p.block);
 }
 
 // Where the tile of a pair lies among those that are kept.
@@ -91,15 +90,15 @@ struct Tile {
   int64_t lds;
   T *columns, *S, *column_sum, *column_max, *scale, *shift;
 
-  static int64_t size(const Problem& p, int64_t D) { return (D + 4) * chunk + p.block * tile_stride<T>(p); }
+  static int64_t size(const Problem& p, int64_t D) { return (D + 4 + tile_stride<T>(p)) * p.block; }
   Tile(const Problem& p, int64_t D, T* memory) {
     lds = tile_stride<T>(p);
     columns = memory;
-    S = columns + D * chunk;
+    S = columns + D * p.block;
     column_sum = S + p.block * lds;
-    column_max = column_sum + chunk;
-    scale = column_max + chunk;
-    shift = scale + chunk;
+    column_max = column_sum + p.block;
+    scale = column_max + p.block;
+    shift = scale + p.block;
   }
 };
 
@@ -122,31 +121,26 @@ struct Work {
   int64_t row(int64_t b) const { return p.set(b) * p.N + p.begin(b); }
 };
 
-// The columns of a tile: a chunk of the right block of its pair.
-struct Columns {
-  int64_t first, count;
-};
-
 // Computes rows r .. r + strip of the tile's similarities, times tau where S is bounded. They are -inf where nothing is
 // summed: at j = i, and in the columns that fill up the last vector. The diagonal goes to pos, and to mirrored with the
 // columns as anchors, if these are given.
 template <typename T>
-void scores(const Work<T>& w, Pair pair, Columns columns, const Tile<T>& tile, int64_t r, T* S, T* pos, T* mirrored) {
+void scores(const Work<T>& w, Pair pair, const Tile<T>& tile, int64_t r, T* S, T* pos, T* mirrored) {
   const Problem& p = w.p;
-  int64_t rows = smaller(strip, p.rows(pair.left) - r);
+  int64_t rows = smaller(strip, p.rows(pair.left) - r), count = p.rows(pair.right);
   const T* z = w.block(w.group.z, pair.left) + r * w.ldz;
-  similarities(rows, z, w.ldz, w.in.D, tile.columns, columns.count, S, tile.lds);
+  similarities(rows, z, w.ldz, w.in.D, tile.columns, count, S, tile.lds);
   bool diagonal = p.begin(pair.left) == p.begin(pair.right);
   for (int64_t q = 0; q < rows; ++q) {
     T* s = S + q * tile.lds;
     if (!w.bounded)
-      for (int64_t j = 0; j < columns.count; ++j) s[j] *= w.inverse_tau;
-    int64_t own = r + q - columns.first;
-    if (diagonal && own >= 0 && own < columns.count) {
-      if (pos) pos[r + q] = mirrored[r + q] = w.bounded ? s[own] * w.inverse_tau : s[own];
-      s[own] = -INFINITY;
+      for (int64_t j = 0; j < count; ++j) s[j] *= w.inverse_tau;
+    if (diagonal) {
+      T& own = s[r + q];
+      if (pos) pos[r + q] = mirrored[r + q] = w.bounded ? own * w.inverse_tau : own;
+      own = -INFINITY;
     }
-    for (int64_t j = columns.count; j < covered<T>(columns.count); ++j) s[j] = -INFINITY;
+    for (int64_t j = count; j < covered<T>(count); ++j) s[j] = -INFINITY;
   }
 }
 
@@ -204,22 +198,22 @@ void column_exponentials(const T* S, int64_t lds, int64_t rows, int64_t n, T* co
 }
 
 template <typename T>
-void forward_tile(const Work<T>& w, Pair pair, Columns columns, const Tile<T>& tile) {
+void forward_tile(const Work<T>& w, Pair pair, const Tile<T>& tile) {
   const Problem& p = w.p;
-  int64_t I = pair.left, J = pair.right, a = p.set(I), c = p.set(J), rows = p.rows(I),
-          width = covered<T>(columns.count);
-  int64_t to_rows = p.at(a, c, p.begin(I)), to_columns = p.at(c, a, p.begin(J)) + columns.first;
+  int64_t I = pair.left, J = pair.right, a = p.set(I), c = p.set(J), rows = p.rows(I), count = p.rows(J),
+          width = covered<T>(count);
+  int64_t to_rows = p.at(a, c, p.begin(I)), to_columns = p.at(c, a, p.begin(J));
   const Group<T>& group = w.group;
   bool pairs = a != c && p.begin(I) == p.begin(J);
   T* base = w.out.pos + w.g * p.V * p.V * p.N;
   T *pos = pairs ? base + to_rows : nullptr, *mirrored = base + p.at(c, a, p.begin(J));
 
-  pack_transposed(w.block(group.z, J) + columns.first * w.ldz, w.ldz, columns.count, w.in.D, tile.columns);
+  pack_transposed(w.block(group.z, J), w.ldz, count, w.in.D, tile.columns);
   for (int64_t j = 0; j < width; ++j) tile.column_sum[j] = 0, tile.column_max[j] = -INFINITY;
   for (int64_t r = 0; r < rows; r += strip) {
     int64_t scored = smaller(strip, rows - r);
     T* S = tile.S + (w.in.keep ? r * tile.lds : 0);
-    scores(w, pair, columns, tile, r, S, pos, mirrored);
+    scores(w, pair, tile, r, S, pos, mirrored);
     for (int64_t q = 0; q < scored; ++q) {
       const T* s = S + q * tile.lds;
       double& total = group.sum[to_rows + r + q];
@@ -231,7 +225,7 @@ void forward_tile(const Work<T>& w, Pair pair, Columns columns, const Tile<T>& t
     if (!w.bounded && I != J) column_exponentials(S, tile.lds, scored, width, tile.column_max, tile.column_sum);
   }
   if (I == J) return;  // in a diagonal tile, the columns are the rows
-  for (int64_t j = 0; j < columns.count; ++j)
+  for (int64_t j = 0; j < count; ++j)
     if (w.bounded)
       group.sum[to_columns + j] += tile.column_sum[j];
     else
@@ -266,34 +260,32 @@ void weights(T* s, int64_t n, bool bounded, T to_exponent, Weight<T> row, const 
 }
 
 template <typename T>
-void backward_tile(const Work<T>& w, Pair pair, Columns columns, const Tile<T>& tile) {
+void backward_tile(const Work<T>& w, Pair pair, const Tile<T>& tile) {
   const Problem& p = w.p;
-  int64_t I = pair.left, J = pair.right, a = p.set(I), c = p.set(J), rows = p.rows(I),
-          width = covered<T>(columns.count);
-  int64_t of_rows = p.at(a, c, p.begin(I)), of_columns = p.at(c, a, p.begin(J)) + columns.first;
+  int64_t I = pair.left, J = pair.right, a = p.set(I), c = p.set(J), rows = p.rows(I), count = p.rows(J),
+          width = covered<T>(count);
+  int64_t of_rows = p.at(a, c, p.begin(I)), of_columns = p.at(c, a, p.begin(J));
   const Group<T>& group = w.group;
   bool pairs = a != c && p.begin(I) == p.begin(J);
-  T *zi = w.block(group.z, I), *zj = w.block(group.z, J) + columns.first * w.ldz;
+  T *zi = w.block(group.z, I), *zj = w.block(group.z, J);
 
-  if (!w.in.keep) pack_transposed(zj, w.ldz, columns.count, w.in.D, tile.columns);
+  if (!w.in.keep) pack_transposed(zj, w.ldz, count, w.in.D, tile.columns);
   for (int64_t j = 0; j < width; ++j) {
-    Weight<T> column = j < columns.count ? weight(w, of_columns + j) : Weight<T>{0, INFINITY};
+    Weight<T> column = j < count ? weight(w, of_columns + j) : Weight<T>{0, INFINITY};
     tile.scale[j] = column.scale, tile.shift[j] = column.shift;
   }
   for (int64_t r = 0; r < rows; r += strip) {
-    if (!w.in.keep) scores(w, pair, columns, tile, r, tile.S + r * tile.lds, (T*)nullptr, (T*)nullptr);
+    if (!w.in.keep) scores(w, pair, tile, r, tile.S + r * tile.lds, (T*)nullptr, (T*)nullptr);
     for (int64_t q = r; q < smaller(rows, r + strip); ++q) {
       T* s = tile.S + q * tile.lds;
       weights(s, width, w.bounded, T(w.inverse_tau * log2e), weight(w, of_rows + q), tile.scale, tile.shift);
-      int64_t own = q - columns.first;
-      if (pairs && own >= 0 && own < columns.count)
-        s[own] = T(group.g_pos[of_rows + q] + group.g_pos[of_columns + own]);
+      if (pairs) s[q] = T(group.g_pos[of_rows + q] + group.g_pos[of_columns + q]);
     }
   }
-  accumulate(rows, columns.count, w.in.D, tile.S, tile.lds, 1, zj, w.block(group.dz, I), w.ldz);
+  accumulate(rows, count, w.in.D, tile.S, tile.lds, 1, zj, w.block(group.dz, I), w.ldz);
   if (I == J) return;
-  T* dzj = w.block(group.dz, J) + columns.first * w.ldz;
-  accumulate(columns.count, rows, w.in.D, tile.S, 1, tile.lds, zi, dzj, w.ldz);
+  T* dzj = w.block(group.dz, J);
+  accumulate(count, rows, w.in.D, tile.S, 1, tile.lds, zi, dzj, w.ldz);
 }
 
 // log(exp x + exp y), -inf where both are.
@@ -469,13 +461,10 @@ template <typename T, bool backward>
 void run_pair(const Work<T>& w, Pair pair, int64_t thread) {
   Tile<T> tile(w.p, w.in.D, w.tiles + thread * w.tile_size);
   if (w.in.keep) tile.S = w.group.S + kept_tile<T>(w.p, pair);
-  for (int64_t j = 0; j < w.p.rows(pair.right); j += chunk) {
-    Columns columns{j, smaller(chunk, w.p.rows(pair.right) - j)};
-    if (backward)
-      backward_tile(w, pair, columns, tile);
-    else
-      forward_tile(w, pair, columns, tile);
-  }
+  if (backward)
+    backward_tile(w, pair, tile);
+  else
+    forward_tile(w, pair, tile);
 }
 
 // What is done for a block before its first pair, and after its last.

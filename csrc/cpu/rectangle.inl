@@ -118,7 +118,7 @@ struct Half {
 
 template <typename T>
 INLINE int64_t tile_stride(const Cut& columns) {
-  return leading<T>(smaller(chunk, columns.block));
+  return leading<T>(columns.block);
 }
 
 // The size of one tile of S: its rows, and a vector more, which the products of the last row may overwrite.
@@ -138,13 +138,13 @@ struct Patch {
 
   Patch(Carver& memory, const Cut& rows, const Cut& columns_cut, int64_t D) {
     lds = tile_stride<T>(columns_cut);
-    columns = memory.take<T>(D * chunk);
+    columns = memory.take<T>(D * columns_cut.block);
     S = memory.take<T>(tile_size<T>(rows, columns_cut));
     positives = memory.take<T>(strip * lds + NR<T>);
     T** of_columns[] = {&column_sum, &column_max, &scale, &shift, &positive_sum, &positive_max};
     double** wide[] = {&total, &slope, &negatives};
-    for (T** x : of_columns) *x = memory.take<T>(chunk);
-    for (double** x : wide) *x = memory.take<double>(chunk);
+    for (T** x : of_columns) *x = memory.take<T>(columns_cut.block);
+    for (double** x : wide) *x = memory.take<double>(columns_cut.block);
   }
 };
 
@@ -180,8 +180,7 @@ INLINE bool large(const RectangleInput& in, bool narrow) {
 
 template <typename T>
 Sheet<T> make_sheet(const RectangleInput& in, const RectangleCall<T>& call, int64_t g, Carver& memory) {
-  // a tile that is kept has the columns of one chunk
-  int64_t block = large(in, sizeof(T) == sizeof(float)) && !in.keep ? 2 * chunk : chunk, ldz = leading<T>(in.D);
+  int64_t block = large(in, sizeof(T) == sizeof(float)) ? large_block : small_block, ldz = leading<T>(in.D);
   Cut rows(in.rows.sets, in.rows.N, block, NR<T>), columns(in.columns.sets, in.columns.N, block, NR<T>);
   Meetings meetings(rows.all(), columns.all());
   bool gradients = call.wanted == Wanted::gradients, keys = in.keys;
@@ -224,7 +223,7 @@ Sheet<T> make_sheet(const RectangleInput& in, const RectangleCall<T>& call, int6
   return w;
 }
 
-// A tile: the rows of one block against a chunk of the columns of another.
+// A tile: the rows of one block against the columns of another.
 struct Place {
   int64_t row_block, column_block, row_copy, column_copy;
   int64_t a, c, i, j;  // its first row and column
@@ -393,10 +392,10 @@ void add_positives(const Sheet<T>& w, const Place& p, int64_t r, bool mirrored, 
 
 template <typename T>
 void clear_columns(const Sheet<T>& w, const Place& p, bool mirrored, const Patch<T>& patch) {
-  clear(patch.column_sum, chunk, T(0)), clear(patch.column_max, chunk, T(-INFINITY));
+  clear(patch.column_sum, p.width, T(0)), clear(patch.column_max, p.width, T(-INFINITY));
   if (!w.keys) return;
-  clear(patch.positive_sum, chunk, T(0)), clear(patch.positive_max, chunk, T(-INFINITY));
-  clear(patch.total, chunk, 0.0), clear(patch.slope, chunk, 0.0);
+  clear(patch.positive_sum, p.width, T(0)), clear(patch.positive_max, p.width, T(-INFINITY));
+  clear(patch.total, p.width, 0.0), clear(patch.slope, p.width, 0.0);
   for (int64_t j = 0; mirrored && w.call.of_pairs() && j < p.width; ++j)
     patch.negatives[j] = j < p.count ? w.call.negatives[w.columns.source(w.g, p.c, p.a, p.j + j)] : 0;
 }
@@ -532,36 +531,34 @@ void backward_place(const Sheet<T>& w, const Place& p, const Patch<T>& patch) {
 template <typename T>
 void meet(const Sheet<T>& w, int64_t row, int64_t column, int64_t row_copy, int64_t column_copy, int64_t thread) {
   const Cut &rows = w.rows.cut, &columns = w.columns.cut;
-  int64_t a = rows.set(row), c = columns.set(column), i = rows.begin(row), n = columns.rows(column);
+  int64_t a = rows.set(row), c = columns.set(column), i = rows.begin(row), j = columns.begin(column),
+          count = columns.rows(column);
   if (!w.exists(a, c)) return;
   Carver memory{w.patches + thread * w.patch_size};
   Patch<T> patch(memory, rows, columns, w.in.D);
   bool gradients = w.call.wanted == Wanted::gradients;
   if (w.kept) patch.kept = w.kept + (row * columns.all() + column) * tile_size<T>(rows, columns);
   if (w.kept && gradients) patch.S = patch.kept;
-  for (int64_t first = 0; first < n; first += chunk) {
-    int64_t j = columns.begin(column) + first, count = smaller(chunk, n - first);
-    Place p{row,
-            column,
-            row_copy,
-            column_copy,
-            a,
-            c,
-            i,
-            j,
-            rows.rows(row),
-            count,
-            covered<T>(count),
-            w.rows.at(a, c, i),
-            w.columns.at(c, a, j)};
-    if (w.call.of_pairs() && !any_positives(w.match, p)) continue;
-    if (!(w.kept && gradients))
-      pack_transposed(w.columns.z + (c * columns.N + j) * w.rows.ldz, w.rows.ldz, count, w.in.D, patch.columns);
-    if (gradients)
-      backward_place(w, p, patch);
-    else
-      forward_place(w, p, patch);
-  }
+  Place p{row,
+          column,
+          row_copy,
+          column_copy,
+          a,
+          c,
+          i,
+          j,
+          rows.rows(row),
+          count,
+          covered<T>(count),
+          w.rows.at(a, c, i),
+          w.columns.at(c, a, j)};
+  if (w.call.of_pairs() && !any_positives(w.match, p)) return;
+  if (!(w.kept && gradients))
+    pack_transposed(w.columns.z + (c * columns.N + j) * w.rows.ldz, w.rows.ldz, count, w.in.D, patch.columns);
+  if (gradients)
+    backward_place(w, p, patch);
+  else
+    forward_place(w, p, patch);
 }
 
 // The largest magnitude of `top` and of the upstream gradients of n anchors.
