@@ -19,8 +19,8 @@ WIDTHS = {  # as in csrc/cpu/*.cpp; the compiler's generic vectors run with any 
 }
 
 BUGS = {
-    "dropped mask": ("s[own] = -INFINITY;", ""),
-    "ragged columns counted": ("j < covered<T>(columns.count); ++j) s[j] =", "j < columns.count; ++j) s[j] ="),
+    "dropped mask": ("      own = -INFINITY;", ""),
+    "ragged columns counted": ("j < covered<T>(count); ++j) s[j] =", "j < count; ++j) s[j] ="),
     "tile off by one": ("return b % blocks * block;", "return b % blocks * (block - 1);"),
     "last row missed": (
         "for (int64_t r = 0; r < rows; r += strip) {",
@@ -38,8 +38,8 @@ BUGS = {
     "missing factor 2, unbounded": ("both += exp2<T>", "both = exp2<T>"),
     "swapped positive": ("group.g_pos[of_rows + q] + group.g_pos[of_columns + own]", "2 * group.g_pos[of_rows + q]"),
     "positive in the sum": (
-        "s[own] = -INFINITY;",
-        "if (p.set(pair.left) == p.set(pair.right)) s[own] = -INFINITY;",
+        "      own = -INFINITY;",
+        "if (p.set(pair.left) == p.set(pair.right)) own = -INFINITY;",
     ),
     "no projection": ("projected = along", "projected = 0"),
     "a block not compared with itself": ("if (!p.cross) run_pair", "if (!p.cross && opened > 0) run_pair"),
