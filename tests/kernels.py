@@ -233,6 +233,7 @@ RECTANGLES = {
     "ragged": (2, 1, 131, 1, 203, 33, -1),
     "few rows": (1, 1, 3, 1, 700, 17, -1),
     "few columns": (1, 1, 500, 1, 5, 3, -1),
+    "many blocks of columns": (1, 1, 2, 1, 7000, 9, -1),
     "no columns": (1, 1, 3, 1, 0, 5, -1),
     "a range": (2, 2, 70, 2, 150, 17, 67),
     "a range, three sets": (1, 3, 5, 3, 9, 133, 0),

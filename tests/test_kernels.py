@@ -36,7 +36,7 @@ BUGS = {
     ),
     "missing factor 2": ("load(scale + j) + row.scale", "load(scale + j)"),
     "missing factor 2, unbounded": ("both += exp2<T>", "both = exp2<T>"),
-    "swapped positive": ("group.g_pos[of_rows + q] + group.g_pos[of_columns + own]", "2 * group.g_pos[of_rows + q]"),
+    "swapped positive": ("group.g_pos[of_rows + q] + group.g_pos[of_columns + q]", "2 * group.g_pos[of_rows + q]"),
     "positive in the sum": (
         "      own = -INFINITY;",
         "if (p.set(pair.left) == p.set(pair.right)) own = -INFINITY;",
@@ -50,7 +50,6 @@ BUGS = {
     ),
     "gradient unit forgotten": ("unit / in.tau", "1 / in.tau"),
     "features beyond the first panel forgotten": ("+ d * NR<T>", "+ 0 * NR<T>"),
-    "the first chunk of columns twice": ("+ columns.first * w.ldz", "+ 0 * w.ldz"),
     "own negatives forgotten": ("if (!p.cross) g_own +=", "if (false) g_own +="),
     "LL: the mate among the negatives": ("c != mate) total", "true) total"),
     "LL: its scale forgotten": ("w.scale * sigmoid", "sigmoid"),
@@ -119,7 +118,7 @@ def test_every_vector_width_agrees_with_the_reference(width, tmp_path):
     assert not list(kernels.deviations(kernels.Kernels(kernels.build(tmp_path, WIDTHS[width])), kernels.DTYPES))
 
 
-LARGE = "many_rows = 4096", "many_rows = 64"  # blocks of two chunks of columns
+LARGE = "many_rows = 4096", "many_rows = 64"  # blocks of up to 192 rows
 
 
 def test_large_blocks_agree_with_the_reference(tmp_path):
@@ -246,7 +245,9 @@ def test_thread_sanitizer_finds_only_a_planted_race(replace, tmp_path):
 @pytest.mark.rotating(4)
 @pytest.mark.parametrize("bug", BUGS)
 def test_planted_bug_is_found(bug, tmp_path):
-    planted = kernels.Kernels(kernels.build(tmp_path, replace=[LARGE, BUGS[bug]]))
+    # vectors of two numbers have no tail but a half
+    flags = WIDTHS["avx512"] if bug == "tail of a vector" else []
+    planted = kernels.Kernels(kernels.build(tmp_path, flags, [LARGE, BUGS[bug]]))
     assert any(kernels.deviations(planted)), f"the kernels pass with a planted bug: {bug}"
 
 
