@@ -414,6 +414,8 @@ def tclr(
         raise ValueError(f"g is on {g.device} and x on {x.device}: wanted one device")
     g, s, x = checks.same_dtype(g=g, s=s, x=x)
     tau = checks.scaled(temperature, logit_scale, x.device)
+    if isinstance(tau, torch.Tensor) and tau.dtype in (torch.float16, torch.bfloat16):
+        tau = tau.float()  # so that the gradients of several terms are added before they are rounded
     keys = None if labels is None else checks.keys("labels", labels, g[0])
     name = backends.choose(backend, x.device, V * B * T, D)
     if group is not None:
