@@ -461,9 +461,10 @@ H100 and an H200 with Triton 3.6.
 
 On sm_90, with Triton 3.6, 3.7.1, 3.8 and 3.9, the selected tiles do not spill registers with up to 512 features, except
 for the following gradients, which spill before and after their loop over tiles. The tests hold the limits
-(`MAY_SPILL` in `benchmarks/compile_triton.py`). The counts are those of Triton 3.6 and 131,072 rows. Without spills, a
-program computes fewer features of the gradient, and every program of a row computes S again, so there are more
-products.
+(`MAY_SPILL` in `benchmarks/compile_triton.py`). Spills are counted as instructions that access spilled registers, here
+with Triton 3.6 and 131,072 rows. The table of the kernels that compute tiles of S, further below, was made with Triton
+3.9, whose counts differ. Without spills, a program computes fewer features of the gradient, and every program of a row
+computes S again, so there are more products.
 
 | gradient | tile | features of a program | warps, stages | spills | products, in units of M^2 D |
 | :--- | ---: | ---: | ---: | ---: | ---: |
@@ -475,12 +476,12 @@ products.
 | | 64x32 | 256 | 8, 2 | 42 | 3 |
 | | 64x64 | 128 | 8, 2 | 0 | 5 |
 
-Besides, with Triton 3.9 only, the gradient of half precision with 256 features has 31 such accesses where 1/tau is not
+Besides, with Triton 3.9 only, the gradient of half precision with 256 features has 31 spills where 1/tau is not
 bounded, and two kernels of the general operation have 2 and 6 with 128 features: the sums of pairs, and the gradient of
 float64 with labels. With Triton 3.7.1 and 3.8, one or two of those of half precision with 512 features are in the loop.
-The general operation has 4 with Triton 3.6 for rows of half precision with 128 features against themselves.
+The general operation has 4 spills with Triton 3.6 for rows of half precision with 128 features against themselves.
 Three small kernels without products (`rows_kernel`, `rectangle_finish_kernel`, `rectangle_join_kernel`) have up to 8
-accesses with some versions, with 64, 80, 96 or 168 registers: ptxas prefers these to fewer programs on a
+spills with some versions, with 64, 80, 96 or 168 registers: ptxas prefers these to fewer programs on a
 multiprocessor.
 
 ## Features that are not a power of two
@@ -567,7 +568,7 @@ def page(made):
         kernels,
         "\n## All kernels of all cases\n",
         targets,
-        "\n## A selection of cases on sm_90, compiled by other versions of Triton\n",
+        "\n## A selection of cases on sm_90, compiled by several versions of Triton\n",
         "All versions use the same tiles.\n",
         versions_page(read(VERSIONS)),
     ]

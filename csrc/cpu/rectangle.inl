@@ -84,7 +84,7 @@ struct Half {
   Sums<T> neg{}, pos{};       // [copies, size]
   double *total{}, *slope{};  // [copies, size] of the positives: the sum of S or softplus, and of its derivative
   T *scale{}, *shift{};       // [size] the weight of a negative is scale * exp(S - shift), in `unit`s
-  double *g_pos{}, *lse{}, *g_lse{}, *g_spread{}, *share{};  // [size] of the positives; lse of pairs: negatives
+  double *g_pos{}, *lse{}, *g_lse{}, *g_spread{}, *share{};  // [size] of the positives; for pairs, lse is `negatives`
 
   Half(Cut cut, int64_t others, int64_t copies, int64_t ldz) : cut(cut), others(others), copies(copies), ldz(ldz) {}
 
@@ -443,8 +443,8 @@ void forward_place(const Sheet<T>& w, const Place& p, const Patch<T>& patch) {
                w.rows.gradient(p.row_block, p.row_copy), w.rows.ldz);
 }
 
-// For positives with the similarities S: the part of their weights that comes from the anchors of one side. read: gives
-// every lane the number of the same anchor, or each lane that of its own anchor.
+// For positives with the similarities S: the part of their weights that comes from the anchors of one side. read: takes
+// an array with one entry for each anchor, and returns, for each lane, the entry of the anchor of that lane's positive.
 template <typename T, typename Read>
 INLINE Vec<double> positive_weights(const Half<T>& half, bool of_pairs, Vec<double> S, Read read) {
   Vec<double> g = read(half.g_lse), lse = read(half.lse);

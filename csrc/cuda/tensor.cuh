@@ -244,7 +244,9 @@ struct ChunkSum {
           multiply_add<E>(sum[n + 1], left, right[2], right[3]);
         }
       }
-    } else {  // the columns of W are in the order of a lane's entries: 0, 2, 4, 6, 1, 3, 5, 7
+    } else {
+      // A lane has columns 2 t and 2 t + 1 of W, but the product takes its entries as columns t and t + 4. So the rows
+      // of z are read in the same order: 0, 2, 4, 6, 1, 3, 5, 7.
       columns += lane.t * 2 * ldc + lane.g;
 #pragma unroll
       for (int k = 0; k < tensor_tile / 8; ++k) {
