@@ -53,7 +53,7 @@ def pretrain(
         job = processes.Job(out)
         if (stage := job.stage()) == "claimed":
             resume, overwrite = True, False
-        elif stage == "claiming":  # the processes ended before the first step
+        elif stage == "claiming":  # this job's own start was cut off: what it left in the folder may be overwritten
             overwrite = not resume
         processes.same(overwrite=overwrite, resume=resume)
         first, device, last = processes.rank() == 0, config.device(device), out / "last.pt"

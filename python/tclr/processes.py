@@ -270,4 +270,5 @@ def one_gpu_each(device):
     for number, each in enumerate(found):
         if (first := found.index(each)) != number:
             on = f"processes {first} and {number} on one GPU of {each[0]}"
-            raise _told(ValueError(f"device: found {on}, wanted a GPU for each: device cuda, and as many GPUs"))
+            wanted = "a GPU for each: set device to cuda, without a number, and start no more processes than GPUs"
+            raise _told(ValueError(f"device: found {on}, wanted {wanted}"))
