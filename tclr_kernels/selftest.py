@@ -160,7 +160,7 @@ def zero_row(backend: str, device: str) -> None:
 
 
 def scales(backend: str, device: str) -> None:
-    """Rows scaled by 1e-38 to 1e38 give the same loss."""
+    """Rows scaled by 1e-38 to 1e37 give the same loss."""
     for scale in (1e-38, 1e-30, 1e-19, 1e19, 1e30, 1e37):
         inputs = views([(9, 16)] * 2, torch.float32, device, scale)
         loss = tk.nt_xent(*inputs, backend=backend).double()
