@@ -22,6 +22,8 @@ from . import backends, general
 from .reduced import LARGEST, seen_through
 from .symmetric import Eager, Once, ordered_sum, wants_gradient
 
+BLOCK = 96  # rows; so all terms together are also few enough to be summed at once
+
 
 def labelled(
     settings: general.Settings,
@@ -41,7 +43,10 @@ def labelled(
     """
     anchors = rows or columns
     (G, n, D), K = anchors[0].shape, columns[0].shape[1]
-    small = columns[0].device.type == "cpu" and G * (n * K + (n + K) * D) <= LARGEST and min(G, n, K) > 0
+    tile = max(n, BLOCK) * max(
+        K, BLOCK
+    )  # the similarities that are kept for a group take at least a block of each side
+    small = columns[0].device.type == "cpu" and G * (tile + (n + K) * D) <= LARGEST and min(G, n, K) > 0
     call = getattr(backends.BACKENDS[settings.name], "labelled", None)
     if not small or call is None or isinstance(tau, torch.Tensor) or seen_through([*rows, *columns]):
         return composed(settings, tau, keys, rows, columns, spread, count)

@@ -87,12 +87,11 @@ def test_sup_con_and_its_gradient_are_one_operator_call(fused):
     assert [name for name in calls.names if name.startswith("tclr")] == ["tclr_kernels::labelled"]
 
 
-@pytest.mark.parametrize("case", ["large", "learnable temperature"])
-def test_large_losses_and_learnable_temperatures_use_the_separate_calls(case, fused):
-    N = 2000 if case == "large" else 20
-    tau = torch.tensor(0.1, requires_grad=True) if case == "learnable temperature" else 0.1
+@pytest.mark.parametrize("shape, learnable", [((2000, 4), False), ((5000, 2, 4), False), ((20, 4), True)])
+def test_many_rows_many_groups_and_learnable_temperatures_use_the_separate_calls(shape, learnable, fused):
+    tau = torch.tensor(0.1, requires_grad=True) if learnable else 0.1
     with Calls() as calls:
-        tk.sup_con(torch.randn(N, 4), torch.arange(N) % 5, tau, backend=fused)
+        tk.sup_con(torch.randn(shape), torch.arange(shape[-2]) % 5, tau, backend=fused)
     assert "tclr_kernels::rectangle" in calls.names and "tclr_kernels::labelled" not in calls.names
 
 
