@@ -27,13 +27,13 @@ endif
 demo: setup
 	$(BIN)/python -m tclr.demo $(ARGS)
 
-# The tests to run after a change, in ten minutes. The second command runs a sample of the Triton tests in Triton's
+# The tests to run after a change. The second command runs a sample of the Triton tests in Triton's
 # interpreter, a different sample after each commit. Its exit status is 5 if ARGS select none of them.
 test: setup
 	$(BIN)/python -m pytest $(PARALLEL) tests $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests --sample 16 $(ARGS) || [ $$? -eq 5 ]
 
-# All tests, in about two hours: also those marked full, all in Triton's interpreter, and with each version of Triton.
+# All tests, which takes hours: also those marked full, all in Triton's interpreter, and with each version of Triton.
 test-all: setup $(VENV)/.peers
 	$(BIN)/python -m pytest $(PARALLEL) tests --full $(ARGS)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests --full $(ARGS) || [ $$? -eq 5 ]

@@ -37,7 +37,8 @@ PREFACE = """# Benchmarks
   cross-entropy. "Gain" is the time of the fastest other implementation divided by ours.
 - "Its three matrix products alone" and "the arithmetic alone" are not losses but limits to compare with: the products
   of the usual form alone, and the multiply-adds and exponentials that this library needs, without memory.
-- Errors are those of the loss, divided by max(1, loss), and of the gradient, divided by its largest entry."""
+- Errors are those of the loss, divided by max(1, loss), and of the gradient, divided by its largest entry.
+- A + after a commit: there were changes that were not committed."""
 
 
 def markdown(paths):

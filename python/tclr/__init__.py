@@ -1,4 +1,4 @@
-"""The reference trainer of `tclr_kernels`: the paper's clips, a small 3D ResNet, pretraining, retrieval, the demo."""
+"""The reference trainer of `tclr_kernels`: pretraining by TCLR, the paper's evaluations, the demo, the ablation."""
 
 from importlib.util import find_spec
 
