@@ -12,7 +12,7 @@ def main():
     running = commands.add_parser("run", help="check, and measure time and memory; the default")
     for each in (parser, running):
         each.add_argument("--case", nargs="+", choices=cases.BY_KEY, metavar="CASE", help="only these cases")
-        each.add_argument("--provider", nargs="+", choices=providers.PROVIDERS, metavar="NAME", help="only these providers")
+        each.add_argument("--provider", nargs="+", choices=providers.PROVIDERS, metavar="NAME", help="only these")
         each.add_argument("--seconds", type=float, default=1.0, help="how long to time each provider of a case")
         each.add_argument("--no-memory", action="store_true", help="do not measure memory")
         each.add_argument("--results", type=Path, default=rows.default_path(), help="the CSV to write")

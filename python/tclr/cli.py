@@ -304,7 +304,7 @@ def page(run: Path):
 @processes.single("data check")
 def check(dataset: DataSet, root: Path, part: str = "train", split: int = 1, out: Path = Path("data_check.csv"),  # noqa: B008
           window: int = 64):  # fmt: skip
-    """Lists videos that are missing, unreadable, short or of another size. Exits with 1 if one is missing or unreadable."""
+    """Lists missing, unreadable and short videos, and those of another size. Exits with 1 if one cannot be read."""
     from . import check
 
     check.main(dataset, root, part, split, out=out, window=window)
