@@ -94,7 +94,7 @@ def release_window(path, decoding=()):
 
 def release_clips(path, decoding=()):
     window = release_window(path, decoding)
-    chosen = [range(0, PLAN.window, PLAN.stride), *PLAN.local_frames().tolist()]
+    chosen = torch.cat(PLAN.cut(torch.arange(PLAN.window)[None])).tolist()
     return [torch.stack([augmented(window[p], drawn) for p in clip]) for clip in chosen for drawn in (draw(), draw())]
 
 

@@ -89,7 +89,7 @@ def test_a_folder_with_other_files_is_refused_without_overwrite(tmp_path):
 @pytest.mark.parametrize("frames, stride", [(16, 4), (8, 4), (8, 2)])
 def test_global_frames_lie_in_their_local_clip(frames, stride):
     plan = clips.ClipPlan(frames, stride)
-    positions, local = plan.global_frames(), plan.local_frames()
+    (positions,), local = plan.cut(torch.arange(plan.window)[None])
     assert positions.tolist() == list(range(0, frames * stride, stride)) and local.shape == (stride, frames)
     for j, chunk in enumerate(positions.chunk(plan.local_clips)):
         assert set(chunk.tolist()) <= set(local[j].tolist())
@@ -104,7 +104,7 @@ def test_random_windows_reach_every_start_and_even_clips_are_evenly_spaced():
         int(clips.random_windows([video], [0], clips.ClipPlan(12, 4), generator)[0, 0, 0, 0, 0]) for _ in range(40)
     }
     assert starts == {0, 1, 2}
-    assert clips.even_clips(video, 3, 8, 2)[:, :, 0, 0, 0].tolist() == [list(range(s, s + 16, 2)) for s in (6, 18, 30)]
+    assert clips.even_positions(50, 3, 8, 2).tolist() == [list(range(s, s + 16, 2)) for s in (6, 18, 30)]
     assert clips.spread(1, 8).tolist() == [4] and clips.spread(8, 8).tolist() == list(range(8))
 
 

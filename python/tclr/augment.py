@@ -5,7 +5,7 @@ changes of a clip except gamma are one 3x3 matrix, applied to a whole batch on a
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -47,18 +47,17 @@ class Augment(Random):
     Clips are not flipped, since the direction of motion is what the network has to learn.
     """
 
-    def __init__(self, side, generator, *, smallest_crop=0.7, grayscale=0.3, erase=0.5, share=None):
+    def __init__(self, side, generator, *, share=None):
         super().__init__(generator, share)
         self.side = side
-        self.smallest_crop, self.grayscale, self.erase = smallest_crop, grayscale, erase
 
     def __call__(self, clips, views=1):
         return self._erased(self._recoloured(self._cropped(torch.cat([clips] * views).float() / 255)))
 
     def _cropped(self, clips):
-        """Crops and resizes a random square with a side of U[smallest, 1]: [N, F, 3, H, W] -> [N, F, 3, side, side]"""
+        """Crops and resizes a random square with a side of U[0.7, 1]: [N, F, 3, H, W] -> [N, F, 3, side, side]"""
         N, frames = clips.shape[:2]
-        size = self._uniform(self.smallest_crop, 1, N)
+        size = self._uniform(0.7, 1, N)
         centre = self._uniform(-1, 1, N, 2) * (1 - size)[:, None]
         theta = torch.cat([torch.diag_embed(size[:, None].expand(N, 2)), centre[:, :, None]], 2)
         grid = F.affine_grid(theta, (N, 1, self.side, self.side), align_corners=False)
@@ -69,7 +68,7 @@ class Augment(Random):
         """Changes contrast, saturation, hue and grayscale by one 3x3 matrix for each clip, and then brightness."""
         N = len(clips)
         matrix = hue_rotation(self._uniform(-math.pi, math.pi, N))
-        saturation = self._uniform(0.6, 1.4, N) * ~self._happens(self.grayscale, N)
+        saturation = self._uniform(0.6, 1.4, N) * ~self._happens(0.3, N)
         gray = LUMA.expand(3, 3)
         matrix = (saturation[:, None, None] * torch.eye(3) + (1 - saturation)[:, None, None] * gray) @ matrix
         matrix = self._uniform(0.6, 1.4, N)[:, None, None] * matrix
@@ -80,7 +79,7 @@ class Augment(Random):
         """Sets a rectangle to gray in half of the clips, with sides of a quarter to a half of the frame's side."""
         N, pixel = len(clips), torch.arange(self.side)
         start = self._uniform(0, 0.75, N, 2) * self.side
-        extent = self._uniform(0.25, 0.5, N, 2) * self.side * self._happens(self.erase, N, 1)
+        extent = self._uniform(0.25, 0.5, N, 2) * self.side * self._happens(0.5, N, 1)
         within = (pixel >= start[..., None]) & (pixel < (start + extent)[..., None])
         hole = within[:, 0, :, None] & within[:, 1, None, :]
         return clips.masked_fill_(hole[:, None, None], 0.5)
@@ -108,15 +107,6 @@ class Strengths:
     flip: float = 0.5
     erase: float = 0.5
     erased: tuple = (9, 18)  # sides of the rectangle, in pixels
-
-    def halved(self):
-        """The same with half the deviations, for the training of a linear classifier."""
-        how_far = {name: (p, far / 2) for name, (p, far) in self._deviations()}
-        erased = tuple(side / 2 for side in self.erased)
-        return replace(self, smallest_crop=(1 + self.smallest_crop) / 2, erased=erased, **how_far)
-
-    def _deviations(self):
-        return [(name, getattr(self, name)) for name in ("contrast", "hue", "saturation", "brightness", "gamma")]
 
 
 class ReleaseAugment(Random):
@@ -202,10 +192,10 @@ class ReleaseAugment(Random):
         return torch.baddbmm(shift[:, :, None], matrix, pixels).clamp_(0, 1).view(small.shape)
 
 
-def centre_crop(clips, side, share=0.8):
-    """The test-time crop: a centred square of `share` of the shorter side, resized to [N, F, 3, side, side], float."""
+def centre_crop(clips, side):
+    """The test-time crop: a centred square of 0.8 of the shorter side, resized to [N, F, 3, side, side], float."""
     H, W = clips.shape[-2:]
-    size = round(share * min(H, W))
+    size = round(0.8 * min(H, W))
     top, left = (H - size) // 2, (W - size) // 2
     clips = clips[..., top : top + size, left : left + size].float() / 255
     if size == side:

@@ -11,7 +11,7 @@ from . import annotations, decode, index
 COLUMNS = "video", "problem", "detail"
 
 
-def check(dataset, root, part="train", split=1, *, out="data_check.csv", window=64, threads=4):
+def check(dataset, root, part="train", split=1, *, out="data_check.csv", window=64):
     """Lists the videos of a data set that a run would skip, replace or pad, or for which it needs `data.size`.
 
     Every frame is decoded. Writes `out`, a CSV file of (video, problem, detail) in the order of the annotations, and
@@ -19,7 +19,7 @@ def check(dataset, root, part="train", split=1, *, out="data_check.csv", window=
     (another size than the first readable video, which is an error in a run without `data.size`).
     """
     listing = annotations.read(dataset, root, part, split)
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(partial(problems, listing.root, window=window), listing.entries))
     rows = [(path, "missing", "no such file") for path in listing.missing]
     first = next((size for size, _ in found if size), None)

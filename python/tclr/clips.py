@@ -51,14 +51,6 @@ class ClipPlan:
         """The number of windows that are drawn from a video for its two views."""
         return 1 if self.windows == "same" else 2
 
-    def global_frames(self):
-        """Positions in the window: [frames]"""
-        return torch.arange(0, self.window, self.stride)
-
-    def local_frames(self):
-        """Positions in the window: [T, frames]"""
-        return torch.arange(self.window).reshape(self.local_clips, self.frames)
-
     def cut(self, windows):
         """Global clips [B, frames, ...] and local clips [B T, frames, ...], both without a copy of the windows."""
         return windows[:, :: self.stride], windows.unflatten(1, (self.local_clips, self.frames)).flatten(0, 1)
@@ -109,11 +101,6 @@ def even_positions(total, count, frames, stride):
         raise ValueError(f"video: found {total} frames, wanted at least {span} for {frames} at stride {stride}")
     starts = (torch.arange(count) + 0.5) * (total - span + 1) / count
     return starts.long()[:, None] + torch.arange(frames) * stride
-
-
-def even_clips(video, count, frames, stride):
-    """Evenly spaced clips of a video's frames. video: [F, 3, H, W]; returns [count, frames, 3, H, W]"""
-    return video[even_positions(len(video), count, frames, stride)]
 
 
 def read_even_clips(videos, i, count, frames, stride):

@@ -25,13 +25,13 @@ class Features:
     weights: str
 
 
-def embedder_of(run, seed=0):
+def embedder_of(run):
     """The pretrained embedder of a run's folder, or a randomly initialised one if there is no checkpoint yet."""
     state = checkpoint.newest(Path(run) / "last.pt")
     if state is None:
-        return config.build(config.read_run(run)[0], seed).eval()
+        return config.build(config.read_run(run)[0], seed=0).eval()
     net = config.Net(**state["settings"]["net"]) if "settings" in state else config.read_run(run)[0]
-    embedder = config.build(net, seed).eval()
+    embedder = config.build(net, seed=0).eval()
     embedder.load_state_dict(state["embedder"])
     return embedder
 

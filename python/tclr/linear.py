@@ -7,10 +7,10 @@ from torch import nn
 from .clips import spread
 
 
-def fit(features, labels, classes, *, decay=1e-4, iterations=200):
+def fit(features, labels, classes):
     """A linear classifier of single clips. features: [videos, clips, C]; labels: [videos]; returns Linear(C, classes)
 
-    The objective, cross-entropy + decay |W|^2 for standardised features, is convex. L-BFGS finds its minimum without
+    The objective, cross-entropy + 1e-4 |W|^2 for standardised features, is convex. L-BFGS finds its minimum without
     any choice of epochs, learning rate or seed. The standardisation is included in the layer's weights.
     """
     clips = features.shape[1]
@@ -20,11 +20,11 @@ def fit(features, labels, classes, *, decay=1e-4, iterations=200):
     layer = nn.Linear(x.shape[1], classes, device=x.device)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
-    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=iterations, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=200, line_search_fn="strong_wolfe")
 
     def objective():
         optimizer.zero_grad()
-        loss = F.cross_entropy(layer(x), y) + decay * layer.weight.square().sum()
+        loss = F.cross_entropy(layer(x), y) + 1e-4 * layer.weight.square().sum()
         loss.backward()
         return loss
 

@@ -98,15 +98,15 @@ def plot_clips(metrics, runs, chance, path):
 
 
 @matplotlib.rc_context(PLAIN)
-def plot_gallery(queries, gallery, ranks, chosen, path, *, nearest=3, strip=6):
-    """Draws a row for each query: its frames over time, and its nearest videos, in green if they have its class."""
-    size = 3.4 * (1 + nearest), 0.85 * len(chosen) + 0.3
-    figure, axes = plt.subplots(len(chosen), 1 + nearest, figsize=size, layout="constrained", squeeze=False)
+def plot_gallery(queries, gallery, ranks, chosen, path):
+    """Draws a row for each query: its frames over time, and its three nearest videos, green if of its class."""
+    size = 3.4 * 4, 0.85 * len(chosen) + 0.3
+    figure, axes = plt.subplots(len(chosen), 4, figsize=size, layout="constrained", squeeze=False)
     for row, query in zip(axes, chosen, strict=True):
-        _strip(row[0], queries, query, strip, "query: ", "black")
+        _strip(row[0], queries, query, "query: ", "black")
         for axis, found in zip(row[1:], ranks[query].tolist(), strict=False):
             same = gallery.labels[found] == queries.labels[query]
-            _strip(axis, gallery, found, strip, "", RIGHT if same else WRONG)
+            _strip(axis, gallery, found, "", RIGHT if same else WRONG)
     _save(figure, path)
 
 
@@ -136,9 +136,9 @@ def plot_confusion(counts, names, path):
     _save(figure, path)
 
 
-def _strip(axis, videos, index, count, prefix, colour):
-    """Draws evenly spaced frames of a video side by side."""
-    frames = videos.read(index, torch.linspace(0, videos.length(index) - 1, count).long())
+def _strip(axis, videos, index, prefix, colour):
+    """Draws six evenly spaced frames of a video side by side."""
+    frames = videos.read(index, torch.linspace(0, videos.length(index) - 1, 6).long())
     frames = torch.nn.functional.pad(frames, (0, 2), value=255).permute(2, 0, 3, 1).flatten(1, 2)
     axis.imshow(frames[:, :-2].numpy())
     axis.set_title(prefix + shown(_class_of(videos, index), LONGEST), fontsize=9, color=colour, pad=3)

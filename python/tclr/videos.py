@@ -165,14 +165,14 @@ def share_findings(videos):
                 videos.learn(findings)
 
 
-def check_sizes(found, threads=8):
+def check_sizes(found):
     """Raises ValueError if two readable videos of the set `found` differ in size, since a batch needs one size.
 
     Each process checks its part of the videos, and all raise the same error.
     """
     paths = list(dict.fromkeys(entry.path for entry in found.entries))
     with processes.telling():
-        own = _first_sizes(found.root, paths, range(processes.rank(), len(paths), processes.ranks()), threads)
+        own = _first_sizes(found.root, paths, range(processes.rank(), len(paths), processes.ranks()))
     seen = {}
     for size, place in sorted((each for some in processes.exchange(own) for each in some.items()), key=lambda x: x[1]):
         seen.setdefault(size, paths[place])
@@ -181,10 +181,10 @@ def check_sizes(found, threads=8):
         raise ValueError(f"data.size: found none, but {named}, wanted one size: set data.size = [H, W]")
 
 
-def _first_sizes(root, paths, places, threads):
+def _first_sizes(root, paths, places):
     """{(H, W): place} for the first two sizes among the readable videos at these places."""
     seen = {}
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(8) as pool:
         for place, size in zip(places, pool.map(lambda place: _size(root / paths[place]), places), strict=True):
             if size and size not in seen and _readable(root / paths[place]):
                 seen[size] = place
