@@ -1,5 +1,7 @@
 """The error of the gradient against the temperature, for NT-Xent of each provider and dtype, with similar views."""
 
+import itertools
+
 import torch
 
 from . import cases, oracle, providers, rows
@@ -15,18 +17,18 @@ def path():
 
 
 def run():
-    """Writes a row for each provider, dtype and temperature; if a provider fails, with its error message."""
-    place = rows.here()
-    with rows.writing(path(), COLUMNS) as add:
-        for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            for tau in TAUS:
-                case = cases.nt_xent(2 * N, "accuracy", D, dtype=dtype, tau=tau)
-                inputs = _views(dtype)
-                right = oracle.truth(case, inputs)
-                for name in NAMES:
-                    row = dict(provider=name, dtype=str(dtype).removeprefix("torch."), tau=tau)
-                    row |= {key: place[key] for key in ("torch", "commit", "date")}
-                    add(row | rows.attempted(_errors, providers.PROVIDERS[name], case, inputs, right))
+    rows.record(path(), COLUMNS, lines())
+
+
+def lines():
+    """A row for each provider, dtype and temperature; if a provider fails, with its error message."""
+    for dtype, tau in itertools.product((torch.float32, torch.float16, torch.bfloat16), TAUS):
+        case = cases.nt_xent(2 * N, "accuracy", D, dtype=dtype, tau=tau)
+        inputs = _views(dtype)
+        right = oracle.truth(case, inputs)
+        for name in NAMES:
+            row = dict(provider=name, dtype=str(dtype).removeprefix("torch."), tau=tau)
+            yield row | rows.attempted(_errors, providers.PROVIDERS[name], case, inputs, right)
 
 
 def _views(dtype):

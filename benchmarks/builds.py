@@ -66,22 +66,22 @@ def main():
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
     workers = {name: started(folder) for name, folder in (build.split("=", 1) for build in options.builds)}
-    made = []
+    rows.record(rows.default_path("builds"), COLUMNS, lines(workers, options.rounds))
+    for worker in workers.values():
+        worker.stdin.close()
+
+
+def lines(workers, rounds):
+    """A row for each case and build."""
     for case, statement in CASES.items():
         times = {name: [] for name in workers}
-        for _ in range(options.rounds):
+        for _ in range(rounds):
             for name, worker in workers.items():
                 times[name].append(once(worker, statement))
         first = next(iter(times.values()))
         for name, own in times.items():
             ratio = statistics.median(one / other for one, other in zip(own, first, strict=True))
-            row = dict(case=case, build=name, us=f"{statistics.median(own):.4g}", ratio=f"{ratio:.3f}")
-            made.append(row | dict(rounds=options.rounds) | rows.here())
-            print(*(row.values()), sep="\t", flush=True)
-    for worker in workers.values():
-        worker.stdin.close()
-    path = rows.default_path()
-    rows.write(path.with_name(path.name.replace("cpu-", "builds-", 1)), COLUMNS, made)
+            yield dict(case=case, build=name, us=f"{statistics.median(own):.4g}", ratio=f"{ratio:.3f}", rounds=rounds)
 
 
 if __name__ == "__main__":

@@ -98,15 +98,10 @@ def main():
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=60.0, help="the most that a run may take, except for 20 calls")
     parser.add_argument("--processes", type=int, default=torch.get_num_threads(), help="how many keep the cores busy")
-    parser.add_argument("--out", type=Path, help="the CSV to write")
+    parser.add_argument("--out", type=Path, default=rows.default_path("busy"), help="the CSV to write")
     arguments = parser.parse_args()
-    path = rows.default_path()
-    path = arguments.out or path.with_name(path.name.replace("cpu-", "busy-", 1))
-    with rows.writing(path, COLUMNS) as add:
-        for key in arguments.case:
-            for line in lines(cases.BY_KEY[key], arguments):
-                add(rows.here() | line)
-                print(*(line[k] for k in COLUMNS[:11]), sep="\t", flush=True)
+    made = (line for key in arguments.case for line in lines(cases.BY_KEY[key], arguments))
+    rows.record(arguments.out, COLUMNS, made)
 
 
 if __name__ == "__main__":

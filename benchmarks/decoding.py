@@ -221,19 +221,20 @@ def main():
     parser.add_argument("--key-frames-every", type=int, nargs="*", default=[12, 250])
     parser.add_argument("--files", choices=KINDS, nargs="*", default=list(KINDS))
     parser.add_argument("--before", help="a commit whose trainer is measured too")
-    parser.add_argument(
-        "--out", type=Path, default=rows.RESULTS / rows.default_path().name.replace("cpu-", "decoding-")
-    )
+    parser.add_argument("--out", type=Path, default=rows.default_path("decoding"))
     arguments = parser.parse_args()
-    here = dict(rows.here(), opencv=cv2.__version__, pillow=PIL.__version__, before=arguments.before)
-    failures = 0
+    return rows.record(arguments.out, COLUMNS, lines(arguments))
+
+
+def lines(arguments):
+    """A row for each kind of file, distance of key frames, decoder and case."""
     torch.set_num_threads(1)
+    versions = dict(opencv=cv2.__version__, pillow=PIL.__version__, before=arguments.before)
     alone = partial(ProcessPoolExecutor, initializer=torch.set_num_threads, initargs=(1,))  # as a data loader does
     with (
         alone(2) as processes,
         ThreadPoolExecutor(2) as threads,
         tempfile.TemporaryDirectory() as scratch,
-        rows.writing(arguments.out, COLUMNS) as add,
     ):
         os.environ["TCLR_INDEX"] = f"{scratch}/indices"
         before = package_at(arguments.before, scratch) if arguments.before else None
@@ -244,11 +245,7 @@ def main():
             for decoder, case in itertools.product(KINDS[kind][2], CASES):
                 made = rows.attempted(measure, case, folder, decoder, before, arguments.rounds, processes, threads)
                 files = f"{KINDS[kind][0]} in {kind}"
-                made = dict(case=CASES[case], files=files, key_frames_every=every, decoder=decoder) | made
-                print(made, flush=True)
-                add(here | made)
-                failures += made["status"] != "ok"
-    return 1 if failures else 0
+                yield dict(case=CASES[case], files=files, key_frames_every=every, decoder=decoder) | made | versions
 
 
 if __name__ == "__main__":

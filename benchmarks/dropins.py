@@ -211,14 +211,9 @@ def memory_here(name, side, size):
     return measure.peak_of(step)
 
 
-def results():
-    path = rows.default_path()
-    return path.with_name(path.name.replace("cpu-", "dropins-", 1))
-
-
 def committed():
     """The file of the page's table: the first there is, or the one that this machine would write."""
-    return next(iter(sorted(rows.RESULTS.glob("dropins-*.csv"))), results())
+    return next(iter(sorted(rows.RESULTS.glob("dropins-*.csv"))), rows.default_path("dropins"))
 
 
 def with_others(old, made):
@@ -252,7 +247,12 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m benchmarks.dropins", description=__doc__)
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES), help="only these drop-ins")
     parser.add_argument("--seconds", type=float, default=3.0, help="how long to time each case and size")
-    parser.add_argument("--out", type=Path, default=results(), help="the CSV whose rows of these drop-ins are replaced")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=rows.default_path("dropins"),
+        help="the CSV whose rows of these drop-ins are replaced",
+    )
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("page", help="write the table of the committed rows into docs/drop-ins.md")
     single = commands.add_parser("memory", help="what one step takes, in MiB")

@@ -1,7 +1,5 @@
 """The tables of GPU times, from the rows that `python -m benchmarks.gpu` has measured."""
 
-import csv
-
 from . import rows
 
 FLOPS = 790e12  # per second: cuBLAS on an H100, large products of bfloat16 with random numbers
@@ -17,8 +15,7 @@ def read(kind):
     """The rows of each device: a list of (device, rows)."""
     found = []
     for path in sorted(rows.RESULTS.glob(f"{kind}-*.csv")):
-        with open(path, newline="") as file:
-            every = list(csv.DictReader(file))
+        every = rows.read(path)
         found.append((every[0]["device"], every))
     return found
 

@@ -8,6 +8,7 @@ them after the first call. The launch by a real driver, a few microseconds each,
 """
 
 import contextlib
+import itertools
 import statistics
 import sys
 import tempfile
@@ -83,18 +84,15 @@ def row(backend, dry, N, D, G, tau, repeats=200):
     return dict(launches=len(launches), operations=len(operations), host_us=host_us)
 
 
+def lines():
+    dry = Dry()
+    for (name, case), backend in itertools.product(CASES.items(), BACKENDS):
+        yield dict(case=name, backend=backend) | rows.attempted(row, backend, dry, *case)
+
+
 def main():
     torch.set_num_threads(1)
-    path = rows.default_path().with_name(rows.default_path().name.replace("cpu-", "host-", 1))
-    failures, dry = 0, Dry()
-    with rows.writing(path, COLUMNS) as add:
-        for name, case in CASES.items():
-            for backend in BACKENDS:
-                made = rows.here() | dict(case=name, backend=backend) | rows.attempted(row, backend, dry, *case)
-                add(made)
-                print(*(made.get(column, "") for column in COLUMNS[:6]), sep="\t", flush=True)
-                failures += made["status"] != "ok"
-    return 1 if failures else 0
+    return rows.record(rows.default_path("host"), COLUMNS, lines())
 
 
 if __name__ == "__main__":

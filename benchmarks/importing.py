@@ -28,9 +28,7 @@ def main(runs=20):
     seconds()  # writes the bytecode
     clock, processor = map(statistics.median, zip(*(seconds() for _ in range(runs)), strict=True))
     line = dict(seconds=f"{clock:.4f}", processor_seconds=f"{processor:.4f}", runs=runs)
-    path = rows.default_path()
-    rows.write(path.with_name(path.name.replace("cpu-", "importing-", 1)), COLUMNS, [rows.here() | line])
-    print(line)
+    rows.record(rows.default_path("importing"), COLUMNS, [line])
 
 
 if __name__ == "__main__":

@@ -29,10 +29,9 @@ def steps():
 
 
 def main():
-    path = rows.default_path()
     parser = argparse.ArgumentParser(prog="python -m benchmarks.labels", description=__doc__.split("\n")[0])
     parser.add_argument("--seconds", type=float, default=3.0, help="how long to time each kind of labels")
-    parser.add_argument("--out", type=Path, default=path.with_name(path.name.replace("cpu-", "labels-", 1)))
+    parser.add_argument("--out", type=Path, default=rows.default_path("labels"))
     options = parser.parse_args()
     made = steps()
     times = measure.interleaved(made, {name: measure.once(step)[0] for name, step in made.items()}, options.seconds)
@@ -41,9 +40,7 @@ def main():
         dict(labels=name, p50_ms=f"{middle[name]:.4g}", ratio=f"{middle[name] / middle['none']:.3f}", runs=len(seconds))
         for name, seconds in times.items()
     ]
-    rows.write(options.out, COLUMNS, [x | rows.here() for x in lines])
-    for line in lines:
-        print(*line.values(), sep="\t")
+    rows.record(options.out, COLUMNS, lines)
 
 
 if __name__ == "__main__":

@@ -55,20 +55,16 @@ def lines(seconds):
             first = {name: measure.once(step)[0] for name, step in steps.items()}
             for name, taken in measure.interleaved(steps, first, seconds).items():
                 middle = 1e6 * statistics.median(taken)
-                yield rows.here() | dict(part=name, threads=threads, p50_us=f"{middle:.4g}", runs=len(taken))
+                yield dict(part=name, threads=threads, p50_us=f"{middle:.4g}", runs=len(taken))
     torch.set_num_threads(before)
 
 
 def main():
-    path = rows.default_path()
     parser = argparse.ArgumentParser(prog="python -m benchmarks.parts", description=__doc__)
     parser.add_argument("--seconds", type=float, default=2.0, help="how long to time each part")
-    parser.add_argument("--out", type=Path, default=path.with_name(path.name.replace("cpu-", "parts-", 1)))
+    parser.add_argument("--out", type=Path, default=rows.default_path("parts"))
     options = parser.parse_args()
-    made = list(lines(options.seconds))
-    rows.write(options.out, COLUMNS, made)
-    for line in made:
-        print(f"{line['threads']} {line['part']:60} {line['p50_us']:>8} us")
+    rows.record(options.out, COLUMNS, lines(options.seconds))
 
 
 if __name__ == "__main__":

@@ -346,10 +346,7 @@ def main(arguments):
         print(__doc__)
         return 2
     name = arguments[0]
-    here = rows.here()
-    rows.write(_path(name), COLUMNS[name], (here | row for row in commands[name]()))
-    print(_path(name).read_text())
-    return 0
+    return rows.record(_path(name), COLUMNS[name], commands[name]())
 
 
 if __name__ == "__main__":

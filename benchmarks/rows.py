@@ -52,12 +52,12 @@ def _git(*arguments):
     return done.stdout.strip() or ("unknown" if done.returncode else "")
 
 
-def default_path():
-    """results/<cpu>.csv, with the instruction set in its name, since one CPU name covers several generations."""
+def default_path(kind="cpu"):
+    """results/<kind>-<cpu>.csv, with the instruction set in its name, since one CPU name covers several generations."""
     name = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\(\w+\)|@.*", "", info.cpu_model().lower())).strip("-")
     facts = info.build_facts()
     isa = f"{facts['isa']}-" if facts else ""
-    return RESULTS / f"cpu-{name}-{isa}{torch.get_num_threads()}-threads.csv"
+    return RESULTS / f"{kind}-{name}-{isa}{torch.get_num_threads()}-threads.csv"
 
 
 def files():
@@ -117,6 +117,23 @@ def write(path, columns, made):
         for row in made:
             add(row)
     os.replace(unfinished, path)
+
+
+def record(path, columns, made):
+    """Writes rows to a file with the columns of `here`, and prints each as soon as it is made.
+
+    Returns the exit status of the program: 1 if a row has an error as its status, else 0.
+    """
+    place, failures = here(), []
+
+    def printed():
+        for row in made:
+            print(*row.values(), sep="\t", flush=True)
+            failures.append(row.get("status", "ok") != "ok")
+            yield place | row
+
+    write(path, columns, printed())
+    return int(any(failures))
 
 
 def is_scaling(row):

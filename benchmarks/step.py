@@ -65,17 +65,10 @@ def measure(case, rounds):
 def main():
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=rows.RESULTS / rows.default_path().name.replace("cpu-", "step-"))
+    parser.add_argument("--out", type=Path, default=rows.default_path("step"))
     arguments = parser.parse_args()
-    here = rows.here()
-    failures = 0
-    with rows.writing(arguments.out, COLUMNS) as add:
-        for case in CASES:
-            found = dict(case=case) | rows.attempted(measure, case, arguments.rounds)
-            print(found, flush=True)
-            add(here | found)
-            failures += found["status"] != "ok"
-    return 1 if failures else 0
+    lines = (dict(case=case) | rows.attempted(measure, case, arguments.rounds) for case in CASES)
+    return rows.record(arguments.out, COLUMNS, lines)
 
 
 if __name__ == "__main__":
