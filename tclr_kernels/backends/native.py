@@ -287,96 +287,88 @@ def _split(tau: float | Tensor) -> tuple[Tensor | None, float]:
     return (tau, 0.0) if isinstance(tau, torch.Tensor) else (None, tau)
 
 
+# Fake kernels, from which torch.compile learns the shapes and dtypes of what the operators return.
+
+
+def _fake_gram_forward(sets, *_):
+    G, N, _ = sets[0].shape
+    V = len(sets)
+    dtype = torch.promote_types(sets[0].dtype, torch.float32)
+    return tuple(sets[0].new_empty(G, V, V, N, dtype=dtype) for _ in range(3))
+
+
+def _fake_gram_backward(sets, tau, tau_value, normalize, cross, neg, *_):
+    G, N, _ = sets[0].shape
+    return _contiguous(*sets), neg.new_empty(G, len(sets), N)
+
+
+def _fake_reduced(inputs, tau, tau_value, normalize, cross, one_sided, factor, count, gradient, tf32=False):
+    dtype = torch.promote_types(inputs[0].dtype, torch.float32)
+    loss, *along = (inputs[0].new_empty((), dtype=dtype) for _ in range(1 if tau is None else 2))
+    kept = [*(z.new_empty(z.shape, dtype=dtype) for z in inputs), *along]
+    if inputs[0].is_cuda:  # there, neg and pos are kept instead
+        (G, N) = (1, inputs[0].shape[-2]) if len(inputs) == 1 or inputs[0].dim() == 2 else inputs[0].shape[:2]
+        V = len(inputs) if len(inputs) > 1 else len(inputs[0])
+        kept = [inputs[0].new_empty(G, V, V, N, dtype=dtype) for _ in range(2)]
+    return loss, kept if gradient else []
+
+
+def _fake_reduced_backward(
+    inputs, tau, tau_value, normalize, cross, one_sided, factor, count, kept, upstream, tf32=False
+):
+    along = [] if tau is None else [torch.empty_like(upstream)]
+    return [*(z.new_empty(z.shape) for z in inputs), *along]
+
+
+def _fake_rectangle(rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys, mean, tf32=False):
+    anchors = rows or columns
+    G, n, D = anchors[0].shape
+    blocks = [columns[0].new_empty(G, len(anchors), len(columns), n, dtype=torch.float64) for _ in range(5)]
+    if row_keys is None:
+        blocks[2:] = [x.new_empty(0) for x in blocks[2:]]
+    wide = torch.promote_types(columns[0].dtype, torch.float32)
+    return *blocks, columns[0].new_empty(*((G, n, D) if mean else (0,)), dtype=wide)
+
+
+def _fake_pairs(rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys, negatives, tf32=False):
+    return tuple(_contiguous(negatives, negatives))
+
+
+def _fake_rectangle_backward(
+    rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys, of_rows, of_columns, for_rows,
+    for_columns, tf32=False,
+):  # fmt: skip
+    d_rows, d_columns = _contiguous(*(rows or columns) * for_rows), _contiguous(*columns * for_columns)
+    along = rows or columns if for_rows else columns
+    wide = torch.promote_types(columns[0].dtype, torch.float32)
+    G, n, _ = along[0].shape
+    return d_rows, d_columns, along[0].new_empty(G, len(along), n, dtype=wide)
+
+
+def _fake_labelled(rows, columns, tau, normalize, first, row_keys, column_keys, spread, count, for_rows, for_columns):
+    wide = torch.promote_types(columns[0].dtype, torch.float32)
+    sets = [*(rows or columns) * for_rows, *columns * for_columns]
+    return columns[0].new_empty((), dtype=wide), [z.new_empty(z.shape, dtype=wide) for z in sets]
+
+
+def _fake_objective(g, s, x, tau, tau_value, normalize, scales, weights, gradient):
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    kept = [z.new_empty(z.shape, dtype=dtype) for z in (g, s, x)] + [x.new_empty((), dtype=dtype)]
+    return [x.new_empty((), dtype=dtype) for _ in range(5)], kept if gradient else []
+
+
+def _fake_objective_backward(g, s, x, tau, tau_value, normalize, scales, weights, kept, upstream):
+    return [*_contiguous(g, s, x), torch.empty_like(upstream)]
+
+
+def _contiguous(*tensors):
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]
+
+
 def register_fakes(namespace: str) -> None:
-    """Registers fake kernels, from which torch.compile learns the shapes and dtypes of what the operators return."""
-
-    @torch.library.register_fake(f"{namespace}::gram_forward")
-    def _(sets, tau, tau_value, normalize, cross, tf32=False):
-        G, N, _ = sets[0].shape
-        V = len(sets)
-        dtype = torch.promote_types(sets[0].dtype, torch.float32)
-        return tuple(sets[0].new_empty(G, V, V, N, dtype=dtype) for _ in range(3))
-
-    @torch.library.register_fake(f"{namespace}::gram_backward")
-    def _(sets, tau, tau_value, normalize, cross, neg, pos, g_term, g_neg, g_pos, tf32=False):
-        G, N, _ = sets[0].shape
-        dz = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in sets]
-        return dz, neg.new_empty(G, len(sets), N)
-
-    @torch.library.register_fake(f"{namespace}::reduced")
-    def _(inputs, tau, tau_value, normalize, cross, one_sided, factor, count, gradient, tf32=False):
-        dtype = torch.promote_types(inputs[0].dtype, torch.float32)
-        loss, *along = (inputs[0].new_empty((), dtype=dtype) for _ in range(1 if tau is None else 2))
-        kept = [*(z.new_empty(z.shape, dtype=dtype) for z in inputs), *along]
-        if inputs[0].is_cuda:  # there, neg and pos are kept instead
-            (G, N) = (1, inputs[0].shape[-2]) if len(inputs) == 1 or inputs[0].dim() == 2 else inputs[0].shape[:2]
-            V = len(inputs) if len(inputs) > 1 else len(inputs[0])
-            kept = [inputs[0].new_empty(G, V, V, N, dtype=dtype) for _ in range(2)]
-        return loss, kept if gradient else []
-
-    @torch.library.register_fake(f"{namespace}::reduced_backward")
-    def _(inputs, tau, tau_value, normalize, cross, one_sided, factor, count, kept, upstream, tf32=False):
-        along = [] if tau is None else [torch.empty_like(upstream)]
-        return [*(z.new_empty(z.shape) for z in inputs), *along]
-
-    @torch.library.register_fake(f"{namespace}::rectangle")
-    def _(rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys, mean, tf32=False):
-        anchors = rows or columns
-        G, n, D = anchors[0].shape
-        blocks = [columns[0].new_empty(G, len(anchors), len(columns), n, dtype=torch.float64) for _ in range(5)]
-        if row_keys is None:
-            blocks[2:] = [x.new_empty(0) for x in blocks[2:]]
-        wide = torch.promote_types(columns[0].dtype, torch.float32)
-        return *blocks, columns[0].new_empty(*((G, n, D) if mean else (0,)), dtype=wide)
-
-    @torch.library.register_fake(f"{namespace}::pairs")
-    def _(rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys, negatives, tf32=False):
-        return tuple(torch.empty_like(negatives, memory_format=torch.contiguous_format) for _ in range(2))
-
-    @torch.library.register_fake(f"{namespace}::rectangle_backward")
-    def _(
-        rows,
-        columns,
-        tau,
-        tau_value,
-        normalize,
-        cross,
-        first,
-        row_keys,
-        column_keys,
-        of_rows,
-        of_columns,
-        for_rows,
-        for_columns,
-        tf32=False,
-    ):
-        sides = [rows or columns] * for_rows, [columns] * for_columns
-        d_rows, d_columns = (
-            [torch.empty_like(x, memory_format=torch.contiguous_format) for sets in side for x in sets]
-            for side in sides
-        )
-        along = rows or columns if for_rows else columns
-        wide = torch.promote_types(columns[0].dtype, torch.float32)
-        G, n, _ = along[0].shape
-        return d_rows, d_columns, along[0].new_empty(G, len(along), n, dtype=wide)
-
-    @torch.library.register_fake(f"{namespace}::labelled")
-    def _(rows, columns, tau, normalize, first, row_keys, column_keys, spread, count, for_rows, for_columns):
-        wide = torch.promote_types(columns[0].dtype, torch.float32)
-        sides = [rows or columns] * for_rows, [columns] * for_columns
-        gradients = [x.new_empty(x.shape, dtype=wide) for sets in sides for z in sets for x in z]
-        return columns[0].new_empty((), dtype=wide), gradients
-
-    @torch.library.register_fake(f"{namespace}::objective")
-    def _(g, s, x, tau, tau_value, normalize, scales, weights, gradient):
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        kept = [z.new_empty(z.shape, dtype=dtype) for z in (g, s, x)] + [x.new_empty((), dtype=dtype)]
-        return [x.new_empty((), dtype=dtype) for _ in range(5)], kept if gradient else []
-
-    @torch.library.register_fake(f"{namespace}::objective_backward")
-    def _(g, s, x, tau, tau_value, normalize, scales, weights, kept, upstream):
-        gradients = [torch.empty_like(z, memory_format=torch.contiguous_format) for z in (g, s, x)]
-        return [*gradients, torch.empty_like(upstream)]
+    """Registers the fake kernel of every operator."""
+    for name in OPERATORS:
+        torch.library.register_fake(f"{namespace}::{name}", globals()[f"_fake_{name}"])
 
 
 if _missing is None:
