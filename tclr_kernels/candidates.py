@@ -82,7 +82,7 @@ def contrast(
         return Contrast(neg, pos, further)
     keys = None if keys is None else keys.reshape(-1, N)
     if negatives is not None:
-        tau, *sets = map(distributed.widened, (tau, *sets))
+        tau, *sets = map(general.at_least_float32, (tau, *sets))
     sets = [z.reshape(-1, N, D) for z in sets]
     neg, pos, *_ = all_pairs(sets, tau, normalize, cross, backend, keys)
     if negatives is None:
@@ -161,7 +161,7 @@ def partners(
     if process is not None:
         backends.choose(backend, a.device)  # raises its errors now, as above
         process.agree(a, 2, [negatives])
-    tau, a, b = map(distributed.widened, (tau, a, b))
+    tau, a, b = map(general.at_least_float32, (tau, a, b))
     in_pairs = [z.reshape(a.shape[:-1].numel(), 1, z.shape[-1]) for z in (a, b)]
     _, pos, *_ = all_pairs(in_pairs, tau, normalize, True, backend)
     pos, rows = pos[:, 0, 1].reshape(a.shape[:-1]), a.reshape(a.shape[:-2].numel(), *a.shape[-2:])
@@ -169,5 +169,6 @@ def partners(
         return log_sum(rows, negatives.rows, tau, normalize, backend).reshape(a.shape[:-1]), pos
     name = backends.choose(backend, a.device, process.rows, a.shape[-1], a.dtype)
     settings = general.Settings(name, normalize)
-    neg = distributed.beyond(process, settings, tau, [rows], distributed.gathered(process, [rows]), [negatives])
+    columns = distributed.gathered(process, [rows])
+    neg = distributed.further_log_sum(process, settings, tau, [rows], columns, [negatives])
     return neg.reshape(*a.shape[:-2], -1), traced(distributed.Everybody, process, pos)

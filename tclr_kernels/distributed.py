@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from . import backends, checks
-from .general import Settings
+from .general import Settings, at_least_float32
 from .symmetric import ordered_sum, traced
 
 Group = Any  # None, "world", a torch.distributed.ProcessGroup or a DeviceMesh of one dimension
@@ -345,10 +345,10 @@ def contrast(
     """
     all_keys = None if keys is None else process.gather(keys, -1, process.shares)
     if negatives is not None:
-        tau, *sets = map(widened, (tau, *sets))
+        tau, *sets = map(at_least_float32, (tau, *sets))
     columns = gathered(process, sets)
     outputs = traced(Blocks, process, settings, tau, keys, all_keys, len(sets), *sets, *columns)
-    return outputs, None if negatives is None else beyond(process, settings, tau, sets, columns, negatives)
+    return outputs, None if negatives is None else further_log_sum(process, settings, tau, sets, columns, negatives)
 
 
 def gathered(process: Process, sets: Sequence[Tensor]) -> list[Tensor]:
@@ -357,7 +357,7 @@ def gathered(process: Process, sets: Sequence[Tensor]) -> list[Tensor]:
     return list(process.gather(rows, -2, process.shares).to(sets[0].dtype).unbind(0))
 
 
-def beyond(
+def further_log_sum(
     process: Process,
     settings: Settings,
     tau: float | Tensor,
@@ -378,15 +378,10 @@ def beyond(
         mine = further.rows.reshape(1 if further.rows.dim() == 2 else G, -1, D)
         sent = mine.detach().to(further.sent_as or mine.dtype)
         everybody = mine if further.everywhere else process.gather(sent, -2, process.negatives[k])
-        mine, everybody = widened(mine), widened(everybody)
+        mine, everybody = at_least_float32(mine), at_least_float32(everybody)
         values = traced(Negatives, process, settings, tau, len(own), mine, everybody, *own, *everyone)
         parts.append(values[:, :, 0])
     return torch.cat(parts, 1)
-
-
-def widened(x: Any) -> Any:
-    """A tensor of half precision in float32; anything else unchanged."""
-    return x.to(torch.promote_types(x.dtype, torch.float32)) if isinstance(x, torch.Tensor) else x
 
 
 class Blocks(torch.autograd.Function):

@@ -97,6 +97,11 @@ def _reference(call, settings, tau, keys, rows, columns, *more):
         return call(rows, columns, tau, *settings[1:], *keys, *more)
 
 
+def at_least_float32(x: Any) -> Any:
+    """A tensor of half precision in float32; anything else unchanged."""
+    return x.to(torch.promote_types(x.dtype, torch.float32)) if isinstance(x, torch.Tensor) else x
+
+
 def wide_dtype(name: str, x: Tensor) -> torch.dtype:
     """The dtype of a backend's outputs of `rectangle`, and of their gradients."""
     computed = torch.promote_types(x.dtype, torch.float32)

@@ -15,7 +15,7 @@ from typing import NamedTuple, overload
 import torch
 from torch import Tensor
 
-from . import backends, checks, distributed, general
+from . import backends, checks, general
 from .symmetric import blocks
 
 Temperature = float | Tensor
@@ -109,7 +109,7 @@ def gram(
     of_columns = None if keys is None else checks.keys("keys", keys, sets[0])
     of_rows = None if of_columns is None else of_columns.narrow(1, first, n)
     if rows is not None:  # autograd adds two gradients of a row: in float16, that could be inf - inf
-        sets = [distributed.widened(z) for z in sets]
+        sets = [general.at_least_float32(z) for z in sets]
     anchors = [] if rows is None else [z.narrow(1, first, n) for z in sets]
     name = backends.choose(backend, sets[0].device, G * len(sets) * N, D, sets[0].dtype)
     settings = general.Settings(name, normalize, cross, first)

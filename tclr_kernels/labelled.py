@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import backends, general
-from .reduced import LARGEST, seen_through
+from .reduced import LARGEST, must_be_composed
 from .symmetric import Eager, Once, ordered_sum, wants_gradient
 
 BLOCK = 96  # rows; so all terms together are also few enough to be summed at once
@@ -43,12 +43,10 @@ def labelled(
     """
     anchors = rows or columns
     (G, n, D), K = anchors[0].shape, columns[0].shape[1]
-    tile = max(n, BLOCK) * max(
-        K, BLOCK
-    )  # the similarities that are kept for a group take at least a block of each side
+    tile = max(n, BLOCK) * max(K, BLOCK)  # kept for each group; it has at least a block of each side
     small = columns[0].device.type == "cpu" and G * (tile + (n + K) * D) <= LARGEST and min(G, n, K) > 0
     call = getattr(backends.BACKENDS[settings.name], "labelled", None)
-    if not small or call is None or isinstance(tau, torch.Tensor) or seen_through([*rows, *columns]):
+    if not small or call is None or isinstance(tau, torch.Tensor) or must_be_composed([*rows, *columns]):
         return composed(settings, tau, keys, rows, columns, spread, count)
     if wants_gradient(*rows, *columns):
         return Labelled.apply(settings.name, settings, tau, keys, spread, count, len(rows), *rows, *columns)

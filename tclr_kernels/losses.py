@@ -156,7 +156,7 @@ def clip_loss(
         further = [candidates.checked_negatives(f"negatives[{k}]", x, a, group) for k, x in enumerate((of_a, of_b))]
         if of_a is of_b:  # its gradient is a sum of two parts, which in float16 could be inf - inf
             rows = further[0].rows
-            further = [further[0]._replace(rows=distributed.widened(rows), sent_as=rows.dtype)] * 2
+            further = [further[0]._replace(rows=general.at_least_float32(rows), sent_as=rows.dtype)] * 2
     term = _terms([a, b], tau, normalize, True, backend, labels, further, decoupled, group)
     if reduction == "none":
         return _off_diagonal(_own(term, group)).reshape(*a.shape[:-2], -1)

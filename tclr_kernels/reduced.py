@@ -51,7 +51,7 @@ def reduced(
         V, rows = leading[0], N
     name = backends.choose(backend, z.device, V * rows, D, z.dtype, normalize)
     small = len(leading) < 2 and V * V * rows <= SUMMED_AT_ONCE and (z.is_cuda or V * rows * (V * N + D) <= LARGEST)
-    if not small or not hasattr(backends.BACKENDS[name], "reduced") or seen_through(inputs):
+    if not small or not hasattr(backends.BACKENDS[name], "reduced") or must_be_composed(inputs):
         return composed(name, settings, tau, *inputs)
     if wants_gradient(tau, *inputs):
         return _apply(name, settings, tau, *inputs)
@@ -71,7 +71,7 @@ def composed(name: str, settings: Settings, tau: float | Tensor, *inputs: Tensor
     return ordered_sum(blocks(sets, tau, **how)[0][:, 0, 1]) * factor / count
 
 
-def seen_through(inputs: Sequence[Tensor]) -> bool:
+def must_be_composed(inputs: Sequence[Tensor]) -> bool:
     """Whether the compiler, a transform or a tensor subclass must see the single operations."""
     if torch.compiler.is_compiling() or _transforms_active() or forward_ad._current_level >= 0:
         return True

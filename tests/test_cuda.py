@@ -278,7 +278,7 @@ def test_a_loss_in_one_call_has_the_bits_and_launches_of_the_separate_calls(name
     made, launches = [], []
     for composed in False, True:
         if composed:
-            monkeypatch.setattr(reduced, "seen_through", lambda inputs: True)
+            monkeypatch.setattr(reduced, "must_be_composed", lambda inputs: True)
         before = host.executor.launches()
         for tau, upstream, reduction in product((0.1, torch.tensor([0.1], dtype=dtype)), (1.0, 0.3), ("mean", "sum")):
             settings = dict(reduction=reduction, backend="host")

@@ -43,7 +43,7 @@ def fused(request):
 @pytest.fixture
 def compose(monkeypatch):
     """A function. Once it is called, every loss uses the separate calls instead of a single one."""
-    return lambda: monkeypatch.setattr(reduced, "seen_through", lambda inputs: True)
+    return lambda: monkeypatch.setattr(reduced, "must_be_composed", lambda inputs: True)
 
 
 class Calls(TorchDispatchMode):

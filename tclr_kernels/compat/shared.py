@@ -93,7 +93,8 @@ def rectangle(
     or -1.
     """
     tau = checks.temperature(temperature, columns.device)
-    sides = [distributed.widened(x)[None] for x in (rows, columns) if x is not None]  # where their gradients are added
+    # the gradients of several calls are added in this dtype
+    sides = [general.at_least_float32(x)[None] for x in (rows, columns) if x is not None]
     name = backends.choose(None, columns.device, sum(x.shape[1] for x in sides), columns.shape[1], columns.dtype)
     settings = general.Settings(name, normalize, False, first)
     in_groups = tuple(k if k is None else k[None] for k in keys)

@@ -6,7 +6,7 @@ Source: https://github.com/HobbitLong/SupContrast
 import torch
 from torch import Tensor, nn
 
-from .. import checks, distributed, general
+from .. import checks, general
 from ..symmetric import ordered_sum
 from . import shared
 
@@ -53,7 +53,7 @@ class SupConLoss(nn.Module):
             loss = self._against_all(rows, anchors, torch.cat([_labels(labels, rows[:B])] * V)).total(True, count)
         else:
             with torch.autocast(checks.autocast_type(rows.device), enabled=False):
-                loss = ordered_sum(self._of_mask(distributed.widened(rows), anchors, _mask(mask, B, rows))) / count
+                loss = ordered_sum(self._of_mask(general.at_least_float32(rows), anchors, _mask(mask, B, rows))) / count
         return shared.as_given(loss, features)
 
     def _against_all(self, rows: Tensor, anchors: int, keys: Tensor | None = None) -> shared.Rectangle:
