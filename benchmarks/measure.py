@@ -6,6 +6,7 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 from . import cases, providers
 
@@ -74,8 +75,7 @@ def peak_of(step, compiles=False):
     if compiles:
         step()
         _give_back()
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the peak starts again from here, so that what a compiler needed does not count
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again here: what a compiler needed does not count
     step()
     return _resident("VmHWM") - before
 

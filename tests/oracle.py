@@ -198,9 +198,9 @@ def moco_eager(q, k, queue, tau, how):
     return among_eager(q, k, queue, tau, how, own=False, in_batch=False)
 
 
-def sup_con_eager(z, tau, how, labels=twos):
+def sup_con_eager(z, tau, how):
     """As the reference (`without_positive`), it adds log-sum-exp and spread separately, so that both are exact."""
-    labels = labels(len(z))
+    labels = twos(len(z))
     S = z @ z.mT / tau
     itself = torch.eye(len(z), dtype=torch.bool)
     positive = (labels[:, None] == labels) & (labels >= 0) & ~itself

@@ -326,8 +326,6 @@ void finish(const Work<T>& w, int64_t b) {
   }
 }
 
-INLINE Vec<double> size(Vec<double> g) { return g < 0 ? -g : g; }
-
 // Computes the gradients of neg and pos of the rows of block b, and their largest magnitude, for `unit`.
 template <typename T>
 void prepare(const Work<T>& w, int64_t b) {
@@ -353,11 +351,11 @@ void prepare(const Work<T>& w, int64_t b) {
       }
       narrow(w.group.g_neg + at, g_neg, n);
       narrow(w.group.g_pos + at, g_pos, n);
-      top = larger<double>(size(g_pos), larger<double>(size(g_neg), top));
+      top = larger<double>(magnitude<double>(g_pos), larger<double>(magnitude<double>(g_neg), top));
     }
     narrow(w.group.g_neg + to_own, g_own, n);
     narrow(w.group.g_pos + to_own, Vec<double>{}, n);
-    top = larger<double>(size(g_own), top);
+    top = larger<double>(magnitude<double>(g_own), top);
   }
   w.group.top[b] = maximum<double>(top);
 }
@@ -435,7 +433,7 @@ T largest(const T* values, int64_t n) {
   int64_t i = 0;
   for (; i + lanes<T> <= n; i += lanes<T>) {
     Vec<T> x = load(values + i);
-    top = larger<T>(x < 0 ? -x : x, top);
+    top = larger<T>(magnitude<T>(x), top);
     spoilt += x * 0;
   }
   T most = maximum<T>(top), rest = T(sum<T>(spoilt));

@@ -566,10 +566,8 @@ INLINE double unit(const Anchors& from, int64_t first, int64_t n, double top) {
   Vec<double> largest = splat(top);
   const double* gradients[] = {from.g_neg, from.g_pos, from.g_pos_lse, from.g_spread, from.g_pairs};
   for (const double* x : gradients)
-    for (int64_t i = 0; x && i < n; i += lanes<double>) {
-      Vec<double> g = widen(x + first + i, n - i), size = g < 0 ? -g : g;
-      largest = larger<double>(size, largest);
-    }
+    for (int64_t i = 0; x && i < n; i += lanes<double>)
+      largest = larger<double>(magnitude<double>(widen(x + first + i, n - i)), largest);
   return maximum<double>(largest);
 }
 

@@ -76,6 +76,11 @@ INLINE Vec<T> larger(Vec<T> a, Vec<T> b) {
 }
 
 template <typename T>
+INLINE Vec<T> magnitude(Vec<T> x) {
+  return x < 0 ? -x : x;
+}
+
+template <typename T>
 INLINE double sum(Vec<T> v) {
   double s = 0;
   for (int l = 0; l < lanes<T>; ++l) s += v[l];
