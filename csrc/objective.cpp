@@ -109,18 +109,13 @@ Tensor scalar(double value, const Tensor& beside) {
   return made;
 }
 
+// The sum of each term with a weight. `up` times its gradient is added to the gradients of the inputs.
 template <typename T>
-std::tuple<Tensors, Tensors> compute(std::array<Input, 3> inputs, double tau, bool normalize,
-                                     const std::vector<double>& scales, const std::vector<double>& weights,
-                                     bool gradient) {
+std::array<double, terms> contrast_all(Objective<T>& run, std::array<Input, 3>& inputs,
+                                       const std::vector<double>& weights, const std::array<double, terms>& up) {
   auto& [g, s, x] = inputs;
   int64_t V = x.z.size(0), B = x.z.size(1), clips = x.z.size(2), D = x.z.size(3);
-  for (Input& in : inputs)
-    if (gradient) in.gradient = empty(sizes_of(in.z), wide(x.z), x.z);
-  Objective<T> run{dtype_of(x.z), tau, normalize, gradient, x.z, threads()};
-  double sums[terms] = {}, up[terms];
-  for (int k = 0; k < terms; ++k) up[k] = scales[k] * weights[k];
-
+  std::array<double, terms> sums{};
   bool with_ic = weights[ic_global] != 0, with_local = weights[ic_local] != 0, with_ll = weights[ll] != 0,
        with_gl = weights[gl] != 0;
   GramInput of_videos = run.problem(1, V, B, D, false), of_clips = run.problem(1, V * clips, B, D, false),
@@ -157,19 +152,33 @@ std::tuple<Tensors, Tensors> compute(std::array<Input, 3> inputs, double tau, bo
     sums[gl] = run.contrast(of_slices, sets, up[gl], false, 0).first;
     s.written = x.written = true;
   }
+  return sums;
+}
+
+template <typename T>
+std::tuple<Tensors, Tensors> compute(std::array<Input, 3> inputs, double tau, bool normalize,
+                                     const std::vector<double>& scales, const std::vector<double>& weights,
+                                     bool gradient) {
+  const Tensor& x = inputs[2].z;
+  for (Input& in : inputs)
+    if (gradient) in.gradient = empty(sizes_of(in.z), wide(x), x);
+  Objective<T> run{dtype_of(x), tau, normalize, gradient, x, threads()};
+  std::array<double, terms> up;
+  for (int k = 0; k < terms; ++k) up[k] = scales[k] * weights[k];
+  std::array<double, terms> sums = contrast_all(run, inputs, weights, up);
 
   Tensors values, gradients;
   double total = 0;
   for (int k = 0; k < terms; ++k) total += up[k] * sums[k];
-  values.push_back(scalar<T>(total, x.z));
-  for (int k = 0; k < terms; ++k) values.push_back(scalar<T>(scales[k] * sums[k], x.z));
+  values.push_back(scalar<T>(total, x));
+  for (int k = 0; k < terms; ++k) values.push_back(scalar<T>(scales[k] * sums[k], x));
   if (gradient) {
     for (Input& in : inputs) {
       if (!in.written) std::memset(data<T>(*in.gradient), 0, in.gradient->numel() * sizeof(T));
       gradients.push_back(*in.gradient);
     }
     if (!scalable<T>(gradients)) return {values, {}};
-    gradients.push_back(scalar<T>(run.zdz / (-2 * tau), x.z));
+    gradients.push_back(scalar<T>(run.zdz / (-2 * tau), x));
   }
   return {values, gradients};
 }
