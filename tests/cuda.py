@@ -5,6 +5,7 @@ with the reference. Sanitizers need this, since their runtime must be loaded whe
 """
 
 import ctypes
+import functools
 import os
 import re
 import shutil
@@ -161,6 +162,15 @@ def _run(command):
     assert result.returncode == 0, result.stderr
 
 
+FUNCTIONS = {  # of a backend -> the operator, and the number of arguments before the temperature
+    "forward": ("gram_forward", 1),
+    "backward": ("gram_backward", 1),
+    **{name: (name, 1) for name in ("reduced", "reduced_backward")},
+    **{name: (name, 2) for name in ("rectangle", "pairs", "rectangle_backward")},
+    **{name: (name, 3) for name in ("objective", "objective_backward")},
+}
+
+
 class Host:
     """A backend that calls one such library.
 
@@ -177,36 +187,16 @@ class Host:
         native.register_fakes(name)
         self.ops = getattr(torch.ops, name)
         self.executor = ctypes.CDLL(str(library))
+        for name, (operator, before) in FUNCTIONS.items():
+            setattr(self, name, functools.partial(self._call, getattr(self.ops, operator), before))
 
     def why_not(self, device):
         return None if device.type == "cpu" else "it runs on the host"
 
-    def forward(self, sets, tau, *rest):
-        return self.ops.gram_forward(sets, *native._split(tau), *rest, native.tf32_allowed())
-
-    def backward(self, sets, tau, *rest):
-        return self.ops.gram_backward(sets, *native._split(tau), *rest, native.tf32_allowed())
-
-    def reduced(self, inputs, tau, *rest):
-        return self.ops.reduced(inputs, *native._split(tau), *rest, native.tf32_allowed())
-
-    def reduced_backward(self, inputs, tau, *rest):
-        return self.ops.reduced_backward(inputs, *native._split(tau), *rest, native.tf32_allowed())
-
-    def rectangle(self, rows, columns, tau, *rest):
-        return self.ops.rectangle(rows, columns, *native._split(tau), *rest, native.tf32_allowed())
-
-    def pairs(self, rows, columns, tau, *rest):
-        return self.ops.pairs(rows, columns, *native._split(tau), *rest, native.tf32_allowed())
-
-    def rectangle_backward(self, rows, columns, tau, *rest):
-        return self.ops.rectangle_backward(rows, columns, *native._split(tau), *rest, native.tf32_allowed())
-
-    def objective(self, g, s, x, tau, *rest):
-        return self.ops.objective(g, s, x, *native._split(tau), *rest)
-
-    def objective_backward(self, g, s, x, tau, *rest):
-        return self.ops.objective_backward(g, s, x, *native._split(tau), *rest)
+    def _call(self, operator, before, *arguments):
+        """Calls an operator. before: the number of arguments before the temperature."""
+        tf32 = [native.tf32_allowed()] if before < 3 else []  # the objective has no such argument
+        return operator(*arguments[:before], *native._split(arguments[before]), *arguments[before + 1 :], *tf32)
 
 
 def deviations(host, dtypes=(torch.float64, torch.float32)):

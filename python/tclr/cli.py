@@ -222,7 +222,11 @@ def finetune(run: Path, evaluation: Evaluation = Evaluation(), data: OtherData |
     losses = []
     settings = dict(epochs=epochs, batch=batch, lr=lr, seed=seed)
     chosen = tuning.subset(trained.labels, share, seed)
-    record = lambda **row: (losses.append(row["loss"]), print(epoch_of(epochs, **row), flush=True))  # noqa: E731
+
+    def record(epoch, loss):
+        losses.append(loss)
+        print(f"epoch {epoch + 1} of {epochs}: loss {loss:.4g}", flush=True)
+
     tuning.finetune(model, trained, chosen, evaluation, **settings, device=device, record=record)
     name = "finetune" if share == 1 else f"finetune-{share:g}"
     tuning.save(run / f"{name}.pt", model, trained.classes, evaluation)
@@ -320,10 +324,6 @@ def of_features(run, data, evaluation, device, timeout, measured):
         device, data, embedder = config.device(device), config.data_of(run, data), embedder_of(run)
         parts = [features(run, embedder, data, part, evaluation, device) for part in (data.train, data.test)]
         return processes.from_first(lambda: measured(*parts))
-
-
-def epoch_of(epochs, epoch, loss):
-    return f"epoch {epoch + 1} of {epochs}: loss {loss:.4g}"
 
 
 def fitted(gallery, share=1.0, seed=0):
