@@ -302,7 +302,7 @@ class MeanBackward(Once, torch.autograd.Function):
         g = g_neg.masked_fill(neg == -torch.inf, 0)[:, 0, 0, :, None]
         z, dz = x.double(), g * mean / tau
         if normalize:
-            largest = z.abs().amax(-1, keepdim=True) if x.dtype == torch.float64 else None  # squares of floats fit
+            largest = z.abs().amax(-1, keepdim=True) if x.dtype == torch.float64 else None  # float32 squares fit
             if largest is not None:
                 largest = largest.masked_fill(largest == 0, 1)
                 z = z / largest

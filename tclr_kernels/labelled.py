@@ -43,7 +43,7 @@ def labelled(
     """
     anchors = rows or columns
     (G, n, D), K = anchors[0].shape, columns[0].shape[1]
-    tile = max(n, BLOCK) * max(K, BLOCK)  # kept for each group; it has at least a block of each side
+    tile = max(n, BLOCK) * max(K, BLOCK)  # similarities kept for a group: a block of each side or more
     small = columns[0].device.type == "cpu" and G * (tile + (n + K) * D) <= LARGEST and min(G, n, K) > 0
     call = getattr(backends.BACKENDS[settings.name], "labelled", None)
     if not small or call is None or isinstance(tau, torch.Tensor) or must_be_composed([*rows, *columns]):
