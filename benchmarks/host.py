@@ -9,10 +9,8 @@ them after the first call. The launch by a real driver, a few microseconds each,
 
 import contextlib
 import itertools
-import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
@@ -23,6 +21,7 @@ from tclr_kernels import backends, reduced
 from tests import cuda, standin
 
 from . import rows
+from .launches import microseconds
 
 CASES = {  # name -> N, D, G, temperature
     "nt_xent, 40 videos of 4 clips": (4, 128, 40, 0.1),
@@ -63,7 +62,7 @@ def installed(backend, patch, dry):
     return dry
 
 
-def row(backend, dry, N, D, G, tau, repeats=200):
+def row(backend, dry, N, D, G, tau):
     shape = (N, D) if G == 1 else (G, N, D)
     inputs = [torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True) for _ in range(2)]
 
@@ -75,13 +74,8 @@ def row(backend, dry, N, D, G, tau, repeats=200):
         step()
         with device.counted() as (launches, operations):
             step()
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            step()
-            times.append(1e6 * (time.perf_counter() - start))
-    host_us = round(statistics.median(times), 1)
-    return dict(launches=len(launches), operations=len(operations), host_us=host_us)
+        host_us = microseconds(step)
+    return dict(launches=len(launches), operations=len(operations), host_us=round(host_us, 1))
 
 
 def lines():

@@ -47,7 +47,7 @@ FIGURES = "launches", "operations", "host_us", "launch_us", "triton_us"
 COLUMNS = "case", "status", *FIGURES, "cpu", "torch", "triton", "commit", "date"
 
 
-def row(loss, shapes, dtype, settings, repeats=200):
+def row(loss, shapes, dtype, settings):
     inputs = [torch.zeros(shape, dtype=dtype, requires_grad=True) for shape in shapes]
 
     def step():
@@ -59,19 +59,19 @@ def row(loss, shapes, dtype, settings, repeats=200):
         step()
         with device.counted() as (launches, operations):
             step()
-        host_us = microseconds(step, repeats)
+        host_us = microseconds(step)
         with pytest.MonkeyPatch.context() as recording:
             calls = recorded(recording)
             step()
-        ours, own = (sum(microseconds(lambda c=c, f=f: f(*c), repeats) for c in calls) for f in (launch, direct))
+        ours, own = (sum(microseconds(lambda c=c, f=f: f(*c)) for c in calls) for f in (launch, direct))
     times = host_us, ours, own
     return dict(zip(FIGURES, (len(launches), len(operations), *(round(t, 1) for t in times)), strict=True))
 
 
-def microseconds(step, repeats):
-    """The median of single runs."""
+def microseconds(step):
+    """The median of 200 single runs."""
     times = []
-    for _ in range(repeats):
+    for _ in range(200):
         start = time.perf_counter()
         step()
         times.append(1e6 * (time.perf_counter() - start))
