@@ -123,6 +123,28 @@ def test_features_are_padded_to_a_multiple_of_64_without_changing_results(D, DP,
         torch.testing.assert_close(f, w)
 
 
+@pytest.mark.parametrize("splits", [False, True])
+@pytest.mark.parametrize(
+    "tau, cross, normalize", [(0.2, False, True), (torch.tensor(0.005), True, True), (1.0, False, False)]
+)
+@pytest.mark.parametrize("D, DP", [(100, 128), (150, 192), (300, 320), (384, 384), (400, 512)])
+def test_gradients_of_features_in_several_parts_are_accurate(
+    D, DP, tau, cross, normalize, splits, kernels, monkeypatch
+):
+    for table, dtype in (("hopper", torch.float16), ("interpreter", torch.float32)):
+        assert kernels.tiles.choose(table, "gradient", dtype, D).DP == DP
+    if splits:
+        monkeypatch.setattr(kernels.large, "table_of", lambda x: ("interpreter", 40))
+    sets = [z / (1 if normalize else math.sqrt(D)) for z in some_sets(1, 2, 70, D)]
+    assert deviation(tk.backends.triton, sets, tau, normalize, cross) < 1e-5 * max(1, 0.05 / float(tau))
+
+
+@pytest.mark.parametrize("D", [150, 300])
+@pytest.mark.parametrize("name", ["rectangle", "keys of sets"])
+def test_rectangles_of_features_in_several_parts_are_accurate(name, D, kernels):
+    assert general_deviation(kernels.rectangle, PROBLEMS[name]._replace(D=D), 0.2) < 1e-5
+
+
 @pytest.mark.parametrize("tau", [0.2, torch.tensor(0.2), torch.tensor(0.005)])
 @pytest.mark.parametrize("cross", [False, True])
 @pytest.mark.parametrize(
@@ -440,7 +462,7 @@ def test_rectangles_with_a_temperature_tensor_are_accurate(tau, kernels):
         assert general_deviation(kernels.rectangle, PROBLEMS["keys"], torch.tensor(tau, dtype=dtype)) < 1e-6 / tau
 
 
-@pytest.mark.parametrize("D", [24, 600])
+@pytest.mark.parametrize("D", [24, 150, 600])
 def test_the_weighted_mean_of_the_columns_is_accurate(D, kernels, monkeypatch):
     """The gradient of the rows uses it if the columns need no gradient."""
     monkeypatch.setattr(kernels.large, "table_of", lambda x: ("interpreter", 40))
