@@ -3,6 +3,7 @@
 Source: https://github.com/mlfoundations/open_clip
 """
 
+import numbers
 import warnings
 
 import torch
@@ -63,6 +64,8 @@ class ClipLoss(nn.Module):
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         group = self._group()
+        logit_scale = shared.temperature(logit_scale, name="logit_scale")
+        _check_bias(logit_bias)
         image, text = shared.rows(dict(image_features=image_features, text_features=text_features), group=group)
         if group is None and isinstance(logit_scale, Tensor) and image.dtype in (torch.float32, torch.float64):
             # for a small batch, this product takes less time than to pass the scale to the kernels as a tensor
@@ -81,3 +84,10 @@ class ClipLoss(nn.Module):
         if found != self.world_size:
             raise ValueError(f"world_size: found {self.world_size}, wanted {found}, the processes of torch.distributed")
         return "world"
+
+
+def _check_bias(bias: object) -> None:
+    one = bias.numel() == 1 if isinstance(bias, Tensor) else bias is None or isinstance(bias, numbers.Real)
+    if not one:
+        found = f"a tensor of shape {list(bias.shape)}" if isinstance(bias, Tensor) else repr(bias)
+        raise ValueError(f"logit_bias: found {found}, wanted None, a number or a tensor of one element")
