@@ -153,7 +153,7 @@ class DCLLoss(_Loss):
             raise TypeError(f"weight_fn: returned {weights!r}, wanted a tensor of shape [{len(a)}]")
         if weights.numel() != 1 and weights.shape != a.shape[:1]:
             raise ValueError(f"weight_fn: returned shape {list(weights.shape)}, wanted [{len(a)}], one for each row")
-        return weights.expand(len(a))
+        return weights.reshape(-1).expand(len(a))
 
 
 @distributed.collective

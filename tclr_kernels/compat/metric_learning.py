@@ -89,14 +89,18 @@ class _Loss(nn.Module):
         self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor | None, ref_labels: Tensor | None
     ) -> shared.Rectangle:
         (embeddings,) = shared.rows(dict(embeddings=embeddings))
-        keys = shared.keys("labels", labels, embeddings)
         if ref_emb is None:
+            keys = shared.keys("labels", labels, embeddings)
             return shared.rectangle(None, embeddings, *self._settings(), (keys, keys), first=0)
         shared.rows(dict(ref_emb=ref_emb))
         embeddings, ref_emb = checks.sides(embeddings=embeddings, ref_emb=ref_emb)
         same = ref_labels is None or ref_labels is labels
-        both = keys, shared.keys("ref_labels", labels if same else ref_labels, ref_emb)
-        return shared.rectangle(embeddings, ref_emb, *self._settings(), both, first=0 if same else -1)
+        ref_labels = labels if same else ref_labels
+        sides = ("labels", labels, embeddings), ("ref_labels", ref_labels, ref_emb)
+        keys = [shared.keys(*side) for side in sides]
+        if labels.is_floating_point() != ref_labels.is_floating_point():  # the keys of integers and floats differ
+            keys = [shared.keys(name, of_rows.double(), rows) for name, of_rows, rows in sides]
+        return shared.rectangle(embeddings, ref_emb, *self._settings(), tuple(keys), first=0 if same else -1)
 
     def _reduced(self, call: shared.Rectangle, *sums: Tensor) -> Tensor:
         raise NotImplementedError
