@@ -870,17 +870,36 @@ def test_many_processes_have_the_value_and_the_gradient_of_one(name, pool):
         torch.testing.assert_close(together / 4, wanted, **CLOSE)
 
 
+FAULTS_OF_ONE = {  # a call on one process and, if there is a fault, its error
+    "rows": (
+        lambda a, b, fault: C.lightly.SupConLoss(0.5, True)(a[:, fault:], b, a[:, 0]),
+        "ValueError: out0 has shape",
+    ),
+    "labels": (lambda a, b, fault: C.lightly.SupConLoss(0.5, True)(a, b, a[fault:, 0]), "ValueError: labels: found sh"),
+    "weights": (
+        lambda a, b, fault: C.lightly.DCLLoss(0.5, lambda a, b: a[fault:, 0], True)(a, b),
+        "ValueError: weight_fn: returned shape",
+    ),
+    "scale": (
+        lambda a, b, fault: C.open_clip.ClipLoss(True, True, world_size=4)(a, b, None if fault else 1.0),
+        "TypeError: logit_scale: found None",
+    ),
+    "bias": (
+        lambda a, b, fault: C.open_clip.ClipLoss(True, True, world_size=4)(a, b, 1.0, torch.ones(1 + fault)),
+        "ValueError: logit_bias: found",
+    ),
+}
+
+
 def a_fault_of_one_rank(group, name):
-    z = torch.randn(4, 3 if dist.get_rank() == 2 and name == "rows" else 6)
-    labels = torch.zeros(3 if dist.get_rank() == 2 and name == "labels" else 4)
-    C.lightly.SupConLoss(gather_distributed=True)(z, torch.randn(4, 6), labels)
+    FAULTS_OF_ONE[name][0](torch.randn(4, 6), torch.randn(4, 6), int(dist.get_rank() == 2))
 
 
-@pytest.mark.parametrize("name", ["rows", "labels"])
+@pytest.mark.parametrize("name", FAULTS_OF_ONE)
 def test_an_error_of_one_process_is_raised_on_all(name, pool):
     found = pool.run(4, a_fault_of_one_rank, name)
     assert all(isinstance(x, Error) for x in found)
-    assert found[2].startswith(f"ValueError: {'out0 has shape' if name == 'rows' else 'labels: found shape'}")
+    assert found[2].startswith(FAULTS_OF_ONE[name][1])
     assert all("rank 2 of 4 raised an error" in found[r] for r in (0, 1, 3))
 
 

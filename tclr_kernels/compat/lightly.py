@@ -141,19 +141,9 @@ class DCLLoss(_Loss):
         weights = None
         if self.weight_fn:
             a, b = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
-            weights = torch.stack([self._weights(a, b), self._weights(b, a)])
+            weights = [self.weight_fn(a, b), self.weight_fn(b, a)]
         loss = _decoupled(out0, out1, self._tau, weights, self.two_logarithms, group=self._group)
         return shared.as_given(loss, out0)
-
-    def _weights(self, a: Tensor, b: Tensor) -> Tensor:
-        weights = self.weight_fn(a, b)
-        if isinstance(weights, numbers.Real):
-            weights = a.new_tensor(weights)
-        if not isinstance(weights, Tensor):
-            raise TypeError(f"weight_fn: returned {weights!r}, wanted a tensor of shape [{len(a)}]")
-        if weights.numel() != 1 and weights.shape != a.shape[:1]:
-            raise ValueError(f"weight_fn: returned shape {list(weights.shape)}, wanted [{len(a)}], one for each row")
-        return weights.reshape(-1).expand(len(a))
 
 
 @distributed.collective
@@ -161,13 +151,15 @@ def _decoupled(
     out0: Tensor,
     out1: Tensor,
     temperature: float | Tensor,
-    weights: Tensor | None,
+    weights: list[float | Tensor] | None,
     two_logarithms: bool,
     *,
     group: Group = None,
     shares: Shares = None,
 ) -> Tensor:
-    """weights: [2, N], of the positives with the rows of each view as anchors"""
+    """weights: of the positives with the rows of each view as anchors"""
+    if weights is not None:
+        weights = torch.stack([_weights(x, out0) for x in weights])
     tau = losses._tau(temperature, None, True, "mean", out0, group)
     parts = candidates.contrast([out0, out1], tau, True, False, None, process=group)
     neg, pos = (losses._own(x, group)[0] for x in (parts.neg, parts.pos))  # [2, 2, N]
@@ -175,6 +167,17 @@ def _decoupled(
     positives = pos.sum(1)  # where a view meets itself, pos is 0
     terms = negatives - (positives if weights is None else positives * weights)
     return losses._reduce(terms, "mean", 2 * losses._rows(out0, group), group, parts=True)
+
+
+def _weights(weights: float | Tensor, rows: Tensor) -> Tensor:
+    """What a weight_fn returned for rows [N, D]: [N]"""
+    if isinstance(weights, numbers.Real):
+        weights = rows.new_tensor(weights)
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"weight_fn: returned {weights!r}, wanted a tensor of shape [{len(rows)}]")
+    if weights.numel() != 1 and weights.shape != rows.shape[:1]:
+        raise ValueError(f"weight_fn: returned shape {list(weights.shape)}, wanted [{len(rows)}], one for each row")
+    return weights.reshape(-1).expand(len(rows))
 
 
 def negative_mises_fisher_weights(out0: Tensor, out1: Tensor, sigma: float = 0.5) -> Tensor:
