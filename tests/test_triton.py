@@ -615,6 +615,12 @@ def check_halves(planted):
         assert deviation(planted.large, some_sets(1, V, 35, 200), 0.2, cross=cross) < 1e-5
 
 
+def check_parts(planted):
+    """Rows of several tensors."""
+    planted.tiles.TABLES["interpreter"]["float"]["gradient"] = [(1 << 30, 32, 16, 0, 0, 4, 1)]
+    assert deviation(planted.large, some_sets(1, 2, 35, 150), 0.2) < 1e-5
+
+
 def check_splits(planted):
     """Several programs work on the same rows, each with some of the columns and features."""
     planted.large.table_of = lambda x: ("interpreter", 60)
@@ -706,6 +712,7 @@ CHECKS = dict(
     large=check_large,
     beyond=check_beyond,
     halves=check_halves,
+    parts=check_parts,
     splits=check_splits,
     unbounded=check_large_unbounded,
     groups=check_groups_stay_apart,
@@ -747,7 +754,20 @@ BUGS = {  # what is wrong -> (file, old, new, the check that finds it)
         "right[1], out_dtype=ACC) * 0",
         "large",
     ),
-    "large: gradients of float16 pairs not divided by their unit": ("large", "dz *= 1.0 / UNIT", "dz *= 1.0", "large"),
+    "large: gradients of float16 pairs not divided by their unit": (
+        "large",
+        "dz = times(dz, 1.0 / UNIT)",
+        "dz = times(dz, 1.0)",
+        "large",
+    ),
+    "large: the first part of a row instead of another": ("large", "operand(u + k * WIDEST,", "operand(u,", "parts"),
+    "large: similarities of the first part only": (
+        "large",
+        "s = tl.fma(more, one, s)",
+        "s = tl.fma(more, one * 0, s)",
+        "parts",
+    ),
+    "large: parts stored at one place": ("large", "else d + part * WIDEST", "else d", "parts"),
     "large: a pair left out": ("large", "(one >= step), -1, q)", "(one >= 0), -1, q)", "large"),
     "large: slots of rows and columns swapped": ("large", "(g * supers + q) * M", "(g * supers + p) * M", "large"),
     "large: earlier sums not rescaled": ("large", "total * exponential(top - offset) +", "total +", "unbounded"),
