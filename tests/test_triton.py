@@ -341,6 +341,14 @@ def test_autotuning_keeps_the_fastest_tile_of_each_kind_of_call(kernels, monkeyp
     assert len(tried) == count + 2 and all(tile_of(s) == max(map(tile_of, tried)) for s in tried[-2:])
 
 
+def test_tiles_found_by_trial_are_not_used_for_rows_padded_to_another_width(kernels, monkeypatch):
+    monkeypatch.setattr(kernels.tuning, "milliseconds", lambda step: 0)
+    monkeypatch.setattr(kernels.tuning, "fastest", {})
+    monkeypatch.setattr(kernels.tuning, "ENABLED", True)
+    for D in (150, 250, 130):
+        assert deviation(tk.backends.triton, some_sets(1, 2, 37, D), 0.1) < 1e-5
+
+
 @pytest.mark.parametrize("tau", [10.0, 0.1, 1 / 59, 1 / 61, 0.002])
 def test_a_temperature_gives_the_same_result_as_a_tensor_or_a_number(tau, kernels):
     """The temperatures are on both sides of the limit from which on sums need a running maximum."""

@@ -940,7 +940,8 @@ def kind_of(sets: Sequence[Tensor], tau: float | Tensor, normalize: bool, cross:
         cross,
         tf32_allowed(),
     )
-    return first.device, first.dtype, tiles.padded(D), rows, settings
+    features = tiles.by_parts(D) if D > 64 else tiles.padded(D)  # so that they also have the same DP
+    return first.device, first.dtype, features, rows, settings
 
 
 def tile_of(kernel: str, x: Tensor, normalize: bool, bounded: bool, more: str = "") -> Tile:
