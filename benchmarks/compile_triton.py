@@ -122,19 +122,19 @@ class Rectangle(NamedTuple):
 
 
 CASES = [
-    *(Case(1, 2, 65536, D, torch.bfloat16) for D in (16, 32, 64, 128, 256, 512, 768, 1024)),
-    *(Case(1, 2, 65536, D, torch.float32) for D in (16, 32, 64, 128, 256, 512, 1024)),
+    *(Case(1, 2, 65536, D, torch.bfloat16) for D in (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024)),
+    *(Case(1, 2, 65536, D, torch.float32) for D in (16, 32, 64, 128, 192, 256, 384, 512, 1024)),
     Case(1, 2, 65536, 128, torch.float64),
-    *(Case(1, 2, 65536, D, torch.bfloat16, tau=0.005) for D in (64, 128, 256, 512, 1024)),
+    *(Case(1, 2, 65536, D, torch.bfloat16, tau=0.005) for D in (64, 128, 192, 256, 384, 512, 1024)),
     Case(1, 2, 65536, 128, torch.bfloat16, normalize=False),
-    Case(1, 2, 65536, 128, torch.float32, tau=0.005),
-    *(Case(1, 2, 65536, D, torch.float32, tf32=True) for D in (16, 32, 64, 128, 256, 512, 1024)),
-    *(Case(1, 2, 65536, D, torch.float32, tau=0.005, tf32=True) for D in (64, 128, 256, 512, 1024)),
+    *(Case(1, 2, 65536, D, torch.float32, tau=0.005) for D in (128, 384)),
+    *(Case(1, 2, 65536, D, torch.float32, tf32=True) for D in (16, 32, 64, 128, 192, 256, 384, 512, 1024)),
+    *(Case(1, 2, 65536, D, torch.float32, tau=0.005, tf32=True) for D in (64, 128, 192, 256, 384, 512, 1024)),
     Case(1, 2, 65536, 128, torch.float64, tau=0.002),
     Case(1, 2, 65536, 128, torch.bfloat16, cross=True),
     # so few rows that the columns are split
-    *(Case(1, 2, 2048, D, torch.bfloat16) for D in (64, 128, 256, 512, 1024)),
-    *(Case(1, 2, 2048, D, torch.float32, tf32=tf32) for D in (128, 512) for tf32 in (True, False)),
+    *(Case(1, 2, 2048, D, torch.bfloat16) for D in (64, 128, 256, 384, 512, 1024)),
+    *(Case(1, 2, 2048, D, torch.float32, tf32=tf32) for D in (128, 384, 512) for tf32 in (True, False)),
     Case(1, 2, 512, 1024, torch.bfloat16),
     *(Case(1, 2, 512, 1024, torch.float32, tf32=tf32) for tf32 in (True, False)),
     Case(1, 2, 2048, 128, torch.bfloat16, tau=0.005),
@@ -143,10 +143,10 @@ CASES = [
     Case(40, 4, 4, 128, torch.float32, cross=True),
 ]
 RECTANGLES = [
-    *(Rectangle(1024, 65536, D, torch.bfloat16) for D in (64, 128, 256, 512, 1024)),
-    *(Rectangle(1024, 65536, D, torch.float32, tf32=tf32) for D in (32, 128, 512) for tf32 in (True, False)),
-    *(Rectangle(65536, 0, D, torch.bfloat16, labels=True) for D in (64, 128, 256, 512, 1024)),
-    *(Rectangle(65536, 0, D, torch.float32, labels=True) for D in (32, 128, 512)),
+    *(Rectangle(1024, 65536, D, torch.bfloat16) for D in (64, 128, 192, 256, 384, 512, 1024)),
+    *(Rectangle(1024, 65536, D, torch.float32, tf32=tf32) for D in (32, 128, 384, 512) for tf32 in (True, False)),
+    *(Rectangle(65536, 0, D, torch.bfloat16, labels=True) for D in (64, 128, 192, 256, 384, 512, 1024)),
+    *(Rectangle(65536, 0, D, torch.float32, labels=True) for D in (32, 128, 384, 512)),
     *(Rectangle(65536, 0, D, torch.float32, labels=True, tf32=True) for D in (32, 128)),
     Rectangle(1024, 65536, 128, torch.bfloat16, labels=True),
     Rectangle(1024, 65536, 128, torch.bfloat16, labels=True, pairs=True),
@@ -155,13 +155,13 @@ RECTANGLES = [
 ]
 # those whose gradients of half precision and TF32 have at most 256 features, one for each entry of a table
 GRADIENTS = [
-    *(Case(1, 2, 65536, D, torch.bfloat16, tau=tau) for D in (64, 128, 256) for tau in (0.1, 0.005)),
+    *(Case(1, 2, 65536, D, torch.bfloat16, tau=tau) for D in (64, 128, 192, 256) for tau in (0.1, 0.005)),
     *(Case(1, 2, 2048, D, torch.bfloat16) for D in (128, 256)),
-    *(Case(1, 2, 65536, 256, torch.float32, tau=tau, tf32=True) for tau in (0.1, 0.005)),
+    *(Case(1, 2, 65536, D, torch.float32, tau=tau, tf32=True) for D in (192, 256) for tau in (0.1, 0.005)),
     *(Case(1, 2, 65536, D, torch.float32, normalize=False, tf32=True) for D in (64, 128)),
     *(Rectangle(65536, 0, D, torch.bfloat16, labels=labels) for D in (64, 128, 256) for labels in (True, False)),
 ]
-SELECTED = [case for case in CASES if case.dtype == torch.bfloat16 and case.D in (128, 512)]
+SELECTED = [case for case in CASES if case.dtype == torch.bfloat16 and case.D in (128, 384, 512)]
 SELECTED += [case for case in CASES if str(case) == "1x2x65536x128 float32 self tau=0.1"]
 
 
@@ -353,8 +353,19 @@ def rows(cases, targets, only=""):
 
 # The most accesses to spilled registers on sm_90, by kernel, dtype and features, with Triton 3.6 to 3.9. They are
 # before and after the loops over tiles. Without them, a program would compute fewer of the features, so S would be
-# computed more often: for half precision that is 1.5 times the products.
+# computed more often, or rows would be padded to more features: both take up to twice the products.
 MAY_SPILL = {
+    ("gradient_kernel", "half unbounded", 192): 40,
+    ("gradient_kernel", "half", 384): 20,
+    ("gradient_kernel", "half unbounded", 384): 40,
+    ("gradient_kernel", "tf32", 192): 20,
+    ("gradient_kernel", "tf32 unbounded", 192): 30,
+    ("gradient_kernel", "tf32", 384): 140,
+    ("gradient_kernel", "tf32 unbounded", 384): 150,
+    ("gradient_kernel", "pairs", 384): 300,
+    ("gradient_kernel", "pairs unbounded", 384): 300,
+    ("rectangle_sums_kernel", "tf32", 384): 60,  # with Triton 3.9 only
+    ("rectangle_gradient_kernel", "tf32", 384): 50,
     ("gradient_kernel", "half", 512): 70,
     ("gradient_kernel", "half unbounded", 256): 40,  # with Triton 3.9 only
     ("gradient_kernel", "half unbounded", 512): 90,
@@ -460,11 +471,11 @@ H100 and an H200 with Triton 3.6.
 ## Spilled registers
 
 On sm_90, with Triton 3.6, 3.7.1, 3.8 and 3.9, the selected tiles do not spill registers with up to 512 features, except
-for the following gradients, which spill before and after their loop over tiles. The tests hold the limits
-(`MAY_SPILL` in `benchmarks/compile_triton.py`). Spills are counted as instructions that access spilled registers, here
-with Triton 3.6 and 131,072 rows. The table of the kernels that compute tiles of S, further below, was made with Triton
-3.9, whose counts differ. Without spills, a program computes fewer features of the gradient, and every program of a row
-computes S again, so there are more products.
+for the kernels in the second table, before and after their loop over tiles. Without spills, a program would compute
+fewer features of the gradient, and every program of a row would compute S again, so there would be more products: this
+is the choice for 512 features. Spills are counted as instructions that access spilled registers, here with Triton 3.6
+and 131,072 rows. The table of the kernels that compute tiles of S, further below, was made with Triton 3.9, whose
+counts differ.
 
 | gradient | tile | features of a program | warps, stages | spills | products, in units of M^2 D |
 | :--- | ---: | ---: | ---: | ---: | ---: |
@@ -476,26 +487,31 @@ computes S again, so there are more products.
 | | 64x32 | 256 | 8, 2 | 42 | 3 |
 | | 64x64 | 128 | 8, 2 | 0 | 5 |
 
-Besides, with Triton 3.9 only, the gradient of half precision with 256 features has 31 spills where 1/tau is not
-bounded, and two kernels of the general operation have 2 and 6 with 128 features: the sums of pairs, and the gradient of
-float64 with labels. With Triton 3.7.1 and 3.8, one or two of those of half precision with 512 features are in the loop.
-The general operation has 4 spills with Triton 3.6 for rows of half precision with 128 features against themselves.
-Three small kernels without products (`rows_kernel`, `rectangle_finish_kernel`, `rectangle_join_kernel`) have up to 8
-spills with some versions, with 64, 80, 96 or 168 registers: ptxas prefers these to fewer programs on a
-multiprocessor.
+The most spills that the tests allow with any of the four versions (`MAY_SPILL` in `benchmarks/compile_triton.py`):
+
+{limits}
+
+With Triton 3.7.1 and 3.8, one or two of those of half precision with 512 features are in the loop. Three small kernels
+without products (`rows_kernel`, `rectangle_finish_kernel`, `rectangle_join_kernel`) have up to 8 spills with some
+versions, with 64, 80, 96 or 168 registers: ptxas prefers these to fewer programs on a multiprocessor.
 
 ## Features that are not a power of two
 
-The sums read rows in parts of 64 features, so they pad D to a multiple of 64. The gradient pads it to a power of two
-(up to 512), since a tensor in Triton has a power of two of entries, and a program keeps the gradient of all features of
-its rows in registers. If each program had one of several equal parts, S would be computed once for each part, which
-takes more products than the padding:
+A tensor in Triton has a power of two of entries. The sums read rows in parts of 64 features, so they pad D to a
+multiple of 64. A program of the gradient keeps that of all features of its rows in registers. On Hopper and Blackwell,
+for 129 to 384 features, it keeps it in several tensors of 128 or 64 features, so that D is padded to a multiple of 64
+here, too, and S is still computed once:
 
-| D | padded to a power of two | in parts | products of the gradient, padded | in parts |
-| ---: | ---: | ---: | ---: | ---: |
-| 130 to 192 | 256 | 3 of 64 | 512 M^2 | 768 M^2 |
-| 300 | 512 | 5 of 64 | 1,024 M^2 | 1,920 M^2 |
-| 384 | 512 | 3 of 128 | 1,024 M^2 | 1,536 M^2 |
+| D | padded to | products of the gradient | with D padded to a power of two |
+| ---: | ---: | ---: | ---: |
+| 130 to 192 | 192 | 384 M^2 | 512 M^2 |
+| 300 | 320 | 640 M^2 | 1,024 M^2 |
+| 384 | 384 | 768 M^2 | 1,024 M^2 |
+
+For 385 to 511 features, several tensors would spill in the loop, so D is padded to 512. On devices whose products take
+both factors from registers (Ampere and Ada), D is padded to a power of two. Where a program computes fewer features
+than a row has, D is padded to a multiple of these: on Blackwell, 256 of half precision above 256 features, and 128 of
+TF32 above 128; on Hopper, 256 of float32 as pairs above 256, in the gradient of rectangles.
 """
 
 COLUMNS_OF_KERNELS = """\
@@ -538,7 +554,7 @@ def page(made):
     kernels = markdown(titles, lines)
 
     lines = []
-    for (dtype, kind), D in itertools.product(PREDICTED.items(), (128, 256, 512, 1024)):
+    for (dtype, kind), D in itertools.product(PREDICTED.items(), (128, 192, 256, 384, 512, 1024)):
         shares = [in_all(made, dtype, D, f"predicted_{name}_share") for name in ("floor", "serial")]
         for M in (8192, 32768, 131072) if all(shares) else ():
             floor = floor_of(M, D, kind)
@@ -556,7 +572,7 @@ def page(made):
     titles = ["target", "variants", "that spill", "most registers", "most spills", "most shared", "shared, limit"]
     targets = markdown(titles, lines)
     parts = [
-        HEAD,
+        HEAD.replace("{limits}", limits()),
         "## NT-Xent, forward and backward, on an H200: predictions\n",
         totals,
         "\nThese times do not include the kernels that pack rows, finish the sums and compute coefficients.\n",
@@ -573,6 +589,16 @@ def page(made):
         versions_page(read(VERSIONS)),
     ]
     return "\n".join(parts) + "\n"
+
+
+def limits():
+    """MAY_SPILL as a table."""
+    words = dict(half="half precision", pairs="float32 as pairs", tf32="TF32", double="float64")
+    lines = []
+    for (kernel, kind, D), most in sorted(MAY_SPILL.items(), key=lambda item: (item[0][0], item[0][2], item[0][1])):
+        dtype, *unbounded = kind.split()
+        lines.append([kernel, words[dtype] + ", 1/tau not bounded" * bool(unbounded), D, most])
+    return markdown(["kernel", "rows", "features, padded", "at most"], lines)
 
 
 def floor_of(M, D, kind):

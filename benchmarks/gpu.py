@@ -48,6 +48,7 @@ SHAPES = [
         (BOTH, [Shape("nt_xent", M // 2, D, HALF) for D in (64, 256) for M in (8192, 32768)]),
         (BOTH, [Shape("nt_xent", 1024, 512, HALF), Shape("nt_xent", 4096, 512, HALF)]),
         (("triton",), [Shape("nt_xent", 16384, 512, HALF), Shape("nt_xent", 4096, 1024, HALF)]),
+        (("triton",), [Shape("nt_xent", 4096, 192, HALF), Shape("nt_xent", 4096, 384, HALF)]),  # not powers of two
         (BOTH, [Shape("clip_loss", M // 2, 128, HALF) for M in (8192, 32768)]),
         (BOTH, [Shape("nt_xent", M // 2, 128, torch.float32) for M in (80, 2048, 8192)]),
         (("triton",), [Shape("clip_loss", 4096, 512, HALF), Shape("nt_xent", 4096, 128, torch.float32, tf32=True)]),

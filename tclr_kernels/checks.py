@@ -263,7 +263,8 @@ def temperature(value: object, device: torch.device | None = None, name: str = "
             )
         if _check_values() and not (value > 0).logical_and(value.isfinite()):
             raise ValueError(f"{name}: found {value.item()}, wanted {wanted} (TCLR_KERNELS_CHECK=1)")
-        return saveable(value)[0].reshape(())  # autograd gives the gradient the shape that the tensor had
+        number = saveable(value)[0]
+        return number.reshape(()) if number.dim() else number  # autograd gives the gradient the shape of the tensor
     if isinstance(value, Default):  # already a valid number; PyTorch 2.11's compiler cannot trace float() of it
         return DEFAULT
     if isinstance(value, bool) or not isinstance(value, numbers.Real):

@@ -46,7 +46,8 @@ def labelled(
     tile = max(n, BLOCK) * max(K, BLOCK)  # similarities kept for a group: a block of each side or more
     small = columns[0].device.type == "cpu" and G * (tile + (n + K) * D) <= LARGEST and min(G, n, K) > 0
     call = getattr(backends.BACKENDS[settings.name], "labelled", None)
-    if not small or call is None or isinstance(tau, torch.Tensor) or must_be_composed([*rows, *columns]):
+    fixed = not isinstance(tau, torch.Tensor) and not isinstance(count, torch.Tensor)
+    if not small or call is None or not fixed or must_be_composed([*rows, *columns]):
         return composed(settings, tau, keys, rows, columns, spread, count)
     if wants_gradient(*rows, *columns):
         return Labelled.apply(settings.name, settings, tau, keys, spread, count, len(rows), *rows, *columns)

@@ -247,4 +247,6 @@ class GramBackward(Once, torch.autograd.Function):
 
 
 def _only_reference(what: str, name: str) -> NotImplementedError:
-    return NotImplementedError(f'{what} is not provided by backend {name!r}: use backend="reference"')
+    return NotImplementedError(
+        f'{what} is not provided by backend {name!r}: use backend="reference", or set TCLR_KERNELS_BACKEND=reference'
+    )

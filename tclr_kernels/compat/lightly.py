@@ -8,7 +8,8 @@ Source: https://github.com/lightly-ai/lightly
 """
 
 import functools
-from collections.abc import Callable, Sequence
+import numbers
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,10 @@ class _Loss(nn.Module):
         self.gather_distributed = gather_distributed
 
     @property
+    def _tau(self) -> float | Tensor:
+        return shared.temperature(self.temperature)
+
+    @property
     def _group(self) -> str | None:
         return "world" if self.gather_distributed else None
 
@@ -45,8 +50,8 @@ class NTXentLoss(_Loss):
         l_i = -log h(a_i, b_i) / sum_j [ 1[j != i] h(a_i, a_j) + h(a_i, b_j) ],  likewise for b_i
         l_i = -log h(a_i, b_i) / ( h(a_i, b_i) + sum_m h(a_i, bank_m) )          with a memory bank
 
-    memory_bank_size: 0, or (rows, D). Each call whose first view requires a gradient stores its second view in the
-    bank; as in lightly, if a batch reaches past the end of the bank, the rest of it is dropped. With gather_distributed
+    memory_bank_size: 0, or (rows, D). Each call whose first view gets a gradient stores its second view in the bank; as
+    in lightly, if a batch reaches past the end of the bank, the rest of it is dropped. With gather_distributed
     the rows of all processes are stored, but the loss is still that of the process's own rows.
     forward(out0, out1): [N, D] each. Returns the mean over the rows. Raises ValueError as lightly does.
     Source: SimCLR, https://arxiv.org/abs/2002.05709; MoCo, https://arxiv.org/abs/1911.05722.
@@ -64,11 +69,11 @@ class NTXentLoss(_Loss):
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         out0, out1 = shared.rows(dict(out0=out0, out1=out1), group=self._group)
         if not self.memory_bank.size[0]:
-            return shared.as_given(losses.nt_xent(out0, out1, self.temperature, group=self._group), out0)
+            return shared.as_given(losses.nt_xent(out0, out1, self._tau, group=self._group), out0)
         shared.width("memory_bank", self.memory_bank.bank, out0)
         bank = self.memory_bank.bank.to(out0.device, out0.dtype, copy=True)  # the module may have stayed on the CPU
-        loss = losses.info_nce(out0, out1, self.temperature, negatives=bank, in_batch=False)
-        if out0.requires_grad:
+        loss = losses.info_nce(out0, out1, self._tau, negatives=bank, in_batch=False)
+        if out0.requires_grad and torch.is_grad_enabled():
             self.memory_bank.enqueue(shared.everybody(F.normalize(out1.detach(), dim=1), group=self._group))
         return shared.as_given(loss, out0)
 
@@ -76,7 +81,7 @@ class NTXentLoss(_Loss):
 class MemoryBank(nn.Module):
     """The rows of earlier batches, stored in the same order as by lightly's MemoryBankModule. bank: [rows, D]
 
-    size: 0 for no bank, or (rows, D). Raises ValueError for negative sizes, and for a number of rows without D.
+    size: 0 for no bank, or (rows, D). Raises ValueError for anything else.
     """
 
     bank: Tensor
@@ -84,8 +89,9 @@ class MemoryBank(nn.Module):
 
     def __init__(self, size: int | Sequence[int]) -> None:
         super().__init__()
-        self.size: tuple[int, ...] = (size,) if isinstance(size, int) else tuple(size)
-        if min(self.size, default=-1) < 0 or (self.size != (0,) and len(self.size) != 2):
+        self.size: tuple[int, ...] = tuple(size) if isinstance(size, Iterable) else (size,)
+        integers = all(isinstance(x, numbers.Integral) and not isinstance(x, bool) and x >= 0 for x in self.size)
+        if not integers or (self.size != (0,) and len(self.size) != 2):
             raise ValueError(f"memory_bank_size: found {size!r}, wanted 0 or a pair (rows, D) of integers >= 0")
         self.register_buffer("bank", F.normalize(torch.randn(self.size), dim=-1), persistent=False)
         self.register_buffer("bank_ptr", torch.zeros(1, dtype=torch.int64), persistent=False)
@@ -109,8 +115,8 @@ class DCLLoss(_Loss):
     added two logarithms, log sum exp S(a_i, a_j) + log sum exp S(a_i, b_j), as `two_logarithms=True` does: the
     negatives of each view then have the same total weight in the gradient, and the value is about twice as large.
 
-    weight_fn: a function of two normalised views [N, D] that returns the weights w [N] of the positives; it is called
-    for (out0, out1) and for (out1, out0), always with the process's own rows.
+    weight_fn: a function of two normalised views [N, D] that returns the weights w of the positives, [N] or one number;
+    it is called for (out0, out1) and for (out1, out0), always with the process's own rows.
     forward(out0, out1): [N, D] each. Returns the mean over the rows; -inf without negatives, as lightly does.
     Source: https://arxiv.org/abs/2110.06848, equation 6.
     """
@@ -135,8 +141,8 @@ class DCLLoss(_Loss):
         weights = None
         if self.weight_fn:
             a, b = F.normalize(out0, dim=1), F.normalize(out1, dim=1)
-            weights = torch.stack([self.weight_fn(a, b), self.weight_fn(b, a)])
-        loss = _decoupled(out0, out1, self.temperature, weights, self.two_logarithms, group=self._group)
+            weights = [self.weight_fn(a, b), self.weight_fn(b, a)]
+        loss = _decoupled(out0, out1, self._tau, weights, self.two_logarithms, group=self._group)
         return shared.as_given(loss, out0)
 
 
@@ -145,13 +151,15 @@ def _decoupled(
     out0: Tensor,
     out1: Tensor,
     temperature: float | Tensor,
-    weights: Tensor | None,
+    weights: list[float | Tensor] | None,
     two_logarithms: bool,
     *,
     group: Group = None,
     shares: Shares = None,
 ) -> Tensor:
-    """weights: [2, N], of the positives with the rows of each view as anchors"""
+    """weights: of the positives with the rows of each view as anchors"""
+    if weights is not None:
+        weights = torch.stack([_weights(x, out0) for x in weights])
     tau = losses._tau(temperature, None, True, "mean", out0, group)
     parts = candidates.contrast([out0, out1], tau, True, False, None, process=group)
     neg, pos = (losses._own(x, group)[0] for x in (parts.neg, parts.pos))  # [2, 2, N]
@@ -159,6 +167,17 @@ def _decoupled(
     positives = pos.sum(1)  # where a view meets itself, pos is 0
     terms = negatives - (positives if weights is None else positives * weights)
     return losses._reduce(terms, "mean", 2 * losses._rows(out0, group), group, parts=True)
+
+
+def _weights(weights: float | Tensor, rows: Tensor) -> Tensor:
+    """What a weight_fn returned for rows [N, D]: [N]"""
+    if isinstance(weights, numbers.Real):
+        weights = rows.new_tensor(weights)
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"weight_fn: returned {weights!r}, wanted a tensor of shape [{len(rows)}]")
+    if weights.numel() != 1 and weights.shape != rows.shape[:1]:
+        raise ValueError(f"weight_fn: returned shape {list(weights.shape)}, wanted [{len(rows)}], one for each row")
+    return weights.reshape(-1).expand(len(rows))
 
 
 def negative_mises_fisher_weights(out0: Tensor, out1: Tensor, sigma: float = 0.5) -> Tensor:
@@ -192,7 +211,8 @@ class SupConLoss(_Loss):
         l_i = -1/|P(i)| sum_(p in P(i)) log h(z_i, z_p) / sum_(j != i) h(z_i, z_j)
 
     forward(out0, out1, labels=None): [N, D] each; labels [N] of any dtype. Without labels it is NT-Xent. With
-    gather_distributed, labels are gathered too (lightly raises an error there).
+    gather_distributed, labels are gathered too (lightly raises an error there). Returns the mean over the rows, in
+    float32 or float64.
     Source: https://arxiv.org/abs/2004.11362, equation 2.
     """
 
@@ -205,8 +225,8 @@ class SupConLoss(_Loss):
     def forward(self, out0: Tensor, out1: Tensor, labels: Tensor | None = None) -> Tensor:
         out0, out1 = shared.rows(dict(out0=out0, out1=out1), group=self._group)
         if labels is None:
-            loss = losses.nt_xent(out0, out1, self.temperature, group=self._group)
+            loss = losses.nt_xent(out0, out1, self._tau, group=self._group)
         else:
             keys = shared.keys("labels", labels, out0, group=self._group)
-            loss = losses.sup_con(torch.cat([out0, out1]), keys.repeat(2), self.temperature, group=self._group)
-        return shared.as_given(loss * self.temperature if self.rescale else loss, out0)
+            loss = losses.sup_con(torch.cat([out0, out1]), keys.repeat(2), self._tau, group=self._group)
+        return losses._rounded(loss * self._tau if self.rescale else loss, out0)

@@ -4,10 +4,12 @@ Both take the arguments of the original:
 
 - `distance`: None, a CosineSimilarity, or a DotProductSimilarity, with p = 2 and power 1;
 - `reducer`: None, or one of those in the docstring of the class; `collect_stats`: None or False;
+- all are kept as attributes, which may be changed later;
 - `forward(embeddings, labels, indices_tuple=None, ref_emb=None, ref_labels=None)`: embeddings [N, D], labels [N] of any
   dtype. If ref_emb [K, D] and ref_labels [K] are given, they are the candidates; otherwise each row is compared with
   all other rows. As in the original, if ref_labels is None or the same object as labels, row i of ref_emb is not a
-  candidate for row i. The loss is 0 if there is no positive pair, no negative pair, or only one of each.
+  candidate for row i. The loss is 0 if there is no positive pair, no negative pair, or only one of each, as in an
+  empty batch.
 
 Raises ValueError as the original does, and NotImplementedError, naming the argument, for other distances and reducers,
 for an embedding_regularizer, and for indices_tuple (a miner's pairs or triplets): the kernels compare rows by their
@@ -41,15 +43,23 @@ class _Loss(nn.Module):
         collect_stats: bool | None = None,
     ) -> None:
         super().__init__()
-        shared.temperature(temperature)
-        if reducer is not None and type(reducer).__name__ not in self.REDUCERS:
-            shared.unsupported("reducer", reducer, f"None or {' or '.join(self.REDUCERS)}")
-        if embedding_regularizer is not None:
-            shared.unsupported("embedding_regularizer", embedding_regularizer, "None: add it to the loss")
-        if collect_stats:
-            shared.unsupported("collect_stats", collect_stats, "False: there is no matrix to take statistics of")
         self.temperature: float | Tensor = temperature
-        self.normalize: bool = _normalizes(distance)
+        self.distance: Any = distance
+        self.reducer: Any = reducer
+        self.embedding_regularizer: Any = embedding_regularizer
+        self.embedding_reg_weight: float = embedding_reg_weight
+        self.collect_stats: bool | None = collect_stats
+        self._settings()
+
+    def _settings(self) -> tuple[float | Tensor, bool]:
+        """The temperature, and whether rows are normalised. Raises an error for attributes that are not supported."""
+        if self.reducer is not None and type(self.reducer).__name__ not in self.REDUCERS:
+            shared.unsupported("reducer", self.reducer, f"None or {' or '.join(self.REDUCERS)}")
+        if self.embedding_regularizer is not None:
+            shared.unsupported("embedding_regularizer", self.embedding_regularizer, "None: add it to the loss")
+        if self.collect_stats:
+            shared.unsupported("collect_stats", self.collect_stats, "False: there is no matrix to take statistics of")
+        return shared.temperature(self.temperature), _normalizes(self.distance)
 
     def forward(
         self,
@@ -63,6 +73,9 @@ class _Loss(nn.Module):
             shared.unsupported("indices_tuple", type(indices_tuple), "None: all pairs of equal labels are positives")
         if labels is None:
             raise ValueError("labels: found None, wanted a tensor [N]")
+        if any(isinstance(x, Tensor) and 0 in x.shape[:1] for x in (embeddings, ref_emb)):
+            shared.keys("labels", labels, embeddings)
+            return (embeddings * 0).sum()
         call = self._call(embeddings, labels, ref_emb, ref_labels)
         neg, *positives = call.sums()
         loss = self._reduced(call, neg, *positives)
@@ -76,14 +89,18 @@ class _Loss(nn.Module):
         self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor | None, ref_labels: Tensor | None
     ) -> shared.Rectangle:
         (embeddings,) = shared.rows(dict(embeddings=embeddings))
-        keys = shared.keys("labels", labels, embeddings)
         if ref_emb is None:
-            return shared.rectangle(None, embeddings, self.temperature, self.normalize, (keys, keys), first=0)
+            keys = shared.keys("labels", labels, embeddings)
+            return shared.rectangle(None, embeddings, *self._settings(), (keys, keys), first=0)
         shared.rows(dict(ref_emb=ref_emb))
         embeddings, ref_emb = checks.sides(embeddings=embeddings, ref_emb=ref_emb)
         same = ref_labels is None or ref_labels is labels
-        both = keys, shared.keys("ref_labels", labels if same else ref_labels, ref_emb)
-        return shared.rectangle(embeddings, ref_emb, self.temperature, self.normalize, both, first=0 if same else -1)
+        ref_labels = labels if same else ref_labels
+        sides = ("labels", labels, embeddings), ("ref_labels", ref_labels, ref_emb)
+        keys = [shared.keys(*side) for side in sides]
+        if labels.is_floating_point() != ref_labels.is_floating_point():  # the keys of integers and floats differ
+            keys = [shared.keys(name, of_rows.double(), rows) for name, of_rows, rows in sides]
+        return shared.rectangle(embeddings, ref_emb, *self._settings(), tuple(keys), first=0 if same else -1)
 
     def _reduced(self, call: shared.Rectangle, *sums: Tensor) -> Tensor:
         raise NotImplementedError
@@ -118,11 +135,11 @@ class SupConLoss(_Loss):
 
     def __init__(self, temperature: float | Tensor = 0.1, **kwargs: Any) -> None:
         super().__init__(temperature, **kwargs)
-        self.nonzero: bool = type(kwargs.get("reducer")).__name__ != "MeanReducer"
 
     def _reduced(self, call: shared.Rectangle, *sums: Tensor) -> Tensor:
         terms = supervised(*sums)
-        return ordered_sum(terms) / ((terms > 0).sum().clamp(min=1) if self.nonzero else terms.numel())
+        of_all = type(self.reducer).__name__ == "MeanReducer"
+        return ordered_sum(terms) / (terms.numel() if of_all else (terms > 0).sum().clamp(min=1))
 
 
 def _normalizes(distance: Any) -> bool:

@@ -36,7 +36,7 @@ class MoCoLoss(nn.Module):
         super().__init__()
         checks.size("dim", dim)
         checks.size("K", K)
-        shared.temperature(T)
+        shared.temperature(T, name="T")
         self.K: int = K
         self.T: float = T
         rows = F.normalize(torch.randn(dim, K), dim=0).T.contiguous()  # every key is contiguous in memory
@@ -45,9 +45,13 @@ class MoCoLoss(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor) -> Tensor:
         q, k = shared.rows(dict(q=q, k=k), group="world")
-        loss = losses.info_nce(q, k, self.T, normalize=False, negatives=self._negatives(q), in_batch=False)
+        loss = losses.info_nce(q, k, self._tau, normalize=False, negatives=self._negatives(q), in_batch=False)
         self._dequeue_and_enqueue(k)
         return shared.as_given(loss, q)
+
+    @property
+    def _tau(self) -> float | Tensor:
+        return shared.temperature(self.T, name="T")
 
     def _negatives(self, q: Tensor) -> Tensor:
         """A copy, since new keys take the place of some rows before the backward: [K, dim]"""
@@ -58,7 +62,7 @@ class MoCoLoss(nn.Module):
     def _dequeue_and_enqueue(self, keys: Tensor) -> None:
         keys = shared.everybody(keys, group="world")
         n = len(keys)
-        if self.K % n:
+        if not n or self.K % n:
             raise ValueError(
                 f"K: found {self.K}, wanted a multiple of the number of keys, {n} on all processes together"
             )
@@ -105,7 +109,7 @@ class MoCo(MoCoLoss):
             self._momentum_update_key_encoder()
             mixed, back = _shuffled(im_k)
             k = _own(F.normalize(self.encoder_k(mixed), dim=1), back)
-        neg, pos = candidates.partners(q, k, Further(self._negatives(q)), self.T, False, None)
+        neg, pos = candidates.partners(q, k, Further(self._negatives(q)), self._tau, False, None)
         self._dequeue_and_enqueue(k)
         logits = torch.stack([pos, neg], 1)
         return shared.as_given(logits, q), torch.zeros(len(q), dtype=torch.int64, device=q.device)

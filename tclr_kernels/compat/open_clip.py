@@ -3,12 +3,14 @@
 Source: https://github.com/mlfoundations/open_clip
 """
 
+import numbers
 import warnings
 
 import torch
 from torch import Tensor, nn
 
-from .. import losses
+from .. import checks, distributed, losses
+from ..distributed import Group, Shares
 from . import shared
 
 
@@ -63,7 +65,7 @@ class ClipLoss(nn.Module):
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         group = self._group()
-        image, text = shared.rows(dict(image_features=image_features, text_features=text_features), group=group)
+        image, text, logit_scale = _checked(image_features, text_features, logit_scale, logit_bias, group=group)
         if group is None and isinstance(logit_scale, Tensor) and image.dtype in (torch.float32, torch.float64):
             # for a small batch, this product takes less time than to pass the scale to the kernels as a tensor
             image, logit_scale = image * logit_scale.to(image.dtype), 1.0
@@ -81,3 +83,23 @@ class ClipLoss(nn.Module):
         if found != self.world_size:
             raise ValueError(f"world_size: found {self.world_size}, wanted {found}, the processes of torch.distributed")
         return "world"
+
+
+@distributed.collective
+def _checked(
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor | None,
+    *,
+    group: Group = None,
+    shares: Shares = None,
+) -> tuple[Tensor, Tensor, float | Tensor]:
+    """The features and the scale."""
+    features = dict(image_features=image_features, text_features=text_features)
+    image, text = checks.embeddings("N D", group is not None, **features)
+    of_tensor = isinstance(logit_bias, Tensor)
+    if not (logit_bias.numel() == 1 if of_tensor else logit_bias is None or isinstance(logit_bias, numbers.Real)):
+        found = f"a tensor of shape {list(logit_bias.shape)}" if of_tensor else repr(logit_bias)
+        raise ValueError(f"logit_bias: found {found}, wanted None, a number or a tensor of one element")
+    return image, text, shared.temperature(logit_scale, name="logit_scale")

@@ -5,6 +5,7 @@ Source: https://github.com/huggingface/sentence-transformers
 
 import functools
 import math
+import numbers
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -44,7 +45,8 @@ class MultipleNegativesRankingLoss(nn.Module):
     with all documents; "query_to_query": of the query with the other queries; "doc_to_query": of its document with all
     queries; "doc_to_doc": of its document with the documents and hard negatives of the other queries.
     partition_mode: "joint" for one denominator with all directions, "per_direction" for the mean of a loss for each.
-    forward(sentence_features, labels=None): the columns are queries, documents, and any number of hard negatives.
+    forward(sentence_features, labels=None): the columns are queries, documents, and any number of hard negatives, all
+    with the same number of rows.
     Returns the mean over the queries.
     Raises ValueError as sentence-transformers does; NotImplementedError for other similarities, and for a hardness_mode
     with a strength above 0, which gives each negative its own weight.
@@ -63,18 +65,17 @@ class MultipleNegativesRankingLoss(nn.Module):
         hardness_strength: float = 0.0,
     ) -> None:
         super().__init__()
-        if not scale > 0:
-            raise ValueError(f"scale: found {scale!r}, wanted a number > 0")
+        shared.temperature(scale, name="scale")
         similarity = getattr(similarity_fct, "__name__", None)
         if similarity not in SIMILARITIES:
             shared.unsupported("similarity_fct", similarity_fct, "cos_sim or dot_score")
-        _check_directions(directions, partition_mode)
+        directions = _directions(directions, partition_mode)
         _check_hardness(hardness_mode, hardness_strength)
         self.model: Any = model
         self.scale: float = scale
         self.similarity_fct: Callable[..., Tensor] = similarity_fct
         self.gather_across_devices: bool = gather_across_devices
-        self.directions: tuple[str, ...] = tuple(directions)
+        self.directions: tuple[str, ...] = directions
         self.partition_mode: str = partition_mode
         self.hardness_mode: str | None = hardness_mode
         self.hardness_strength: float = hardness_strength
@@ -92,15 +93,16 @@ class MultipleNegativesRankingLoss(nn.Module):
         queries, documents, *hard = embeddings
         negatives = torch.cat(hard) if hard else None
         settings = {"normalize": SIMILARITIES[self.similarity_fct.__name__], "group": group}
+        scale = shared.temperature(self.scale, name="scale")
         if self.directions == ("query_to_doc",) and hard and group is None:
-            loss = _with_hard(queries, torch.cat([documents, *hard]), self.scale, settings["normalize"])
+            loss = _with_hard(queries, torch.cat([documents, *hard]), scale, settings["normalize"])
         elif self.directions == ("query_to_doc",):
-            loss = losses.info_nce(queries, documents, logit_scale=self.scale, negatives=negatives, **settings)
+            loss = losses.info_nce(queries, documents, logit_scale=scale, negatives=negatives, **settings)
         elif self.partition_mode == "per_direction":
             both = negatives, None
-            loss = losses.clip_loss(queries, documents, logit_scale=self.scale, negatives=both, **settings)
+            loss = losses.clip_loss(queries, documents, logit_scale=scale, negatives=both, **settings)
         else:
-            loss = _joint(embeddings, self.scale, self.directions, **settings)
+            loss = _joint(embeddings, scale, self.directions, **settings)
         return shared.as_given(loss, queries)
 
     def get_config_dict(self) -> dict[str, Any]:
@@ -154,21 +156,24 @@ def _joint(
     return losses._reduce(terms, "mean", losses._rows(embeddings[0], group), group)
 
 
-def _check_directions(directions: Sequence[str], partition_mode: str) -> None:
-    if "query_to_doc" not in directions or not set(directions) <= set(DIRECTIONS):
+def _directions(directions: Sequence[str], partition_mode: str) -> tuple[str, ...]:
+    """The directions, each once."""
+    found = tuple(dict.fromkeys(directions or ()))
+    if "query_to_doc" not in found or not set(found) <= set(DIRECTIONS):
         raise ValueError(f"directions: found {directions!r}, wanted 'query_to_doc' and others of {DIRECTIONS}")
     checks.one_of("partition_mode", partition_mode, MODES)
-    if partition_mode == "per_direction" and {"query_to_query", "doc_to_doc"} & set(directions):
+    if partition_mode == "per_direction" and {"query_to_query", "doc_to_doc"} & set(found):
         raise ValueError(
             f"partition_mode: found 'per_direction' beside the directions {directions!r}, wanted 'joint': "
             "'query_to_query' and 'doc_to_doc' have no positive"
         )
+    return found
 
 
 def _check_hardness(mode: str | None, strength: float) -> None:
     if mode is not None:
         checks.one_of("hardness_mode", mode, HARDNESS)
-    if strength < 0:
+    if not isinstance(strength, numbers.Real) or not strength >= 0:
         raise ValueError(f"hardness_strength: found {strength!r}, wanted a number >= 0")
     if mode is not None and strength > 0:
         shared.unsupported("hardness_mode", mode, "None: the kernels give all negatives the same weight")

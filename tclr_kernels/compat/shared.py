@@ -13,11 +13,16 @@ from ..labelled import labelled
 LARGEST = torch.iinfo(torch.int64).max
 
 
-def temperature(value: float | Tensor, smallest: float = 0.0) -> None:
-    """Raises TypeError or ValueError if the value is not a temperature. The value of a tensor is not read."""
-    checks.temperature(value)
-    if isinstance(value, numbers.Real) and value < smallest:
-        raise ValueError(f"temperature: found {value!r}, wanted a number >= {smallest}")
+def temperature(value: float | Tensor, smallest: float = 0.0, name: str = "temperature") -> float | Tensor:
+    """The temperature as a float or a 0-d tensor, whose value is not read. Raises TypeError or ValueError.
+
+    A tensor of one element may have any shape, and integers, as in the other libraries.
+    """
+    if isinstance(value, Tensor) and not value.is_floating_point() and not value.is_complex():
+        value = value.float()
+    if isinstance(value, numbers.Real) and 0 < value < smallest:
+        raise ValueError(f"{name}: found {value!r}, wanted a number >= {smallest}")
+    return checks.temperature(value, name=name)
 
 
 def unsupported(argument: str, found: object, wanted: str) -> NoReturn:
@@ -42,17 +47,22 @@ def width(name: str, kept: Tensor, beside: Tensor) -> None:
 
 @distributed.collective
 def keys(name: str, labels: Tensor, beside: Tensor, *, group: Group = None, shares: Shares = None) -> Tensor:
-    """Labels [N] of any dtype, of rows [N, D], as integers that are equal where the labels are, and never negative.
+    """Labels [N] of rows [N, D], real numbers or truth values, as integers that are equal where the labels are.
 
-    In the other libraries a negative label is a label like all others; here it would be equal to nothing.
+    The integers are not negative, since a negative one would be equal to nothing here, and in the other libraries it is
+    a label like all others. A NaN, which is equal to nothing there too, becomes -1. One bit of 64 is lost: two integers
+    that differ by 2^63 become equal, and two float64 numbers that differ in their last bit.
     """
     if not isinstance(labels, Tensor):
         raise TypeError(f"{name}: found {labels!r}, wanted a tensor of shape [{len(beside)}]")
     if labels.shape != beside.shape[:1]:
         raise ValueError(f"{name}: found shape {list(labels.shape)}, wanted [{len(beside)}], one for each row")
+    if labels.is_complex():
+        raise TypeError(f"{name}: found dtype {labels.dtype}, wanted real numbers or truth values")
     labels = labels.to(beside.device)
     if labels.is_floating_point():
-        labels = (labels.double() + 0.0).view(torch.int64) >> 1  # -0.0 becomes 0.0; the sign moves out of the sign bit
+        bits = (labels.double() + 0.0).view(torch.int64) >> 1  # -0.0 becomes 0.0; the sign moves out of the sign bit
+        return (bits & LARGEST).where(labels == labels, -1)
     return labels.to(torch.int64) & LARGEST
 
 

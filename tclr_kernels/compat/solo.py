@@ -28,7 +28,7 @@ def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float | Tensor = 0
 def _simclr(
     z: Tensor, keys: Tensor, temperature: float | Tensor, *, group: Group = None, shares: Shares = None
 ) -> Tensor:
-    tau = losses._tau(temperature, None, True, "mean", z, group)
+    tau = losses._tau(shared.temperature(temperature), None, True, "mean", z, group)
     if group is None:
         return shared.rectangle(None, z, tau, True, (keys, keys), first=0).total(False, len(z))
     neg, _, pos_lse, *_ = candidates.all_pairs([z[None]], tau, True, False, None, keys[None], group)

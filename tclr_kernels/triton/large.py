@@ -62,6 +62,7 @@ LIMITS = {torch.float32: 60.0, torch.float64: 300.0}  # largest 1 / tau for whic
 LOG2E = tl.constexpr(1.4426950408889634)
 UNIT = tl.constexpr(4096.0)  # factor of pairs, so that only very small features have a subnormal lower float16
 RUN = tl.constexpr(64)  # consecutive features that go to the same half of dz
+WIDEST = tl.constexpr(128)  # the most features in a part of a row whose length is not a power of two
 
 
 @triton.jit
@@ -135,6 +136,45 @@ def operand(u, lower, d, ROWS: tl.constexpr, DP: tl.constexpr, PRECISION: tl.con
     return (high, features(u + lower, d, ROWS, DP, UPCAST)) if PRECISION == "pairs" else (high,)
 
 
+@triton.constexpr_function
+def part_count(size):
+    """The number of tensors for `size` features: a tensor has a power of two of them, so other sizes take several."""
+    return 1 if size & (size - 1) == 0 else -(-size // WIDEST.value)
+
+
+@triton.constexpr_function
+def part_width(size, part):
+    return size if size & (size - 1) == 0 else min(WIDEST.value, size - part * WIDEST.value)
+
+
+@triton.jit
+def operands(
+    u, lower, size: tl.constexpr, ROWS: tl.constexpr, DP: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr
+):
+    """The first `size` features of ROWS rows as operands of products, one for each part."""
+    made = ()
+    for k in tl.static_range(part_count(size)):
+        d = tl.arange(0, part_width(size, k))
+        made = made + (operand(u + k * WIDEST, lower, d, ROWS, DP, PRECISION, UPCAST),)
+    return made
+
+
+@triton.jit
+def zero_parts(size: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr):
+    made = ()
+    for k in tl.static_range(part_count(size)):
+        made = made + (tl.zeros([ROWS, part_width(size, k)], ACC),)
+    return made
+
+
+@triton.jit
+def times(parts, factor):
+    made = ()
+    for k in tl.static_range(len(parts)):
+        made = made + (parts[k] * factor,)
+    return made
+
+
 @triton.jit
 def plus_product(total, left, right, PRECISION: tl.constexpr, ACC: tl.constexpr):
     """total + left @ right. With pairs, the product of the two lower halves is left out: it is below rounding.
@@ -149,6 +189,15 @@ def plus_product(total, left, right, PRECISION: tl.constexpr, ACC: tl.constexpr)
     else:
         total = tl.dot(left[0], right[0], total, input_precision=PRECISION, out_dtype=ACC)
     return total
+
+
+@triton.jit
+def plus_products(totals, left, rights, PRECISION: tl.constexpr, ACC: tl.constexpr):
+    """total + left @ right for each part."""
+    made = ()
+    for k in tl.static_range(len(totals)):
+        made = made + (plus_product(totals[k], left, rights[k], PRECISION, ACC),)
+    return made
 
 
 @triton.jit
@@ -178,7 +227,11 @@ def cosines(
     """<u_i, u_j>: [BM, BN]. u_i, u_j: pointers to rows and columns; rows, columns: their operands, used if BK = DP."""
     s = tl.zeros([BM, BN], ACC)
     if BK == DP:
-        s = plus_product(s, rows, transposed(columns, PRECISION), PRECISION, ACC)
+        s = plus_product(s, rows[0], transposed(columns[0], PRECISION), PRECISION, ACC)
+        one = tl.full([BM, BN], 1.0, ACC)
+        for k in tl.static_range(1, len(rows)):
+            more = plus_product(tl.zeros([BM, BN], ACC), rows[k], transposed(columns[k], PRECISION), PRECISION, ACC)
+            s = tl.fma(more, one, s)  # a plain sum becomes one chain of products, which Triton gives to half the warps
     else:
         for d0 in range(0, DP, BK):
             left = operand(u_i + d0, lower_i, tl.arange(0, BK), BM, DP, PRECISION, UPCAST)
@@ -330,14 +383,14 @@ def sums_kernel(
     for start in range(first_j, end_j, BN):
         j = start + tl.arange(0, BN)
         u_j = u + (first_column + start) * DP
-        columns = operand(u_j, lower, tl.arange(0, BK), BN, DP, PRECISION, UPCAST)
+        columns = operands(u_j, lower, BK, BN, DP, PRECISION, UPCAST)
         column_sums = tl.zeros([BM, BN] if HELD else [BN], ACC)
         again = tl.where(start > first_j, NP, 0)
         for begin in range(first_i, end_i, BM):
             i = begin + tl.arange(0, BM)
             row_sum = tl.load(to_rows + i, mask=i < again, other=0.0)
             u_i = u + (first_row + begin) * DP
-            rows = operand(u_i, lower, tl.arange(0, BK), BM, DP, PRECISION, UPCAST)
+            rows = operands(u_i, lower, BK, BM, DP, PRECISION, UPCAST)
             s = cosines(u_i, u_j, lower, lower, rows, columns, BM, BN, DP, BK, ACC, PRECISION, UPCAST)
             if has_others(begin, start, N, BM, BN):
                 s = negatives(s, begin, start, N, BM, BN)
@@ -381,12 +434,12 @@ def unbounded_sums_kernel(
     for begin in range(first_i, end_i, BM):
         i = begin + tl.arange(0, BM)
         u_i = u + (g * M + a * NP + begin) * DP
-        rows = operand(u_i, lower, tl.arange(0, BK), BM, DP, PRECISION, UPCAST)
+        rows = operands(u_i, lower, BK, BM, DP, PRECISION, UPCAST)
         total = tl.zeros([BM], ACC)
         top = tl.full([BM], float("-inf"), ACC)
         for start in range(first_j, end_j, BN):
             u_j = u + (g * M + c * NP + start) * DP
-            columns = operand(u_j, lower, tl.arange(0, BK), BN, DP, PRECISION, UPCAST)
+            columns = operands(u_j, lower, BK, BN, DP, PRECISION, UPCAST)
             s = cosines(u_i, u_j, lower, lower, rows, columns, BM, BN, DP, BK, ACC, PRECISION, UPCAST)
             if has_others(begin, start, N, BM, BN):
                 s = negatives(s, begin, start, N, BM, BN)
@@ -573,24 +626,23 @@ def halved(dz, BM: tl.constexpr, DC: tl.constexpr):
 
 
 @triton.jit
-def features_of(part, DC: tl.constexpr, PARTS: tl.constexpr):
-    """The features in a part of dz: all if there is one part, those of `halved` if there are two."""
-    d = tl.arange(0, DC // PARTS)
-    return d if PARTS == 1 else d // RUN * (2 * RUN) + d % RUN + part * RUN
+def features_of(part, DC: tl.constexpr, HALVES: tl.constexpr):
+    """The features in a part of dz; HALVES: in one of the two results of `halved`."""
+    d = tl.arange(0, DC // 2 if HALVES else part_width(DC, part))
+    return d // RUN * (2 * RUN) + d % RUN + part * RUN if HALVES else d + part * WIDEST
 
 
 @triton.jit
 def store_gradient(
     dz, along, chunk, begin, a, g, top, inverse_tau, z, norms, pos, beta, exponents, dx, zdz, G, V, N, NP, D, blocks,
     NORMALIZE: tl.constexpr, CROSS: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    DP: tl.constexpr, DC: tl.constexpr, PARTS: tl.constexpr, UPCAST: tl.constexpr, BOOST: tl.constexpr,
+    DP: tl.constexpr, DC: tl.constexpr, HALVES: tl.constexpr, UPCAST: tl.constexpr, BOOST: tl.constexpr,
 ):  # fmt: skip
-    """Stores the gradient of some rows: adds the positives to dz of the negatives, and projects it."""
+    """Stores the gradient of some rows: adds the positives to the parts of dz of the negatives, and projects it."""
     i = begin + tl.arange(0, BM)
     z_i = z + ((g * V + a) * NP + begin) * DP
-    dz *= 1.0 / BOOST
+    parts = times(halved(dz[0], BM, DC) if HALVES else dz, 1.0 / BOOST)
     along *= 1.0 / BOOST
-    parts = halved(dz, BM, DC) if PARTS == 2 else (dz,)
     first, last = partners_of(a, V, CROSS)
     for c in range(first, last):  # the positives, whose weights are not rounded to the dtype of products
         if c != a:
@@ -602,16 +654,16 @@ def store_gradient(
             weight += tl.load(beta + column_block * N + i, mask=i < N, other=0.0) * to_column
             z_c = z + ((g * V + c) * NP + begin) * DP
             added = ()
-            for k in tl.static_range(PARTS):
-                partners = features(z_c + chunk, features_of(k, DC, PARTS), BM, DP, UPCAST)
+            for k in tl.static_range(len(parts)):
+                partners = features(z_c + chunk, features_of(k, DC, HALVES), BM, DP, UPCAST)
                 added = added + (parts[k] + weight[:, None] * partners.to(ACC),)
             parts = added
             if DC != DP:
                 along += weight * (tl.load(pos + row_block * N + i, mask=i < N, other=0.0) / inverse_tau)
 
     if DC == DP:
-        for k in tl.static_range(PARTS):
-            own = features(z_i, features_of(k, DC, PARTS), BM, DP, UPCAST, True)
+        for k in tl.static_range(len(parts)):
+            own = features(z_i, features_of(k, DC, HALVES), BM, DP, UPCAST, True)
             along += tl.sum(own.to(ACC) * parts[k], 1)
     unit = power_of_two(top)
     tl.store(
@@ -625,8 +677,8 @@ def store_gradient(
     one, other = factors(gradient_scale(norm, unit, inverse_tau, NORMALIZE), ACC)
     to = dx + (a.to(tl.int64) * G + g) * N * D
     row = i.to(tl.int64)[:, None] * D
-    for k in tl.static_range(PARTS):
-        d = chunk + features_of(k, DC, PARTS)
+    for k in tl.static_range(len(parts)):
+        d = chunk + features_of(k, DC, HALVES)
         gradient = parts[k]
         if NORMALIZE:
             gradient -= features(z_i, d, BM, DP, UPCAST, True).to(ACC) * along[:, None]
@@ -639,7 +691,7 @@ def gradient_kernel(
     z, u, lower: tl.int64, tau, limit, norms, neg, pos, alpha, beta, exponents, partial, partial_along, dx, zdz,
     programs, columns_per_split, G, V, N, NP, D, blocks, BOUNDED: tl.constexpr, TENSOR: tl.constexpr,
     NORMALIZE: tl.constexpr, CROSS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr, DC: tl.constexpr, SPLIT: tl.constexpr, PARTS: tl.constexpr,
+    BN: tl.constexpr, DP: tl.constexpr, BK: tl.constexpr, DC: tl.constexpr, SPLIT: tl.constexpr, HALVES: tl.constexpr,
     UPCAST: tl.constexpr, BOOST: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
     """dx: [V, G, N, D] and zdz: [G, V, N]. A program computes BM rows and DC of their features.
@@ -648,7 +700,7 @@ def gradient_kernel(
     join_kernel, in partial: [splits, G, V, NP, DP] and partial_along: [splits, G, V, NP].
     blocks: the number of blocks of BN rows in a set, one for each of `exponents`.
     BOOST: a factor that keeps all but very small weights out of float16's subnormal range.
-    PARTS: 2 if dz and a read of as many features do not fit the registers together, so that dz is stored in halves.
+    HALVES: store dz in two halves, since dz and a read of as many features do not fit the registers together.
     """
     inverse_tau = inverse_of(tau, TENSOR, ACC)
     if (inverse_tau <= limit) != BOUNDED:
@@ -671,8 +723,8 @@ def gradient_kernel(
     top = largest_exponent(exponents + g * V * V * blocks, V * V * blocks, BE)
     scale_s = of_product(inverse_tau, PRECISION)
     u_i = u + ((g * V + a) * NP + begin) * DP
-    rows = operand(u_i, lower, tl.arange(0, BK), BM, DP, PRECISION, UPCAST)
-    dz = tl.zeros([BM, DC], ACC)
+    rows = operands(u_i, lower, BK, BM, DP, PRECISION, UPCAST)
+    dz = zero_parts(DC, BM, ACC)
     along = tl.zeros([BM], ACC)  # <z, dz>, added up here if a program does not have all features of dz
 
     first, last = partners_of(a, V, CROSS)
@@ -684,7 +736,7 @@ def gradient_kernel(
         for start in range(start_j, end_j, BN):
             j = start + tl.arange(0, BN)
             u_j = u + ((g * V + c) * NP + start) * DP
-            columns = operand(u_j, lower, tl.arange(0, BK), BN, DP, PRECISION, UPCAST)
+            columns = operands(u_j, lower, BK, BN, DP, PRECISION, UPCAST)
             cosine = cosines(u_i, u_j, lower, lower, rows, columns, BM, BN, DP, BK, ACC, PRECISION, UPCAST)
             factor = factor_at(exponents + column_block * blocks + start // BN, top, ACC) * BOOST
             scale, shift = weights_of(alpha, neg, column_block * N + j, j < N, factor, BOUNDED)
@@ -700,25 +752,25 @@ def gradient_kernel(
             if DC != DP:
                 along += tl.sum(w * cosine, 1)
             if DC != DP or BK != DP:
-                columns = operand(u_j + chunk, lower, tl.arange(0, DC), BN, DP, PRECISION, UPCAST)
-            dz = plus_product(dz, as_operand(w, u.dtype.element_ty, PRECISION, UPCAST), columns, PRECISION, ACC)
+                columns = operands(u_j + chunk, lower, DC, BN, DP, PRECISION, UPCAST)
+            dz = plus_products(dz, as_operand(w, u.dtype.element_ty, PRECISION, UPCAST), columns, PRECISION, ACC)
 
     if PRECISION == "pairs":
-        dz *= 1.0 / UNIT
+        dz = times(dz, 1.0 / UNIT)
         along = of_product(along, PRECISION)
     if SPLIT:
         row = ((split * G + g) * V + a) * NP + begin
         k = tl.arange(0, BM)
-        parts = halved(dz, BM, DC) if PARTS == 2 else (dz,)
-        for part in tl.static_range(PARTS):
-            d = features_of(part, DC, PARTS)
+        parts = halved(dz[0], BM, DC) if HALVES else dz
+        for part in tl.static_range(len(parts)):
+            d = features_of(part, DC, HALVES)
             tl.store(partial + (row * DP + chunk) + (k[:, None] * DP + d[None, :]), parts[part])
         if DC != DP:
             tl.store(partial_along + row + k, along, mask=k < tl.where(chunk == 0, BM, 0))
     else:
         store_gradient(
             dz, along, chunk, begin, a, g, top, inverse_tau, z, norms, pos, beta, exponents, dx, zdz, G, V, N, NP, D,
-            blocks, NORMALIZE, CROSS, ACC, BM, BN, DP, DC, PARTS, UPCAST, BOOST,
+            blocks, NORMALIZE, CROSS, ACC, BM, BN, DP, DC, HALVES, UPCAST, BOOST,
         )  # fmt: skip
 
 
@@ -735,16 +787,20 @@ def join_kernel(
     a = (block // (NP // BM)) % V
     g = (block // (NP // BM) // V).to(tl.int64)
     top = largest_exponent(exponents + g * V * V * blocks, V * V * blocks, BE)
-    dz = tl.zeros([BM, DC], ACC)
+    dz = zero_parts(DC, BM, ACC)
     along = tl.zeros([BM], ACC)
     for split in range(splits):
         row = ((split * G + g) * V + a) * NP + begin
-        dz += features(partial + (row * DP + chunk), tl.arange(0, DC), BM, DP, False)
+        added = ()
+        for part in tl.static_range(len(dz)):
+            d = features_of(part, DC, False)
+            added = added + (dz[part] + features(partial + (row * DP + chunk), d, BM, DP, False),)
+        dz = added
         if DC != DP:
             along += tl.load(partial_along + row + tl.arange(0, BM))
     store_gradient(
         dz, along, chunk, begin, a, g, top, inverse_of(tau, TENSOR, ACC), z, norms, pos, beta, exponents, dx, zdz, G, V,
-        N, NP, D, blocks, NORMALIZE, CROSS, ACC, BM, BN, DP, DC, 1, UPCAST, BOOST,
+        N, NP, D, blocks, NORMALIZE, CROSS, ACC, BM, BN, DP, DC, False, UPCAST, BOOST,
     )  # fmt: skip
 
 
@@ -884,7 +940,8 @@ def kind_of(sets: Sequence[Tensor], tau: float | Tensor, normalize: bool, cross:
         cross,
         tf32_allowed(),
     )
-    return first.device, first.dtype, tiles.padded(D), rows, settings
+    features = tiles.by_parts(D) if D > 64 else tiles.padded(D)  # so that they also have the same DP
+    return first.device, first.dtype, features, rows, settings
 
 
 def tile_of(kernel: str, x: Tensor, normalize: bool, bounded: bool, more: str = "") -> Tile:
@@ -993,7 +1050,7 @@ def backward(
     if by_library:
         wide.gradient(z, number, limit, norms, alpha, beta, exponents, dx, zdz, cross, max(tile.BM, tile.BN))
         launches = launches[1:]
-    in_halves = tile.DC * z.element_size() >= 512 and tile.DC % (2 * RUN.value) == 0
+    in_halves = part_count(tile.DC) == 1 and tile.DC * z.element_size() >= 512 and tile.DC % (2 * RUN.value) == 0
     programs, tiles_per_set = G * V * (NP // tile.BM) * (tile.DP // tile.DC), cdiv(N, tile.BN)
     alone = 1.5 if tile.warps == 4 else 1.0  # one program of 4 warps does not fill a multiprocessor; an estimate
     partners = V // 2 if cross else V
@@ -1011,7 +1068,7 @@ def backward(
         launch(
             gradient_kernel, programs * splits, z, *products, number, limit, norms, neg, pos, alpha, beta, exponents,
             partial, partial_along, dx, zdz, programs if splits > 1 else 0, columns_per_split, G, V, N, NP, D, blocks,
-            BOUNDED=bounded, NORMALIZE=normalize, DC=tile.DC, SPLIT=splits > 1, PARTS=2 if in_halves else 1,
+            BOUNDED=bounded, NORMALIZE=normalize, DC=tile.DC, SPLIT=splits > 1, HALVES=in_halves,
             BOOST=boost, BE=1024, **how, **of_tiles(z, normalize, chosen[bounded]),
         )  # fmt: skip
     if splits > 1:

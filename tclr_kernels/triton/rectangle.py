@@ -50,17 +50,20 @@ from .large import (
     as_operand,
     cosines,
     exponential,
+    features_of,
     finite,
     largest_exponent,
     log_of_slots,
     of_product,
     of_tiles,
-    operand,
+    operands,
     packed,
     partners_of,
-    plus_product,
+    plus_products,
     rounded,
     splits_of,
+    times,
+    zero_parts,
 )
 from .sets import INTERPRETED, accumulator, cdiv, launch, temperature
 from .tiles import Tile
@@ -125,7 +128,7 @@ def rectangle_sums_kernel(
     begin = block * BM
     i = begin + tl.arange(0, BM)
     z_i = r + ((g * A + a) * NP + begin) * DP
-    rows = operand(z_i, r_lower, tl.arange(0, BK), BM, DP, PRECISION, UPCAST)
+    rows = operands(z_i, r_lower, BK, BM, DP, PRECISION, UPCAST)
     cell = ((g * A + a) * C + c) * n + i
     row_key = i
     if KEYS:
@@ -135,7 +138,7 @@ def rectangle_sums_kernel(
         similarity = tl.zeros([BM], tl.float64)
         count = tl.zeros([BM], tl.int32)
     if MEAN:
-        sum_z = tl.zeros([BM, DP], ACC)
+        sum_z = zero_parts(DP, BM, ACC)
     total = tl.zeros([BM], ACC)
     top = tl.full([BM], float("-inf"), ACC)
     start_j = split * columns_per_split
@@ -145,7 +148,7 @@ def rectangle_sums_kernel(
     for start in range(start_j, end_j, BN):
         j = start + tl.arange(0, BN)
         z_j = z + ((g * C + c) * KP + start) * DP
-        columns = operand(z_j, z_lower, tl.arange(0, BK), BN, DP, PRECISION, UPCAST)
+        columns = operands(z_j, z_lower, BK, BN, DP, PRECISION, UPCAST)
         s = cosines(z_i, z_j, r_lower, z_lower, rows, columns, BM, BN, DP, BK, ACC, PRECISION, UPCAST)
         s = rounded(s, of_product(inverse_tau, PRECISION))
         if INDEX:  # noqa: SIM102
@@ -174,10 +177,10 @@ def rectangle_sums_kernel(
             added = tl.sum(e, 1)
         if MEAN:
             if BK != DP:
-                columns = operand(z_j, z_lower, tl.arange(0, DP), BN, DP, PRECISION, UPCAST)
-            sum_z *= exponential(top - finite(higher))[:, None]
+                columns = operands(z_j, z_lower, DP, BN, DP, PRECISION, UPCAST)
+            sum_z = times(sum_z, exponential(top - finite(higher))[:, None])
             weight = as_operand(e * BOOST, z.dtype.element_ty, PRECISION, UPCAST)
-            sum_z = plus_product(sum_z, weight, columns, PRECISION, ACC)
+            sum_z = plus_products(sum_z, weight, columns, PRECISION, ACC)
         total = accumulated(total, top, higher, added)
         top = higher
     slot = split.to(tl.int64) * (G.to(tl.int64) * A * C * n) + cell
@@ -190,9 +193,16 @@ def rectangle_sums_kernel(
         tl.store(counts + slot, count, mask=i < n)
     if MEAN:
         if PRECISION == "pairs":
-            sum_z *= 1.0 / UNIT
-        to = weighted + ((split * G + g) * NP + begin) * DP
-        tl.store(to + (tl.arange(0, BM)[:, None] * DP + tl.arange(0, DP)[None, :]), sum_z)
+            sum_z = times(sum_z, 1.0 / UNIT)
+        store_parts(weighted + ((split * G + g) * NP + begin) * DP, sum_z, DP, BM, DP)
+
+
+@triton.jit
+def store_parts(to, parts, size: tl.constexpr, ROWS: tl.constexpr, DP: tl.constexpr):
+    """Stores ROWS rows of `size` features from their parts. to: a pointer to the first row"""
+    for k in tl.static_range(len(parts)):
+        d = features_of(k, size, False)
+        tl.store(to + (tl.arange(0, ROWS)[:, None] * DP + d[None, :]), parts[k])
 
 
 @triton.jit
@@ -279,7 +289,7 @@ def rectangle_pairs_kernel(
     begin = block * BM
     i = begin + tl.arange(0, BM)
     z_i = r + ((g * A + a) * NP + begin) * DP
-    rows = operand(z_i, r_lower, tl.arange(0, BK), BM, DP, PRECISION, UPCAST)
+    rows = operands(z_i, r_lower, BK, BM, DP, PRECISION, UPCAST)
     cell = ((g * A + a) * C + c) * n + i
     negative_lse = tl.load(negatives + cell, mask=i < n, other=0.0).to(ACC)
     row_key = keys_of(row_keys + g * n, i, n, ROW_KEY)
@@ -292,7 +302,7 @@ def rectangle_pairs_kernel(
     for start in range(start_j, end_j, BN):
         j = start + tl.arange(0, BN)
         z_j = z + ((g * C + c) * KP + start) * DP
-        columns = operand(z_j, z_lower, tl.arange(0, BK), BN, DP, PRECISION, UPCAST)
+        columns = operands(z_j, z_lower, BK, BN, DP, PRECISION, UPCAST)
         s = cosines(z_i, z_j, r_lower, z_lower, rows, columns, BM, BN, DP, BK, ACC, PRECISION, UPCAST)
         s = rounded(s, of_product(inverse_tau, PRECISION))
         column_key = keys_of(column_keys + g * K, j, K, COLUMN_KEY)
@@ -444,7 +454,7 @@ def rectangle_gradient_kernel(
     inverse_tau = inverse_of(tau, TENSOR, ACC)
     i = begin + tl.arange(0, BM)
     z_i = x + ((g * A + a) * NP + begin) * DP
-    rows = operand(z_i, x_lower, tl.arange(0, BK), BM, DP, PRECISION, UPCAST)
+    rows = operands(z_i, x_lower, BK, BM, DP, PRECISION, UPCAST)
     x_key = i
     if KEYS:
         x_key = keys_of(x_keys + g * n, i, n, ROW_KEY)
@@ -452,7 +462,7 @@ def rectangle_gradient_kernel(
     y_step = (G * A * C).to(tl.int64) * KP
     start_j = split * columns_per_split
     end_j = tl.minimum(start_j + columns_per_split, K)
-    dz = tl.zeros([BM, DC], ACC)
+    dz = zero_parts(DC, BM, ACC)
     first_set, last_set = partners_of(a, C, CROSS)
     for c in range(first_set, last_set):
         if OF_X:
@@ -460,7 +470,7 @@ def rectangle_gradient_kernel(
         for start in range(start_j, end_j, BN):
             j = start + tl.arange(0, BN)
             z_j = y + ((g * C + c) * KP + start) * DP
-            columns = operand(z_j, y_lower, tl.arange(0, BK), BN, DP, PRECISION, UPCAST)
+            columns = operands(z_j, y_lower, BK, BN, DP, PRECISION, UPCAST)
             s = cosines(z_i, z_j, x_lower, y_lower, rows, columns, BM, BN, DP, BK, ACC, PRECISION, UPCAST)
             s = rounded(s, of_product(inverse_tau, PRECISION))
             y_key = j
@@ -474,12 +484,11 @@ def rectangle_gradient_kernel(
                 y_fields = anchor_of(of_y + ((g * C + c) * A + a) * KP + j, y_step, KIND)
                 w += weights(s, positive, y_fields, False, KIND)
             if DC != DP or BK != DP:
-                columns = operand(z_j + chunk, y_lower, tl.arange(0, DC), BN, DP, PRECISION, UPCAST)
-            dz = plus_product(dz, as_operand(w, y.dtype.element_ty, PRECISION, UPCAST), columns, PRECISION, ACC)
+                columns = operands(z_j + chunk, y_lower, DC, BN, DP, PRECISION, UPCAST)
+            dz = plus_products(dz, as_operand(w, y.dtype.element_ty, PRECISION, UPCAST), columns, PRECISION, ACC)
     if PRECISION == "pairs":
-        dz *= 1.0 / UNIT
-    to = partial + (((split * G + g) * A + a) * NP + begin) * DP + chunk
-    tl.store(to + (tl.arange(0, BM)[:, None] * DP + tl.arange(0, DC)[None, :]), dz)
+        dz = times(dz, 1.0 / UNIT)
+    store_parts(partial + (((split * G + g) * A + a) * NP + begin) * DP + chunk, dz, DC, BM, DP)
 
 
 @triton.jit(do_not_specialize=["splits", "G", "A", "C", "n", "K", "D", "offset", "all_blocks"])
@@ -701,6 +710,8 @@ def forward(
     for_mean = from_table("gradient", columns[0], normalize, False)
     at_once = mean and for_mean.DC == for_mean.DP
     tile = tile or tile_for("gradient" if at_once else "sums", forward, rows, columns, *settings, mean)
+    if mean:  # both read the same packed rows
+        tile = tile._replace(DP=for_mean.DP)
     p = problem([tile, for_mean] if mean else [tile], rows, columns, *settings)
     x, y, KEYS = p.rows, p.columns, row_keys is not None
     real = torch.promote_types(columns[0].dtype, torch.float32)

@@ -73,7 +73,7 @@ TABLES: dict[str, dict[str, Table]] = {
             "gradient": [
                 (32, 64, 64, 16, 0, 4, 3),
                 (64, 64, 64, 32, 0, 4, 3),
-                (128, 64, 64, 32, 0, 8, 3),
+                (384, 64, 64, 32, 0, 8, 3),
                 (ANY, 64, 64, 32, 256, 8, 3),
             ],
             "gradient unbounded": [
@@ -81,6 +81,7 @@ TABLES: dict[str, dict[str, Table]] = {
                 (64, 64, 64, 32, 0, 4, 3),
                 (128, 64, 64, 32, 0, 8, 3),
                 (256, 64, 64, 64, 0, 8, 3),
+                (384, 64, 64, 32, 0, 8, 3),
                 (ANY, 64, 64, 32, 256, 8, 3),
             ],
         },
@@ -90,12 +91,14 @@ TABLES: dict[str, dict[str, Table]] = {
                 (64, 64, 64, 0, 0, 4, 2),
                 (128, 128, 64, 0, 0, 8, 2),
                 (256, 64, 32, 32, 0, 8, 2),
+                (384, 64, 32, 64, 0, 8, 2),
                 (ANY, 64, 32, 64, 256, 4, 2),
             ],
             "gradient unbounded": [
                 (64, 64, 64, 0, 0, 4, 2),
                 (128, 128, 64, 32, 0, 8, 2),
                 (256, 64, 32, 32, 0, 8, 2),
+                (384, 64, 32, 64, 0, 8, 2),
                 (ANY, 64, 32, 64, 256, 4, 2),
             ],
             "gradient unbounded rectangle": [
@@ -104,7 +107,7 @@ TABLES: dict[str, dict[str, Table]] = {
                 (256, 64, 64, 64, 0, 8, 2),
                 (ANY, 64, 32, 64, 256, 8, 2),
             ],
-            "sums unbounded rectangle keys": [(128, 64, 64, 0, 0, 4, 2), (ANY, 64, 32, 64, 0, 8, 3)],
+            "sums unbounded rectangle keys": [(128, 64, 64, 0, 0, 4, 2), (ANY, 64, 32, 32, 0, 8, 3)],
             "gradient unbounded rectangle keys": [
                 (64, 64, 64, 0, 0, 4, 2),
                 (128, 64, 32, 0, 0, 8, 2),
@@ -171,6 +174,11 @@ TABLES: dict[str, dict[str, Table]] = {
 }
 
 
+# The tables of devices whose products read rows from shared memory. Elsewhere they are held in registers, which are too
+# few for a row that is divided into several tensors.
+IN_PARTS = "hopper", "blackwell", "interpreter"
+
+
 @functools.lru_cache
 def device_class(index: int | None) -> tuple[str, int]:
     """The name of the table for a CUDA or HIP device, and the number of its multiprocessors."""
@@ -189,9 +197,9 @@ def padded(D: int) -> int:
     return max(16, 1 << (D - 1).bit_length()) if D <= 512 else -(-D // 256) * 256
 
 
-def by_parts(D: int) -> int:
-    """The features of a packed row that is read in parts of 64 features or fewer: a multiple of 64."""
-    return -(-D // 64) * 64
+def by_parts(D: int, size: int = 64) -> int:
+    """The features of a packed row that is read in parts of `size` features or fewer: a multiple of `size`."""
+    return -(-D // size) * size
 
 
 def choose(table: str, kernel: str, dtype: torch.dtype, D: int, precision: str = "ieee") -> Tile:
@@ -202,13 +210,15 @@ def choose(table: str, kernel: str, dtype: torch.dtype, D: int, precision: str =
     kind = precision if precision in ("tf32", "pairs") else {2: "half", 4: "float", 8: "double"}[dtype.itemsize]
     DP = padded(D)
     entries = TABLES[table][kind if kind in TABLES[table] else "float"]
-    may_be_narrow = kernel in ("sums", "sums unbounded")
+    sums = kernel.startswith("sums")
     while kernel not in entries:
         kernel = kernel.rpartition(" ")[0]
     *_, last = entries[kernel]
-    if may_be_narrow and by_parts(D) < DP and last[3] and 64 % last[3] == 0:
+    if sums and by_parts(D) < DP and last[3] and 64 % last[3] == 0:
         DP, entry = by_parts(D), last
     else:
-        entry = next(entry for entry in entries[kernel] if entry[0] >= DP)
+        entry = next(entry for entry in entries[kernel] if entry[0] >= D)
     _, BM, BN, BK, DC, warps, stages = entry
+    if not sums and table in IN_PARTS and 64 < D <= 384:
+        DP = by_parts(D, max(DC, 64))
     return Tile(BM, BN, DP, BK or DP, DC or DP, warps, stages)
