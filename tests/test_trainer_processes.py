@@ -361,7 +361,7 @@ def test_an_error_in_one_process_ends_all(videos, tmp_path, fault):
         assert len({text.splitlines()[-1] for text in said}) == 1 and said[0].count("v") >= 7
     elif fault != "forward":  # then the others get an error from gloo
         name = message.split(":")[0]
-        wanted = f"RuntimeError: process {number} of 3 ended with {name}: see its own message"
+        wanted = f"Elsewhere: process {number} of 3 ended with {name}: see its own message"
         assert all(wanted in text for rank, text in enumerate(said) if rank != number), said
     assert steps_of(file) == (2 if fault == "recording" else 3)
 
@@ -564,7 +564,7 @@ def test_a_list_of_bad_videos_that_cannot_be_written_ends_all(dataset, tmp_path,
 
     crowd = Crowd(3, lambda: meet(True), tmp_path)
     assert crowd.ended() == [1, 1, 1] and "OSError: [Errno 27]" in crowd.messages()[0]
-    wanted = "RuntimeError: process 0 of 3 ended with OSError: see its own message"
+    wanted = "Elsewhere: process 0 of 3 ended with OSError: see its own message"
     assert all(wanted in text for text in crowd.messages()[1:])
     assert (path.read_text() if path.exists() else None) == before
     Crowd(3, lambda: meet(False), tmp_path).results()

@@ -55,6 +55,9 @@ def pretrain(
             resume, overwrite = True, False
         elif stage == "claiming":  # this job's own start was cut off: what it left in the folder may be overwritten
             overwrite = not resume
+        elif stage == "finished":
+            processes.say(f"{out}: this run was finished before the restart")
+            return
         processes.same(overwrite=overwrite, resume=resume)
         first, device, last = processes.rank() == 0, config.device(device), out / "last.pt"
         with processes.together():
@@ -78,6 +81,9 @@ def pretrain(
                 stack.enter_context(log)
             job.note("claimed")
             train.carry_on(run, log, file=last)
+            with processes.together():
+                stack.close()
+        job.note("finished")
         counts = videos.tally()
         listed = "; bad_videos.csv lists the unreadable ones" * ("unreadable" in counts)
         listed += "; `tclr data check` lists the missing ones" * ("missing" in counts)
@@ -389,7 +395,7 @@ def in_a_line(error):
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
     text = " ".join(str(error).split())
-    if isinstance(error, (ValueError, FloatingPointError)):
+    if isinstance(error, (ValueError, FloatingPointError, processes.Elsewhere)):
         return text
     return f"{type(error).__name__}: {text} (TCLR_TRACEBACK=1 shows where)"
 

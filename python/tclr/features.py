@@ -56,8 +56,9 @@ def features(run, embedder, data, part, evaluation, device="cpu", classes=None):
     read = files(videos)
     weights = weights_hash(embedder)
     given = {f"evaluation.{name}": value for name, value in asdict(e).items()}
-    processes.same(**given, weights=weights[:8], **{"data.size": data.size})
-    key = config.digest(weights, code_hash(*CODE), *settings, read, digits=64)
+    code = code_hash(*CODE)
+    processes.same(**given, weights=weights[:8], torch=torch.__version__, code=code[:8], **{"data.size": data.size})
+    key = config.digest(weights, code, *settings, read, digits=64)
     path, labels = run / "features" / f"{key}.safetensors", config.digest(videos.labels.tolist(), digits=64)
     clips = processes.from_first(lambda: cached(path, len(videos), labels))
     if clips is None:
