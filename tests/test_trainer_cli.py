@@ -425,6 +425,7 @@ def program(monkeypatch, capsys, *arguments):
         (["linear", "--run", "x", "--share", "2"], "error: share: found 2.0, wanted a number above 0 and at most 1"),
         (["finetune", "--run", "x", "--batch", "0"], "error: batch: found 0, wanted at least 1"),
         (["retrieval", "--run=x", "--timeout=0"], "error: timeout: found 0.0, wanted a number of seconds above 0"),
+        (["retrieval", "--run=x", "--timeout=1e9"], "error: timeout: found 1000000000.0, wanted a number of seconds"),
         (["retrieval", "--run=x", "--evaluation.clips=0"], "error: evaluation.clips: found 0, wanted at least 1"),
         (["retrieval", "--run", "x", "--device", "gpu"], "error: device: found 'gpu', wanted auto, cpu, cuda or"),
         (["retrieval", "--run", "nowhere"], "error: run: found no nowhere/config.yaml, wanted the folder of a pretr"),
