@@ -24,7 +24,7 @@ TIMEOUT = 1800.0  # seconds
 LONGEST = 1_000_000  # seconds; gloo's clock cannot count thousands of times as many
 AGENT = 20.0  # seconds to wait for the store of torchrun's agent, which starts before its processes
 # Seconds in which gloo's threads release the tensors of the last collective, for which they need Python's global lock.
-# If the group or Python ended meanwhile, they could wait for ever, or abort: https://github.com/pytorch/pytorch/issues/190489
+# If the group were freed or Python ended meanwhile, the process could hang or abort (pytorch/pytorch#190489).
 PAUSE = 0.2
 
 
@@ -107,9 +107,9 @@ def served_store(limit):
 def met(store, timeout):
     """A part of the store, under a new prefix, that only the processes started together use.
 
-    In the agents' store itself, a process may read the address of a process that was killed before a restart, and wait for it
-    (https://github.com/pytorch/pytorch/issues/135712). Process 0 offers a new prefix. The others answer with random
-    names, and accept an offer when process 0 confirms that it received their name.
+    In the agents' store itself, a process may read the address of a process that was killed before a restart, and wait
+    for it (https://github.com/pytorch/pytorch/issues/135712). Process 0 offers a new prefix. The others answer with
+    random names, and accept an offer when process 0 confirms that it received their name.
     """
     own, name = int(os.environ["RANK"]), uuid.uuid4().hex
     if own == 0:
