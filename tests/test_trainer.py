@@ -108,9 +108,14 @@ def once_at(step, parameter, run, factor):
     parameter.register_hook(lambda g: g * factor if run.done == step else g)
 
 
-@pytest.mark.parametrize("factor, found", [(math.nan, "the gradient of NAME has a value of nan"),
-                                           (-math.inf, "the gradient of NAME has a value of (nan|-?inf)"),
-                                           (1e35, "the norm of the gradient is too large for its number format")])
+@pytest.mark.parametrize(
+    "factor, found",
+    [
+        (math.nan, "the gradient of NAME has a value of nan"),
+        (-math.inf, "the gradient of NAME has a value of (nan|-?inf)"),
+        (1e35, "the norm of the gradient is too large for its number format"),
+    ],
+)
 @pytest.mark.parametrize("amp, accumulate, which", [("off", 1, 0), ("bf16", 2, 0), ("off", 2, -1)])
 def test_a_gradient_that_is_not_finite_ends_the_run_before_the_weights_change(
     videos, tmp_path, amp, accumulate, which, factor, found

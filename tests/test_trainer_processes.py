@@ -463,7 +463,8 @@ def test_a_lost_process_is_reported_in_plain_words(tmp_path, monkeypatch):
     address(monkeypatch)
     crowd = Crowd(2, lose, tmp_path, together=False)
     assert crowd.ended(60) == [1, 3]
-    assert "Elsewhere: another process ended, or did not answer within 30 s: see its own message" in crowd.messages()[0]
+    wanted = "Elsewhere: another process ended, or did not answer within the timeout of 30 s: see its own message"
+    assert wanted in crowd.messages()[0]
 
 
 def test_a_program_may_pretrain_twice_in_a_folder_and_be_restarted(dataset, tmp_path, monkeypatch):
@@ -486,6 +487,19 @@ def test_a_program_may_pretrain_twice_in_a_folder_and_be_restarted(dataset, tmp_
         program()
         assert steps_of(out / "last.pt") == 2
         assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").open()] == [0, 1]
+
+
+def test_two_jobs_do_not_write_to_one_folder(dataset, tmp_path):
+    out = tmp_path / "run"
+    pretrained(1, tmp_path, *options(dataset, out, 1))
+    before = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    with checkpoint.alone(out):
+        for given in "--resume=true", "--overwrite=true":
+            crowd = Crowd(2, lambda given=given: cli.main(options(dataset, out, 2, given)), tmp_path)
+            assert crowd.ended(30) == [1, 1]
+            assert f"SystemExit: {out}: another process pretrains in this folder now" in crowd.messages()[0]
+    assert {path: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+    pretrained(1, tmp_path, *options(dataset, out, 2, "--resume=true"))
 
 
 def test_an_error_while_files_are_closed_ends_all(dataset, tmp_path):

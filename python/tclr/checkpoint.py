@@ -1,6 +1,7 @@
 """Atomic writing of files, the checkpoint of a run, and signals as a request for a checkpoint."""
 
 import errno
+import fcntl
 import os
 import re
 import signal
@@ -75,6 +76,26 @@ def refusal(error):
     if "TorchScript" in str(error):
         return "found a TorchScript program, and nothing was loaded; wanted weights alone, as a state dict"
     return "found no file of weights alone: it is cut short, damaged, of another kind, or holds more than weights"
+
+
+@contextmanager
+def alone(out):
+    """Creates a run's folder and locks it. Raises SystemExit if another process has locked it, on this machine or not.
+
+    The lock ends with the process. File systems without locks are left unlocked.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SystemExit(f"{out}: another process pretrains in this folder now: wait until it ends") from None
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        os.close(folder)
 
 
 def claim(out, *, resume, overwrite):

@@ -5,8 +5,9 @@ import dataclasses
 import json
 import os
 import sys
+import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
@@ -71,6 +72,9 @@ def pretrain(
         with ExitStack() as stack:
             with processes.together():
                 if first:
+                    stack.enter_context(checkpoint.alone(out))
+            with processes.together():
+                if first:
                     job.note("claiming")
                     checkpoint.claim(out, resume=resume, overwrite=overwrite)
                 if overwrite:
@@ -122,11 +126,12 @@ class Log:
             self.bar.start()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, failed, *_):
         if self.out:
             self.bar.stop()
-            self.file.close()
-            self.board.close()
+            with suppress(OSError) if failed else nullcontext():  # the first error says more
+                self.file.close()
+                self.board.close()
 
     def __call__(self, step, **terms):
         if not self.out:
@@ -376,6 +381,8 @@ def main(arguments=None):
 
 def program():
     """The program `tclr`: runs `main` and prints an error in one line, or its traceback with TCLR_TRACEBACK=1."""
+    if os.environ.get("TCLR_TRACEBACK") != "1":
+        threading.excepthook = lambda raised: print(f"error: {in_a_line(raised.exc_value)}", file=sys.stderr)
     try:
         main()
     except KeyboardInterrupt:
@@ -393,7 +400,7 @@ def program():
 def in_a_line(error):
     """An error in one line. For an unexpected one, also its type, and how to see where it was raised."""
     if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}"
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
     text = " ".join(str(error).split())
     if isinstance(error, (ValueError, FloatingPointError, processes.Elsewhere)):
         return text

@@ -71,7 +71,8 @@ def group(timeout=TIMEOUT):
     except RuntimeError as error:
         if not isinstance(error, distributed.DistError) and "gloo" not in str(error):
             raise
-        raise Elsewhere(f"another process ended, or did not answer within {timeout:g} s: see its own message") from error
+        lost = f"another process ended, or did not answer within the timeout of {timeout:g} s: see its own message"
+        raise Elsewhere(lost) from error
     finally:
         time.sleep(PAUSE)
     distributed.destroy_process_group()

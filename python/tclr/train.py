@@ -238,7 +238,7 @@ class Run:
         raise FloatingPointError(f"step {self.done}: {reason}; its batch: {names}")
 
     def scaler_skips(self):
-        """Whether the loss scaler leaves out a step whose gradient is not finite, and a smaller scale may still help."""
+        """Whether the loss scaler leaves out a step with a gradient that is not finite, as a smaller scale may help."""
         return self.scaler.is_enabled() and self.scaler.get_scale() >= LEAST_SCALE
 
     def worst_gradient(self):
