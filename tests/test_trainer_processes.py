@@ -26,6 +26,7 @@ for needed in "av", "jsonargparse", "safetensors", "tensorboard":
     pytest.importorskip(needed, reason=f"the trainer needs {needed}: pip install .[train]")
 
 from tclr import annotations, checkpoint, cli, config, evaluate, models, motions, processes, train  # noqa: E402
+from tclr import features as features_of  # noqa: E402
 from tclr import videos as videos_of  # noqa: E402
 from tclr.clips import ClipPlan  # noqa: E402
 from tclr.videos import Loaded  # noqa: E402
@@ -394,6 +395,17 @@ def test_processes_with_different_settings_or_videos_are_refused(videos, tmp_pat
 
 def test_processes_with_different_surroundings_are_refused(videos, dataset, tmp_path):
     """Each case changes something in process 1 only."""
+    pretrained(1, tmp_path, *options(dataset, tmp_path / "evaluated", 1))
+
+    def version():
+        if processes.rank():
+            torch.__version__ = "other"
+        cli.main(["retrieval", f"--run={tmp_path / 'evaluated'}", *EVALUATION])
+
+    def files():
+        if processes.rank():
+            features_of.files = lambda videos: [[each.path, 0] for each in videos.entries]
+        cli.main(["retrieval", f"--run={tmp_path / 'evaluated'}", *EVALUATION])
 
     def one_file():
         file = None if processes.rank() else tmp_path / "last.pt"
@@ -415,6 +427,8 @@ def test_processes_with_different_surroundings_are_refused(videos, dataset, tmp_
         cli.main(options(dataset, tmp_path / "run", 2))
 
     cases = {
+        version: f"torch: found '{torch.__version__}' in process 0 and 'other' in process 1",
+        files: "sizes of the video files: found ",
         one_file: "a checkpoint file: found True in process 0 and False in process 1",
         variable: "TCLR_KERNELS_SOMETHING: found None in process 0 and '1' in process 1",
         kernels: "backend: found 'native' in process 0 and 'other' in process 1",
@@ -423,7 +437,8 @@ def test_processes_with_different_surroundings_are_refused(videos, dataset, tmp_
     for start, message in cases.items():
         crowd = Crowd(2, start, tmp_path)
         assert crowd.ended(20) == [1, 1]
-        assert all(f"ValueError: {message}, wanted the same in all 2" in text for text in crowd.messages())
+        assert all(f"ValueError: {message}" in text for text in crowd.messages())
+        assert all("in process 1, wanted the same in all 2" in text for text in crowd.messages())
 
 
 def address(monkeypatch, **more):
