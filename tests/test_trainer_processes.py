@@ -413,7 +413,7 @@ def test_processes_with_different_surroundings_are_refused(videos, dataset, tmp_
 
     def variable():
         if processes.rank():
-            os.environ["TCLR_KERNELS_SOMETHING"] = "1"
+            os.environ["TCLR_KERNELS_ISA"] = "portable"
         trained(videos)
 
     def kernels():
@@ -430,7 +430,7 @@ def test_processes_with_different_surroundings_are_refused(videos, dataset, tmp_
         version: f"torch: found '{torch.__version__}' in process 0 and 'other' in process 1",
         files: "sizes of the video files: found ",
         one_file: "a checkpoint file: found True in process 0 and False in process 1",
-        variable: "TCLR_KERNELS_SOMETHING: found None in process 0 and '1' in process 1",
+        variable: "TCLR_KERNELS_ISA: found None in process 0 and 'portable' in process 1",
         kernels: "backend: found 'native' in process 0 and 'other' in process 1",
         decoder: f"decoder: found '{videos_of.decode.DECODER}' in process 0 and 'other' in process 1",
     }

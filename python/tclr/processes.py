@@ -233,9 +233,9 @@ def same(**facts):
     """Raises ValueError, in all processes, if a fact is not the same in all of them."""
     first, *others = exchange(facts)
     for number, other in enumerate(others, 1):
-        for name in dict.fromkeys([*first, *other]):
-            if other.get(name) != first.get(name):
-                found = f"{first.get(name)!r} in process 0 and {other.get(name)!r} in process {number}"
+        for name, value in first.items():
+            if other.get(name) != value:
+                found = f"{value!r} in process 0 and {other.get(name)!r} in process {number}"
                 raise _told(ValueError(f"{name}: found {found}, wanted the same in all {ranks()}"))
 
 

@@ -41,6 +41,7 @@ OBJECTIVE = "recipe.weights", "recipe.form", "recipe.temperature"
 LEAST = dict(steps=0, epochs=0, batch=1, accumulate=1, lr=0, warmup=0, weight_decay=0, side=1, readers=0)
 LEAST |= dict(checkpoint_every=1, queue=0)
 LEAST_SCALE = 2.0**-14  # the smallest loss scale of fp16, 2**30 times below the initial one
+VARIABLES = [f"TCLR_KERNELS_{name}" for name in ("AUTOTUNE", "BACKEND", "CHECK", "ISA")]  # results depend on them
 WARM = 0.01, 0.05, 0.1, 0.5, 1.0  # the factors of the learning rate in the release's first five epochs
 
 
@@ -174,7 +175,7 @@ class Run:
         settings = {name: value for name, value in flat(self.settings).items() if name != "data.root"}
         device = torch.device(self.device)
         here = dict(device=device.type, torch=torch.__version__, tclr_kernels=tk.__version__)
-        here |= {name: value for name, value in os.environ.items() if name.startswith("TCLR_KERNELS_")}
+        here |= {name: os.environ.get(name) for name in VARIABLES}
         here |= dict(backend=backends.choose(self.recipe.backend, device))  # one process may lack the compiled kernels
         processes.same(**settings, **here, videos=f"{len(self.videos)}, {listing_digest(self.videos)[:8]}")
 
