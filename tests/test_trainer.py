@@ -87,6 +87,86 @@ def test_sigterm_saves_and_exits_143(videos, tmp_path):
     assert same(trained(videos, file=file, steps=40), trained(videos, steps=40))
 
 
+def test_a_second_ctrl_c_does_not_wait_for_the_end_of_the_step(monkeypatch):
+    """One that follows at once may be the same, repeated by torchrun. Signals that nohup ignores stay ignored."""
+    ignored = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with checkpoint.StopRequest() as stop:
+            for _ in range(2):
+                signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGHUP)
+            assert int(stop) == signal.SIGINT
+            monkeypatch.setattr(checkpoint, "INSIST", 0)
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGHUP, ignored)
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def once_at(step, parameter, run, factor):
+    parameter.register_hook(lambda g: g * factor if run.done == step else g)
+
+
+@pytest.mark.parametrize(
+    "factor, found",
+    [
+        (math.nan, "the gradient of NAME has a value of nan"),
+        (-math.inf, "the gradient of NAME has a value of (nan|-?inf)"),
+        (1e35, "the norm of the gradient is too large for its number format"),
+    ],
+)
+@pytest.mark.parametrize("amp, accumulate, which", [("off", 1, 0), ("bf16", 2, 0), ("off", 2, -1)])
+def test_a_gradient_that_is_not_finite_ends_the_run_before_the_weights_change(
+    videos, tmp_path, amp, accumulate, which, factor, found
+):
+    """The last parameter is the temperature."""
+    recipe, file = train.Recipe(**RECIPE | dict(steps=6, amp=amp, accumulate=accumulate)), tmp_path / "last.pt"
+    run = train.Run(embedder(), videos, PLAN, recipe, "cpu")
+    once_at(3, run.parameters[which], run, factor)
+    name = "temperature" if which else "backbone.stem.0.weight"
+    with pytest.raises(FloatingPointError, match=f"^step 3: {found.replace('NAME', name)}; its batch: v") as error:
+        train.carry_on(run, lambda **terms: None, file=file)
+    assert error.value.args[0].count("v") >= 4 * accumulate
+    kept = checkpoint.load(file)
+    weights = dict(run.embedder.named_parameters())  # the statistics of the batches are further
+    assert kept["done"] == 3 and all(torch.equal(weights[name], kept["embedder"][name]) for name in weights)
+
+
+def test_a_gradient_that_no_loss_scale_makes_finite_ends_a_run_in_fp16(videos):
+    recipe = train.Recipe(**RECIPE | dict(steps=60, amp="fp16"))
+    run = train.Run(embedder(), videos, PLAN, recipe, "cpu")
+    run.parameters[0].register_hook(lambda g: g * math.inf)
+    with pytest.raises(FloatingPointError, match="^step 31: the gradient of backbone.stem.0.weight has a value of"):
+        train.carry_on(run, lambda **terms: None)
+
+
+@pytest.mark.parametrize("what", ["weight", "statistic", "queue"])
+def test_a_state_that_is_not_finite_does_not_replace_a_checkpoint(videos, tmp_path, what):
+    recipe, file = train.Recipe(**RECIPE | dict(steps=6, queue=8)), tmp_path / "last.pt"
+    run = train.Run(embedder(), videos, PLAN, recipe, "cpu")
+    spoilt = {
+        "weight": next(run.embedder.head.parameters()),
+        "statistic": run.embedder.head[1].running_var,
+        "queue": next(run.queue.buffers()),
+    }[what]
+
+    def record(step, **terms):
+        if step == 3:
+            spoilt.data.view(-1)[0] = math.inf
+
+    with pytest.raises(FloatingPointError, match=r"^step 4: \S+ has a value of inf; no checkpoint is written"):
+        train.carry_on(run, record, file=file)
+    assert steps_of(file) == 3
+
+
+def test_a_full_disk_is_reported_with_the_name_of_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda file: os.write(os.open("/dev/full", os.O_WRONLY), b"x"))
+    with pytest.raises(OSError) as error:
+        checkpoint.save(tmp_path / "last.pt", done=1)
+    assert error.value.filename == str(tmp_path / "last.pt") and not list(tmp_path.iterdir())
+
+
 def test_an_interrupted_run_has_the_terms_and_weights_of_an_uninterrupted_run(videos, tmp_path):
     whole, parts = [], []
     wanted = trained(videos, lambda **terms: whole.append(terms), steps=7)

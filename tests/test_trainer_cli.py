@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -389,6 +390,7 @@ def test_a_folder_without_a_run_is_an_error(tmp_path):
 def program(monkeypatch, capsys, *arguments):
     """What the program prints to stderr, and its exit status."""
     monkeypatch.setattr(sys, "argv", ["tclr", *map(str, arguments)])
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # the program sets its own
     with pytest.raises(SystemExit) as ended:
         cli.program()
     if isinstance(ended.value.code, str):
@@ -425,6 +427,7 @@ def program(monkeypatch, capsys, *arguments):
         (["linear", "--run", "x", "--share", "2"], "error: share: found 2.0, wanted a number above 0 and at most 1"),
         (["finetune", "--run", "x", "--batch", "0"], "error: batch: found 0, wanted at least 1"),
         (["retrieval", "--run=x", "--timeout=0"], "error: timeout: found 0.0, wanted a number of seconds above 0"),
+        (["retrieval", "--run=x", "--timeout=1e9"], "error: timeout: found 1000000000.0, wanted a number of seconds"),
         (["retrieval", "--run=x", "--evaluation.clips=0"], "error: evaluation.clips: found 0, wanted at least 1"),
         (["retrieval", "--run", "x", "--device", "gpu"], "error: device: found 'gpu', wanted auto, cpu, cuda or"),
         (["retrieval", "--run", "nowhere"], "error: run: found no nowhere/config.yaml, wanted the folder of a pretr"),
@@ -445,6 +448,19 @@ def test_an_unexpected_error_says_how_to_get_its_traceback(monkeypatch, capsys):
     monkeypatch.setenv("TCLR_TRACEBACK", "1")
     with pytest.raises(KeyError):
         cli.program()
+
+
+def test_an_error_in_a_thread_is_one_line(monkeypatch, capsys):
+    """TensorBoard's thread may find that the disk is full."""
+
+    def main():
+        thread = threading.Thread(target=Path("/nowhere/events").read_text)
+        thread.start()
+        thread.join()
+        raise SystemExit(1)
+
+    monkeypatch.setattr(cli, "main", main)
+    assert program(monkeypatch, capsys) == ("error: /nowhere/events: No such file or directory", 1)
 
 
 def test_every_option_has_a_help_text(capsys):

@@ -26,6 +26,7 @@ for needed in "av", "jsonargparse", "safetensors", "tensorboard":
     pytest.importorskip(needed, reason=f"the trainer needs {needed}: pip install .[train]")
 
 from tclr import annotations, checkpoint, cli, config, evaluate, models, motions, processes, train  # noqa: E402
+from tclr import features as features_of  # noqa: E402
 from tclr import videos as videos_of  # noqa: E402
 from tclr.clips import ClipPlan  # noqa: E402
 from tclr.videos import Loaded  # noqa: E402
@@ -233,18 +234,20 @@ def test_processes_keep_the_same_bits_in_every_precision(videos, tmp_path, amp, 
 @pytest.mark.parametrize("plan", [PLAN, ClipPlan(4, 2, "independent"), ClipPlan(4, 2, "independent", 1.0)])
 @pytest.mark.parametrize("P", [2, 3, 7])
 def test_the_shares_of_the_processes_form_the_batch_of_one_process(videos, monkeypatch, augment, plan, P):
-    """Videos, windows and augmentations have the same bits. No process reads videos of another."""
+    """Videos, windows and augmentations have the same bits. No process opens videos of another."""
     recipe = train.Recipe(batch=7, side=8, weights=train.IC_ONLY, augment=augment)
-    run, reads = train.Run(embedder(), videos, plan, recipe, "cpu"), []
+    run, reads, opened = train.Run(embedder(), videos, plan, recipe, "cpu"), [], []
     monkeypatch.setattr(Loaded, "read", lambda videos, i, at, read=Loaded.read: reads.append(i) or read(videos, i, at))
+    monkeypatch.setattr(Loaded, "length", lambda videos, i: opened.append(i) or 12 - i % 3)
     one = augmented(run, augment)
     monkeypatch.setattr(train, "ranks", lambda: P)
     parts, chosen = [], []
     for r in range(P):
         monkeypatch.setattr(train, "rank", lambda r=r: r)
         reads.clear()
+        opened.clear()
         parts.append(augmented(run, augment))
-        assert reads == run.batch(1, 0) and len(reads) in (7 // P, 7 // P + 1)
+        assert reads == opened == run.batch(1, 0) and len(reads) in (7 // P, 7 // P + 1)
         chosen += reads
     assert chosen == run.whole_batch(1, 0)
     for whole, *some in zip(one, *parts, strict=True):  # the windows, then the views of global and of local clips
@@ -258,8 +261,10 @@ def augmented(run, augment):
     return windows, *(augment(clips, views=2 // run.plan.windows_drawn) for clips in run.plan.cut(windows))
 
 
-@pytest.mark.parametrize("victim", [2, pytest.param(0, marks=FULL)])
-def test_a_signal_to_one_process_saves_once_and_ends_all(videos, tmp_path, victim):
+@pytest.mark.parametrize("what, victim", [
+    ("SIGTERM", 2), ("SIGINT", 1), *(pytest.param(*case, marks=FULL) for case in (("SIGTERM", 0), ("SIGHUP", 1))),
+])  # fmt: skip
+def test_a_signal_to_one_process_saves_once_and_ends_all(videos, tmp_path, what, victim):
     file, saves = tmp_path / "last.pt", tmp_path / "saves"
 
     def slow():
@@ -269,8 +274,8 @@ def test_a_signal_to_one_process_saves_once_and_ends_all(videos, tmp_path, victi
 
     crowd = Crowd(3, slow, tmp_path)
     wait_for(lambda: steps_of(file) >= 4)
-    os.kill(crowd.children[victim].pid, signal.SIGTERM)
-    assert crowd.ended(60) == [143] * 3
+    os.kill(crowd.children[victim].pid, getattr(signal, what))
+    assert crowd.ended(60) == [128 + getattr(signal, what)] * 3
     written = [line.split() for line in saves.read_text().splitlines()]
     done = [int(steps) for _, steps in written]
     assert {rank for rank, _ in written} == {"0"} and done == sorted(set(done)) and done[-1] == steps_of(file) < 100
@@ -327,12 +332,15 @@ def no_number(terms):
 
 
 steps = [0]  # the number of steps that are done
+spoilt = []  # the numbers of parameters whose gradient is NaN
 FAULTS = {  # fault in the fourth step -> (its process, a function that plants it, the error)
     "reading": (1, lambda: once(Loaded, "read", fail(OSError("no disk"))), "OSError: no disk"),
     "forward": (2, lambda: once(train, "embed", fail(MemoryError("full"))), "MemoryError: full"),
     "saving": (0, lambda: once(checkpoint, "save", fail(OSError("full"))), "OSError: full"),
     "recording": (0, lambda: steps.append("record"), "OSError: no record"),
     "loss": (1, lambda: once(train.Run, "objective", no_number), "step 3: the loss is nan"),
+    "gradient": (1, lambda: spoilt.append(0), "step 3: the gradient of backbone.stem.0.weight has a value of nan"),
+    "temperature": (1, lambda: spoilt.append(-1), "step 3: the gradient of temperature has a value of nan"),
 }
 
 
@@ -346,6 +354,9 @@ def faulty(videos, file, fault):
         steps[0] = run.done
         if "record" in steps and run.done == 3:
             raise OSError("no record")
+        if run.done == 3:
+            for number in spoilt:
+                run.parameters[number].register_hook(lambda g: g * math.nan)
 
     trained(videos, file=file, watch=watch, steps=6, checkpoint_every=1)
 
@@ -357,11 +368,11 @@ def test_an_error_in_one_process_ends_all(videos, tmp_path, fault):
     assert crowd.ended(60) == [1] * 3
     said = crowd.messages()
     assert message in said[number]
-    if fault == "loss":
+    if fault in ("loss", "gradient", "temperature"):
         assert len({text.splitlines()[-1] for text in said}) == 1 and said[0].count("v") >= 7
     elif fault != "forward":  # then the others get an error from gloo
         name = message.split(":")[0]
-        wanted = f"RuntimeError: process {number} of 3 ended with {name}: see its own message"
+        wanted = f"Elsewhere: process {number} of 3 ended with {name}: see its own message"
         assert all(wanted in text for rank, text in enumerate(said) if rank != number), said
     assert steps_of(file) == (2 if fault == "recording" else 3)
 
@@ -380,6 +391,141 @@ def test_processes_with_different_settings_or_videos_are_refused(videos, tmp_pat
 
         crowd = Crowd(2, start, tmp_path)
         assert crowd.ended() == [1, 1] and all(f"ValueError: {message}" in text for text in crowd.messages())
+
+
+def test_processes_with_different_surroundings_are_refused(videos, dataset, tmp_path):
+    """Each case changes something in process 1 only."""
+    pretrained(1, tmp_path, *options(dataset, tmp_path / "evaluated", 1))
+
+    def version():
+        if processes.rank():
+            torch.__version__ = "other"
+        cli.main(["retrieval", f"--run={tmp_path / 'evaluated'}", *EVALUATION])
+
+    def files():
+        if processes.rank():
+            features_of.files = lambda videos: [[each.path, 0] for each in videos.entries]
+        cli.main(["retrieval", f"--run={tmp_path / 'evaluated'}", *EVALUATION])
+
+    def one_file():
+        file = None if processes.rank() else tmp_path / "last.pt"
+        train.pretrain(embedder(), videos, PLAN, train.Recipe(**RECIPE), lambda **terms: None, file=file)
+
+    def variable():
+        if processes.rank():
+            os.environ["TCLR_KERNELS_ISA"] = "portable"
+        trained(videos)
+
+    def kernels():
+        if processes.rank():
+            train.backends.choose = lambda *arguments: "other"
+        trained(videos)
+
+    def decoder():
+        if processes.rank():
+            videos_of.Files.__init__.__kwdefaults__["decoder"] = "other"
+        cli.main(options(dataset, tmp_path / "run", 2))
+
+    cases = {
+        version: f"torch: found '{torch.__version__}' in process 0 and 'other' in process 1",
+        files: "sizes of the video files: found ",
+        one_file: "a checkpoint file: found True in process 0 and False in process 1",
+        variable: "TCLR_KERNELS_ISA: found None in process 0 and 'portable' in process 1",
+        kernels: "backend: found 'native' in process 0 and 'other' in process 1",
+        decoder: f"decoder: found '{videos_of.decode.DECODER}' in process 0 and 'other' in process 1",
+    }
+    for start, message in cases.items():
+        crowd = Crowd(2, start, tmp_path)
+        assert crowd.ended(20) == [1, 1]
+        assert all(f"ValueError: {message}" in text for text in crowd.messages())
+        assert all("in process 1, wanted the same in all 2" in text for text in crowd.messages())
+
+
+def address(monkeypatch, **more):
+    """Sets the variables of a job whose processes find each other by an address. Returns the port."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    for name, value in dict(MASTER_ADDR="localhost", MASTER_PORT=str(port), **more).items():
+        monkeypatch.setenv(name, value)
+    return port
+
+
+def test_groups_one_after_another_in_the_same_processes(tmp_path, monkeypatch):
+    """A thread that wants Python's global lock gets it only if the thread that has it sleeps."""
+
+    def thrice():
+        sys.setswitchinterval(1000)
+        found = []
+        for _ in range(3):
+            with processes.group(30):
+                module = train.averaging(nn.Linear(1, 1), "cpu")
+                found.append(processes.exchange(int(os.environ["RANK"])))
+            del module  # and with it the group
+        return found
+
+    address(monkeypatch)
+    assert Crowd(2, thrice, tmp_path, together=False).results(60) == [[[0, 1]] * 3] * 2
+
+
+def test_a_lost_process_is_reported_in_plain_words(tmp_path, monkeypatch):
+    def lose():
+        with processes.group(30):
+            if processes.rank() == 1:
+                os._exit(3)
+            processes.exchange(None)
+
+    address(monkeypatch)
+    crowd = Crowd(2, lose, tmp_path, together=False)
+    assert crowd.ended(60) == [1, 3]
+    wanted = "Elsewhere: another process ended, or did not answer within the timeout of 30 s: see its own message"
+    assert wanted in crowd.messages()[0]
+
+
+def test_a_program_may_pretrain_twice_in_a_folder_and_be_restarted(dataset, tmp_path, monkeypatch):
+    """The first run has 1 step, the second one 2. The program is restarted within the second one, or after its end."""
+    store = dist.HashStore()
+    monkeypatch.setattr(processes, "agents_store", lambda timeout=None: store)
+    out = tmp_path / "run"
+
+    def program(stop=None):
+        monkeypatch.setattr(processes.Job, "runs", itertools.count())
+        for steps in 1, 2:
+            with monkeypatch.context() as within:
+                if steps == stop:
+                    within.setattr(train.Run, "step", lambda run: signal.raise_signal(signal.SIGTERM) or {})
+                cli.main(options(dataset, out, steps, "--overwrite=true", f"--net.dim={8 * steps}"))
+
+    with pytest.raises(SystemExit):
+        program(stop=2)
+    for _ in range(2):
+        program()
+        assert steps_of(out / "last.pt") == 2
+        assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").open()] == [0, 1]
+
+
+def test_two_jobs_do_not_write_to_one_folder(dataset, tmp_path):
+    out = tmp_path / "run"
+    pretrained(1, tmp_path, *options(dataset, out, 1))
+    before = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    with checkpoint.alone(out):
+        for given in "--resume=true", "--overwrite=true":
+            crowd = Crowd(2, lambda given=given: cli.main(options(dataset, out, 2, given)), tmp_path)
+            assert crowd.ended(30) == [1, 1]
+            assert f"SystemExit: {out}: another process pretrains in this folder now" in crowd.messages()[0]
+    assert {path: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+    pretrained(1, tmp_path, *options(dataset, out, 2, "--resume=true"))
+
+
+def test_an_error_while_files_are_closed_ends_all(dataset, tmp_path):
+    def start():
+        if processes.rank() == 0:
+            cli.Log.__exit__ = lambda *_: fail(OSError("no space"))(None)
+        cli.main(options(dataset, tmp_path / "run", 1))
+
+    crowd = Crowd(2, start, tmp_path)
+    assert crowd.ended(30) == [1, 1] and "OSError: no space" in crowd.messages()[0]
+    assert "Elsewhere: process 0 of 2 ended with OSError: see its own message" in crowd.messages()[1]
 
 
 def test_commands_with_different_arguments_are_refused(dataset, tmp_path):
@@ -515,10 +661,7 @@ DECAY = "--clips.windows=independent", "--clips.decay=1", "--recipe.weights={ic_
 
 @pytest.mark.parametrize("more", [(), DECAY])
 def test_bad_videos_are_replaced_and_counted_as_by_one_process(dataset, tmp_path, more):
-    """Each process reads its own videos. Unreadable ones are listed once, and counted over all processes.
-
-    With a decay, each process looks up the length of all videos of a batch.
-    """
+    """Each process reads its own videos. Unreadable ones are listed once, and counted over all processes."""
     found = {}
     for P in 1, 3:
         first, *others = pretrained(P, tmp_path, *options(dataset, tmp_path / f"run{P}", 6), *more)
@@ -564,7 +707,7 @@ def test_a_list_of_bad_videos_that_cannot_be_written_ends_all(dataset, tmp_path,
 
     crowd = Crowd(3, lambda: meet(True), tmp_path)
     assert crowd.ended() == [1, 1, 1] and "OSError: [Errno 27]" in crowd.messages()[0]
-    wanted = "RuntimeError: process 0 of 3 ended with OSError: see its own message"
+    wanted = "Elsewhere: process 0 of 3 ended with OSError: see its own message"
     assert all(wanted in text for text in crowd.messages()[1:])
     assert (path.read_text() if path.exists() else None) == before
     Crowd(3, lambda: meet(False), tmp_path).results()
@@ -598,12 +741,7 @@ def test_evaluations_are_those_of_one_process(dataset, tmp_path, commands):
 
 def test_restarted_processes_meet_despite_what_killed_ones_left(tmp_path, monkeypatch):
     """The store of torchrun's agents still has the offer of an earlier process 0, which the others answer first."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    agents = dict(TORCHELASTIC_USE_AGENT_STORE="True", MASTER_ADDR="localhost", MASTER_PORT=str(port))
-    for name, value in agents.items():
-        monkeypatch.setenv(name, value)
+    port = address(monkeypatch, TORCHELASTIC_USE_AGENT_STORE="True")
 
     def meet():
         rank = processes.rank()

@@ -1,16 +1,19 @@
-"""Atomic writing of files, the checkpoint of a run, and SIGTERM as a request for a checkpoint."""
+"""Atomic writing of files, the checkpoint of a run, and signals as a request for a checkpoint."""
 
 import errno
+import fcntl
 import os
 import re
 import signal
+import time
 from contextlib import contextmanager
 
 import torch
 
 from . import processes
 
-STOPPED = 128 + signal.SIGTERM  # the exit status that a shell reports for a process that SIGTERM ended
+STOPS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP  # of a batch system, of Ctrl-C, of a terminal that closes
+INSIST = 1.0  # seconds after the first Ctrl-C, which torchrun repeats, from which another one ends the process at once
 
 
 @contextmanager
@@ -28,6 +31,10 @@ def whole(path, *, shared=False):
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
+    except OSError as error:
+        if error.errno and error.filename is None:  # as on a full disk
+            error.filename = str(path)
+        raise
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -71,6 +78,26 @@ def refusal(error):
     return "found no file of weights alone: it is cut short, damaged, of another kind, or holds more than weights"
 
 
+@contextmanager
+def alone(out):
+    """Creates a run's folder and locks it. Raises SystemExit if another process has locked it, on this machine or not.
+
+    The lock ends with the process. File systems without locks are left unlocked.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SystemExit(f"{out}: another process pretrains in this folder now: wait until it ends") from None
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        os.close(folder)
+
+
 def claim(out, *, resume, overwrite):
     """Creates a run's folder. Raises SystemExit if it is in use, and neither resume nor overwrite is given."""
     vacant(out, resume=resume, overwrite=overwrite)
@@ -86,17 +113,28 @@ def vacant(out, *, resume, overwrite):
 
 
 class StopRequest:
-    """A context in which SIGTERM does not end the process. It is true as soon as SIGTERM was received."""
+    """A context in which the signals STOPS do not end the process. As an int, it is the first one received, or 0."""
 
     def __init__(self):
-        self.came = False
+        self.first, self.at = 0, 0.0
 
-    def __bool__(self):
-        return self.came
+    def __int__(self):
+        return self.first
 
     def __enter__(self):
-        self.before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "came", True))
+        before = {each: signal.getsignal(each) for each in STOPS}
+        ignored = None, signal.SIG_IGN  # as nohup does with SIGHUP
+        self.before = {each: handler for each, handler in before.items() if handler not in ignored}
+        for each in self.before:
+            signal.signal(each, self.note)
         return self
 
+    def note(self, number, frame):
+        if not self.first:
+            self.first, self.at = int(number), time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self.at > INSIST:
+            raise KeyboardInterrupt
+
     def __exit__(self, *_):
-        signal.signal(signal.SIGTERM, self.before)
+        for each, handler in self.before.items():
+            signal.signal(each, handler)

@@ -5,8 +5,9 @@ import dataclasses
 import json
 import os
 import sys
+import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
@@ -55,6 +56,9 @@ def pretrain(
             resume, overwrite = True, False
         elif stage == "claiming":  # this job's own start was cut off: what it left in the folder may be overwritten
             overwrite = not resume
+        elif stage == "finished":
+            processes.say(f"{out}: this run was finished before the restart")
+            return
         processes.same(overwrite=overwrite, resume=resume)
         first, device, last = processes.rank() == 0, config.device(device), out / "last.pt"
         with processes.together():
@@ -68,6 +72,9 @@ def pretrain(
         with ExitStack() as stack:
             with processes.together():
                 if first:
+                    stack.enter_context(checkpoint.alone(out))
+            with processes.together():
+                if first:
                     job.note("claiming")
                     checkpoint.claim(out, resume=resume, overwrite=overwrite)
                 if overwrite:
@@ -78,6 +85,9 @@ def pretrain(
                 stack.enter_context(log)
             job.note("claimed")
             train.carry_on(run, log, file=last)
+            with processes.together():
+                stack.close()
+        job.note("finished")
         counts = videos.tally()
         listed = "; bad_videos.csv lists the unreadable ones" * ("unreadable" in counts)
         listed += "; `tclr data check` lists the missing ones" * ("missing" in counts)
@@ -116,11 +126,12 @@ class Log:
             self.bar.start()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, failed, *_):
         if self.out:
             self.bar.stop()
-            self.file.close()
-            self.board.close()
+            with suppress(OSError) if failed else nullcontext():  # the first error says more
+                self.file.close()
+                self.board.close()
 
     def __call__(self, step, **terms):
         if not self.out:
@@ -370,6 +381,8 @@ def main(arguments=None):
 
 def program():
     """The program `tclr`: runs `main` and prints an error in one line, or its traceback with TCLR_TRACEBACK=1."""
+    if os.environ.get("TCLR_TRACEBACK") != "1":
+        threading.excepthook = lambda raised: print(f"error: {in_a_line(raised.exc_value)}", file=sys.stderr)
     try:
         main()
     except KeyboardInterrupt:
@@ -387,9 +400,9 @@ def program():
 def in_a_line(error):
     """An error in one line. For an unexpected one, also its type, and how to see where it was raised."""
     if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}"
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
     text = " ".join(str(error).split())
-    if isinstance(error, (ValueError, FloatingPointError)):
+    if isinstance(error, (ValueError, FloatingPointError, processes.Elsewhere)):
         return text
     return f"{type(error).__name__}: {text} (TCLR_TRACEBACK=1 shows where)"
 

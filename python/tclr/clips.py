@@ -69,11 +69,9 @@ def random_windows(videos, chosen, plan, generator, threads=None, own=None):
     if not hasattr(videos, "read"):
         videos = Loaded(None, videos, None)
     own = range(len(chosen)) if own is None else own
-    # All processes must draw the same random numbers. Without a decay, a start takes one number, however long the video
-    # is, so no process has to open the videos of another. A distance with a decay takes one for each possible start.
+    # All processes draw the same random numbers: as many for each video, however long it is. So no process has to open
+    # the videos of another.
     lengths = [videos.length(i) if place in own else plan.window for place, i in enumerate(chosen)]
-    if plan.decay is not None:
-        lengths = [n if place in own else videos.length(chosen[place], False) for place, n in enumerate(lengths)]
     starts = [random_starts(length - plan.window, plan, generator) for length in lengths]
     chosen, starts = ([each[place] for place in own] for each in (chosen, starts))
     positions = [(torch.tensor(some)[:, None] + torch.arange(plan.window)).flatten() for some in starts]
@@ -84,12 +82,16 @@ def random_windows(videos, chosen, plan, generator, threads=None, own=None):
 
 
 def random_starts(latest, plan, generator):
-    """The first frames of the windows of one video, each in 0..latest: a list of one or two."""
+    """The first frames of the windows of one video, each in 0..latest: a list of one or two.
+
+    The number of random numbers that are drawn does not depend on `latest`.
+    """
     draw = lambda last: int(torch.randint(last + 1, (), generator=generator))  # noqa: E731
     if plan.decay is None:
         return [draw(latest) for _ in range(plan.windows_drawn)]
-    likely = (1 - torch.arange(latest + 1) / (latest + 1)) ** plan.decay
-    distance = int(torch.multinomial(likely, 1, generator=generator))
+    likely = (1 - torch.arange(latest + 1, dtype=torch.float64) / (latest + 1)) ** plan.decay
+    drawn = torch.rand((), dtype=torch.float64, generator=generator) * likely.sum()
+    distance = min(latest, int(torch.searchsorted(likely.cumsum(0), drawn, right=True)))
     pair = draw(latest - distance)
     return [pair, pair + distance][:: 1 - 2 * draw(1)]
 

@@ -130,7 +130,8 @@ def open_videos(data, part, shortest, out=None, seed=0, classes=None):
     size = tuple(data.size) if data.size else None
     bad = out / "bad_videos.csv" if out and processes.rank() == 0 else None
     found = videos.Files(listing, shortest=shortest, size=size, seed=seed, bad_videos=bad)
-    processes.same(**{f"data, {part}": f"{len(found)} videos, {train.listing_digest(found)[:8]}"})
+    digest = train.listing_digest(found)[:8]
+    processes.same(**{f"data, {part}": f"{len(found)} videos, {digest}"}, decoder=found.decoder)
     if size is None:
         videos.check_sizes(found)
     return found

@@ -56,8 +56,10 @@ def features(run, embedder, data, part, evaluation, device="cpu", classes=None):
     read = files(videos)
     weights = weights_hash(embedder)
     given = {f"evaluation.{name}": value for name, value in asdict(e).items()}
-    processes.same(**given, weights=weights[:8], **{"data.size": data.size})
-    key = config.digest(weights, code_hash(*CODE), *settings, read, digits=64)
+    code = code_hash(*CODE)
+    given |= {"data.size": data.size, "sizes of the video files": config.digest([each[:2] for each in read])}
+    processes.same(**given, weights=weights[:8], torch=torch.__version__, code=code[:8])
+    key = config.digest(weights, code, *settings, read, digits=64)
     path, labels = run / "features" / f"{key}.safetensors", config.digest(videos.labels.tolist(), digits=64)
     clips = processes.from_first(lambda: cached(path, len(videos), labels))
     if clips is None:

@@ -7,6 +7,7 @@ process.
 
 import functools
 import io
+import itertools
 import os
 import signal
 import socket
@@ -20,7 +21,15 @@ import torch
 from torch import distributed
 
 TIMEOUT = 1800.0  # seconds
+LONGEST = 1_000_000  # seconds; gloo's clock cannot count thousands of times as many
 AGENT = 20.0  # seconds to wait for the store of torchrun's agent, which starts before its processes
+# Seconds in which gloo's threads release the tensors of the last collective, for which they need Python's global lock.
+# If the group were freed or Python ended meanwhile, the process could hang or abort (pytorch/pytorch#190489).
+PAUSE = 0.2
+
+
+class Elsewhere(RuntimeError):
+    """Another process failed, ended, or did not answer in time. Its own message says why."""
 
 
 def launched():
@@ -45,19 +54,27 @@ def group(timeout=TIMEOUT):
 
     timeout: the seconds after which a process that waits for the others raises an error.
     """
-    if not 0 < timeout < float("inf"):
-        raise ValueError(f"timeout: found {timeout}, wanted a number of seconds above 0")
+    if not 0 < timeout <= LONGEST:
+        raise ValueError(f"timeout: found {timeout}, wanted a number of seconds above 0 and at most {LONGEST:,}")
     if "TORCHELASTIC_RUN_ID" in os.environ:
         threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     if launched() == 1 or distributed.is_initialized():
         yield
         return
     nccl = torch.cuda.is_available() and distributed.is_nccl_available()
-    backend, where = "cpu:gloo,cuda:nccl" if nccl else "gloo", {}
-    if store := agents_store(timeout):
-        where = dict(store=met(store, timeout), rank=int(os.environ["RANK"]), world_size=launched())
-    distributed.init_process_group(backend, timeout=timedelta(seconds=timeout), **where)
-    yield
+    backend, limit = "cpu:gloo,cuda:nccl" if nccl else "gloo", timedelta(seconds=timeout)
+    try:
+        store = met(agents_store(timeout) or served_store(limit), timeout)
+        where = dict(store=store, rank=int(os.environ["RANK"]), world_size=launched())
+        distributed.init_process_group(backend, timeout=limit, **where)
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, distributed.DistError) and "gloo" not in str(error):
+            raise
+        lost = f"another process ended, or did not answer within the timeout of {timeout:g} s: see its own message"
+        raise Elsewhere(lost) from error
+    finally:
+        time.sleep(PAUSE)
     distributed.destroy_process_group()
 
 
@@ -82,12 +99,18 @@ def agents_store(timeout=TIMEOUT):
     return store
 
 
-def met(store, timeout):
-    """A part of the agents' store, under a new prefix, that only the processes started together use.
+@functools.cache
+def served_store(limit):
+    """Without agents: a store that process 0 serves until it ends, so that later groups meet there too."""
+    return next(distributed.rendezvous("env://", timeout=limit))[0]
 
-    In the store itself, a process may read the address of a process that was killed before a restart, and wait for it
-    (https://github.com/pytorch/pytorch/issues/135712). Process 0 offers a new prefix. The others answer with random
-    names, and accept an offer when process 0 confirms that it received their name.
+
+def met(store, timeout):
+    """A part of the store, under a new prefix, that only the processes started together use.
+
+    In the agents' store itself, a process may read the address of a process that was killed before a restart, and wait
+    for it (https://github.com/pytorch/pytorch/issues/135712). Process 0 offers a new prefix. The others answer with
+    random names, and accept an offer when process 0 confirms that it received their name.
     """
     own, name = int(os.environ["RANK"]), uuid.uuid4().hex
     if own == 0:
@@ -125,12 +148,9 @@ def _exchange(failed, value):
     distributed.all_gather_object(found, (failed, value))
     for number, (other, _) in enumerate(found):
         if other and not failed:
-            raise _told(SystemExit(1) if other == "SystemExit" else RuntimeError(_elsewhere(number, other)))
+            message = f"process {number} of {ranks()} ended with {other}: see its own message"
+            raise _told(SystemExit(1) if other == "SystemExit" else Elsewhere(message))
     return [each for _, each in found]
-
-
-def _elsewhere(number, failed):
-    return f"process {number} of {ranks()} ended with {failed}: see its own message"
 
 
 def _told(error):
@@ -177,15 +197,17 @@ class Job:
     """The stage that a run's processes reached, kept in the store of torchrun's agents over restarts.
 
     "claiming": the first process may have changed the run's folder. "claimed": the folder is that of this run.
+    "finished": the run is complete, and the folder may be that of a later run of the same program.
 
     TORCHELASTIC_RESTART_COUNT is not enough: it differs between machines, is 0 again after the number of machines has
     changed, and is above 0 even if the processes ended before they did anything.
     """
 
-    STAGES = "new", "claiming", "claimed"
+    STAGES = "new", "claiming", "claimed", "finished"
+    runs = itertools.count()  # of this process
 
     def __init__(self, folder):
-        self.store, self.key = agents_store(), f"tclr/{folder.resolve()}"
+        self.store, self.key = agents_store(), f"tclr/{next(self.runs)}/{folder.resolve()}"
 
     def stage(self):
         """The last stage that any process of this job reached before the restart."""
@@ -193,7 +215,7 @@ class Job:
             if self.store:
                 reached = [stage for stage in self.STAGES if self.store.check([self.key + stage])]
             else:
-                reached = self.STAGES[-1:] if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) else ()
+                reached = ("claimed",) if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) else ()
         return max(("new", *(stage for stages in exchange(reached) for stage in stages)), key=self.STAGES.index)
 
     def note(self, stage):

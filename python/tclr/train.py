@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import math
 import os
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -41,6 +40,8 @@ EARLIER = {"clips.windows": "same", "clips.decay": None, "recipe.queue": 0}
 OBJECTIVE = "recipe.weights", "recipe.form", "recipe.temperature"
 LEAST = dict(steps=0, epochs=0, batch=1, accumulate=1, lr=0, warmup=0, weight_decay=0, side=1, readers=0)
 LEAST |= dict(checkpoint_every=1, queue=0)
+LEAST_SCALE = 2.0**-14  # the smallest loss scale of fp16, 2**30 times below the initial one
+VARIABLES = [f"TCLR_KERNELS_{name}" for name in ("AUTOTUNE", "BACKEND", "CHECK", "ISA")]  # results depend on them
 WARM = 0.01, 0.05, 0.1, 0.5, 1.0  # the factors of the learning rate in the release's first five epochs
 
 
@@ -100,15 +101,18 @@ def pretrain(embedder, videos, plan: ClipPlan, recipe: Recipe, record, progress=
     """Trains `embedder` in place. videos: a set of videos, see videos.py; record(step=, total=, ...) follows each step.
 
     file: the checkpoint. It is read if it exists, and written every `checkpoint_every` steps, at the end, and on
-    SIGTERM, after which the process exits with status 143. If a setting differs from the checkpoint's, the new one is
-    used, or a ValueError that names it is raised if it must not change. A loss that is not finite raises
-    FloatingPointError with the names of the videos.
+    SIGTERM, SIGINT or SIGHUP, after which the process exits with status 128 + the signal's number. If a setting differs
+    from the checkpoint's, the new one is used, or a ValueError that names it is raised if it must not change.
+
+    A loss or gradient that is not finite raises FloatingPointError with the names of the videos, before the weights are
+    changed. With fp16 such a gradient halves the loss scale, and is an error only once the scale is below LEAST_SCALE.
 
     In a process group of torch.distributed, each process calls this with the same arguments, and trains on its share of
     every batch. Their losses compare the rows of the whole batch, so the result differs from that of one process by
     rounding only. The first process writes the files. A signal to any process, or an error in one, ends all of them.
     """
     run = Run(embedder, videos, plan, recipe, device)
+    processes.same(**{"a checkpoint file": bool(file)})
     if file and (state := checkpoint.newest(file)):
         run.restore(state)
     carry_on(run, record, progress, file=file)
@@ -117,19 +121,20 @@ def pretrain(embedder, videos, plan: ClipPlan, recipe: Recipe, record, progress=
 def carry_on(run, record, progress=iter, *, file=None):
     """Runs the remaining steps of a run, as `pretrain` describes."""
     run.embedder.train()
-    with checkpoint.StopRequest() if file else nullcontext(False) as stop:
+    with checkpoint.StopRequest() if file else nullcontext(0) as stop:
         for step in progress(range(run.done, run.steps)):
             terms = run.step()
             with processes.telling():
                 record(step=step, **terms)
-            stopped = any(processes.exchange(bool(stop)))  # if any process got the signal, all end at the same step
+            stopped = max(processes.exchange(int(stop)))  # if any process got a signal, all end at the same step
             finished = run.done == run.steps
             if file and (stopped or finished or run.done % run.recipe.checkpoint_every == 0):
                 with processes.together():
+                    run.check_finite()
                     if rank() == 0:
                         checkpoint.save(file, **run.state())
             if stopped:
-                raise SystemExit(checkpoint.STOPPED)
+                raise SystemExit(128 + stopped)  # as a shell reports a process that the signal ended
     run.embedder.eval()
 
 
@@ -168,8 +173,10 @@ class Run:
     def compare(self):
         """Raises ValueError, in all processes, if they were started with different settings or videos."""
         settings = {name: value for name, value in flat(self.settings).items() if name != "data.root"}
-        here = dict(device=torch.device(self.device).type, torch=torch.__version__, tclr_kernels=tk.__version__)
-        here |= dict(TCLR_KERNELS_CHECK=os.environ.get("TCLR_KERNELS_CHECK"))
+        device = torch.device(self.device)
+        here = dict(device=device.type, torch=torch.__version__, tclr_kernels=tk.__version__)
+        here |= {name: os.environ.get(name) for name in VARIABLES}
+        here |= dict(backend=backends.choose(self.recipe.backend, device))  # one process may lack the compiled kernels
         processes.same(**settings, **here, videos=f"{len(self.videos)}, {listing_digest(self.videos)[:8]}")
 
     def step(self):
@@ -177,9 +184,9 @@ class Run:
         lr = self.optimizer.param_groups[0]["lr"] = self.recipe.lr * self.factor()
         self.optimizer.zero_grad()
         batches = [self.backward(part) for part in range(self.recipe.accumulate)]
-        sums = self.checked_terms(batches)
         if self.recipe.learn_temperature:  # the network's gradients are averaged already, see `averaging`
             processes.average([self.loss.temperature.grad], 1 / ranks())
+        sums = self.checked_terms(batches)
         self.scaler.unscale_(self.optimizer)
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -210,23 +217,44 @@ class Run:
         return {name: term.detach() for name, term in terms._asdict().items()}
 
     def checked_terms(self, batches):
-        """The terms of a step, averaged over its batches. Raises FloatingPointError if one is not finite.
+        """The terms of a step, averaged over its batches. Raises FloatingPointError if the step must not be taken.
 
-        They are copied to the host once in a step. The terms should be the same in every process; to be safe, all use
-        those of the first process, and check those of all processes.
+        They are copied to the host once in a step, together with the norm of the gradient. They should be the same in
+        every process; to be safe, all use those of the first process, and check those of all processes.
         """
-        own = torch.stack([torch.stack([*terms.values()]) for terms in batches]).tolist()
+        norm = nn.utils.get_total_norm([each.grad for each in self.parameters if each.grad is not None])
+        own = torch.stack([norm, *(term for terms in batches for term in terms.values())]).tolist()
         found = processes.exchange(own)
-        for part in range(self.recipe.accumulate):
-            totals = [each[part][0] for each in found]
-            if bad := [total for total in totals if not math.isfinite(total)]:
-                names = ", ".join(self.videos.names[i] for i in self.whole_batch(self.done, part))
-                raise FloatingPointError(f"step {self.done}: the loss is {bad[0]}; its batch: {names}")
-        sums = Counter()
-        for values in found[0]:
-            for name, value in zip(batches[0], values, strict=True):
-                sums[name] += value / self.recipe.accumulate
-        return sums
+        terms = [each[1:] for each in found]
+        size, accumulate = len(batches[0]), self.recipe.accumulate
+        for part in range(accumulate):
+            if bad := [each[part * size] for each in terms if not math.isfinite(each[part * size])]:
+                self.refuse_step(f"the loss is {bad[0]}", [part])
+        if not all(math.isfinite(norm) for norm, *_ in found) and not self.scaler_skips():
+            self.refuse_step(self.worst_gradient(), range(accumulate))
+        return {name: sum(terms[0][at::size]) / accumulate for at, name in enumerate(batches[0])}
+
+    def refuse_step(self, reason, parts):
+        names = ", ".join(self.videos.names[i] for part in parts for i in self.whole_batch(self.done, part))
+        raise FloatingPointError(f"step {self.done}: {reason}; its batch: {names}")
+
+    def scaler_skips(self):
+        """Whether the loss scaler leaves out a step with a gradient that is not finite, as a smaller scale may help."""
+        return self.scaler.is_enabled() and self.scaler.get_scale() >= LEAST_SCALE
+
+    def worst_gradient(self):
+        """Describes a gradient that is not finite."""
+        for name, each in [*self.embedder.named_parameters(), *self.loss.named_parameters()]:
+            if each.grad is not None and (bad := not_finite(each.grad)):
+                return f"the gradient of {name} has a value of {bad}"
+        return "the norm of the gradient is too large for its number format"
+
+    def check_finite(self):
+        """Raises FloatingPointError if a weight or statistic is not finite, before it replaces a good checkpoint."""
+        for part in filter(None, (self.embedder, self.loss, self.queue)):
+            for name, value in part.state_dict().items():
+                if bad := not_finite(value):
+                    raise FloatingPointError(f"step {self.done}: {name} has a value of {bad}; no checkpoint is written")
 
     def objective(self, g, s, x):
         """The terms of a batch. With a queue, earlier global clips are further negatives of ic_global."""
@@ -386,6 +414,12 @@ def check(recipe, plan, device):
 def weights(recipe):
     """The weight of each term, with the defaults of the recipe's form."""
     return FORMS.get(recipe.form, {}) | (recipe.weights or {})
+
+
+def not_finite(tensor):
+    """A value of a tensor that is not finite, as text; "" if there is none."""
+    bad = tensor[~tensor.isfinite()]
+    return str(bad[0].item()) if len(bad) else ""
 
 
 def flat(settings):

@@ -1,7 +1,7 @@
 """Sets of videos: `Loaded` has all frames in memory, `Files` decodes them on demand.
 
 Both offer what the trainer is written on: names, labels [videos] or None, classes or None, counts, len(),
-length(i, counted) -> frames of video i, and read(i, positions) -> uint8 [P, 3, H, W].
+length(i) -> frames of video i, and read(i, positions) -> uint8 [P, 3, H, W].
 """
 
 import csv
@@ -33,7 +33,7 @@ class Loaded:
     def __len__(self):
         return len(self.names)
 
-    def length(self, i, counted=True):
+    def length(self, i):
         return len(self.frames[i])
 
     def read(self, i, positions):
@@ -69,15 +69,15 @@ class Files:
     def __len__(self):
         return len(self.entries)
 
-    def length(self, i, counted=True):
-        """The number of frames of video i or its replacement. counted=False: another process reads and counts it."""
-        return max(self.shortest, self._first_readable(i, self._own_length, counted))
+    def length(self, i):
+        """The number of frames of video i or its replacement."""
+        return max(self.shortest, self._first_readable(i, self._own_length))
 
     def read(self, i, positions):
         """The frames at these positions, in any order, repeats allowed: uint8 [P, 3, H, W]"""
         return self._first_readable(i, lambda j: self._own_frames(j, torch.as_tensor(positions)))
 
-    def _first_readable(self, i, function, counted=True):
+    def _first_readable(self, i, function):
         """function(j) for j = i, or for the first readable video that can replace it."""
         for j in self._candidates(i):
             try:
@@ -85,7 +85,7 @@ class Files:
             except decode.Unreadable as error:
                 self._report(self.names[j], str(error))
                 continue
-            if j != i and counted:
+            if j != i:
                 self._count("replaced")
             return result
         raise ValueError(f"{self.names[i]} cannot be read, nor can any video that could take its place")
