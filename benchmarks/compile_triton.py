@@ -364,6 +364,7 @@ MAY_SPILL = {
     ("gradient_kernel", "tf32 unbounded", 384): 150,
     ("gradient_kernel", "pairs", 384): 300,
     ("gradient_kernel", "pairs unbounded", 384): 300,
+    ("sums_kernel", "pairs", 384): 20,  # with Triton 3.9 only
     ("rectangle_sums_kernel", "tf32", 384): 60,  # with Triton 3.9 only
     ("rectangle_gradient_kernel", "tf32", 384): 50,
     ("gradient_kernel", "half", 512): 70,
@@ -401,7 +402,7 @@ def too_large(row):
     if row["shared"] > SHARED[target] * 1024:
         return f"{row['shared']} bytes of shared memory on {target}, which has {SHARED[target]} KiB"
     # of half precision with 512 features, Triton 3.7.1 has 2 in the loop, of about 700 instructions
-    in_loops = 2 if row["kernel"] == "gradient_kernel" and may_spill(row) and "bfloat16" in row["case"] else 0
+    in_loops = 2 if row["kernel"] == "gradient_kernel" and may_spill(row) and " float32" not in row["case"] else 0
     if target == "sm_90" and (row["spills_in_loops"] > in_loops or row["spills"] > may_spill(row)):
         return f"{row['spills']} spills on {target}, {row['spills_in_loops']} of them in a loop"
     return None
@@ -491,9 +492,10 @@ The most spills that the tests allow with any of the four versions (`MAY_SPILL` 
 
 {limits}
 
-With Triton 3.7.1 and 3.8, one or two of those of half precision with 512 features are in the loop. Three small kernels
-without products (`rows_kernel`, `rectangle_finish_kernel`, `rectangle_join_kernel`) have up to 8 spills with some
-versions, with 64, 80, 96 or 168 registers: ptxas prefers these to fewer programs on a multiprocessor.
+One or two of those of half precision with 512 features (Triton 3.7.1 and 3.8) and of TF32 with 384 features (Triton
+3.9, few rows) are in the loop. Three small kernels without products (`rows_kernel`, `rectangle_finish_kernel`,
+`rectangle_join_kernel`) have up to 8 spills with some versions, with 64, 80, 96 or 168 registers: ptxas prefers these
+to fewer programs on a multiprocessor.
 
 ## Features that are not a power of two
 

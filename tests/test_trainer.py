@@ -403,3 +403,19 @@ def test_independent_windows_are_trained_on_and_recorded(videos, tmp_path, weigh
     assert len(rows) == 2 and all(math.isfinite(row["total"]) and row["ic_global"] > 0 for row in rows)
     kept = checkpoint.load(tmp_path / "last.pt")["settings"]["clips"]
     assert kept == dict(frames=4, stride=2, windows="independent", decay=2.0)
+
+
+def test_bfloat16_on_a_cpu_gives_a_convolution_the_same_gradient_whatever_memory_held_before():
+    convolution = torch.nn.Conv3d(16, 16, 3, padding=1)
+    clips = torch.randn(4, 16, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for _ in range(40):
+        for _ in range(2):
+            torch.full((1 << 16,), torch.inf)  # memory that later allocations find
+        convolution.zero_grad()
+        with train.reduced_precision("cpu", "bf16"):
+            out = convolution(clips) @ torch.ones(8, 8)
+        assert out.dtype == torch.bfloat16  # the product is computed in it
+        out.float().sum().backward()
+        gradients.append(convolution.weight.grad.clone())
+    assert torch.stack(gradients).isfinite().all() and all(torch.equal(gradients[0], each) for each in gradients)

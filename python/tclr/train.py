@@ -10,13 +10,15 @@ import hashlib
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
 
 import tclr_kernels as tk
 from tclr_kernels import backends
@@ -210,7 +212,7 @@ class Run:
         share_findings(self.videos)
         augment = AUGMENTS[recipe.augment](recipe.side, generator, share=(self.share, recipe.batch))
         with self.views.no_sync() if part + 1 < recipe.accumulate and ranks() > 1 else nullcontext():
-            with torch.autocast(torch.device(self.device).type, AMP.get(recipe.amp), enabled=recipe.amp != "off"):
+            with reduced_precision(torch.device(self.device).type, recipe.amp):
                 g, s, x = self.views(windows, self.plan, augment, self.local)
             terms = self.objective(g.float(), s.float(), x.float())
             self.scaler.scale(terms.total / recipe.accumulate).backward()
@@ -414,6 +416,29 @@ def check(recipe, plan, device):
 def weights(recipe):
     """The weight of each term, with the defaults of the recipe's form."""
     return FORMS.get(recipe.form, {}) | (recipe.weights or {})
+
+
+@contextmanager
+def reduced_precision(device, amp):
+    """Autocast to the dtype of `amp`, a key of AMP or "off". On CPUs, bfloat16 leaves convolutions in float32."""
+    with torch.autocast(device, AMP.get(amp), enabled=amp != "off"):
+        with Float32Convolutions() if (device, amp) == ("cpu", "bf16") else nullcontext():
+            yield
+
+
+class Float32Convolutions(TorchFunctionMode):
+    """Computes convolutions in float32 under autocast.
+
+    On CPUs with instructions for bfloat16, the gradient that oneDNN computes for a 3D convolution of two frames has
+    numbers from memory that was never written (PyTorch 2.13, AMD EPYC with AVX-512).
+    """
+
+    def __torch_function__(self, function, types, arguments=(), settings=None):
+        if function not in (F.conv2d, F.conv3d):
+            return function(*arguments, **settings or {})
+        rows, *others = arguments
+        with torch.autocast("cpu", enabled=False):
+            return function(rows.float(), *others, **settings or {})
 
 
 def not_finite(tensor):
