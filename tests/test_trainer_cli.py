@@ -8,6 +8,7 @@ import shutil
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,10 +27,12 @@ from tclr import (  # noqa: E402
     finetune,
     labels,
     linear,
+    models,
     motions,
     options,
     sets,
 )  # fmt: skip
+from tclr.videos import Loaded  # noqa: E402
 
 from .test_trainer_models import release_weights  # noqa: E402
 
@@ -201,6 +204,14 @@ def test_subsets_are_balanced_seeded_and_nested():
     small, large = (finetune.subset(labels, share, 0) for share in (0.1, 0.5))
     assert labels[small].bincount().tolist() == [2] * 5 and set(small) < set(large)
     assert small == finetune.subset(labels, 0.1, 0) != finetune.subset(labels, 0.1, 1)
+
+
+def test_finetuning_ends_at_a_loss_that_is_not_finite_and_names_the_videos():
+    videos = Loaded([f"v{i}" for i in range(4)], torch.zeros(4, 4, 3, 8, 8, dtype=torch.uint8), torch.arange(4) % 2)
+    model = finetune.Classifier(models.BACKBONES["tiny"](), 2)
+    torch.nn.init.constant_(model.fc.bias, torch.nan)
+    with pytest.raises(FloatingPointError, match="epoch 0: the loss is nan; its batch: v"):
+        finetune.finetune(model, videos, range(4), SimpleNamespace(frames=4, stride=1, side=8), batch=4)
 
 
 def test_the_linear_layer_separates_features_of_very_different_scales():

@@ -1,6 +1,7 @@
 """Finetuning of the whole network with a classifier on the backbone, with all labels or a share of them."""
 
 import dataclasses
+import math
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,8 @@ def finetune(model, videos, chosen, evaluation, *, epochs=16, batch=16, lr=1e-4,
     """Trains `model` in place, with a random clip of each of the `chosen` videos in every epoch.
 
     record(epoch=, loss=) is called after each epoch. augment: augment(side, generator) returns a function that augments
-    a batch of clips. The release's flips them, so it does not suit classes that differ by left and right.
+    a batch of clips. The release's flips them, so it does not suit classes that differ by left and right. Raises
+    FloatingPointError if the loss of a batch is not finite.
     """
     e, model = evaluation, model.to(device).train()
     optimizer = torch.optim.Adam(model.parameters(), lr)
@@ -54,10 +56,13 @@ def finetune(model, videos, chosen, evaluation, *, epochs=16, batch=16, lr=1e-4,
             some = [chosen[i] for i in some]
             clips = torch.stack([random_clip(videos, i, e, generator) for i in some]).to(device)
             loss = F.cross_entropy(model(augment(e.side, generator)(clips)), videos.labels[some].to(device))
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                names = ", ".join(videos.names[i] for i in some)
+                raise FloatingPointError(f"epoch {epoch}: the loss is {losses[-1]}; its batch: {names}")
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            losses.append(loss.item())
         schedule.step()
         record(epoch=epoch, loss=sum(losses) / len(losses))
     return model.eval()
