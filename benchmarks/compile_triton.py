@@ -371,6 +371,8 @@ MAY_SPILL = {
     ("gradient_kernel", "half unbounded", 256): 40,  # with Triton 3.9 only
     ("gradient_kernel", "half unbounded", 512): 90,
     ("gradient_kernel", "half unbounded", 1024): 10,
+    ("gradient_kernel", "tf32 unbounded", 1024): 4,  # with Triton 3.6 only
+    ("rectangle_gradient_kernel", "half", 1024): 8,  # with Triton 3.6 only
     ("gradient_kernel", "pairs", 512): 900,
     ("rectangle_gradient_kernel", "half", 128): 8,  # rows against themselves without labels; the tile was measured
     ("rectangle_gradient_kernel", "half", 512): 10,

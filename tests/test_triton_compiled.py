@@ -45,7 +45,7 @@ def test_importing_tclr_kernels_does_not_import_triton():
     "cases, kernels",
     [
         ("SELECTED", 9),
-        pytest.param("CASES", 9, marks=pytest.mark.full),
+        pytest.param("CASES", 11, marks=pytest.mark.full),
         pytest.param("RECTANGLES", 9, marks=pytest.mark.full),
     ],
 )
