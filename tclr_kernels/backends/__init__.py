@@ -112,8 +112,9 @@ def choose(
 
 
 def _order(device: torch.device, rows: int, features: int, dtype: torch.dtype | None, unit_rows: bool) -> Iterable[str]:
-    on_hopper = unit_rows and device.type == "cuda" and _is_hopper(device)
-    kinds = (device.type, "hopper") if on_hopper else (device.type,)
+    if device.type != "cuda":  # there are no regimes for others
+        return BACKENDS
+    kinds = ("cuda", "hopper") if unit_rows and _is_hopper(device) else ("cuda",)
     for regime in REGIMES:
         fits = regime.kind in kinds and rows <= regime.rows and features <= regime.features
         if fits and (not regime.dtypes or dtype in regime.dtypes):
