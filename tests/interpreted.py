@@ -34,12 +34,12 @@ def patch_once_a_launch():
 
 
 def add_in_order():
-    """Adds float32 products one feature at a time, as a GPU does. Then <x, y> and <y, x> have the same bits in forward
-    and backward. With numpy they differ, and the weights exp(S - neg) become wrong if S is about 1,000."""
+    """Adds products in float32 one feature at a time, as a GPU does. Then <x, y> and <y, x> have the same bits in
+    forward and backward. With numpy they differ, and the weights exp(S - neg) become wrong if S is in the hundreds."""
     multiply = interpreter.InterpreterBuilder.create_dot
 
     def create_dot(self, a, b, d, *settings):
-        if not a.data.dtype == b.data.dtype == d.data.dtype == np.float32:
+        if a.data.dtype not in (np.float16, np.float32) or b.data.dtype != a.data.dtype or d.data.dtype != np.float32:
             return multiply(self, a, b, d, *settings)
         total, left, right = d.data, a.data.astype(np.float64), b.data.astype(np.float64)
         for k in range(left.shape[-1]):
