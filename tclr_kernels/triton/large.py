@@ -231,9 +231,8 @@ def cosines(
         one = tl.full([BM, BN], 1.0, ACC)
         for k in tl.static_range(1, len(rows)):
             more = plus_product(tl.zeros([BM, BN], ACC), rows[k], transposed(columns[k], PRECISION), PRECISION, ACC)
-            s = tl.fma(
-                more, one, s
-            )  # of a plain sum, Triton makes a chain, which each half of the warps computes whole
+            # Of a plain sum, Triton makes a chain, which each half of the warps computes whole.
+            s = tl.fma(more, one, s)
     else:
         for d0 in range(0, DP, BK):
             left = operand(u_i + d0, lower_i, tl.arange(0, BK), BM, DP, PRECISION, UPCAST)
