@@ -69,6 +69,8 @@ ON_HOPPER = {
     "two groups, three chunks, cross": OnHopper(2, 2, 130, 137, 2, torch.float16, cross=True),
     "odd sets, cross": OnHopper(1, 3, 70, 64, 3, cross=True, tau=0.05, in_memory=True),
     "four chunks, whole blocks": OnHopper(1, 2, 256, 256, 1, tau=0.02),
+    "more multiprocessors than blocks, cross": OnHopper(1, 2, 77, 136, 132, cross=True),
+    "more multiprocessors than blocks, odd sets, cross": OnHopper(1, 3, 129, 66, 132, cross=True),
     "left to tensor cores, parts": OnHopper(1, 2, 70, 72, 8, tau=0.01, in_memory=True),
 }
 

@@ -716,9 +716,11 @@ void arrange_supers(Sums& s) {
   }
 }
 
-// The number of parts of a block's work, at most eight, with the least time of the busiest multiprocessor.
+// The number of parts of a block's work, at most eight, with the least time of the busiest multiprocessor. No part may
+// be empty, since a thread block would wait for its first rows forever.
 int parts_of_blocks(const Layout& l) {
-  int64_t blocks = int64_t(l.G) * l.V * l.blocks, all = processors(), most = int64_t(l.V) * l.blocks;
+  int64_t blocks = int64_t(l.G) * l.V * l.blocks, all = processors();
+  int64_t most = int64_t(l.cross ? l.V - l.half() : l.V) * l.blocks;
   int best = 1;
   double least = 0;
   for (int parts = 1; parts <= 8 && parts <= most; ++parts) {
@@ -765,7 +767,7 @@ struct Arrangement {
 bool serves(const GramCall& call) {
 #ifdef TCLR_HOPPER
   bool half = call.dtype == Dtype::f16 || call.dtype == Dtype::bf16;
-  bool sizes = call.N >= tensor_tile && call.D >= chunk_features && call.D <= most_features;
+  bool sizes = call.V > int(call.cross) && call.N >= tensor_tile && call.D >= chunk_features && call.D <= most_features;
   // so that the number of a thread and an index of [G, V, V, N] fit 32 bits
   bool few = call.G * call.V * (call.V > 32 ? call.V : 32) * (call.N + chunk_rows) < int64_t(1) << 31;
   bool bounded = call.tau.data || 1 / call.tau.value <= limit;
