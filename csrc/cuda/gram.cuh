@@ -456,8 +456,21 @@ TCLR_DEVICE void coefficients(const Finisher<T>& f, const Upstream<T>& up) {
   if (f.valid && f.lane == f.r.a % f.lanes) p.g_neg[f.at(f.r.a)] += g_own;
 }
 
-// Updates the group's largest coefficient. A maximum does not depend on the order of updates, and positive doubles have
-// the same order as their bits.
+// Updates the largest coefficient of group g, called by all lanes of a warp. A maximum does not depend on the order of
+// updates, and positive doubles have the same order as their bits. Updates of one number wait for each other, so a warp
+// whose lanes all have the same group makes only one.
+template <typename T>
+TCLR_DEVICE void note_largest(const Gram<T>& p, int64_t g, bool valid, double top) {
+  auto bits = bits_as<unsigned long long>(valid ? top : 0.0);
+  int64_t least = over_row(valid ? g : p.G, 32, [](int64_t x, int64_t y) { return x < y ? x : y; });
+  int64_t most = largest_over_row(valid ? g : 0, 32);
+  if (least == most) {
+    bits = largest_over_row(bits, 32);
+    valid = valid && threadIdx.x % 32 == 0;
+  }
+  if (valid && bits > p.largest[g]) atomicMax(&p.largest[g], bits);
+}
+
 template <typename T>
 TCLR_DEVICE void note_largest(const Finisher<T>& f) {
   double top = 0;
@@ -465,8 +478,7 @@ TCLR_DEVICE void note_largest(const Finisher<T>& f) {
     for (double x : {f.p.g_neg[f.at(c)], f.p.g_pos[f.at(c)]})
       if (fabs(x) > top && fabs(x) < INFINITY) top = fabs(x);
   });
-  auto bits = bits_as<unsigned long long>(top);
-  if (f.valid && bits > f.p.largest[f.r.g]) atomicMax(&f.p.largest[f.r.g], bits);
+  note_largest(f.p, f.r.g, f.valid, top);
 }
 
 // The unit of a group's gradient: a power of two near its largest coefficient, since the coefficients of very confident

@@ -216,15 +216,12 @@ TCLR_DEVICE void finish_sums(const Rectangle<T>& p, int64_t k) {
 
 // ---- coefficients
 
-// Updates the group's largest coefficient of the resident anchors, as in gram.cuh. The coefficients of pairs include
-// their sigmoids, since those of confident pairs are below float's range for any upstream gradient.
+// The size of the coefficients of resident anchor k. Those of pairs include their sigmoids, since the coefficients of
+// confident pairs are below float's range for any upstream gradient.
 template <typename T>
-TCLR_DEVICE void note_largest(const Rectangle<T>& p, int64_t k) {
-  if (k >= p.anchor_count()) return;
-  const Gram<T>& R = p.resident;
+TCLR_DEVICE double largest_of(const Rectangle<T>& p, int64_t a, int64_t c, int64_t k) {
   const Anchors& x = p.anchors;
-  int64_t c = k / R.N % p.passing.V, a = k / R.N / p.passing.V % R.V, g = k / R.N / p.passing.V / R.V;
-  if (!p.exists(a, c)) return;
+  if (!p.exists(a, c)) return 0;
   double top = 0;
   auto note = [&](double size) {
     if (size > top && size < INFINITY) top = size;
@@ -237,8 +234,15 @@ TCLR_DEVICE void note_largest(const Rectangle<T>& p, int64_t k) {
     if (x.count && x.count[k] > 0) note(fabs(x.g_pos_lse[k]));
     if (x.count && x.count[k] > 1) note(fabs(x.g_spread[k]));
   }
-  auto bits = bits_as<unsigned long long>(top);
-  if (bits > R.largest[g]) atomicMax(&R.largest[g], bits);
+  return top;
+}
+
+template <typename T>
+TCLR_DEVICE void note_largest(const Rectangle<T>& p, int64_t k) {
+  const Gram<T>& R = p.resident;
+  bool valid = k < p.anchor_count();
+  int64_t c = k / R.N % p.passing.V, a = k / R.N / p.passing.V % R.V, g = k / R.N / p.passing.V / R.V;
+  note_largest(R, g, valid, valid ? largest_of(p, a, c, k) : 0.0);
 }
 
 // ---- gradient

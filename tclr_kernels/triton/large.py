@@ -945,9 +945,9 @@ def kind_of(sets: Sequence[Tensor], tau: float | Tensor, normalize: bool, cross:
     return first.device, first.dtype, features, rows, settings
 
 
-def tile_of(kernel: str, x: Tensor, normalize: bool, bounded: bool, more: str = "") -> Tile:
-    """The tile of "sums" or "gradient" from the table. x: a set; more: " split" for the gradient by several programs"""
-    name = (kernel if bounded else f"{kernel} unbounded") + more
+def tile_of(kernel: str, x: Tensor, normalize: bool, bounded: bool) -> Tile:
+    """The tile of "sums" or "gradient" from the table. x: a set"""
+    name = kernel if bounded else f"{kernel} unbounded"
     carried, D = carrier(x, normalize), x.shape[-1]
     return tiles.choose(table_of(x)[0], name, carried, D, precision(carried, normalize, tiles.padded(D)))
 
@@ -1027,7 +1027,6 @@ def backward(
         arguments = sets, tau, normalize, cross, neg, pos, g_term, g_neg, g_pos, count
         start = tile_of("gradient", first, normalize, launches[0][0])
         tile = tuning.by_trial(kind, start, lambda tile: backward(*arguments, tile))
-    from_table = tile is None
     chosen = {bounded: tile or tile_of("gradient", first, normalize, bounded) for bounded, _ in launches}
     tile = chosen[launches[0][0]]
     from . import wide  # not at the top of the file, since it imports this module
@@ -1058,8 +1057,6 @@ def backward(
     splits, tiles_per_split = splits_of(programs, table_of(first)[1], alone, tiles_per_set, partners)
     if by_library:  # join_kernel would overwrite its results
         splits = 1
-    if splits > 1 and from_table:  # the kernel is compiled for this, and then needs other registers
-        chosen = {bounded: tile_of("gradient", first, normalize, bounded, " split") for bounded in chosen}
     partial, partial_along, columns_per_split = neg, neg, 0
     if splits > 1:
         columns_per_split = tiles_per_split * tile.BN

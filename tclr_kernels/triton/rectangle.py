@@ -621,14 +621,7 @@ def from_table(kernel: str, x: Tensor, normalize: bool, KEYS: bool) -> Tile:
     """The tile of "sums" or "gradient" from the table. x: a set; KEYS: whether the call has keys"""
     name, dtype = f"{kernel} unbounded rectangle" + " keys" * KEYS, large.carrier(x, normalize)
     how = large.precision(dtype, normalize, tiles.padded(x.shape[-1]))
-    tile = tiles.choose(large.table_of(x)[0], name, dtype, x.shape[-1], how)
-    if not KEYS:
-        return tile
-    # with keys, each similarity takes more registers
-    if kernel == "sums":
-        return tile._replace(BM=64, warps=8) if tile.BM > 32 else tile
-    widest = 16 if x.dtype == torch.float64 else 64 if tile.DC <= 256 else 32
-    return tile._replace(BN=min(tile.BN, widest))
+    return tiles.choose(large.table_of(x)[0], name, dtype, x.shape[-1], how)
 
 
 def tile_for(kernel: str, call: Any, rows: Sequence[Tensor], columns: Sequence[Tensor], *settings: Any) -> Tile:

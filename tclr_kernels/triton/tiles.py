@@ -61,11 +61,15 @@ TABLES: dict[str, dict[str, Table]] = {
             ],
             "sums unbounded": [(128, 64, 64, 0, 0, 4, 3), (256, 64, 64, 0, 0, 4, 2), (ANY, 128, 64, 64, 0, 4, 4)],
             "gradient": [(64, 64, 128, 0, 0, 4, 3), (128, 64, 128, 0, 0, 4, 2), *HALF_WIDE],
-            # not measured, but those of "gradient" would spill
-            "gradient split": [(128, 64, 128, 0, 0, 8, 3), *HALF_WIDE],
-            "gradient unbounded": [(128, 64, 128, 0, 0, 8, 3), *HALF_WIDE],
-            "gradient unbounded rectangle": [(64, 64, 128, 0, 0, 4, 3), (128, 64, 128, 0, 0, 4, 2), *HALF_WIDE],
-            "gradient unbounded rectangle keys": [(128, 64, 64, 0, 0, 8, 3), (256, 64, 32, 0, 0, 8, 3), *HALF_WIDE],
+            "sums unbounded rectangle keys": [(256, 64, 32, 0, 0, 4, 3), (ANY, 64, 32, 64, 0, 4, 3)],
+            "gradient unbounded rectangle keys": [
+                (128, 64, 128, 0, 0, 4, 2),
+                (192, 64, 32, 0, 0, 4, 2),
+                (256, 128, 64, 0, 0, 8, 2),
+                (384, 64, 32, 0, 0, 8, 3),
+                (512, 64, 32, 0, 0, 8, 2),
+                (ANY, 64, 64, 64, 256, 8, 3),
+            ],
         },
         "tf32": {
             "sums": [(128, 64, 64, 0, 0, 4, 2), (ANY, 128, 128, 32, 0, 8, 4)],
@@ -88,15 +92,7 @@ TABLES: dict[str, dict[str, Table]] = {
         "pairs": {  # measured with 128 and 512 features
             "sums": [(128, 64, 64, 0, 0, 4, 2), (ANY, 128, 64, 64, 0, 8, 3)],
             "gradient": [
-                (64, 64, 64, 0, 0, 4, 2),
-                (128, 128, 64, 0, 0, 8, 2),
-                (256, 64, 32, 32, 0, 8, 2),
-                (384, 64, 32, 64, 0, 8, 2),
-                (ANY, 64, 32, 64, 256, 4, 2),
-            ],
-            "gradient unbounded": [
-                (64, 64, 64, 0, 0, 4, 2),
-                (128, 128, 64, 32, 0, 8, 2),
+                (128, 64, 64, 0, 0, 4, 2),
                 (256, 64, 32, 32, 0, 8, 2),
                 (384, 64, 32, 64, 0, 8, 2),
                 (ANY, 64, 32, 64, 256, 4, 2),
@@ -104,14 +100,13 @@ TABLES: dict[str, dict[str, Table]] = {
             "gradient unbounded rectangle": [
                 (64, 64, 64, 0, 0, 4, 2),
                 (128, 128, 64, 0, 0, 8, 2),
-                (256, 64, 64, 64, 0, 8, 2),
+                (256, 128, 128, 0, 0, 8, 2),
                 (ANY, 64, 32, 64, 256, 8, 2),
             ],
-            "sums unbounded rectangle keys": [(128, 64, 64, 0, 0, 4, 2), (ANY, 64, 32, 32, 0, 8, 3)],
+            "sums unbounded rectangle keys": [(128, 64, 32, 0, 0, 4, 3), (ANY, 64, 32, 32, 0, 4, 3)],
             "gradient unbounded rectangle keys": [
-                (64, 64, 64, 0, 0, 4, 2),
-                (128, 64, 32, 0, 0, 8, 2),
-                (ANY, 64, 32, 16, 256, 8, 2),
+                (256, 64, 64, 0, 0, 4, 2),
+                (ANY, 64, 64, 16, 256, 4, 2),
             ],
         },
         "float": FLOAT,
@@ -203,7 +198,7 @@ def by_parts(D: int, size: int = 64) -> int:
 
 
 def choose(table: str, kernel: str, dtype: torch.dtype, D: int, precision: str = "ieee") -> Tile:
-    """The tile for a kernel: "sums" or "gradient", which "unbounded", "rectangle", "keys" and "split" may follow.
+    """The tile for a kernel: "sums" or "gradient", which "unbounded", "rectangle" and "keys" may follow.
 
     table: a key of TABLES; dtype: that of the packed rows; precision: a result of `large.precision`
     """
@@ -211,14 +206,24 @@ def choose(table: str, kernel: str, dtype: torch.dtype, D: int, precision: str =
     DP = padded(D)
     entries = TABLES[table][kind if kind in TABLES[table] else "float"]
     sums = kernel.startswith("sums")
-    while kernel not in entries:
-        kernel = kernel.rpartition(" ")[0]
-    *_, last = entries[kernel]
+    found = kernel
+    while found not in entries:
+        found = found.rpartition(" ")[0]
+    *_, last = entries[found]
     if sums and by_parts(D) < DP and last[3] and 64 % last[3] == 0:
         DP, entry = by_parts(D), last
     else:
-        entry = next(entry for entry in entries[kernel] if entry[0] >= D)
+        entry = next(entry for entry in entries[found] if entry[0] >= D)
     _, BM, BN, BK, DC, warps, stages = entry
     if not sums and table in IN_PARTS and 64 < D <= 384:
         DP = by_parts(D, max(DC, 64))
-    return Tile(BM, BN, DP, BK or DP, DC or DP, warps, stages)
+    tile = Tile(BM, BN, DP, BK or DP, DC or DP, warps, stages)
+    return with_keys(tile, sums, dtype) if kernel.endswith(" keys") and found != kernel else tile
+
+
+def with_keys(tile: Tile, sums: bool, dtype: torch.dtype) -> Tile:
+    """A tile that was chosen for a kernel without keys. With keys, each similarity takes more registers."""
+    if sums:
+        return tile._replace(BM=64, warps=8) if tile.BM > 32 else tile
+    widest = 16 if dtype == torch.float64 else 64 if tile.DC <= 256 else 32
+    return tile._replace(BN=min(tile.BN, widest))

@@ -60,7 +60,7 @@ def weights_kernel(
         column_factor = factor_at(exponents + column_block * blocks + j // BI, top, ACC)
         of_rows = tl.load(alpha + row_block * N + i, mask=i < N, other=0.0) * row_factor
         of_columns = tl.load(alpha + column_block * N + j, mask=j < N, other=0.0) * column_factor
-        at = line + (start + tl.arange(0, BN))[None, :]
+        at = line + tl.multiple_of(start, BN) + tl.arange(0, BN)[None, :]
         e = tl.exp2(tl.load(s + at) * scale)
         weight = e * ((of_rows[:, None] + of_columns[None, :]) * BOOST)
         candidate = (i[:, None] != j[None, :]) & (i < N)[:, None] & (j < N)[None, :]
@@ -179,7 +179,7 @@ def gradient(
         w = s if z.dtype == wide else torch.empty_like(s, dtype=z.dtype)
         k, n, m = s.shape
         BN = min(NP & -NP, 256)  # divides NP, so that a tile has columns of one set only
-        span = BN * max(1, 4096 // BN)
+        span = BN * max(1, 512 // BN)
         launch(
             weights_kernel, k * (n // BM) * cdiv(m, span), s, w, number, limit, alpha, exponents, V, N, NP,
             groups.start, rows.start, columns.start, n, m, span, blocks, BM=BM, BN=BN,
