@@ -323,8 +323,9 @@ struct RectangleGradient {
     int apart = int(sides.apart(I, J));
     for (int n = 0; n < tensor_tile / 8; ++n)
       for (int e = 0; e < 4; ++e) {
-        int row = lane.row(e);
-        if (lane.column(n, e) + apart != row || row >= sides.rows().of(I.index)) continue;
+        int row = lane.row(e), column = lane.column(n, e);
+        // if the columns are a range of the rows' index, a row may have no column, and then no upstream gradient
+        if (column + apart != row || row >= sides.rows().of(I.index) || column >= sides.columns().of(J.index)) continue;
         S[n][e] = I.a == J.a ? 0 : (same_key(n, e) ? S[n][e] : 0) + of_same_index(J, sides.rows().begin(I.index) + row);
       }
   }
