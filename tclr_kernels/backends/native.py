@@ -197,9 +197,11 @@ def rectangle(
     row_keys: Tensor | None,
     column_keys: Tensor | None,
     mean: bool,
+    half: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    call = torch.ops.tclr_kernels.rectangle
-    return call(rows, columns, *_split(tau), normalize, cross, first, row_keys, column_keys, mean, tf32_allowed())
+    settings = normalize, cross, first, row_keys, column_keys
+    tf32 = _tf32(columns, normalize, half)
+    return torch.ops.tclr_kernels.rectangle(rows, columns, *_split(tau), *settings, mean, tf32)
 
 
 def pairs(
@@ -212,10 +214,11 @@ def pairs(
     row_keys: Tensor,
     column_keys: Tensor,
     negatives: Tensor,
+    half: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    call = torch.ops.tclr_kernels.pairs
-    keys = row_keys, column_keys
-    return call(rows, columns, *_split(tau), normalize, cross, first, *keys, negatives, tf32_allowed())
+    settings = normalize, cross, first, row_keys, column_keys
+    tf32 = _tf32(columns, normalize, half)
+    return torch.ops.tclr_kernels.pairs(rows, columns, *_split(tau), *settings, negatives, tf32)
 
 
 def rectangle_backward(
@@ -231,10 +234,19 @@ def rectangle_backward(
     of_columns: Sequence[Tensor],
     for_rows: bool,
     for_columns: bool,
+    half: bool = False,
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
     settings = normalize, cross, first, row_keys, column_keys
-    call = torch.ops.tclr_kernels.rectangle_backward
-    return call(rows, columns, *_split(tau), *settings, of_rows, of_columns, for_rows, for_columns, tf32_allowed())
+    rest = of_rows, of_columns, for_rows, for_columns, _tf32(columns, normalize, half)
+    return torch.ops.tclr_kernels.rectangle_backward(rows, columns, *_split(tau), *settings, *rest)
+
+
+def _tf32(columns: Sequence[Tensor], normalize: bool, half: bool) -> bool:
+    """Whether products of float32 may be rounded to TF32, which has as many bits as float16.
+
+    half: see `general.py`. As for rows of half precision, unit rows of fewer than 64 features are not rounded.
+    """
+    return tf32_allowed() or (half and (not normalize or columns[0].shape[-1] >= 64))
 
 
 def labelled(

@@ -102,9 +102,10 @@ def rectangle(
     row_keys: Tensor | None,
     column_keys: Tensor | None,
     mean: bool,
+    half: bool = False,
 ) -> tuple[Tensor, ...]:
     settings = *_split(tau), normalize, cross, first, row_keys, column_keys
-    return torch.ops.tclr_kernels_triton.rectangle(rows, columns, *settings, mean)
+    return torch.ops.tclr_kernels_triton.rectangle(rows, columns, *settings, mean, half)
 
 
 def pairs(
@@ -117,9 +118,10 @@ def pairs(
     row_keys: Tensor,
     column_keys: Tensor,
     negatives: Tensor,
+    half: bool = False,
 ) -> tuple[Tensor, Tensor]:
     settings = *_split(tau), normalize, cross, first, row_keys, column_keys
-    return torch.ops.tclr_kernels_triton.pairs(rows, columns, *settings, negatives)
+    return torch.ops.tclr_kernels_triton.pairs(rows, columns, *settings, negatives, half)
 
 
 def rectangle_backward(
@@ -135,9 +137,10 @@ def rectangle_backward(
     of_columns: Sequence[Tensor],
     for_rows: bool,
     for_columns: bool,
+    half: bool = False,
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
     settings = *_split(tau), normalize, cross, first, row_keys, column_keys
-    rest = of_rows, of_columns, for_rows, for_columns
+    rest = of_rows, of_columns, for_rows, for_columns, half
     d_rows, d_columns, along = torch.ops.tclr_kernels_triton.rectangle_backward(rows, columns, *settings, *rest)
     return list(d_rows.unbind(0)), list(d_columns.unbind(0)), along
 
@@ -180,7 +183,7 @@ def _empty_backward(sets, tau, tau_value, normalize, cross, neg, pos, *gradients
     return sets[0].new_empty(V, G, N, D), neg.new_empty(G, V, N)
 
 
-def _rectangle(rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys, mean):
+def _rectangle(rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys, mean, half=False):
     settings = normalize, cross, first, row_keys, column_keys
     if not _pairs_of_rows(rows, columns):
         neg, pos, pos_lse, *others = _empty_rectangle(rows, columns, tau, tau_value, *settings, mean)
@@ -189,16 +192,16 @@ def _rectangle(rows, columns, tau, tau_value, normalize, cross, first, row_keys,
         return neg, pos.zero_(), pos_lse, *(x.zero_() for x in others)
     from tclr_kernels.triton import rectangle
 
-    return rectangle.forward(rows, columns, tau_value if tau is None else tau, *settings, mean)
+    return rectangle.forward(rows, columns, tau_value if tau is None else tau, *settings, mean, half)
 
 
-def _pairs(rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys, negatives):
+def _pairs(rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys, negatives, half=False):
     if not _pairs_of_rows(rows, columns):
         return torch.zeros_like(negatives), torch.zeros_like(negatives)
     from tclr_kernels.triton import rectangle
 
     tau = tau_value if tau is None else tau
-    return rectangle.pairs(rows, columns, tau, normalize, cross, first, row_keys, column_keys, negatives)
+    return rectangle.pairs(rows, columns, tau, normalize, cross, first, row_keys, column_keys, negatives, half)
 
 
 def _rectangle_backward(rows, columns, tau, tau_value, *others):
@@ -215,7 +218,7 @@ def _pairs_of_rows(rows, columns):
     return all(size > 0 for sets in (rows or columns, columns) for size in sets[0].shape)
 
 
-def _empty_rectangle(rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys, mean):
+def _empty_rectangle(rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys, mean, half=False):
     like, C = (rows or columns)[0], len(columns)
     G, n, D = like.shape
     shape = G, len(rows or columns), C, n
@@ -225,13 +228,13 @@ def _empty_rectangle(rows, columns, tau, tau_value, normalize, cross, first, row
     return *outputs, like.new_empty((G, n, D) if mean else 0, dtype=real)
 
 
-def _empty_pairs(rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys, negatives):
+def _empty_pairs(rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys, negatives, half=False):
     return torch.empty_like(negatives), torch.empty_like(negatives)
 
 
 def _empty_rectangle_backward(
     rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys, of_rows, of_columns, for_rows,
-    for_columns,
+    for_columns, half=False,
 ):  # fmt: skip
     rows = rows or columns
     d_rows, d_columns = (
@@ -258,10 +261,10 @@ _settings = (
     "Tensor? row_keys, Tensor? column_keys"
 )
 _schemas = {
-    "rectangle": f"({_settings}, bool mean) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "pairs": f"({_settings}, Tensor negatives) -> (Tensor, Tensor)",
-    "rectangle_backward": f"({_settings}, Tensor[] of_rows, Tensor[] of_columns, bool for_rows, bool for_columns)"
-    " -> (Tensor, Tensor, Tensor)",
+    "rectangle": f"({_settings}, bool mean, bool half=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "pairs": f"({_settings}, Tensor negatives, bool half=False) -> (Tensor, Tensor)",
+    "rectangle_backward": f"({_settings}, Tensor[] of_rows, Tensor[] of_columns, bool for_rows, bool for_columns, "
+    "bool half=False) -> (Tensor, Tensor, Tensor)",
 }
 _general = {  # operator -> its implementation, and its fake implementation, which only allocates outputs
     "rectangle": (_rectangle, _empty_rectangle),

@@ -106,7 +106,7 @@ def rectangle(
     # the gradients of several calls are added in this dtype
     sides = [general.at_least_float32(x)[None] for x in (rows, columns) if x is not None]
     name = backends.choose(None, columns.device, sum(x.shape[1] for x in sides), columns.shape[1], columns.dtype)
-    settings = general.Settings(name, normalize, False, first)
+    settings = general.Settings(name, normalize, False, first, columns.element_size() == 2)
     in_groups = tuple(k if k is None else k[None] for k in keys)
     return Rectangle(settings, tau, in_groups, sides[:-1], sides[-1:])
 

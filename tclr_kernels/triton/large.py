@@ -812,13 +812,15 @@ def table_of(x: Tensor) -> tuple[str, int]:
     return tiles.device_class(x.device.index)
 
 
-def carrier(x: Tensor, normalize: bool) -> torch.dtype:
+def carrier(x: Tensor, normalize: bool, half: bool = False) -> torch.dtype:
     """The dtype of the packed rows. Unit rows of half precision are stored as float16, which is more exact.
+
+    half: whether float32 rows were of half precision, as `general.py` says.
 
     With fewer than 64 features, rounding errors average out less, and a loss would be off by 1e-3 or more, so these
     rows are stored as float32.
     """
-    if normalize and x.element_size() == 2:
+    if normalize and (half or x.element_size() == 2):
         return torch.float16 if x.shape[-1] >= 64 else torch.float32
     return x.dtype
 
@@ -847,12 +849,12 @@ class Packed(NamedTuple):
     lower: int
 
 
-def packed(sets: Sequence[Tensor], normalize: bool, DP: int, whole: int) -> Packed:
+def packed(sets: Sequence[Tensor], normalize: bool, DP: int, whole: int, half: bool = False) -> Packed:
     """Packs sets [G, N, D] by one launch. N is padded to NP, a multiple of `whole`."""
     x, strides = one_array(sets)
     G, N, D = sets[0].shape
     V, NP = len(sets), cdiv(N, whole) * whole
-    z = x.new_empty((G, V, NP, DP), dtype=carrier(x, normalize))
+    z = x.new_empty((G, V, NP, DP), dtype=carrier(x, normalize, half))
     how = precision(z.dtype, normalize, DP)
     u, lower = (z.new_empty((2, *z.shape), dtype=torch.float16), z.numel()) if how == "pairs" else (z, 0)
     norms = x.new_empty((G, V, NP), dtype=torch.float64)
