@@ -12,13 +12,13 @@ import torch
 import tclr_kernels as tk
 from tclr_kernels import general
 
-from .oracle import DTYPES, FURTHER, LOSSES
+from .oracle import DTYPES, FURTHER, LOSSES, SEVERAL_CALLS
 
 triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter takes the place of the just-in-time compiler", allow_module_level=True)
 
-from tclr_kernels.triton import large, sets, small, wide  # noqa: E402
+from tclr_kernels.triton import large, rectangle, sets, small, wide  # noqa: E402
 
 from . import standin  # noqa: E402
 
@@ -390,6 +390,57 @@ def test_rows_against_themselves_make_the_expected_launches(keys, hopper):
         torch.autograd.grad((neg + pos).sum(), rows)
     assert forward == (named("rows", "sums", "finish"), [])
     assert backward[0] == named("rows", "units", "coefficients", "gradient", "join")
+
+
+QUEUE = torch.zeros(1024, 128)
+# name -> (a call of two sets and a queue, the most operations beside launches that its forward and backward may take)
+QUEUED = {
+    "info_nce": (tk.info_nce, 11, 27),
+    "info_nce, labels": (functools.partial(tk.info_nce, labels=LABELS), 11, 29),
+    "info_nce, out of batch": (functools.partial(tk.info_nce, in_batch=False), 7, 25),
+    "nt_xent": (tk.nt_xent, 22, 37),
+    "clip": (lambda a, b, negatives, **how: tk.clip_loss(a, b, negatives=(negatives,) * 2, **how), 16, 41),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", QUEUED)
+def test_losses_with_a_queue_make_few_operations(name, dtype, hopper):
+    """In eager mode, each of them takes longer on the host than on the device."""
+    call, forward_most, backward_most = QUEUED[name]
+    rows = [torch.zeros(256, 128, dtype=dtype, requires_grad=True) for _ in range(2)]
+    with hopper.counted() as (_, forward):
+        loss = call(*rows, negatives=QUEUE.to(dtype), backend="triton")
+    with hopper.counted() as (_, backward):
+        torch.autograd.grad(loss, rows)
+    of_dtype = dtype.itemsize == 4  # the negatives were not converted here, and neither are all inputs nor gradients
+    assert len(forward) <= forward_most - 2 * of_dtype, forward
+    assert len(backward) <= backward_most - of_dtype, backward
+
+
+@pytest.mark.parametrize(
+    "D, dtype, carried",
+    [
+        (64, torch.bfloat16, torch.float16),
+        (64, torch.float16, torch.float16),
+        (32, torch.bfloat16, torch.float32),
+        (64, torch.float32, torch.float32),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", [*SEVERAL_CALLS, "gram of a range"])
+def test_rows_of_half_precision_stay_so_in_losses_of_several_calls(name, D, dtype, carried, hopper, monkeypatch):
+    """Their inputs are converted, so that gradients are added in float32, but the products need not be more exact."""
+    found, packed = [], rectangle.packed
+    monkeypatch.setattr(rectangle, "packed", lambda *arguments: found.append(packed(*arguments)) or found[-1])
+    if name == "gram of a range":
+        inputs = [torch.ones(1, 9, D, dtype=dtype, requires_grad=True) for _ in range(2)]
+        loss = tk.gram(inputs, rows=(2, 5), backend="triton").term
+    else:
+        inputs = [x.requires_grad_() for x in LOSSES[name].inputs((9, 2, D), dtype)]
+        loss = LOSSES[name].call(*inputs, temperature=0.1, backend="triton")
+    torch.autograd.grad(loss.sum(), inputs)
+    assert len(found) > 2 and {x.z.dtype for x in found} == {carried}
 
 
 @pytest.mark.parametrize("keys, of_columns", [(False, False), (True, True)])

@@ -200,8 +200,8 @@ def rectangle(
     half: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     settings = normalize, cross, first, row_keys, column_keys
-    tf32 = _tf32(columns, normalize, half)
-    return torch.ops.tclr_kernels.rectangle(rows, columns, *_split(tau), *settings, mean, tf32)
+    call = torch.ops.tclr_kernels.rectangle
+    return call(rows, columns, *_split(tau), *settings, mean, half, tf32_allowed())
 
 
 def pairs(
@@ -217,8 +217,8 @@ def pairs(
     half: bool = False,
 ) -> tuple[Tensor, Tensor]:
     settings = normalize, cross, first, row_keys, column_keys
-    tf32 = _tf32(columns, normalize, half)
-    return torch.ops.tclr_kernels.pairs(rows, columns, *_split(tau), *settings, negatives, tf32)
+    call = torch.ops.tclr_kernels.pairs
+    return call(rows, columns, *_split(tau), *settings, negatives, half, tf32_allowed())
 
 
 def rectangle_backward(
@@ -237,16 +237,8 @@ def rectangle_backward(
     half: bool = False,
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
     settings = normalize, cross, first, row_keys, column_keys
-    rest = of_rows, of_columns, for_rows, for_columns, _tf32(columns, normalize, half)
+    rest = of_rows, of_columns, for_rows, for_columns, half, tf32_allowed()
     return torch.ops.tclr_kernels.rectangle_backward(rows, columns, *_split(tau), *settings, *rest)
-
-
-def _tf32(columns: Sequence[Tensor], normalize: bool, half: bool) -> bool:
-    """Whether products of float32 may be rounded to TF32, which has as many bits as float16.
-
-    half: see `general.py`. As for rows of half precision, unit rows of fewer than 64 features are not rounded.
-    """
-    return tf32_allowed() or (half and (not normalize or columns[0].shape[-1] >= 64))
 
 
 def labelled(
@@ -332,7 +324,9 @@ def _fake_reduced_backward(
     return [*(z.new_empty(z.shape) for z in inputs), *along]
 
 
-def _fake_rectangle(rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys, mean, tf32=False):
+def _fake_rectangle(
+    rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys, mean, half=False, tf32=False
+):
     anchors = rows or columns
     G, n, D = anchors[0].shape
     blocks = [columns[0].new_empty(G, len(anchors), len(columns), n, dtype=torch.float64) for _ in range(5)]
@@ -342,13 +336,15 @@ def _fake_rectangle(rows, columns, tau, tau_value, normalize, cross, first, row_
     return *blocks, columns[0].new_empty(*((G, n, D) if mean else (0,)), dtype=wide)
 
 
-def _fake_pairs(rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys, negatives, tf32=False):
+def _fake_pairs(
+    rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys, negatives, half=False, tf32=False
+):
     return tuple(_contiguous(negatives, negatives))
 
 
 def _fake_rectangle_backward(
     rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys, of_rows, of_columns, for_rows,
-    for_columns, tf32=False,
+    for_columns, half=False, tf32=False,
 ):  # fmt: skip
     d_rows, d_columns = _contiguous(*(rows or columns) * for_rows), _contiguous(*columns * for_columns)
     along = rows or columns if for_rows else columns
