@@ -361,8 +361,8 @@ std::tuple<Tensor, Tensor> pairs_of(Rectangle& r, const Tensor& beside, const Te
 }
 
 std::tuple<Tensor, Tensor> pairs(Tensors rows, Tensors columns, Optional tau, double tau_value, bool normalize,
-                                 bool cross, int64_t first, Tensor row_keys, Tensor column_keys, Tensor negatives,
-                                 bool, bool) {
+                                 bool cross, int64_t first, Tensor row_keys, Tensor column_keys, Tensor negatives, bool,
+                                 bool) {
   Rectangle r(rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys);
   return (r.input.dtype == Dtype::f64 ? pairs_of<double> : pairs_of<float>)(r, columns[0], negatives);
 }

@@ -48,7 +48,7 @@ class Contrast(NamedTuple):
     further: Tensor | None
 
     def terms(self, cross: bool, decoupled: bool, one_sided: bool = False) -> Tensor:
-        """The terms of each row against each other set: [G, V, V, N], 0 for a set with itself; as in `general.terms`."""
+        """The terms of each row against each other set, as `general.terms` returns them."""
         return general.terms(self.neg, self.pos, cross, self.further, decoupled, one_sided)
 
     def joint_terms(self, decoupled: bool) -> Tensor:
@@ -70,6 +70,7 @@ def contrast(
     negatives: Sequence[Further | None] | None = None,
     process: Process | None = None,
     one_sided: bool = False,
+    half: bool = False,
 ) -> Contrast:
     """Compares sets [..., N, D] with each other and with further negatives.
 
@@ -77,13 +78,15 @@ def contrast(
     negatives: a list of one, for all anchors, or of one (or None) for each set.
     process: this process's part in a group. The results are then those of the anchors of all processes.
     one_sided: whether only the first of two sets has anchors. Then only its negatives count.
+    half: whether the sets were of half precision. If they still are, it need not be given.
     """
     *_, N, D = sets[0].shape
     keys = None if labels is None else checks.keys("labels", labels, sets[0])
     if process is not None:
         (neg, pos, *_), further = _of_all(process, sets, tau, normalize, cross, backend, keys, negatives)
         return Contrast(neg, pos, further)
-    keys, half = None if keys is None else keys.reshape(-1, N), sets[0].element_size() == 2
+    keys = None if keys is None else keys.reshape(-1, N)
+    half = half or sets[0].element_size() == 2
     if negatives is not None:
         tau, sets = general.at_least_float32(tau), widened(backends.choose(backend, sets[0].device), *sets)
     sets = [z.reshape(-1, N, D) for z in sets]
@@ -96,8 +99,10 @@ def contrast(
         return Contrast(neg, pos, call(rows, negatives[0].rows))
     if one_sided:
         return Contrast(neg, pos, call(sets[0], negatives[0].rows)[:, None])
-    absent = neg.new_full((len(neg), N), -torch.inf)
-    parts = [absent if x is None else call(z, x.rows) for z, x in zip(sets, negatives, strict=True)]
+    parts = [
+        neg.new_full((len(neg), N), -torch.inf) if x is None else call(z, x.rows)
+        for z, x in zip(sets, negatives, strict=True)
+    ]
     return Contrast(neg, pos, torch.stack(parts, 1))
 
 
@@ -139,7 +144,7 @@ def _of_all(
     backends.choose(backend, sets[0].device)  # raises its errors now, while the other processes can still be told
     process.agree(sets[0], len(sets), negatives or ())
     name = backends.choose(backend, sets[0].device, G * len(sets) * process.rows, D, sets[0].dtype)
-    settings = general.Settings(name, normalize, cross, half=sets[0].element_size() == 2)
+    settings = general.Settings(name, normalize, cross, half=process.dtype.itemsize == 2)
     sets = [z.reshape(G, n, D) for z in sets]
     keys = None if keys is None else keys.reshape(G, n)
     return distributed.contrast(process, settings, tau, keys, sets, negatives)

@@ -149,7 +149,7 @@ def first_with_second(x: Tensor) -> Tensor:
 
 
 def cost(negatives: Sequence[Tensor], positive: Tensor, decoupled: bool = False) -> Tensor:
-    """log(1 + sum exp(negatives) / exp(positive)) of log-sum-exps. Exactly 0, with gradient 0, if all negatives are -inf.
+    """log(1 + sum exp(negatives) / exp(positive)) of log-sum-exps: 0, with gradient 0, if all negatives are -inf.
 
     decoupled: leave the positive out of the denominator: log sum exp(negatives) - positive.
     """
@@ -328,7 +328,8 @@ class MeanBackward(Once, torch.autograd.Function):
         if normalize:
             if x.dtype == torch.float64:  # the squares of float32 fit
                 largest = x.abs().amax(-1, keepdim=True)
-                z = x / largest.masked_fill(largest == 0, 1)
+                largest = largest.masked_fill(largest == 0, 1)
+                z = x / largest
             length = torch.linalg.vector_norm(z, dim=-1, keepdim=True, dtype=torch.float64)
             zero = length == 0
             z = z / length

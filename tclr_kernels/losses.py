@@ -461,12 +461,12 @@ def _compose(
         """term, neg, pos of sets with a row for each video, with respect to labels and to the other processes."""
         if labels is None and process is None:
             return contrast(sets)
-        parts = candidates.contrast(sets, tau, normalize, False, backend, labels, process=process)
+        parts = candidates.contrast(sets, tau, normalize, False, backend, labels, process=process, half=half)
         return [_rounded(y, sets[0]) for y in (parts.terms(False, False), parts.neg, parts.pos)]
 
     V, B, T, D = x.shape
     # the gradients of several terms are added in float32: in float16, a row of small norm could get inf - inf
-    name = backends.choose(backend, x.device, V * B * T, D)
+    name, half = backends.choose(backend, x.device, V * B * T, D), x.element_size() == 2
     g, s, x = widened(name, g, s, x)
     with_ic_global, with_ic_local, with_ll, with_gl = (w != 0 for w in weights)
     if labels is None and process is None and divides(backend, x, V * B * T):

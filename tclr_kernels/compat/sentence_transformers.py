@@ -3,7 +3,6 @@
 Source: https://github.com/huggingface/sentence-transformers
 """
 
-import functools
 import math
 import numbers
 from collections.abc import Callable, Iterable, Sequence
