@@ -473,7 +473,7 @@ def _compose(
         inputs = [g.unsqueeze(1)], [x.transpose(1, 2).unsqueeze(2)], [x], [s, x]
         settings = dict(normalize=normalize, backend=backend)
         terms = [
-            total(z, tau, count, cross=len(z) == 2, **settings)
+            total(z, tau, count, cross=len(z) == 2, half=half, **settings)
             if weight
             else functools.reduce(torch.add, map(_zero, z))
             for z, count, weight in zip(inputs, counts, weights, strict=True)

@@ -457,7 +457,7 @@ def test_zero_rows_have_gradient_zero_beside_columns_without_gradient(dtype, bac
 
 
 def test_the_cost_of_several_log_sum_exps_keeps_its_digits():
-    """Compared with a sum of 60 digits, and the gradients with shares of the sum, to the rounding of the largest share."""
+    """Compared with a sum of 60 digits; the gradients with shares of the sum, to the rounding of the largest share."""
     values = -math.inf, -700.0, -40.0, -1e-3, 0.0, 30.0, 41.0, 700.0
     for negatives, positive in itertools.product(itertools.product(values, repeat=3), (-20.0, 3.0)):
         leaves = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (*negatives, positive)]

@@ -442,6 +442,15 @@ def test_rows_of_half_precision_stay_so_in_losses_of_several_calls(name, D, dtyp
     assert len(found) > 2 and {x.z.dtype for x in found} == {carried}
 
 
+@pytest.mark.parametrize("D, carried", [(32, torch.float32), (64, torch.float16)])
+def test_rows_of_half_precision_stay_so_in_the_objective(D, carried, hopper, monkeypatch):
+    found, packed = [], large.packed
+    monkeypatch.setattr(large, "packed", lambda *arguments: found.append(packed(*arguments)) or found[-1])
+    inputs = [torch.ones(2, 256, *T, D, dtype=torch.bfloat16, requires_grad=True) for T in ((), (4,), (4,))]
+    torch.autograd.grad(tk.tclr(*inputs, form="release", backend="triton").total, inputs)
+    assert len(found) == 4 and {x.z.dtype for x in found} == {carried}  # of ic_global and ic_local
+
+
 @pytest.mark.parametrize("keys, of_columns", [(False, False), (True, True)])
 def test_sizes_of_rectangles_compile_few_variants(keys, of_columns, hopper):
     """Such sizes come from shares, queues and batches that vary."""

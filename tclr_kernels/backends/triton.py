@@ -71,9 +71,9 @@ def belongs(device: torch.device) -> bool:
 
 
 def forward(
-    sets: Sequence[Tensor], tau: float | Tensor, normalize: bool, cross: bool, count: int = 1
+    sets: Sequence[Tensor], tau: float | Tensor, normalize: bool, cross: bool, count: int = 1, half: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.tclr_kernels_triton.gram_forward(sets, *_split(tau), normalize, cross, count)
+    return torch.ops.tclr_kernels_triton.gram_forward(sets, *_split(tau), normalize, cross, count, half)
 
 
 def backward(
@@ -87,9 +87,10 @@ def backward(
     g_neg: Tensor | None,
     g_pos: Tensor | None,
     count: int = 1,
+    half: bool = False,
 ) -> tuple[Tensor, Tensor]:
     call = torch.ops.tclr_kernels_triton.gram_backward
-    return call(sets, *_split(tau), normalize, cross, neg, pos, g_term, g_neg, g_pos, count)
+    return call(sets, *_split(tau), normalize, cross, neg, pos, g_term, g_neg, g_pos, count, half)
 
 
 def rectangle(
@@ -157,10 +158,10 @@ def _path(sets):
     return small if small.serves(len(sets), sets[0].shape[1]) else large
 
 
-def _forward(sets, tau, tau_value, normalize, cross, count=1):
+def _forward(sets, tau, tau_value, normalize, cross, count=1, half=False):
     if sets[0].numel() == 0:
         return _empty_forward(sets, tau, tau_value, normalize, cross)
-    return _path(sets).forward(sets, tau_value if tau is None else tau, normalize, cross, count)
+    return _path(sets).forward(sets, tau_value if tau is None else tau, normalize, cross, count, half)
 
 
 def _backward(sets, tau, tau_value, normalize, cross, neg, pos, *gradients):
@@ -170,7 +171,7 @@ def _backward(sets, tau, tau_value, normalize, cross, neg, pos, *gradients):
     return _path(sets).backward(sets, tau, normalize, cross, neg.contiguous(), pos.contiguous(), *gradients)
 
 
-def _empty_forward(sets, tau, tau_value, normalize, cross, count=1):
+def _empty_forward(sets, tau, tau_value, normalize, cross, count=1, half=False):
     G, N, _ = sets[0].shape
     V = len(sets)
     dtype = torch.promote_types(sets[0].dtype, torch.float32)
@@ -248,9 +249,10 @@ def _empty_rectangle_backward(
 
 
 _settings = "Tensor[] sets, Tensor? tau, float tau_value, bool normalize, bool cross"
+_last = "SymInt count=1, bool half=False"
 _gradients = "Tensor neg, Tensor pos, Tensor? g_term, Tensor? g_neg, Tensor? g_pos"
-torch.library.define(f"{NAMESPACE}::gram_forward", f"({_settings}, SymInt count=1) -> (Tensor, Tensor, Tensor)")
-torch.library.define(f"{NAMESPACE}::gram_backward", f"({_settings}, {_gradients}, SymInt count=1) -> (Tensor, Tensor)")
+torch.library.define(f"{NAMESPACE}::gram_forward", f"({_settings}, {_last}) -> (Tensor, Tensor, Tensor)")
+torch.library.define(f"{NAMESPACE}::gram_backward", f"({_settings}, {_gradients}, {_last}) -> (Tensor, Tensor)")
 torch.library.impl(f"{NAMESPACE}::gram_forward", ("CPU", "CUDA"), _forward)
 torch.library.impl(f"{NAMESPACE}::gram_backward", ("CPU", "CUDA"), _backward)
 torch.library.register_fake(f"{NAMESPACE}::gram_forward", _empty_forward)

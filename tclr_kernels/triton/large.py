@@ -947,10 +947,10 @@ def kind_of(sets: Sequence[Tensor], tau: float | Tensor, normalize: bool, cross:
     return first.device, first.dtype, features, rows, settings
 
 
-def tile_of(kernel: str, x: Tensor, normalize: bool, bounded: bool, more: str = "") -> Tile:
+def tile_of(kernel: str, x: Tensor, normalize: bool, bounded: bool, more: str = "", half: bool = False) -> Tile:
     """The tile of "sums" or "gradient" from the table. x: a set; more: " split" for the gradient by several programs"""
     name = (kernel if bounded else f"{kernel} unbounded") + more
-    carried, D = carrier(x, normalize), x.shape[-1]
+    carried, D = carrier(x, normalize, half), x.shape[-1]
     return tiles.choose(table_of(x)[0], name, carried, D, precision(carried, normalize, tiles.padded(D)))
 
 
@@ -960,6 +960,7 @@ def forward(
     normalize: bool,
     cross: bool,
     count: int = 1,
+    half: bool = False,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """term / count, neg, pos by three launches, or four if tau is a tensor. tile: replaces those of the table"""
@@ -968,12 +969,12 @@ def forward(
     V = len(sets)
     launches = ranges(tau, first.dtype, normalize)
     if tile is None and tuning.ENABLED:
-        kind = "sums", *kind_of(sets, tau, normalize, cross)
-        start = tile_of("sums", first, normalize, launches[0][0])
-        tile = tuning.by_trial(kind, start, lambda tile: forward(sets, tau, normalize, cross, count, tile))
-    chosen = {bounded: tile or tile_of("sums", first, normalize, bounded) for bounded, _ in launches}
+        kind = "sums", half, *kind_of(sets, tau, normalize, cross)
+        start = tile_of("sums", first, normalize, launches[0][0], half=half)
+        tile = tuning.by_trial(kind, start, lambda tile: forward(sets, tau, normalize, cross, count, half, tile))
+    chosen = {bounded: tile or tile_of("sums", first, normalize, bounded, half=half) for bounded, _ in launches}
     whole = max(size for tile in chosen.values() for size in (tile.BM, tile.BN))
-    z, _, *products = packed(sets, normalize, chosen[launches[0][0]].DP, whole)
+    z, _, *products = packed(sets, normalize, chosen[launches[0][0]].DP, whole, half)
     NP = z.shape[2]
     blocks_per_super, supers_per_set = super_blocks(V, NP // whole, G, 12 * table_of(first)[1])
     supers, left = V * supers_per_set, (V + 1) // 2 * supers_per_set
@@ -1014,6 +1015,7 @@ def backward(
     g_neg: Tensor | None,
     g_pos: Tensor | None,
     count: int = 1,
+    half: bool = False,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
     """dx [V, G, N, D] and <z, dz> [G, V, N] by three launches, one more if tau is a tensor, one more if rows are few.
@@ -1025,18 +1027,18 @@ def backward(
     V = len(sets)
     launches = ranges(tau, first.dtype, normalize)
     if tile is None and tuning.ENABLED:
-        kind = "gradient", *kind_of(sets, tau, normalize, cross)
-        arguments = sets, tau, normalize, cross, neg, pos, g_term, g_neg, g_pos, count
-        start = tile_of("gradient", first, normalize, launches[0][0])
+        kind = "gradient", half, *kind_of(sets, tau, normalize, cross)
+        arguments = sets, tau, normalize, cross, neg, pos, g_term, g_neg, g_pos, count, half
+        start = tile_of("gradient", first, normalize, launches[0][0], half=half)
         tile = tuning.by_trial(kind, start, lambda tile: backward(*arguments, tile))
     from_table = tile is None
-    chosen = {bounded: tile or tile_of("gradient", first, normalize, bounded) for bounded, _ in launches}
+    chosen = {bounded: tile or tile_of("gradient", first, normalize, bounded, half=half) for bounded, _ in launches}
     tile = chosen[launches[0][0]]
     from . import wide  # not at the top of the file, since it imports this module
 
     by_library = wide.serves(D, V, normalize, cross) and launches[0][0]
     DP = cdiv(D, 64) * 64 if by_library and len(launches) == 1 else tile.DP
-    z, norms, *products = packed(sets, normalize, DP, max(tile.BM, tile.BN))
+    z, norms, *products = packed(sets, normalize, DP, max(tile.BM, tile.BN), half)
     NP = z.shape[2]
     blocks = NP // tile.BN
     dx, zdz = first.new_empty((V, G, N, D)), neg.new_empty((G, V, N))
@@ -1061,7 +1063,7 @@ def backward(
     if by_library:  # join_kernel would overwrite its results
         splits = 1
     if splits > 1 and from_table:  # the kernel is compiled for this, and then needs other registers
-        chosen = {bounded: tile_of("gradient", first, normalize, bounded, " split") for bounded in chosen}
+        chosen = {bounded: tile_of("gradient", first, normalize, bounded, " split", half) for bounded in chosen}
     partial, partial_along, columns_per_split = neg, neg, 0
     if splits > 1:
         columns_per_split = tiles_per_split * tile.BN
