@@ -2,7 +2,7 @@
 
 Results have the dtype of `general.py`, and losses round them at the end. If several calls use the same inputs, these
 are converted to float32 first, because autograd adds the gradients of the calls: in float16, those of a row of small
-norm can be inf and -inf, and their sum NaN.
+norm can be inf and -inf, and their sum NaN. With `half`, the backend learns that products of half precision are enough.
 """
 
 import functools
@@ -70,7 +70,7 @@ def contrast(
     negatives: Sequence[Further | None] | None = None,
     process: Process | None = None,
     one_sided: bool = False,
-    half: bool = False,
+    half: bool | None = None,
 ) -> Contrast:
     """Compares sets [..., N, D] with each other and with further negatives.
 
@@ -78,15 +78,15 @@ def contrast(
     negatives: a list of one, for all anchors, or of one (or None) for each set.
     process: this process's part in a group. The results are then those of the anchors of all processes.
     one_sided: whether only the first of two sets has anchors. Then only its negatives count.
-    half: whether the sets were of half precision. If they still are, it need not be given.
+    half: whether products of half precision are accurate enough if inputs must be converted; None: if the sets have it.
     """
     *_, N, D = sets[0].shape
     keys = None if labels is None else checks.keys("labels", labels, sets[0])
     if process is not None:
-        (neg, pos, *_), further = _of_all(process, sets, tau, normalize, cross, backend, keys, negatives)
+        (neg, pos, *_), further = _of_all(process, sets, tau, normalize, cross, backend, keys, negatives, half)
         return Contrast(neg, pos, further)
     keys = None if keys is None else keys.reshape(-1, N)
-    half = half or sets[0].element_size() == 2
+    half = sets[0].element_size() == 2 if half is None else half
     if negatives is not None:
         tau, sets = general.at_least_float32(tau), widened(backends.choose(backend, sets[0].device), *sets)
     sets = [z.reshape(-1, N, D) for z in sets]
@@ -137,6 +137,7 @@ def _of_all(
     backend: str | None,
     keys: Tensor | None = None,
     negatives: Sequence[Further | None] | None = None,
+    half: bool | None = None,
 ) -> tuple[tuple[Tensor, ...], Tensor | None]:
     """The outputs for all anchors of all processes, and the log-sum-exp of their further negatives."""
     *leading, n, D = sets[0].shape
@@ -144,7 +145,8 @@ def _of_all(
     backends.choose(backend, sets[0].device)  # raises its errors now, while the other processes can still be told
     process.agree(sets[0], len(sets), negatives or ())
     name = backends.choose(backend, sets[0].device, G * len(sets) * process.rows, D, sets[0].dtype)
-    settings = general.Settings(name, normalize, cross, half=process.dtype.itemsize == 2)
+    half = process.dtype.itemsize == 2 if half is None else half
+    settings = general.Settings(name, normalize, cross, half=half)
     sets = [z.reshape(G, n, D) for z in sets]
     keys = None if keys is None else keys.reshape(G, n)
     return distributed.contrast(process, settings, tau, keys, sets, negatives)
@@ -171,15 +173,17 @@ def partners(
     normalize: bool,
     backend: str | None,
     process: Process | None = None,
+    half: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """For rows a [..., N, D] whose only candidates are their partners in b and further negatives, as in MoCo.
 
+    half: as for `contrast`.
     Returns the log-sum-exp of the negatives and the similarities of the partners, both [..., N].
     """
     if process is not None:
         backends.choose(backend, a.device)  # raises its errors now, as above
         process.agree(a, 2, [negatives])
-    half, tau = a.element_size() == 2, general.at_least_float32(tau)
+    half, tau = a.element_size() == 2 if half is None else half, general.at_least_float32(tau)
     a, b = widened(backends.choose(backend, a.device), a, b)
     in_pairs = [z.reshape(a.shape[:-1].numel(), 1, z.shape[-1]) for z in (a, b)]
     _, pos, *_ = all_pairs(in_pairs, tau, normalize, True, backend, half=half)

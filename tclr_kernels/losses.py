@@ -208,7 +208,7 @@ def info_nce(
         if labels is not None:
             raise ValueError("labels: found a tensor, wanted None, since in_batch=False leaves out the labelled keys")
         checks.flag("decoupled", decoupled)
-        neg, pos = candidates.partners(query, key, further, tau, normalize, backend, group)
+        neg, pos = candidates.partners(query, key, further, tau, normalize, backend, group, _half(decoupled))
         term = _rounded(general.cost([neg], pos, decoupled), query)
     if reduction == "none":
         return _own(term, group).reshape(query.shape[:-1])
@@ -300,7 +300,8 @@ def instance_contrastive(
         term = _terms(sets, tau, normalize, False, backend, labels, further, decoupled, group)
     else:
         checks.flag("decoupled", decoupled)
-        parts = candidates.contrast(sets, tau, normalize, False, backend, labels, further, group)
+        half = _half(decoupled)
+        parts = candidates.contrast(sets, tau, normalize, False, backend, labels, further, group, half=half)
         term = _rounded(parts.joint_terms(decoupled), views)
     if reduction == "none":
         return _own(term, group)[0]
@@ -553,8 +554,18 @@ def _terms(
         term = blocks(sets, tau, normalize=normalize, cross=cross, backend=backend)[0]
         return general.first_with_second(term) if one_sided else term
     checks.flag("decoupled", decoupled)
-    parts = candidates.contrast(sets, tau, normalize, cross, backend, labels, negatives, process, one_sided)
+    how = labels, negatives, process, one_sided, _half(decoupled)
+    parts = candidates.contrast(sets, tau, normalize, cross, backend, *how)
     return _rounded(parts.terms(cross, decoupled, one_sided), sets[0])
+
+
+def _half(decoupled: bool) -> bool | None:
+    """What `candidates.contrast` takes as `half`.
+
+    Without the positive in the denominator, the rounding error of its similarity counts in full, so that products of
+    half precision would not be accurate enough.
+    """
+    return False if decoupled else None
 
 
 def _rounded(x: Tensor, like: Tensor) -> Tensor:

@@ -439,6 +439,8 @@ def test_rows_of_half_precision_stay_so_in_losses_of_several_calls(name, D, dtyp
         inputs = [x.requires_grad_() for x in LOSSES[name].inputs((9, 2, D), dtype)]
         loss = LOSSES[name].call(*inputs, temperature=0.1, backend="triton")
     torch.autograd.grad(loss.sum(), inputs)
+    if name == "clip_loss decoupled":  # there the positive's rounding error would count in full
+        carried = torch.float32
     assert len(found) > 2 and {x.z.dtype for x in found} == {carried}
 
 
