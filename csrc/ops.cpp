@@ -345,7 +345,7 @@ Blocks rectangle_of(const Rectangle& r, const Tensor& beside, bool mean) {
 }
 
 Blocks rectangle(Tensors rows, Tensors columns, Optional tau, double tau_value, bool normalize, bool cross,
-                 int64_t first, Optional row_keys, Optional column_keys, bool mean, bool) {
+                 int64_t first, Optional row_keys, Optional column_keys, bool mean, bool, bool) {
   Rectangle r(rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys);
   auto run = r.input.dtype == Dtype::f64 ? rectangle_of<double> : rectangle_of<float>;
   return run(r, columns[0], mean);
@@ -361,7 +361,7 @@ std::tuple<Tensor, Tensor> pairs_of(Rectangle& r, const Tensor& beside, const Te
 }
 
 std::tuple<Tensor, Tensor> pairs(Tensors rows, Tensors columns, Optional tau, double tau_value, bool normalize,
-                                 bool cross, int64_t first, Tensor row_keys, Tensor column_keys, Tensor negatives,
+                                 bool cross, int64_t first, Tensor row_keys, Tensor column_keys, Tensor negatives, bool,
                                  bool) {
   Rectangle r(rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys);
   return (r.input.dtype == Dtype::f64 ? pairs_of<double> : pairs_of<float>)(r, columns[0], negatives);
@@ -401,7 +401,7 @@ std::tuple<Tensors, Tensors, Tensor> rectangle_gradients(Rectangle& r, const Ten
 std::tuple<Tensors, Tensors, Tensor> rectangle_backward(Tensors rows, Tensors columns, Optional tau, double tau_value,
                                                         bool normalize, bool cross, int64_t first, Optional row_keys,
                                                         Optional column_keys, Tensors of_rows, Tensors of_columns,
-                                                        bool for_rows, bool for_columns, bool) {
+                                                        bool for_rows, bool for_columns, bool, bool) {
   Rectangle r(rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys);
   STD_TORCH_CHECK(for_rows || for_columns, "for_rows, for_columns: wanted at least one");
   STD_TORCH_CHECK(!r.input.symmetric || (for_rows && !for_columns && of_columns.empty()),

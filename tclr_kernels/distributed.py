@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from . import backends, checks
 from .general import Settings, at_least_float32
-from .symmetric import ordered_sum, traced
+from .symmetric import ordered_sum, traced, widened
 
 Group = Any  # None, "world", a torch.distributed.ProcessGroup or a DeviceMesh of one dimension
 Shares = Sequence[int] | None
@@ -345,7 +345,7 @@ def contrast(
     """
     all_keys = None if keys is None else process.gather(keys, -1, process.shares)
     if negatives is not None:
-        tau, *sets = map(at_least_float32, (tau, *sets))
+        tau, sets = at_least_float32(tau), widened(settings.name, *sets)
     columns = gathered(process, sets)
     outputs = traced(Blocks, process, settings, tau, keys, all_keys, len(sets), *sets, *columns)
     return outputs, None if negatives is None else further_log_sum(process, settings, tau, sets, columns, negatives)
@@ -402,7 +402,8 @@ class Blocks(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         rows, columns = sets[:V], sets[V:]
         call = backends.BACKENDS[settings.name].rectangle
-        outputs = call(rows, columns, tau, *settings[1:3], process.first, row_keys, column_keys, False)
+        how = *settings[1:3], process.first, row_keys, column_keys
+        outputs = call(rows, columns, tau, *how, False, settings.half)
         outputs = outputs[:2] if row_keys is None else outputs[:5]
         return process.gather(torch.stack(outputs), -1, process.shares).unbind(0)
 
@@ -427,9 +428,9 @@ class Blocks(torch.autograd.Function):
         first, own = ctx.process.first, ctx.process.own
         of_rows = [x.narrow(-1, first, own) for x in anchors]
         keys = row_keys, column_keys
-        call = backends.BACKENDS[ctx.settings.name].rectangle_backward
+        call, how = backends.BACKENDS[ctx.settings.name].rectangle_backward, (*ctx.settings[1:3], first, *keys)
         # along: <r, dr> of each row, whose sum gives the gradient of the temperature
-        d_rows, _, along = call(rows, columns, tau, *ctx.settings[1:3], first, *keys, of_rows, anchors, True, False)
+        d_rows, _, along = call(rows, columns, tau, *how, of_rows, anchors, True, False, ctx.settings.half)
         d_tau = (ordered_sum(along) / (-2 * tau)).to(tau) if ctx.needs_input_grad[2] else None
         return None, None, d_tau, None, None, None, *d_rows, *([None] * V)
 
@@ -453,7 +454,7 @@ class Negatives(torch.autograd.Function):
     ) -> Tensor:
         rows = _one_set(sets[:A], everybody)
         call = backends.BACKENDS[settings.name].rectangle
-        neg = call([rows], [everybody], tau, *settings[1:], None, None, False)[0]
+        neg = call([rows], [everybody], tau, *settings[1:4], None, None, False, settings.half)[0]
         G, n, _ = sets[0].shape
         return process.gather(neg.reshape(G, A, 1, n), -1, process.shares)
 
@@ -474,8 +475,8 @@ class Negatives(torch.autograd.Function):
         def gradient(rows, columns, anchors, for_rows):
             anchors = [x.reshape(len(columns), 1, 1, -1) for x in anchors]
             call = backends.BACKENDS[ctx.settings.name].rectangle_backward
-            none = None, None
-            return call([rows], [columns], tau, *ctx.settings[1:], *none, anchors, [], for_rows, not for_rows)
+            how = *ctx.settings[1:4], None, None
+            return call([rows], [columns], tau, *how, anchors, [], for_rows, not for_rows, ctx.settings.half)
 
         (d_rows,), _, along = gradient(_one_set(sets[:A], everybody), everybody, of_mine, True)
         d_sets = d_rows.reshape(len(sets[0]), A, *sets[0].shape[1:]).unbind(1)

@@ -25,22 +25,26 @@ The gradient, where g_* are the upstream gradients of the outputs:
 A backend has three functions for this. Sets are lists of tensors [G, n, D]. An empty list of rows means that the rows
 are the columns, and the kernels use the symmetry. first is -1 if no candidate has the index of an anchor.
 
-    rectangle(rows, columns, tau, normalize, cross, first, row_keys, column_keys, mean)
+    rectangle(rows, columns, tau, normalize, cross, first, row_keys, column_keys, mean, half)
         -> neg, pos, pos_lse, spread, count: float64 [G, A, C, n]. If `mean` is True, also the mean of the columns with
            weights exp(S - neg), [G, n, D]. pos_lse, spread and count are empty tensors without keys, and so is the mean
            without `mean`.
-    pairs(rows, columns, tau, normalize, cross, first, row_keys, column_keys, negatives)
+    pairs(rows, columns, tau, normalize, cross, first, row_keys, column_keys, negatives, half)
         -> pairs, and their derivative with respect to the negatives
     rectangle_backward(rows, columns, tau, normalize, cross, first, row_keys, column_keys, of_rows, of_columns,
-                       for_rows, for_columns) -> dr of each set, dz of each set, <r, dr> of each row
+                       for_rows, for_columns, half) -> dr of each set, dz of each set, <r, dr> of each row
         of_rows: what the weights W of the rows as anchors are computed from, float64 [G, A, C, n]: neg, g_neg, g_pos;
         with keys also pos_lse, g_pos_lse, g_spread, count; for pairs, negatives and g_pairs.
         of_columns: the same for the columns as anchors, [G, C, A, K]. Either list may be empty.
         for_rows, for_columns: which of dr and dz to compute, from the weights of both; the other is empty. Without dr,
         the last output is <z, dz> of the columns.
         If the rows are the columns, only of_rows and for_rows count, and dr has both sides, as in `symmetric.py`.
+
+half: whether the sets are rows of half precision that were converted to float32, so that autograd adds the gradients of
+several calls in float32. Products may then be as exact as those of half precision, which are faster on a GPU.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -53,12 +57,16 @@ from .symmetric import Eager, Once, ordered_sum, traced, wants_gradient
 
 
 class Settings(NamedTuple):
-    """The arguments of a call other than its tensors. first: where the rows begin among the columns, or -1."""
+    """The arguments of a call other than its tensors.
+
+    first: where the rows begin among the columns, or -1. half: whether the sets were of half precision, see above.
+    """
 
     name: str
     normalize: bool
     cross: bool = False
     first: int = -1
+    half: bool = False
 
 
 Keys = tuple[Tensor | None, Tensor | None]  # labels of the rows [G, n] and of the columns [G, K], int64; < 0: none
@@ -94,7 +102,7 @@ def pairs(
 
 def _reference(call, settings, tau, keys, rows, columns, *more):
     with torch.autocast(checks.autocast_type(columns[0].device), enabled=False):
-        return call(rows, columns, tau, *settings[1:], *keys, *more)
+        return call(rows, columns, tau, *settings[1:4], *keys, *more)
 
 
 def at_least_float32(x: Any) -> Any:
@@ -108,44 +116,57 @@ def wide_dtype(name: str, x: Tensor) -> torch.dtype:
     return computed if name == "reference" and x.device.type != "cpu" else torch.float64
 
 
-def terms(neg: Tensor, pos: Tensor, cross: bool, further: Tensor | None = None, decoupled: bool = False) -> Tensor:
+def terms(
+    neg: Tensor,
+    pos: Tensor,
+    cross: bool,
+    further: Tensor | None = None,
+    decoupled: bool = False,
+    one_sided: bool = False,
+) -> Tensor:
     """The terms that `symmetric.py` defines, from neg and pos: [G, V, V, n]. Exactly 0 for a row without negatives.
 
     further: the log-sum-exp of each anchor's further negatives, [G, V, n], or None.
     decoupled: as for `cost`.
+    one_sided: return only the terms of the first set against the second, [G, n]. The others of `further` do not matter,
+    which may then be [G, 1, n].
     """
-    negatives = others(neg)
-    if not cross:
+    negatives, itself = [neg], None
+    if not (cross and one_sided):
         sets = torch.arange(neg.shape[1], device=neg.device)
-        own = neg[:, sets, sets][:, :, None]  # a copy, not a view: `backends/reference.py` explains why
-        negatives = log_add(own.expand_as(negatives), negatives)
+        itself = (sets[:, None] == sets)[:, :, None]
+    if not cross:
+        negatives.append(neg.where(itself, 0).sum(2, keepdim=True))  # each set's block with itself
     if further is not None:
-        negatives = log_add(negatives, further[:, :, None].expand_as(negatives))
-    return with_diagonal(cost(negatives, others(pos), decoupled))
+        negatives.append(further[:, :, None])
+    costs = cost(negatives, pos, decoupled)
+    return first_with_second(costs) if one_sided else costs.masked_fill(itself, 0)
 
 
-def others(x: Tensor) -> Tensor:
-    """Each set's blocks with the other sets: [G, V, V, n] as [G, V, V - 1, n]."""
-    V = x.shape[1]
-    return x.flatten(1, 2)[:, 1:].unflatten(1, (V - 1, V + 1))[:, :, :V].flatten(1, 2).unflatten(1, (V, V - 1))
+def first_with_second(x: Tensor) -> Tensor:
+    """The block of the first set with the second: [G, V, V, n] as [G, n]."""
+    return x.flatten(1, 2)[:, 1]  # the gradient of two selections would take two more kernels
 
 
-def with_diagonal(x: Tensor) -> Tensor:
-    """The reverse of `others`, with zeros in the blocks of a set with itself: [G, V, V - 1, n] as [G, V, V, n]"""
-    V = x.shape[1]
-    rows = F.pad(x.flatten(1, 2).unflatten(1, (V - 1, V)), (0, 0, 0, 1)).flatten(1, 2)
-    return F.pad(rows, (0, 0, 1, 0)).unflatten(1, (V, V))
+def cost(negatives: Sequence[Tensor], positive: Tensor, decoupled: bool = False) -> Tensor:
+    """log(1 + sum exp(negatives) / exp(positive)) of log-sum-exps: 0, with gradient 0, if all negatives are -inf.
 
-
-def cost(negatives: Tensor, positive: Tensor, decoupled: bool = False) -> Tensor:
-    """softplus(negatives - positive) of two log-sum-exps. Exactly 0, with gradient 0, where negatives is -inf.
-
-    decoupled: leave the positive out of the denominator: negatives - positive.
+    decoupled: leave the positive out of the denominator: log sum exp(negatives) - positive.
     """
-    if not decoupled:  # logsigmoid(inf) is 0, and so are its derivatives of every order
-        return -F.logsigmoid(positive - negatives)
-    none = negatives == -torch.inf
-    return (negatives.masked_fill(none, 0) - positive).where(~none, 0 * (positive - positive.detach()))
+    if decoupled:
+        together = functools.reduce(log_add, negatives)
+        none = together == -torch.inf
+        return (together.masked_fill(none, 0) - positive).where(~none, 0 * (positive - positive.detach()))
+    first, *others = (x - positive for x in negatives)
+    total = softplus(first)
+    for x in others:  # log(1 + e^x + e^y) = t + log(1 + e^(y - t)), where t = log(1 + e^x)
+        total = total + softplus(x - total)
+    return total
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + exp x), exact in float64: PyTorch's default threshold is too low. 0 at -inf, as are all derivatives."""
+    return F.softplus(x, threshold=40)
 
 
 def log_add(x: Tensor, y: Tensor) -> Tensor:
@@ -188,7 +209,8 @@ class Rectangle(torch.autograd.Function):
         *sets: Tensor,
     ) -> tuple[Tensor, ...]:
         call = backends.BACKENDS[name].rectangle
-        return call(sets[:n_rows], sets[n_rows:], tau, *settings[1:], row_keys, column_keys, mean)
+        how = *settings[1:4], row_keys, column_keys
+        return call(sets[:n_rows], sets[n_rows:], tau, *how, mean, settings.half)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -231,7 +253,8 @@ class Pairs(torch.autograd.Function):
         *sets: Tensor,
     ) -> tuple[Tensor, ...]:
         call = backends.BACKENDS[name].pairs
-        return call(sets[:n_rows], sets[n_rows:], tau, *settings[1:], row_keys, column_keys, negatives)
+        how = *settings[1:4], row_keys, column_keys
+        return call(sets[:n_rows], sets[n_rows:], tau, *how, negatives, settings.half)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -279,13 +302,14 @@ class RectangleBackward(Once, torch.autograd.Function):
             rows,
             columns,
             tau,
-            *settings[1:],
+            *settings[1:4],
             row_keys,
             column_keys,
             anchors,
             [],
             for_rows,
             of_columns and not symmetric,
+            settings.half,
         )
         d_tau = (ordered_sum(along) / (-2 * tau if symmetric else -tau)).to(tau) if of_tau else None
         if symmetric:
@@ -299,19 +323,24 @@ class MeanBackward(Once, torch.autograd.Function):
         name: str, normalize: bool, tau: float | Tensor, x: Tensor, mean: Tensor, neg: Tensor, g_neg: Tensor
     ) -> tuple[Tensor | None, Tensor]:
         """The gradients of tau (if a tensor) and of the rows x [G, n, D], from the weighted mean of the columns."""
-        g = g_neg.masked_fill(neg == -torch.inf, 0)[:, 0, 0, :, None]
-        z, dz = x.double(), g * mean / tau
+        g = g_neg.masked_fill(neg == -torch.inf, 0)[:, 0, 0, :, None] / tau
+        z, largest = x, None
         if normalize:
-            largest = z.abs().amax(-1, keepdim=True) if x.dtype == torch.float64 else None  # float32 squares fit
-            if largest is not None:
+            if x.dtype == torch.float64:  # the squares of float32 fit
+                largest = x.abs().amax(-1, keepdim=True)
                 largest = largest.masked_fill(largest == 0, 1)
-                z = z / largest
-            length = z.norm(dim=-1, keepdim=True)
+                z = x / largest
+            length = torch.linalg.vector_norm(z, dim=-1, keepdim=True, dtype=torch.float64)
             zero = length == 0
-            length = length.masked_fill(zero, 1)
             z = z / length
-        along = (z * dz).sum(-1)
+        along = (z.double() * mean).sum(-1, keepdim=True)
         if normalize:
-            dz = ((dz - z * along[..., None]) / length).masked_fill(zero, 0)
+            dz = (torch.addcmul(mean, z, along, value=-1) * (g / length)).masked_fill(zero, 0)
             dz = dz if largest is None else dz / largest
-        return (ordered_sum(along) / -tau).to(tau) if isinstance(tau, torch.Tensor) else None, dz.to(x.dtype)
+        else:
+            dz = g * mean
+        d_tau = None
+        if isinstance(tau, torch.Tensor):
+            along = g * (along.masked_fill(zero, 0) if normalize else along)
+            d_tau = (ordered_sum(along) / -tau).to(tau)
+        return d_tau, dz.to(x.dtype)

@@ -108,11 +108,12 @@ def gram(
     first, n = (0, N) if rows is None else checks.span("rows", rows, N)
     of_columns = None if keys is None else checks.keys("keys", keys, sets[0])
     of_rows = None if of_columns is None else of_columns.narrow(1, first, n)
+    half = sets[0].element_size() == 2
     if rows is not None:  # autograd adds two gradients of a row: in float16, that could be inf - inf
         sets = [general.at_least_float32(z) for z in sets]
     anchors = [] if rows is None else [z.narrow(1, first, n) for z in sets]
     name = backends.choose(backend, sets[0].device, G * len(sets) * N, D, sets[0].dtype)
-    settings = general.Settings(name, normalize, cross, first)
+    settings = general.Settings(name, normalize, cross, first, half)
     neg, pos, *labelled = general.rectangle(settings, tau, (of_rows, of_columns), anchors, sets)
     outputs = _narrowed(sets[0], general.terms(neg, pos, cross), neg, pos, *labelled)
     return Blocks(*outputs) if keys is None else LabelledBlocks(*outputs)

@@ -65,7 +65,7 @@ def composed(
 ) -> Tensor:
     """The same loss by `general.rectangle`, which defines it."""
     neg, _, pos_lse, of_each, positives = general.rectangle(settings, tau, keys, rows, columns)
-    terms = supervised(neg, pos_lse, of_each, positives) if spread else general.cost(neg, pos_lse)
+    terms = supervised(neg, pos_lse, of_each, positives) if spread else general.cost([neg], pos_lse)
     divisor = (positives > 0).sum().clamp(min=1) if count is None else count
     return ordered_sum(terms.to(torch.promote_types(columns[0].dtype, torch.float32))) / divisor
 
@@ -77,7 +77,7 @@ def supervised(neg: Tensor, pos_lse: Tensor, spread: Tensor, count: Tensor) -> T
     negative, so that a small loss keeps its digits.
     """
     alone = count == 0
-    return (general.cost(neg, pos_lse.masked_fill(alone, 0)) + spread).masked_fill(alone, 0)
+    return (general.cost([neg], pos_lse.masked_fill(alone, 0)) + spread).masked_fill(alone, 0)
 
 
 def _call(

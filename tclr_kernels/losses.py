@@ -112,11 +112,11 @@ def nt_xent(
     further = None
     if negatives is not None:
         further = [candidates.checked_negatives("negatives", negatives, a, group), *([] if symmetric else [None])]
-    term = _terms([a, b], tau, normalize, False, backend, labels, further, decoupled, group)  # [G, 2, 2, N]
+    term = _terms([a, b], tau, normalize, False, backend, labels, further, decoupled, group, not symmetric)
     if reduction == "none":
         term = _own(term, group)
-        return (_off_diagonal(term) if symmetric else term[:, 0, 1]).reshape(*a.shape[:-2], -1)
-    return _reduce(term if symmetric else term[:, 0, 1], reduction, anchors_per_row * _rows(a, group), group)
+        return (_off_diagonal(term) if symmetric else term).reshape(*a.shape[:-2], -1)
+    return _reduce(term, reduction, anchors_per_row * _rows(a, group), group)
 
 
 @distributed.collective
@@ -201,15 +201,15 @@ def info_nce(
     further = candidates.checked_negatives("negatives", negatives, query, group)
     if in_batch:
         beside = None if further is None else [further, None]
-        term = _terms([query, key], tau, normalize, True, backend, labels, beside, decoupled, group)[:, 0, 1]
+        term = _terms([query, key], tau, normalize, True, backend, labels, beside, decoupled, group, one_sided=True)
     else:
         if further is None:
             raise ValueError("negatives: found None, wanted a tensor or a NegativeQueue beside in_batch=False")
         if labels is not None:
             raise ValueError("labels: found a tensor, wanted None, since in_batch=False leaves out the labelled keys")
         checks.flag("decoupled", decoupled)
-        neg, pos = candidates.partners(query, key, further, tau, normalize, backend, group)
-        term = _rounded(general.cost(neg, pos, decoupled), query)
+        neg, pos = candidates.partners(query, key, further, tau, normalize, backend, group, _half(decoupled))
+        term = _rounded(general.cost([neg], pos, decoupled), query)
     if reduction == "none":
         return _own(term, group).reshape(query.shape[:-1])
     return _reduce(term, reduction, query.shape[:-2].numel() * _rows(query, group), group)
@@ -300,7 +300,8 @@ def instance_contrastive(
         term = _terms(sets, tau, normalize, False, backend, labels, further, decoupled, group)
     else:
         checks.flag("decoupled", decoupled)
-        parts = candidates.contrast(sets, tau, normalize, False, backend, labels, further, group)
+        half = _half(decoupled)
+        parts = candidates.contrast(sets, tau, normalize, False, backend, labels, further, group, half=half)
         term = _rounded(parts.joint_terms(decoupled), views)
     if reduction == "none":
         return _own(term, group)[0]
@@ -337,8 +338,8 @@ def local_local(
         count, factor = len(x1) if reduction == "mean" else 1, 0.5 if symmetric else 1.0
         return reduced([x1, x2], tau, backend, normalize, False, one_sided=not symmetric, factor=factor, count=count)
     _agree(group, x1, backend)
-    term = _terms([x1, x2], tau, normalize, False, backend)
-    return _reduce_videos(term / 2 if symmetric else term[:, 0, 1], reduction, group)
+    term = _terms([x1, x2], tau, normalize, False, backend, one_sided=not symmetric)
+    return _reduce_videos(term / 2 if symmetric else term, reduction, group)
 
 
 @distributed.collective
@@ -461,19 +462,19 @@ def _compose(
         """term, neg, pos of sets with a row for each video, with respect to labels and to the other processes."""
         if labels is None and process is None:
             return contrast(sets)
-        parts = candidates.contrast(sets, tau, normalize, False, backend, labels, process=process)
+        parts = candidates.contrast(sets, tau, normalize, False, backend, labels, process=process, half=half)
         return [_rounded(y, sets[0]) for y in (parts.terms(False, False), parts.neg, parts.pos)]
 
     V, B, T, D = x.shape
     # the gradients of several terms are added in float32: in float16, a row of small norm could get inf - inf
-    name = backends.choose(backend, x.device, V * B * T, D)
+    name, half = backends.choose(backend, x.device, V * B * T, D), x.element_size() == 2
     g, s, x = widened(name, g, s, x)
     with_ic_global, with_ic_local, with_ll, with_gl = (w != 0 for w in weights)
     if labels is None and process is None and divides(backend, x, V * B * T):
         inputs = [g.unsqueeze(1)], [x.transpose(1, 2).unsqueeze(2)], [x], [s, x]
         settings = dict(normalize=normalize, backend=backend)
         terms = [
-            total(z, tau, count, cross=len(z) == 2, **settings)
+            total(z, tau, count, cross=len(z) == 2, half=half, **settings)
             if weight
             else functools.reduce(torch.add, map(_zero, z))
             for z, count, weight in zip(inputs, counts, weights, strict=True)
@@ -541,15 +542,30 @@ def _terms(
     negatives: Sequence[Further | None] | None = None,
     decoupled: bool = False,
     process: Process | None = None,
+    one_sided: bool = False,
 ) -> Tensor:
-    """The terms [G, V, V, N] of sets [..., N, D]. negatives: as for `candidates.contrast`."""
+    """The terms [G, V, V, N] of sets [..., N, D], or [G, N] if `one_sided`: those of the first set against the second.
+
+    negatives: as for `candidates.contrast`.
+    """
     if labels is None and negatives is None and decoupled is False and process is None:
         N, D = sets[0].shape[-2:]
         sets = [z if z.dim() == 3 else z.reshape(-1, N, D) for z in sets]
-        return blocks(sets, tau, normalize=normalize, cross=cross, backend=backend)[0]
+        term = blocks(sets, tau, normalize=normalize, cross=cross, backend=backend)[0]
+        return general.first_with_second(term) if one_sided else term
     checks.flag("decoupled", decoupled)
-    parts = candidates.contrast(sets, tau, normalize, cross, backend, labels, negatives, process)
-    return _rounded(parts.terms(cross, decoupled), sets[0])
+    how = labels, negatives, process, one_sided, _half(decoupled)
+    parts = candidates.contrast(sets, tau, normalize, cross, backend, *how)
+    return _rounded(parts.terms(cross, decoupled, one_sided), sets[0])
+
+
+def _half(decoupled: bool) -> bool | None:
+    """What `candidates.contrast` takes as `half`.
+
+    Without the positive in the denominator, the rounding error of its similarity counts in full, so that products of
+    half precision would not be accurate enough.
+    """
+    return False if decoupled else None
 
 
 def _rounded(x: Tensor, like: Tensor) -> Tensor:

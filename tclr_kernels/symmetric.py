@@ -15,8 +15,8 @@ every block (a, c), the candidates of anchor i are all j != i:
 A backend has two functions for this: `forward(sets, tau, normalize, cross) -> (term, neg, pos)` and `backward(sets,
 tau, normalize, cross, neg, pos, g_term, g_neg, g_pos) -> (dz of each set, <z, dz> of each row: [G, V, N])`. The
 upstream gradient of an output that a loss does not use is None. If the backend says `DIVIDES = True`, both functions
-take one more argument, `count`: then the first output is term / count, its gradient g_term may be one number for all of
-it, and dz is one tensor [V, G, N, D].
+take two more arguments. `count`: the first output is term / count, its gradient g_term may be one number for all of it,
+and dz is one tensor [V, G, N, D]. `half`: as in `general.py`.
 """
 
 from collections.abc import Sequence
@@ -54,24 +54,35 @@ def blocks(
     name = backends.choose(backend, device, G * len(sets) * N, D, sets[0].dtype, normalize)
     if name != "reference":
         if not torch.compiler.is_compiling():
-            return EagerGram.apply(name, tau, normalize, cross, None, *sets)
-        return traced(Gram, name, tau, normalize, cross, None, *sets)
+            return EagerGram.apply(name, tau, normalize, cross, None, False, *sets)
+        return traced(Gram, name, tau, normalize, cross, None, False, *sets)
     with torch.autocast(checks.autocast_type(device), enabled=False):
         return backends.reference.gram(sets, tau, normalize, cross)
 
 
 def total(
-    inputs: Sequence[Tensor], tau: float | Tensor, count: int, *, normalize: bool, cross: bool, backend: str | None
+    inputs: Sequence[Tensor],
+    tau: float | Tensor,
+    count: int,
+    *,
+    normalize: bool,
+    cross: bool,
+    backend: str | None,
+    half: bool = False,
 ) -> Tensor:
-    """The sum of all terms of `blocks`, divided by count. inputs: sets [G, N, D], or stacks of sets [..., G, N, D]"""
+    """The sum of all terms of `blocks`, divided by count.
+
+    inputs: sets [G, N, D], or stacks of sets [..., G, N, D].
+    half: whether they were of half precision, so that products of that accuracy are enough; see `general.py`.
+    """
     sets = _sets(inputs)
     G, N, D = sets[0].shape
     name = backends.choose(backend, sets[0].device, G * len(sets) * N, D, sets[0].dtype, normalize)
     if not getattr(backends.BACKENDS[name], "DIVIDES", False):
         return ordered_sum(blocks(sets, tau, normalize=normalize, cross=cross, backend=name)[0]) / count
     if not torch.compiler.is_compiling():
-        return EagerGram.apply(name, tau, normalize, cross, count, *inputs)[0]
-    return traced(Gram, name, tau, normalize, cross, count, *inputs)[0]
+        return EagerGram.apply(name, tau, normalize, cross, count, half, *inputs)[0]
+    return traced(Gram, name, tau, normalize, cross, count, half, *inputs)[0]
 
 
 def divides(backend: str | None, like: Tensor, rows: int) -> bool:
@@ -106,18 +117,18 @@ def ordered_sum(x: Tensor) -> Tensor:
 class Gram(torch.autograd.Function):
     @staticmethod
     def forward(
-        name: str, tau: float | Tensor, normalize: bool, cross: bool, count: int | None, *inputs: Tensor
+        name: str, tau: float | Tensor, normalize: bool, cross: bool, count: int | None, half: bool, *inputs: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """term, neg, pos of sets; or, with a count, the sum of all terms / count in the place of term."""
         call = backends.BACKENDS[name].forward
         if count is None:
             return call(inputs, tau, normalize, cross)
-        term, neg, pos = call(_sets(inputs), tau, normalize, cross, count)
+        term, neg, pos = call(_sets(inputs), tau, normalize, cross, count, half)
         return ordered_sum(term), neg, pos
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        ctx.name, tau, ctx.normalize, ctx.cross, ctx.count, *sets = inputs
+        ctx.name, tau, ctx.normalize, ctx.cross, ctx.count, ctx.half, *sets = inputs
         _, neg, pos = output
         if ctx.count is not None:
             ctx.mark_non_differentiable(neg, pos)
@@ -131,11 +142,11 @@ class Gram(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         tau, neg, pos, *sets = ctx.saved_tensors
         tau = tau if ctx.tau is None else ctx.tau
-        settings = ctx.name, ctx.normalize, ctx.cross, ctx.count, ctx.needs_input_grad[1]
+        settings = ctx.name, ctx.normalize, ctx.cross, ctx.count, ctx.half, ctx.needs_input_grad[1]
         call = GramBackward.apply if torch.is_grad_enabled() else GramBackward.forward
         d_tau, *d_sets = call(*settings, tau, neg, pos, g_term, g_neg, g_pos, *sets)
-        d_sets = [d if needed else None for d, needed in zip(d_sets, ctx.needs_input_grad[5:], strict=True)]
-        return None, d_tau, None, None, None, *d_sets
+        d_sets = [d if needed else None for d, needed in zip(d_sets, ctx.needs_input_grad[6:], strict=True)]
+        return None, d_tau, None, None, None, None, *d_sets
 
 
 class Eager:
@@ -226,6 +237,7 @@ class GramBackward(Once, torch.autograd.Function):
         normalize: bool,
         cross: bool,
         count: int | None,
+        half: bool,
         tau_needs_grad: bool,
         tau: float | Tensor,
         neg: Tensor,
@@ -239,7 +251,7 @@ class GramBackward(Once, torch.autograd.Function):
         if count is None:
             d_sets, zdz = call(inputs, *arguments)
         else:
-            dz, zdz = call(_sets(inputs), *arguments, count)
+            dz, zdz = call(_sets(inputs), *arguments, count, half)
             parts = dz.split([x.shape[:-3].numel() for x in inputs])
             d_sets = [d.view(x.shape) for d, x in zip(parts, inputs, strict=True)]
         d_tau = (ordered_sum(zdz) / (-2 * tau)).to(tau) if tau_needs_grad else None

@@ -270,20 +270,25 @@ def rectangle_deviations(host, dtypes=(torch.float64, torch.float32)):
 
 def rectangle_deviations_on_tensor_cores(host):
     """As `deviations_on_tensor_cores`, for rectangles."""
-    for k, ((name, case), (dtype, rounded), (normalize, tau)) in enumerate(
+    for k, ((name, case), (dtype, half, rounded), (normalize, tau)) in enumerate(
         product(
             RECTANGLES_ON_TENSOR_CORES.items(),
-            ((torch.float16, 1e-3), (torch.bfloat16, 1e-3), (torch.float32, 4e-3)),
+            (
+                (torch.float16, False, 1e-3),
+                (torch.bfloat16, False, 1e-3),
+                (torch.float32, False, 4e-3),
+                (torch.float32, True, 1e-3),
+            ),
             ((True, 0.05), (False, 1.0)),
         )
     ):
-        if (normalize or dtype == torch.bfloat16) and case.G * case.A * case.n * case.K > 10000:
+        if (normalize or half or dtype == torch.bfloat16) and case.G * case.A * case.n * case.K > 10000:
             continue  # these are slow, so that fewer cases must do
         tolerance = 1e-5 if dtype.itemsize == 2 and not normalize else rounded
         host.executor.run_downwards(k % 2 == 0)
-        with unittest.mock.patch.object(native, "tf32_allowed", lambda: True):
-            if (error := _rectangle_deviation(host, case, dtype, normalize, tau)) > tolerance:
-                yield f"{name}, {dtype}, normalize={normalize}, tau={tau}: {error:.0e}"
+        with unittest.mock.patch.object(native, "tf32_allowed", lambda half=half: not half):
+            if (error := _rectangle_deviation(host, case, dtype, normalize, tau, half)) > tolerance:
+                yield f"{name}, {dtype}, half={half}, normalize={normalize}, tau={tau}: {error:.0e}"
     host.executor.run_downwards(False)
 
 
@@ -303,19 +308,21 @@ def rectangle_inputs(case, dtype, normalize):
     return rows, columns, tuple(keys) if case.classes else general.NO_KEYS
 
 
-def rectangle_results(name, case, inputs, normalize, tau):
+def rectangle_results(name, case, inputs, normalize, tau, half=False):
     """The outputs and gradients of a case on a backend. For a case with `share`, it is the gradient alone."""
-    settings = general.Settings(name, normalize, case.cross, case.first)
+    settings = general.Settings(name, normalize, case.cross, case.first, half)
     rows, columns, keys = inputs
     return (_share if case.share else _outputs)(settings, tau, keys, rows, columns, case.pairs)
 
 
-def _rectangle_deviation(host, case, dtype, normalize, tau):
-    """The largest error of the results of a case."""
+def _rectangle_deviation(host, case, dtype, normalize, tau, half=False):
+    """The largest error of the results of a case. half: whether the rows are bfloat16 that was converted to `dtype`"""
     rows, columns, keys = rectangle_inputs(case, dtype, normalize)
+    if half:
+        rows, columns = ([x.bfloat16().to(dtype) for x in side] for side in (rows, columns))
     exact = [x.double() for x in rows], [x.double() for x in columns], keys
     with unittest.mock.patch.dict(backends.BACKENDS, host=host):
-        found = rectangle_results("host", case, (rows, columns, keys), normalize, tau)
+        found = rectangle_results("host", case, (rows, columns, keys), normalize, tau, half)
     wanted = rectangle_results("reference", case, exact, normalize, tau)
     unit = 2 * torch.finfo(dtype).eps if dtype.itemsize == 2 else 0
     return max(kernels._difference(f, w) - unit for f, w in zip(found, wanted, strict=True))
@@ -364,7 +371,7 @@ def _share(settings, tau, keys, rows, columns, _):
         anchors += [outputs[2], *upstream[2:], count]
     own = [x[..., first : first + n] for x in anchors]
     backward = backends.BACKENDS[settings.name].rectangle_backward
-    return backward(rows, columns, tau, *settings[1:], *keys, own, anchors, True, False)[0]
+    return backward(rows, columns, tau, *settings[1:4], *keys, own, anchors, True, False, settings.half)[0]
 
 
 def _objective_deviation(host, inputs, weights):

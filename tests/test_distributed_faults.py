@@ -371,10 +371,10 @@ def test_the_other_ranks_raise_an_error_if_one_dies(how):
 SOURCE = inspect.getsource(distributed)
 BUGS = {
     "no factor P": ("return None, ctx.process.sum(g), None", "return None, g, None"),
-    "the first row's place ignored": ("tau, *settings[1:3], process.first,", "tau, *settings[1:3], 0,"),
+    "the first row's place ignored": ("*settings[1:3], process.first,", "*settings[1:3], 0,"),
     "the gradient without the columns' side": (
-        "*keys, of_rows, anchors, True, False)",
-        "*keys, of_rows, [], True, False)",
+        "of_rows, anchors, True, False,",
+        "of_rows, [], True, False,",
     ),
     "padding counted as columns": ("part[:n] for part, n in", "part for part, n in"),
     "the temperature's gradient summed": ("ctx.process.sum(g) / ctx.process.size", "ctx.process.sum(g)"),

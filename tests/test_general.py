@@ -1,5 +1,6 @@
 """The general operation (ranges of anchors, rectangles, labels) against the formulas of `general.py`."""
 
+import decimal
 import functools
 import itertools
 import math
@@ -441,6 +442,32 @@ def test_zero_rows_have_similarity_and_gradient_zero(backend):
     wanted, _ = run(problem.formula, [[x.double() for x in side] for side in (rows, columns)], 0.1)
     assert all(oracle.error(f, w) < 1e-5 for f, w in zip(outputs, wanted, strict=True))
     assert not grads[0][:, 1].any() and not grads[1][:, 2].any() and all(g.isfinite().all() for g in grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+def test_zero_rows_have_gradient_zero_beside_columns_without_gradient(dtype, backend):
+    """Then the gradient of the rows is computed from the columns' mean, in PyTorch."""
+    rows, columns, tau = torch.randn(3, 6).to(dtype), torch.randn(8, 6).to(dtype), torch.tensor(0.1, requires_grad=True)
+    found, wanted = torch.cat([rows, torch.zeros_like(rows)[:1]]).requires_grad_(), rows.requires_grad_()
+    found_grads, wanted_grads = (
+        torch.autograd.grad(tk.rectangle(x, columns, tau, backend=backend).sum(), (x, tau)) for x in (found, wanted)
+    )
+    assert not found_grads[0][3].any() and torch.equal(found_grads[0][:3], wanted_grads[0])
+    torch.testing.assert_close(found_grads[1], wanted_grads[1])
+
+
+def test_the_cost_of_several_log_sum_exps_keeps_its_digits():
+    """Compared with a sum of 60 digits; the gradients with shares of the sum, to the rounding of the largest share."""
+    values = -math.inf, -700.0, -40.0, -1e-3, 0.0, 30.0, 41.0, 700.0
+    for negatives, positive in itertools.product(itertools.product(values, repeat=3), (-20.0, 3.0)):
+        leaves = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (*negatives, positive)]
+        found = general.cost(leaves[:3], leaves[3])
+        with decimal.localcontext(prec=60):
+            parts = [decimal.Decimal(x - positive).exp() for x in negatives]
+            total = 1 + sum(parts)
+            wanted = [float(total.ln()), *(float(x / total) for x in parts), -float(sum(parts) / total)]
+        results = torch.stack([found, *torch.autograd.grad(found, leaves)])
+        torch.testing.assert_close(results, torch.tensor(wanted, dtype=torch.float64), rtol=1e-13, atol=3e-16)
 
 
 def test_empty_ranges_and_no_groups_give_empty_outputs(backend):

@@ -60,7 +60,7 @@ CANDIDATE_BUGS = {
         "_, pos, *_ = all_pairs(in_pairs, tau, normalize, True",
         "pos, *_ = all_pairs(in_pairs, tau, normalize, False",
     ),
-    "gradients added in half precision": ("    tau, a, b = map(general.at_least_float32, (tau, a, b))\n", ""),
+    "gradients added in half precision": ("    a, b = widened(backends.choose(backend, a.device), a, b)\n", ""),
 }
 
 

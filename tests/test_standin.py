@@ -12,13 +12,13 @@ import torch
 import tclr_kernels as tk
 from tclr_kernels import general
 
-from .oracle import DTYPES, FURTHER, LOSSES
+from .oracle import DTYPES, FURTHER, LOSSES, SEVERAL_CALLS
 
 triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter takes the place of the just-in-time compiler", allow_module_level=True)
 
-from tclr_kernels.triton import large, sets, small, wide  # noqa: E402
+from tclr_kernels.triton import large, rectangle, sets, small, wide  # noqa: E402
 
 from . import standin  # noqa: E402
 
@@ -390,6 +390,69 @@ def test_rows_against_themselves_make_the_expected_launches(keys, hopper):
         torch.autograd.grad((neg + pos).sum(), rows)
     assert forward == (named("rows", "sums", "finish"), [])
     assert backward[0] == named("rows", "units", "coefficients", "gradient", "join")
+
+
+# name -> (a call of two sets and a queue, the most operations beside launches that its forward and backward may take)
+QUEUED = {
+    "info_nce": (tk.info_nce, 9, 26),
+    "info_nce, labels": (functools.partial(tk.info_nce, labels=LABELS), 9, 28),
+    "info_nce, out of batch": (functools.partial(tk.info_nce, in_batch=False), 5, 24),
+    "nt_xent": (tk.nt_xent, 20, 36),
+    "clip": (lambda a, b, negatives, **how: tk.clip_loss(a, b, negatives=(negatives,) * 2, **how), 13, 40),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", QUEUED)
+def test_losses_with_a_queue_make_few_operations(name, dtype, hopper):
+    """In eager mode, each of them takes longer on the host than on the device."""
+    call, forward_most, backward_most = QUEUED[name]
+    rows, queue = pair(256, 128, dtype), torch.zeros(1024, 128, dtype=dtype)
+    with hopper.counted() as (_, forward):
+        loss = call(*rows, negatives=queue, backend="triton")
+    with hopper.counted() as (_, backward):
+        torch.autograd.grad(loss, rows)
+    converts = dtype.itemsize == 2  # the rows and the queue; and the gradients
+    assert len(forward) <= forward_most + 2 * converts, forward
+    assert len(backward) <= backward_most + converts, backward
+
+
+# losses that convert their inputs of half precision to float32, so that gradients are added in float32
+CONVERTING = {name: LOSSES[name].call for name in SEVERAL_CALLS} | {
+    "clip_loss with queues": lambda a, b, q, r, **how: tk.clip_loss(a, b, negatives=(q, r), **how),
+    "gram of a range": lambda *z, **how: tk.gram([x[None, :9] for x in z], rows=(2, 5), **how).term,
+}
+
+
+@pytest.mark.parametrize(
+    "D, dtype, carried",
+    [
+        (64, torch.bfloat16, torch.float16),
+        (64, torch.float16, torch.float16),
+        (32, torch.bfloat16, torch.float32),
+        (64, torch.float32, torch.float32),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", CONVERTING)
+def test_converted_rows_of_half_precision_have_products_of_half_precision(name, D, dtype, carried, hopper, monkeypatch):
+    """Decoupled losses are an exception, since the rounding error of the positive counts in full there."""
+    found, packed = [], rectangle.packed
+    monkeypatch.setattr(rectangle, "packed", lambda *arguments: found.append(packed(*arguments)) or found[-1])
+    inputs = [x.requires_grad_() for x in LOSSES.get(name, LOSSES["clip_loss decoupled"]).inputs((9, 2, D), dtype)]
+    loss = CONVERTING[name](*inputs, temperature=0.1, backend="triton")
+    torch.autograd.grad(loss.sum(), inputs)
+    carried = torch.float32 if name == "clip_loss decoupled" else carried
+    assert len(found) > 2 and {x.z.dtype for x in found} == {carried}
+
+
+@pytest.mark.parametrize("D, carried", [(32, torch.float32), (64, torch.float16)])
+def test_rows_of_half_precision_stay_so_in_the_objective(D, carried, hopper, monkeypatch):
+    found, packed = [], large.packed
+    monkeypatch.setattr(large, "packed", lambda *arguments: found.append(packed(*arguments)) or found[-1])
+    inputs = [torch.ones(2, 256, *T, D, dtype=torch.bfloat16, requires_grad=True) for T in ((), (4,), (4,))]
+    torch.autograd.grad(tk.tclr(*inputs, form="release", backend="triton").total, inputs)
+    assert len(found) == 4 and {x.z.dtype for x in found} == {carried}  # of ic_global and ic_local
 
 
 @pytest.mark.parametrize("keys, of_columns", [(False, False), (True, True)])

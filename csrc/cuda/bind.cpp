@@ -256,7 +256,7 @@ cuda::Keys keys(const Optional& x, const cuda::GramCall& side) {
 
 DescribedRectangle describe(const Tensors& rows, const Tensors& columns, const Optional& tau, double tau_value,
                             bool normalize, bool cross, int64_t first, const Optional& row_keys,
-                            const Optional& column_keys, bool tf32) {
+                            const Optional& column_keys, bool half, bool tf32) {
   DescribedRectangle d;
   d.columns = describe(columns, tau, tau_value, normalize, cross, tf32);
   d.rows = rows.empty() ? d.columns : describe(rows, tau, tau_value, normalize, cross, tf32);
@@ -265,6 +265,7 @@ DescribedRectangle describe(const Tensors& rows, const Tensors& columns, const O
                   "rows, columns: wanted tensors [G, n, D] and [G, K, D] of one dtype");
   STD_TORCH_CHECK(first < 0 || (of_rows.V == of_columns.V && first + of_rows.N <= of_columns.N),
                   "first: wanted the place of the rows among the columns");
+  d.rows.call.half = d.columns.call.half = half;
   STD_TORCH_CHECK(!row_keys == !column_keys, "row_keys, column_keys: wanted both or neither");
   d.call.symmetric = rows.empty(), d.call.first = rows.empty() ? 0 : first;
   d.call.row_keys = keys(row_keys, of_rows), d.call.column_keys = keys(column_keys, of_columns);
@@ -283,8 +284,10 @@ double* data(const Tensor& x) { return static_cast<double*>(x.mutable_data_ptr()
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rectangle(Tensors rows, Tensors columns, Optional tau,
                                                                      double tau_value, bool normalize, bool cross,
                                                                      int64_t first, Optional row_keys,
-                                                                     Optional column_keys, bool mean, bool tf32) {
-  DescribedRectangle d = describe(rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys, tf32);
+                                                                     Optional column_keys, bool mean, bool half,
+                                                                     bool tf32) {
+  DescribedRectangle d =
+      describe(rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys, half, tf32);
   const Tensor& like = columns[0];
   Device device(like);
   const cuda::GramCall& of_rows = d.rows.call;
@@ -307,8 +310,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rectangle(Tensors row
 
 std::tuple<Tensor, Tensor> pairs(Tensors rows, Tensors columns, Optional tau, double tau_value, bool normalize,
                                  bool cross, int64_t first, Tensor row_keys, Tensor column_keys, Tensor negatives,
-                                 bool tf32) {
-  DescribedRectangle d = describe(rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys, tf32);
+                                 bool half, bool tf32) {
+  DescribedRectangle d =
+      describe(rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys, half, tf32);
   const Tensor& like = columns[0];
   Device device(like);
   d.call.of_rows.negatives = of_anchors(d, negatives, d.of_rows());
@@ -330,8 +334,9 @@ Tensors gradients_of(const Tensors& sets, Described& side) {
 std::tuple<Tensors, Tensors, Tensor> rectangle_backward(Tensors rows, Tensors columns, Optional tau, double tau_value,
                                                         bool normalize, bool cross, int64_t first, Optional row_keys,
                                                         Optional column_keys, Tensors of_rows, Tensors of_columns,
-                                                        bool for_rows, bool for_columns, bool tf32) {
-  DescribedRectangle d = describe(rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys, tf32);
+                                                        bool for_rows, bool for_columns, bool half, bool tf32) {
+  DescribedRectangle d =
+      describe(rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys, half, tf32);
   const Tensor& like = columns[0];
   Device device(like);
   STD_TORCH_CHECK(for_rows || for_columns, "for_rows, for_columns: wanted one of them at least");

@@ -26,6 +26,7 @@ struct GramCall {
   Dtype dtype;
   Scalar tau;
   bool normalize, cross, tf32;         // tf32: float32 products may be computed in TF32
+  bool half;                           // whether rows of float32 were of half precision; only of rectangles
   void *term, *neg, *pos;              // outputs of the forward; the backward reads neg and pos
   const void *g_term, *g_neg, *g_pos;  // upstream gradients, null if not given
   void* zdz;

@@ -258,7 +258,8 @@ struct RectangleLaunches {
 };
 
 // Calls f with the RectanglePath for a call, as on_path does. `many`: enough rows and columns for a tile of tensor
-// cores. Pairs are not computed on tensor cores, since each positive needs double precision.
+// cores. Pairs are not computed on tensor cores, since each positive needs double precision. Rows of float32 that were
+// of half precision become float16 if they are normalised. Other ones may have any size, and need the range of TF32.
 template <typename F>
 auto on_rectangle_path(const RectangleCall& call, F f) {
   bool pairs = call.of_rows.negatives || call.of_columns.negatives;
@@ -267,8 +268,9 @@ auto on_rectangle_path(const RectangleCall& call, F f) {
   bool half = dtype == Dtype::f16 || dtype == Dtype::bf16, normalize = call.rows.normalize;
   if (dtype == Dtype::f64) return f(PlainRectangle<double>());
   if (many && half && !normalize && dtype == Dtype::bf16) return f(RectangleOnTensorCores<Bfloat>());
-  if (many && half && (!normalize || call.rows.D >= 64)) return f(RectangleOnTensorCores<Half>());
-  if (many && !half && call.rows.tf32) return f(RectangleOnTensorCores<Tf32>());
+  if (many && half && !normalize) return f(RectangleOnTensorCores<Half>());
+  if (many && (half || call.rows.half) && normalize && call.rows.D >= 64) return f(RectangleOnTensorCores<Half>());
+  if (many && !half && (call.rows.tf32 || (call.rows.half && !normalize))) return f(RectangleOnTensorCores<Tf32>());
   return f(PlainRectangle<float>());
 }
 

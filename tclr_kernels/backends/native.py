@@ -197,9 +197,11 @@ def rectangle(
     row_keys: Tensor | None,
     column_keys: Tensor | None,
     mean: bool,
+    half: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    settings = normalize, cross, first, row_keys, column_keys
     call = torch.ops.tclr_kernels.rectangle
-    return call(rows, columns, *_split(tau), normalize, cross, first, row_keys, column_keys, mean, tf32_allowed())
+    return call(rows, columns, *_split(tau), *settings, mean, half, tf32_allowed())
 
 
 def pairs(
@@ -212,10 +214,11 @@ def pairs(
     row_keys: Tensor,
     column_keys: Tensor,
     negatives: Tensor,
+    half: bool = False,
 ) -> tuple[Tensor, Tensor]:
+    settings = normalize, cross, first, row_keys, column_keys
     call = torch.ops.tclr_kernels.pairs
-    keys = row_keys, column_keys
-    return call(rows, columns, *_split(tau), normalize, cross, first, *keys, negatives, tf32_allowed())
+    return call(rows, columns, *_split(tau), *settings, negatives, half, tf32_allowed())
 
 
 def rectangle_backward(
@@ -231,10 +234,11 @@ def rectangle_backward(
     of_columns: Sequence[Tensor],
     for_rows: bool,
     for_columns: bool,
+    half: bool = False,
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
     settings = normalize, cross, first, row_keys, column_keys
-    call = torch.ops.tclr_kernels.rectangle_backward
-    return call(rows, columns, *_split(tau), *settings, of_rows, of_columns, for_rows, for_columns, tf32_allowed())
+    rest = of_rows, of_columns, for_rows, for_columns, half, tf32_allowed()
+    return torch.ops.tclr_kernels.rectangle_backward(rows, columns, *_split(tau), *settings, *rest)
 
 
 def labelled(
@@ -320,7 +324,9 @@ def _fake_reduced_backward(
     return [*(z.new_empty(z.shape) for z in inputs), *along]
 
 
-def _fake_rectangle(rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys, mean, tf32=False):
+def _fake_rectangle(
+    rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys, mean, half=False, tf32=False
+):
     anchors = rows or columns
     G, n, D = anchors[0].shape
     blocks = [columns[0].new_empty(G, len(anchors), len(columns), n, dtype=torch.float64) for _ in range(5)]
@@ -330,13 +336,15 @@ def _fake_rectangle(rows, columns, tau, tau_value, normalize, cross, first, row_
     return *blocks, columns[0].new_empty(*((G, n, D) if mean else (0,)), dtype=wide)
 
 
-def _fake_pairs(rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys, negatives, tf32=False):
+def _fake_pairs(
+    rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys, negatives, half=False, tf32=False
+):
     return tuple(_contiguous(negatives, negatives))
 
 
 def _fake_rectangle_backward(
     rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys, of_rows, of_columns, for_rows,
-    for_columns, tf32=False,
+    for_columns, half=False, tf32=False,
 ):  # fmt: skip
     d_rows, d_columns = _contiguous(*(rows or columns) * for_rows), _contiguous(*columns * for_columns)
     along = rows or columns if for_rows else columns

@@ -151,8 +151,11 @@ def rectangle(
     row_keys: Tensor | None,
     column_keys: Tensor | None,
     mean: bool = False,
+    half: bool = False,
 ) -> tuple[Tensor, ...]:
-    """neg, pos and, with keys, pos_lse, spread, count, as `tclr_kernels/general.py` defines them. `mean` is ignored.
+    """neg, pos and, with keys, pos_lse, spread, count, as `tclr_kernels/general.py` defines them.
+
+    `mean` is ignored, and so is `half` here and below.
 
     rows: sets [G, n, D], or no sets if they are the columns; columns: sets [G, K, D]; first: the column that has the
     index of the first row, or -1. The results have the dtype in which they are computed, see `gram`.
@@ -181,6 +184,7 @@ def pairs(
     row_keys: Tensor | None,
     column_keys: Tensor | None,
     negatives: Tensor,
+    half: bool = False,
 ) -> Tensor:
     """The sum of softplus(negatives - S) over the positives. negatives: [G, A, C, n]"""
     m = _Matrix(rows, columns, tau, normalize, cross, first, row_keys, column_keys)
@@ -200,6 +204,7 @@ def rectangle_backward(
     of_columns: Sequence[Tensor],
     for_rows: bool,
     for_columns: bool,
+    half: bool = False,
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """The gradients of the sets on both sides, and <z, dz> of their rows, by the formula in `tclr_kernels/general.py`.
 

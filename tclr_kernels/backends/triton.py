@@ -71,9 +71,9 @@ def belongs(device: torch.device) -> bool:
 
 
 def forward(
-    sets: Sequence[Tensor], tau: float | Tensor, normalize: bool, cross: bool, count: int = 1
+    sets: Sequence[Tensor], tau: float | Tensor, normalize: bool, cross: bool, count: int = 1, half: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.ops.tclr_kernels_triton.gram_forward(sets, *_split(tau), normalize, cross, count)
+    return torch.ops.tclr_kernels_triton.gram_forward(sets, *_split(tau), normalize, cross, count, half)
 
 
 def backward(
@@ -87,9 +87,10 @@ def backward(
     g_neg: Tensor | None,
     g_pos: Tensor | None,
     count: int = 1,
+    half: bool = False,
 ) -> tuple[Tensor, Tensor]:
     call = torch.ops.tclr_kernels_triton.gram_backward
-    return call(sets, *_split(tau), normalize, cross, neg, pos, g_term, g_neg, g_pos, count)
+    return call(sets, *_split(tau), normalize, cross, neg, pos, g_term, g_neg, g_pos, count, half)
 
 
 def rectangle(
@@ -102,9 +103,10 @@ def rectangle(
     row_keys: Tensor | None,
     column_keys: Tensor | None,
     mean: bool,
+    half: bool = False,
 ) -> tuple[Tensor, ...]:
     settings = *_split(tau), normalize, cross, first, row_keys, column_keys
-    return torch.ops.tclr_kernels_triton.rectangle(rows, columns, *settings, mean)
+    return torch.ops.tclr_kernels_triton.rectangle(rows, columns, *settings, mean, half)
 
 
 def pairs(
@@ -117,9 +119,10 @@ def pairs(
     row_keys: Tensor,
     column_keys: Tensor,
     negatives: Tensor,
+    half: bool = False,
 ) -> tuple[Tensor, Tensor]:
     settings = *_split(tau), normalize, cross, first, row_keys, column_keys
-    return torch.ops.tclr_kernels_triton.pairs(rows, columns, *settings, negatives)
+    return torch.ops.tclr_kernels_triton.pairs(rows, columns, *settings, negatives, half)
 
 
 def rectangle_backward(
@@ -135,9 +138,10 @@ def rectangle_backward(
     of_columns: Sequence[Tensor],
     for_rows: bool,
     for_columns: bool,
+    half: bool = False,
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
     settings = *_split(tau), normalize, cross, first, row_keys, column_keys
-    rest = of_rows, of_columns, for_rows, for_columns
+    rest = of_rows, of_columns, for_rows, for_columns, half
     d_rows, d_columns, along = torch.ops.tclr_kernels_triton.rectangle_backward(rows, columns, *settings, *rest)
     return list(d_rows.unbind(0)), list(d_columns.unbind(0)), along
 
@@ -154,10 +158,10 @@ def _path(sets):
     return small if small.serves(len(sets), sets[0].shape[1]) else large
 
 
-def _forward(sets, tau, tau_value, normalize, cross, count=1):
+def _forward(sets, tau, tau_value, normalize, cross, count=1, half=False):
     if sets[0].numel() == 0:
         return _empty_forward(sets, tau, tau_value, normalize, cross)
-    return _path(sets).forward(sets, tau_value if tau is None else tau, normalize, cross, count)
+    return _path(sets).forward(sets, tau_value if tau is None else tau, normalize, cross, count, half)
 
 
 def _backward(sets, tau, tau_value, normalize, cross, neg, pos, *gradients):
@@ -167,7 +171,7 @@ def _backward(sets, tau, tau_value, normalize, cross, neg, pos, *gradients):
     return _path(sets).backward(sets, tau, normalize, cross, neg.contiguous(), pos.contiguous(), *gradients)
 
 
-def _empty_forward(sets, tau, tau_value, normalize, cross, count=1):
+def _empty_forward(sets, tau, tau_value, normalize, cross, count=1, half=False):
     G, N, _ = sets[0].shape
     V = len(sets)
     dtype = torch.promote_types(sets[0].dtype, torch.float32)
@@ -180,7 +184,7 @@ def _empty_backward(sets, tau, tau_value, normalize, cross, neg, pos, *gradients
     return sets[0].new_empty(V, G, N, D), neg.new_empty(G, V, N)
 
 
-def _rectangle(rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys, mean):
+def _rectangle(rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys, mean, half=False):
     settings = normalize, cross, first, row_keys, column_keys
     if not _pairs_of_rows(rows, columns):
         neg, pos, pos_lse, *others = _empty_rectangle(rows, columns, tau, tau_value, *settings, mean)
@@ -189,16 +193,16 @@ def _rectangle(rows, columns, tau, tau_value, normalize, cross, first, row_keys,
         return neg, pos.zero_(), pos_lse, *(x.zero_() for x in others)
     from tclr_kernels.triton import rectangle
 
-    return rectangle.forward(rows, columns, tau_value if tau is None else tau, *settings, mean)
+    return rectangle.forward(rows, columns, tau_value if tau is None else tau, *settings, mean, half)
 
 
-def _pairs(rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys, negatives):
+def _pairs(rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys, negatives, half=False):
     if not _pairs_of_rows(rows, columns):
         return torch.zeros_like(negatives), torch.zeros_like(negatives)
     from tclr_kernels.triton import rectangle
 
     tau = tau_value if tau is None else tau
-    return rectangle.pairs(rows, columns, tau, normalize, cross, first, row_keys, column_keys, negatives)
+    return rectangle.pairs(rows, columns, tau, normalize, cross, first, row_keys, column_keys, negatives, half)
 
 
 def _rectangle_backward(rows, columns, tau, tau_value, *others):
@@ -215,7 +219,7 @@ def _pairs_of_rows(rows, columns):
     return all(size > 0 for sets in (rows or columns, columns) for size in sets[0].shape)
 
 
-def _empty_rectangle(rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys, mean):
+def _empty_rectangle(rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys, mean, half=False):
     like, C = (rows or columns)[0], len(columns)
     G, n, D = like.shape
     shape = G, len(rows or columns), C, n
@@ -225,13 +229,13 @@ def _empty_rectangle(rows, columns, tau, tau_value, normalize, cross, first, row
     return *outputs, like.new_empty((G, n, D) if mean else 0, dtype=real)
 
 
-def _empty_pairs(rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys, negatives):
+def _empty_pairs(rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys, negatives, half=False):
     return torch.empty_like(negatives), torch.empty_like(negatives)
 
 
 def _empty_rectangle_backward(
     rows, columns, tau, tau_value, normalize, cross, first, row_keys, column_keys, of_rows, of_columns, for_rows,
-    for_columns,
+    for_columns, half=False,
 ):  # fmt: skip
     rows = rows or columns
     d_rows, d_columns = (
@@ -245,9 +249,10 @@ def _empty_rectangle_backward(
 
 
 _settings = "Tensor[] sets, Tensor? tau, float tau_value, bool normalize, bool cross"
+_last = "SymInt count=1, bool half=False"
 _gradients = "Tensor neg, Tensor pos, Tensor? g_term, Tensor? g_neg, Tensor? g_pos"
-torch.library.define(f"{NAMESPACE}::gram_forward", f"({_settings}, SymInt count=1) -> (Tensor, Tensor, Tensor)")
-torch.library.define(f"{NAMESPACE}::gram_backward", f"({_settings}, {_gradients}, SymInt count=1) -> (Tensor, Tensor)")
+torch.library.define(f"{NAMESPACE}::gram_forward", f"({_settings}, {_last}) -> (Tensor, Tensor, Tensor)")
+torch.library.define(f"{NAMESPACE}::gram_backward", f"({_settings}, {_gradients}, {_last}) -> (Tensor, Tensor)")
 torch.library.impl(f"{NAMESPACE}::gram_forward", ("CPU", "CUDA"), _forward)
 torch.library.impl(f"{NAMESPACE}::gram_backward", ("CPU", "CUDA"), _backward)
 torch.library.register_fake(f"{NAMESPACE}::gram_forward", _empty_forward)
@@ -258,10 +263,10 @@ _settings = (
     "Tensor? row_keys, Tensor? column_keys"
 )
 _schemas = {
-    "rectangle": f"({_settings}, bool mean) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "pairs": f"({_settings}, Tensor negatives) -> (Tensor, Tensor)",
-    "rectangle_backward": f"({_settings}, Tensor[] of_rows, Tensor[] of_columns, bool for_rows, bool for_columns)"
-    " -> (Tensor, Tensor, Tensor)",
+    "rectangle": f"({_settings}, bool mean, bool half=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "pairs": f"({_settings}, Tensor negatives, bool half=False) -> (Tensor, Tensor)",
+    "rectangle_backward": f"({_settings}, Tensor[] of_rows, Tensor[] of_columns, bool for_rows, bool for_columns, "
+    "bool half=False) -> (Tensor, Tensor, Tensor)",
 }
 _general = {  # operator -> its implementation, and its fake implementation, which only allocates outputs
     "rectangle": (_rectangle, _empty_rectangle),

@@ -3,7 +3,6 @@
 Source: https://github.com/huggingface/sentence-transformers
 """
 
-import functools
 import math
 import numbers
 from collections.abc import Callable, Iterable, Sequence
@@ -152,7 +151,7 @@ def _joint(
         negatives += [*neg[1, 1:]]  # torch.compile adds no tensor to a list
     # the pair is a candidate of the query, and again of the document: log(m e^p + e^n) - p
     times = math.log(2) if "doc_to_query" in directions else 0.0
-    terms = general.cost(functools.reduce(general.log_add, negatives), pos[0, 1] + times) + times
+    terms = general.cost(negatives, pos[0, 1] + times) + times
     return losses._reduce(terms, "mean", losses._rows(embeddings[0], group), group)
 
 

@@ -96,17 +96,18 @@ def rectangle(
     normalize: bool,
     keys: general.Keys = general.NO_KEYS,
     first: int = -1,
+    half: bool = False,
 ) -> Rectangle:
     """Checked rows [n, D] against columns [K, D], with the keys of both, [n] and [K].
 
     rows: None where they are the columns. first: the column that is no candidate of row 0 (as the next one of row 1),
-    or -1.
+    or -1. half: whether rows and columns were of half precision. If they still are, it need not be given.
     """
     tau = checks.temperature(temperature, columns.device)
     # the gradients of several calls are added in this dtype
     sides = [general.at_least_float32(x)[None] for x in (rows, columns) if x is not None]
     name = backends.choose(None, columns.device, sum(x.shape[1] for x in sides), columns.shape[1], columns.dtype)
-    settings = general.Settings(name, normalize, False, first)
+    settings = general.Settings(name, normalize, False, first, half or columns.element_size() == 2)
     in_groups = tuple(k if k is None else k[None] for k in keys)
     return Rectangle(settings, tau, in_groups, sides[:-1], sides[-1:])
 

@@ -32,4 +32,4 @@ def _simclr(
     if group is None:
         return shared.rectangle(None, z, tau, True, (keys, keys), first=0).total(False, len(z))
     neg, _, pos_lse, *_ = candidates.all_pairs([z[None]], tau, True, False, None, keys[None], group)
-    return losses._reduce(general.cost(neg, pos_lse), "mean", losses._rows(z, group), group)
+    return losses._reduce(general.cost([neg], pos_lse), "mean", losses._rows(z, group), group)

@@ -55,21 +55,23 @@ class SupConLoss(nn.Module):
             loss = _against_all(rows, anchors, tau, torch.cat([_labels(labels, rows[:B])] * V)).total(True, count)
         else:
             with torch.autocast(checks.autocast_type(rows.device), enabled=False):
-                loss = ordered_sum(_of_mask(general.at_least_float32(rows), anchors, tau, _mask(mask, B, rows))) / count
+                loss = ordered_sum(_of_mask(rows, anchors, tau, _mask(mask, B, rows))) / count
         return losses._rounded(loss, rows)
 
 
-def _against_all(rows: Tensor, anchors: int, tau: float | Tensor, keys: Tensor | None = None) -> shared.Rectangle:
+def _against_all(
+    rows: Tensor, anchors: int, tau: float | Tensor, keys: Tensor | None = None, half: bool = False
+) -> shared.Rectangle:
     """The first rows against all."""
     some = None if anchors == len(rows) else rows[:anchors]
     both = general.NO_KEYS if keys is None else (keys[:anchors], keys)
-    return shared.rectangle(some, rows, tau, False, both, first=0)
+    return shared.rectangle(some, rows, tau, False, both, first=0, half=half)
 
 
 def _of_mask(rows: Tensor, anchors: int, tau: float | Tensor, mask: Tensor) -> Tensor:
     """The mean of the positives' similarities is the similarity to their mean, which needs no matrix of rows."""
-    B = len(mask)
-    (neg,) = _against_all(rows, anchors, tau).sums()
+    B, half, rows = len(mask), rows.element_size() == 2, general.at_least_float32(rows)
+    (neg,) = _against_all(rows, anchors, tau, half=half).sums()
     of_all_views = mask @ rows.unflatten(0, (-1, B)).sum(0)
     itself = mask.diagonal()[:, None]
     count = (mask.sum(1, keepdim=True) * (len(rows) // B) - itself).T

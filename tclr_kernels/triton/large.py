@@ -812,13 +812,15 @@ def table_of(x: Tensor) -> tuple[str, int]:
     return tiles.device_class(x.device.index)
 
 
-def carrier(x: Tensor, normalize: bool) -> torch.dtype:
+def carrier(x: Tensor, normalize: bool, half: bool = False) -> torch.dtype:
     """The dtype of the packed rows. Unit rows of half precision are stored as float16, which is more exact.
+
+    half: whether float32 rows were of half precision, as `general.py` says.
 
     With fewer than 64 features, rounding errors average out less, and a loss would be off by 1e-3 or more, so these
     rows are stored as float32.
     """
-    if normalize and x.element_size() == 2:
+    if normalize and (half or x.element_size() == 2):
         return torch.float16 if x.shape[-1] >= 64 else torch.float32
     return x.dtype
 
@@ -847,12 +849,12 @@ class Packed(NamedTuple):
     lower: int
 
 
-def packed(sets: Sequence[Tensor], normalize: bool, DP: int, whole: int) -> Packed:
+def packed(sets: Sequence[Tensor], normalize: bool, DP: int, whole: int, half: bool = False) -> Packed:
     """Packs sets [G, N, D] by one launch. N is padded to NP, a multiple of `whole`."""
     x, strides = one_array(sets)
     G, N, D = sets[0].shape
     V, NP = len(sets), cdiv(N, whole) * whole
-    z = x.new_empty((G, V, NP, DP), dtype=carrier(x, normalize))
+    z = x.new_empty((G, V, NP, DP), dtype=carrier(x, normalize, half))
     how = precision(z.dtype, normalize, DP)
     u, lower = (z.new_empty((2, *z.shape), dtype=torch.float16), z.numel()) if how == "pairs" else (z, 0)
     norms = x.new_empty((G, V, NP), dtype=torch.float64)
@@ -945,10 +947,10 @@ def kind_of(sets: Sequence[Tensor], tau: float | Tensor, normalize: bool, cross:
     return first.device, first.dtype, features, rows, settings
 
 
-def tile_of(kernel: str, x: Tensor, normalize: bool, bounded: bool) -> Tile:
-    """The tile of "sums" or "gradient" from the table. x: a set"""
+def tile_of(kernel: str, x: Tensor, normalize: bool, bounded: bool, half: bool = False) -> Tile:
+    """The tile of "sums" or "gradient" from the table. x: a set; half: as in `carrier`"""
     name = kernel if bounded else f"{kernel} unbounded"
-    carried, D = carrier(x, normalize), x.shape[-1]
+    carried, D = carrier(x, normalize, half), x.shape[-1]
     return tiles.choose(table_of(x)[0], name, carried, D, precision(carried, normalize, tiles.padded(D)))
 
 
@@ -958,6 +960,7 @@ def forward(
     normalize: bool,
     cross: bool,
     count: int = 1,
+    half: bool = False,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """term / count, neg, pos by three launches, or four if tau is a tensor. tile: replaces those of the table"""
@@ -966,12 +969,12 @@ def forward(
     V = len(sets)
     launches = ranges(tau, first.dtype, normalize)
     if tile is None and tuning.ENABLED:
-        kind = "sums", *kind_of(sets, tau, normalize, cross)
-        start = tile_of("sums", first, normalize, launches[0][0])
-        tile = tuning.by_trial(kind, start, lambda tile: forward(sets, tau, normalize, cross, count, tile))
-    chosen = {bounded: tile or tile_of("sums", first, normalize, bounded) for bounded, _ in launches}
+        kind = "sums", half, *kind_of(sets, tau, normalize, cross)
+        start = tile_of("sums", first, normalize, launches[0][0], half)
+        tile = tuning.by_trial(kind, start, lambda tile: forward(sets, tau, normalize, cross, count, half, tile))
+    chosen = {bounded: tile or tile_of("sums", first, normalize, bounded, half) for bounded, _ in launches}
     whole = max(size for tile in chosen.values() for size in (tile.BM, tile.BN))
-    z, _, *products = packed(sets, normalize, chosen[launches[0][0]].DP, whole)
+    z, _, *products = packed(sets, normalize, chosen[launches[0][0]].DP, whole, half)
     NP = z.shape[2]
     blocks_per_super, supers_per_set = super_blocks(V, NP // whole, G, 12 * table_of(first)[1])
     supers, left = V * supers_per_set, (V + 1) // 2 * supers_per_set
@@ -1012,6 +1015,7 @@ def backward(
     g_neg: Tensor | None,
     g_pos: Tensor | None,
     count: int = 1,
+    half: bool = False,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
     """dx [V, G, N, D] and <z, dz> [G, V, N] by three launches, one more if tau is a tensor, one more if rows are few.
@@ -1023,17 +1027,17 @@ def backward(
     V = len(sets)
     launches = ranges(tau, first.dtype, normalize)
     if tile is None and tuning.ENABLED:
-        kind = "gradient", *kind_of(sets, tau, normalize, cross)
-        arguments = sets, tau, normalize, cross, neg, pos, g_term, g_neg, g_pos, count
-        start = tile_of("gradient", first, normalize, launches[0][0])
+        kind = "gradient", half, *kind_of(sets, tau, normalize, cross)
+        arguments = sets, tau, normalize, cross, neg, pos, g_term, g_neg, g_pos, count, half
+        start = tile_of("gradient", first, normalize, launches[0][0], half)
         tile = tuning.by_trial(kind, start, lambda tile: backward(*arguments, tile))
-    chosen = {bounded: tile or tile_of("gradient", first, normalize, bounded) for bounded, _ in launches}
+    chosen = {bounded: tile or tile_of("gradient", first, normalize, bounded, half) for bounded, _ in launches}
     tile = chosen[launches[0][0]]
     from . import wide  # not at the top of the file, since it imports this module
 
     by_library = wide.serves(D, V, normalize, cross) and launches[0][0]
     DP = cdiv(D, 64) * 64 if by_library and len(launches) == 1 else tile.DP
-    z, norms, *products = packed(sets, normalize, DP, max(tile.BM, tile.BN))
+    z, norms, *products = packed(sets, normalize, DP, max(tile.BM, tile.BN), half)
     NP = z.shape[2]
     blocks = NP // tile.BN
     dx, zdz = first.new_empty((V, G, N, D)), neg.new_empty((G, V, N))

@@ -599,6 +599,7 @@ def problem(
     first: int,
     row_keys: Tensor | None,
     column_keys: Tensor | None,
+    half: bool,
 ) -> Problem:
     """Packs both sides, or the columns only if there are no rows, which means that the rows are the columns.
 
@@ -609,7 +610,7 @@ def problem(
 
     def side(sets, size, other, keys):
         whole = max(max(fitted(tile, size, other).BM, fitted(tile, other, size).BN) for tile in served)
-        rows = packed(sets, normalize, served[0].DP, whole)
+        rows = packed(sets, normalize, served[0].DP, whole, half)
         return Side(sets, *rows, rows.z if keys is None else keys.contiguous())
 
     of_columns = side(columns, K, n, column_keys)
@@ -617,23 +618,25 @@ def problem(
     return Problem(of_rows, of_columns, temperature(tau, columns[0]), served[0], normalize, cross, first)
 
 
-def from_table(kernel: str, x: Tensor, normalize: bool, KEYS: bool) -> Tile:
+def from_table(kernel: str, x: Tensor, normalize: bool, KEYS: bool, half: bool = False) -> Tile:
     """The tile of "sums" or "gradient" from the table. x: a set; KEYS: whether the call has keys"""
-    name, dtype = f"{kernel} unbounded rectangle" + " keys" * KEYS, large.carrier(x, normalize)
+    name, dtype = f"{kernel} unbounded rectangle" + " keys" * KEYS, large.carrier(x, normalize, half)
     how = large.precision(dtype, normalize, tiles.padded(x.shape[-1]))
     return tiles.choose(large.table_of(x)[0], name, dtype, x.shape[-1], how)
 
 
-def tile_for(kernel: str, call: Any, rows: Sequence[Tensor], columns: Sequence[Tensor], *settings: Any) -> Tile:
+def tile_for(
+    kernel: str, call: Any, half: bool, rows: Sequence[Tensor], columns: Sequence[Tensor], *settings: Any
+) -> Tile:
     """The tile of "sums" or "gradient" from the table, or by measurement with TCLR_KERNELS_AUTOTUNE=1."""
     tau, normalize, cross, first, row_keys = settings[:5]
-    tile = from_table(kernel, columns[0], normalize, row_keys is not None)
+    tile = from_table(kernel, columns[0], normalize, row_keys is not None, half)
     if not tuning.ENABLED:
         return tile
     n = rows[0].shape[1].bit_length() if rows else 0
-    kind = "rectangle", call, n, len(rows), first >= 0, row_keys is None
+    kind = "rectangle", call, half, n, len(rows), first >= 0, row_keys is None
     kind += large.kind_of(columns, tau, normalize, cross)
-    return tuning.by_trial(kind, tile, lambda one: call(rows, columns, *settings, tile=one)) or tile
+    return tuning.by_trial(kind, tile, lambda one: call(rows, columns, *settings, half, one)) or tile
 
 
 def split(programs: int, tile: Tile, y: Side, partners: int) -> tuple[int, int]:
@@ -692,6 +695,7 @@ def forward(
     row_keys: Tensor | None,
     column_keys: Tensor | None,
     mean: bool,
+    half: bool = False,
     tile: Tile | None = None,
 ) -> tuple[Tensor, ...]:
     """neg, pos, pos_lse, spread, count, mean by four launches, or three if the rows are the columns.
@@ -700,12 +704,12 @@ def forward(
     otherwise it takes three. tile: replaces that of the table
     """
     settings = tau, normalize, cross, first, row_keys, column_keys
-    for_mean = from_table("gradient", columns[0], normalize, False)
+    for_mean = from_table("gradient", columns[0], normalize, False, half)
     at_once = mean and for_mean.DC == for_mean.DP
-    tile = tile or tile_for("gradient" if at_once else "sums", forward, rows, columns, *settings, mean)
+    tile = tile or tile_for("gradient" if at_once else "sums", forward, half, rows, columns, *settings, mean)
     if mean:  # both read the same packed rows
         tile = tile._replace(DP=for_mean.DP)
-    p = problem([tile, for_mean] if mean else [tile], rows, columns, *settings)
+    p = problem([tile, for_mean] if mean else [tile], rows, columns, *settings, half)
     x, y, KEYS = p.rows, p.columns, row_keys is not None
     real = torch.promote_types(columns[0].dtype, torch.float32)
     pos = x.z.new_empty((len(x.z), x.count, y.count, x.n), dtype=torch.float64)
@@ -757,12 +761,13 @@ def pairs(
     row_keys: Tensor,
     column_keys: Tensor,
     negatives: Tensor,
+    half: bool = False,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The sums over the positives of softplus(negatives - S) and of its derivative: [G, A, C, n]"""
     settings = tau, normalize, cross, first, row_keys, column_keys
-    tile = tile or tile_for("sums", pairs, rows, columns, *settings, negatives)
-    p = problem([tile], rows, columns, *settings)
+    tile = tile or tile_for("sums", pairs, half, rows, columns, *settings, negatives)
+    p = problem([tile], rows, columns, *settings, half)
     slots = over_pairs(rectangle_pairs_kernel, p, [negatives.contiguous()], [torch.float64] * 2)
     sums, slopes = (x.sum(0) for x in slots)
     return sums, slopes
@@ -881,6 +886,7 @@ def backward(
     of_columns: Sequence[Tensor],
     for_rows: bool,
     for_columns: bool,
+    half: bool = False,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dr [A, G, n, D] and dz [C, G, K, D], empty if not requested, and <r, dr> [G, A, n], or <z, dz> without dr.
@@ -890,8 +896,8 @@ def backward(
     """
     settings = tau, normalize, cross, first, row_keys, column_keys
     rest = of_rows, of_columns, for_rows, for_columns
-    tile = tile or tile_for("gradient", backward, rows, columns, *settings, *rest)
-    p = problem([tile], rows, columns, *settings)
+    tile = tile or tile_for("gradient", backward, half, rows, columns, *settings, *rest)
+    p = problem([tile], rows, columns, *settings, half)
     w = coefficients(p, of_rows, of_columns)
     dr, dz = (columns[0].new_empty(0) for _ in range(2))
     if for_columns:

@@ -233,9 +233,9 @@ def settings(x: Tensor, tau: float | Tensor, normalize: bool, cross: bool) -> di
 
 
 def forward(
-    sets: Sequence[Tensor], tau: float | Tensor, normalize: bool, cross: bool, count: int = 1
+    sets: Sequence[Tensor], tau: float | Tensor, normalize: bool, cross: bool, count: int = 1, half: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """term / count, neg, pos by one launch."""
+    """term / count, neg, pos by one launch. half: ignored, since all products are of float32 here"""
     x, strides = one_array(sets)
     G, N, D = sets[0].shape
     V = len(sets)
@@ -258,6 +258,7 @@ def backward(
     g_neg: Tensor | None,
     g_pos: Tensor | None,
     count: int = 1,
+    half: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """dx [V, G, N, D] and <z, dz> [G, V, N] by one launch. g_term: the gradient of each term / count, or one for all"""
     x, strides = one_array(sets)
