@@ -51,6 +51,7 @@ TCLR_DEVICE uint32_t last_digit(uint32_t& number, uint32_t n) {
 struct Sizes {
   uint32_t V, N, size, blocks;                        // size: rows of a tile; blocks: tiles of a set
   uint32_t sets, parts, panels;                       // sets of tiles; parts and panels of the gradient, see Work
+  uint32_t splits;                                    // of the tiles of a set, whose sums different blocks compute
   uint32_t sum_blocks, term_blocks, gradient_blocks;  // thread blocks for each step
   bool whole;                                         // a group is one tile
 };
@@ -63,10 +64,10 @@ struct Gram {
   Scalar tau;
   T *z, *dz;                    // z: [G, V, N, ldz]; dz: [parts, G, V, N, ldz]
   Norm<T>* norms;               // [G, V, N]
-  T *term, *neg, *pos;          // [G, V, V, N]
+  T *term, *neg, *pos;          // [G, V, V, N]; neg: [splits, G, V, V, N]
   double *g_neg, *g_pos;        // [G, V, V, N]
   unsigned long long* largest;  // [G], the bits of the largest |g_neg| or |g_pos| of each group
-  int64_t parts;                // parts of the columns, computed by different thread blocks if there are few rows
+  int64_t parts, splits;        // parts of the columns, computed by different thread blocks if there are few rows
   double boost;                 // a factor of the weights, in addition to the unit of their group
   Order order;                  // of z
   Sizes of;
@@ -90,8 +91,8 @@ struct Gram {
   constexpr int64_t panels() const { return (ldz + panel<T> - 1) / panel<T>; }
 
   constexpr int64_t row_blocks() const { return (rows() * 32 + threads - 1) / threads; }
-  constexpr int64_t term_blocks() const { return (rows() * V + tile_threads - 1) / tile_threads; }
-  constexpr int64_t sum_blocks() const { return whole() ? G : G * V * V * tiles().blocks; }
+  constexpr int64_t term_blocks() const { return (rows() + tile - 1) / tile; }
+  constexpr int64_t sum_blocks() const { return whole() ? G : G * V * V * tiles().blocks * splits; }
   constexpr int64_t finish_blocks() const { return (rows() * lanes() + threads - 1) / threads; }
   constexpr int64_t tile_count() const { return G * tiles().V * tiles().blocks; }
   constexpr int64_t gradient_blocks() const { return tile_count() * parts * panels(); }
@@ -208,12 +209,13 @@ TCLR_DEVICE int64_t stored(const Gram<T>& p, const Place& r) {
 template <typename T>
 struct BlockRows {
   const Gram<T>& p;
-  int64_t g, rows;
+  uint32_t g;
+  int rows;
   Span<T> of_set;
 
   TCLR_METHOD BlockRows(const Gram<T>& p, const Block& b)
       : p(p),
-        g(b.g),
+        g(uint32_t(b.g)),
         rows(count(p, b)),
         of_set{p.z + stored(p, {b.g, b.a, begin(p, b)}) * p.ldz, rows, p.order.of_row * p.ldz} {}
   TCLR_METHOD const T* at(int r) const {
@@ -335,29 +337,33 @@ TCLR_DEVICE void sums_of_group(const Gram<T>& p, int64_t g) {
   }
 }
 
-// neg and pos of one block of rows with one set.
+// neg and pos of one block of rows with one set, or with some of its tiles.
 template <typename T>
 TCLR_DEVICE void sums(const Gram<T>& p, uint32_t block) {
   if (p.of.whole) return sums_of_group(p, block);
-  uint32_t c = last_digit(block, p.of.V), index = last_digit(block, p.of.blocks), a = last_digit(block, p.of.V);
+  uint32_t c = last_digit(block, p.of.V), split = last_digit(block, p.of.splits);
+  uint32_t index = last_digit(block, p.of.blocks), a = last_digit(block, p.of.V);
+  uint32_t first_tile = split * p.of.blocks / p.of.splits, end = (split + 1) * p.of.blocks / p.of.splits;
   Block I{block, a, index};
   Tile<T> t(p);
   T inverse_tau = p.inverse_tau(), largest = lowest<T>, sum = 0;
   int r = threadIdx.x / per_row;
-  int64_t i = begin(p, I) + r, at = p.at(I.g, a, c, i);
-  bool valid = r < count(p, I), exists = p.exists(a, c), paired = exists && c != a;
-  bool one = valid && threadIdx.x % per_row == 0;
-  if (one && !paired) p.pos[at] = 0;
+  bool valid = r < count(p, I), paired = p.exists(a, c) && c != a, one = valid && threadIdx.x % per_row == 0;
+  uint32_t i = valid ? begin(p, I) + r : UINT32_MAX;
+  int64_t at = p.at(I.g, a, c, i);
+  if (one && !paired && split == 0) p.pos[at] = 0;
+  if (!p.exists(a, c)) end = first_tile;
   BlockRows<T> rows(p, I);
   TCLR_ROLLED
-  for (int64_t b = 0; b < p.of.blocks && exists; ++b) {
+  for (uint32_t b = first_tile; b < end; ++b) {
     Block J{I.g, c, b};
-    products(p, rows, BlockRows<T>(p, J), t, b > 0, [] {});
-    int64_t first = begin(p, J), columns = count(p, J);
+    products(p, rows, BlockRows<T>(p, J), t, b > first_tile, [] {});
+    uint32_t first = begin(p, J);
+    int columns = count(p, J);
     T s[tile / per_row], top = largest;
     each_entry([&](int r, int j, int k) {
       s[k] = t.product(r, j) * inverse_tau;
-      if (valid && paired && first + j == i) p.pos[at] = s[k];
+      if (paired && j < columns && first + j == i) p.pos[at] = s[k];
       if (j < columns && first + j != i && s[k] > top) top = s[k];
     });
     T offset = top < INFINITY ? top : 0;
@@ -368,7 +374,7 @@ TCLR_DEVICE void sums(const Gram<T>& p, uint32_t block) {
   }
   T top = over_row(largest, per_row, [](T x, T y) { return y > x ? y : x; }), offset = top < INFINITY ? top : 0;
   T all = sum_over_row(T(sum * exp(largest - offset)), per_row);
-  if (one) p.neg[at] = offset + log(all);
+  if (one) p.neg[split * p.V * p.rows() + at] = offset + log(all);
 }
 
 // ---- coefficients
@@ -485,23 +491,27 @@ TCLR_DEVICE double unit(const Gram<T>& p, int64_t g) {
 // there is no such row, and f gets another one in its place.
 template <int lanes, typename T, typename F>
 TCLR_DEVICE void each_anchor(const Gram<T>& p, const Block& I, const Block& J, F f) {
-  int slots = p.of.whole ? p.of.V : 2;
+  uint32_t size = p.of.size, slots = p.of.whole ? p.of.V : 2, all = (slots * size * lanes + 31) / 32 * 32;
   TCLR_ROLLED
-  for (int k = threadIdx.x; k < slots * tile * lanes; k += tile_threads) {
-    int slot = k / lanes / tile, r = k / lanes % tile;
+  for (uint32_t k = threadIdx.x; k < all; k += tile_threads) {
+    uint32_t slot = k / lanes, row = last_digit(slot, size);
+    bool there = slot < slots;
+    if (!there) slot = 0;
+    int r = int(row);
     bool of_rows = slot == 0 || p.of.whole;
     Block b{I.g, of_rows ? I.a : J.a, of_rows ? I.index : J.index};
-    bool valid = r < count(p, b);
+    bool valid = there && r < count(p, b);
     uint32_t of_group = valid ? r : 0, N = p.of.N, a = of_group / N;
     Place x = p.of.whole ? Place{b.g, a, of_group - a * N} : Place{b.g, b.a, begin(p, b) + of_group};
-    f(slot, r, valid, x, p.of.whole ? slot : of_rows ? J.a : I.a);
+    f(int(slot), r, valid, x, p.of.whole ? slot : of_rows ? J.a : I.a);
   }
 }
 
 // The coefficients of a tile's anchors, read from g_neg and g_pos, and divided by the unit of their group.
 template <typename T>
 struct StoredCoefficients {
-  static constexpr int numbers = 3;  // for each anchor: neg and the two coefficients
+  static constexpr int numbers = 3;    // for each anchor: neg and the two coefficients
+  static constexpr bool early = true;  // can be read before the products are computed
   const Gram<T>& p;
   T* table;
   double inverse_unit;
@@ -639,7 +649,13 @@ TCLR_DEVICE void gradient(const Gram<T>& p, const Work<T>& work, Anchors& anchor
     Block J{I.g, b, index};
     if (!p.of.whole && !p.exists(I.a, J.a)) continue;
     BlockRows<T> columns(p, J);
-    products(p, rows, columns, t, again, [&] { anchors.read(I, J); });
+    products(p, rows, columns, t, again, [&] {
+      if (Anchors::early) anchors.read(I, J);
+    });
+    if (!Anchors::early) {
+      anchors.read(I, J);
+      __syncthreads();
+    }
     if (T by = anchors.rescale(); by != 1) dz.scale(by);
     weights(p, I, J, t, anchors);
     if (p.panels() > 1) {

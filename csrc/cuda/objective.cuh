@@ -92,10 +92,12 @@ template <typename T>
 TCLR_KERNEL read_inputs(TCLR_ARGUMENT Objective<T> o) {
   uint32_t row = blockIdx.x * (threads / 32) + threadIdx.x / 32;
   bool valid = row < o.rows();
-  if (blockIdx.x == 0 && threadIdx.x == 0) *o.ticket = 0;
   InputRow r = o.row(valid ? row : 0);
   Source x = o.at(r);
+  wait_for_former();
+  let_next_start();
   bool quads = o.quads >> r.input & 1;
+  if (blockIdx.x == 0 && threadIdx.x == 0) *o.ticket = 0;
   const T* vector = static_cast<const T*>(x.data) + x.first;
   // calls f for the quads of this lane
   auto each = [&](auto f) {
@@ -120,17 +122,16 @@ TCLR_KERNEL read_inputs(TCLR_ARGUMENT Objective<T> o) {
     for (T& x : q.x) x = x * first * second;
     *reinterpret_cast<Quad<T>*>(o.problems[0].z + row * o.ldz() + d) = q;
   });
-  let_next_start();
 }
 
 template <typename T>
-TCLR_KERNEL_OF(tile_threads, (blocks_at_once<T, 2>))
+TCLR_KERNEL_OF(tile_threads, blocks_at_once<T>)
 sum_all_tiles(TCLR_ARGUMENT Objective<T> o) {
   uint32_t block = blockIdx.x;
   const Gram<T>& p = o.problems[problem_of(o, &Sizes::sum_blocks, block)];
   wait_for_former();
-  sums(p, block);
   let_next_start();
+  sums(p, block);
 }
 
 // ---- terms and coefficients
@@ -144,6 +145,12 @@ TCLR_DEVICE T log_of_more(T t) {
 template <typename T>
 TCLR_DEVICE T log_sigmoid(T t) {
   return (t < 0 ? t : 0) - log_of_more(t);
+}
+
+template <typename T>
+TCLR_DEVICE T log_add(T x, T y) {
+  T high = x > y ? x : y, low = x > y ? y : x;
+  return low == -INFINITY ? high : high + log_of_more(low - high);
 }
 
 // A term of an anchor, from its log-sum-exps over its own set and over the other set, and from its positive.
@@ -166,14 +173,23 @@ template <typename T>
 struct Anchor {
   const Gram<T>& p;
   uint32_t a, first;
+  T own;  // neg with its own set, -inf in a cross problem
 
   TCLR_METHOD Anchor(const Gram<T>& p, const Place& r)
-      : p(p), a(uint32_t(r.a)), first((uint32_t(r.g) * p.of.V + a) * p.of.V * p.of.N + uint32_t(r.i)) {}
+      : p(p), a(uint32_t(r.a)), first((uint32_t(r.g) * p.of.V + a) * p.of.V * p.of.N + uint32_t(r.i)) {
+    own = p.cross ? -INFINITY : neg(a);
+  }
   TCLR_METHOD bool exists(uint32_t c) const { return !p.cross || (2 * a < p.of.V) != (2 * c < p.of.V); }
   TCLR_METHOD bool paired(uint32_t c) const { return c != a && p.of.N > 1 && exists(c); }
-  TCLR_METHOD T neg(uint32_t c) const { return p.neg[first + c * p.of.N]; }
+  TCLR_METHOD T neg(uint32_t c) const {
+    const T* part = p.neg + first + c * p.of.N;
+    T all = *part;
+    TCLR_ROLLED
+    for (uint32_t k = 1; k < p.of.splits; ++k) all = log_add(all, part[k * p.V * p.rows()]);
+    return all;
+  }
   TCLR_METHOD T pos(uint32_t c) const { return p.pos[first + c * p.of.N]; }
-  TCLR_METHOD Pair<T> with(uint32_t c) const { return {p.cross ? -INFINITY : neg(a), neg(c), pos(c)}; }
+  TCLR_METHOD Pair<T> with(uint32_t c) const { return {own, neg(c), pos(c)}; }
 };
 
 // The local-local loss (LL) of one anchor, from the sets of ic_local. Computed by the lanes that share the anchor.
@@ -186,7 +202,7 @@ struct LocalLocal {
     uint32_t a = x.a, V = x.p.of.V, lane = threadIdx.x % lanes;
     mate = a < V / 2 ? a + V / 2 : a - V / 2;
     T top = -INFINITY, sum = 0;
-    TCLR_ROLLED
+#pragma unroll 2
     for (uint32_t c = lane; c < V; c += lanes) {
       T pos = x.pos(c);
       if (c != a && c != mate) top = pos > top || pos != pos ? pos : top;
@@ -200,17 +216,12 @@ struct LocalLocal {
   }
 };
 
-template <typename T>
-TCLR_DEVICE T log_add(T x, T y) {
-  T high = x > y ? x : y, low = x > y ? y : x;
-  return low == -INFINITY ? high : high + log_of_more(low - high);
-}
-
 // The coefficients of a tile's anchors, computed in the thread block that uses them; compare StoredCoefficients.
 template <typename T>
 struct ComputedCoefficients {
   static constexpr int numbers = 4;  // for each anchor: see `make`
   static constexpr int lanes = 4;    // lanes that share an anchor
+  static constexpr bool early = false;
   static constexpr T none = lowest<T>;
   const Gram<T>& p;
   T log_upstream, log_ll;
@@ -230,29 +241,29 @@ struct ComputedCoefficients {
 
   // The logarithm of the coefficient of an anchor's neg with its own set.
   TCLR_METHOD T of_own_set(const Anchor<T>& x) const {
-    T all = -INFINITY, own = x.neg(x.a);
-    TCLR_ROLLED
+    T all = -INFINITY;
+#pragma unroll 2
     for (uint32_t c = threadIdx.x % lanes; c < p.of.V; c += lanes) {
       if (!x.paired(c)) continue;
       Pair<T> pair = x.with(c);
-      all = log_add(all, log_sigmoid(pair.excess) + pair.share(own));
+      all = log_add(all, log_sigmoid(pair.excess) + pair.share(x.own));
     }
     all = over_row(all, lanes, [](T x, T y) { return log_add(x, y); });
     return all + log_upstream;
   }
   // Computes neg of an anchor, and the logarithms of its coefficient and of the negative and positive parts of pos's
-  // coefficient. own, other: whether any anchor of the call is compared with its own set, and with another set.
-  TCLR_METHOD void make(const Anchor<T>& x, uint32_t c, bool own, bool other, T (&to)[numbers]) const {
+  // coefficient. own, mates: whether any anchor of the call is compared with its own set, and with a positive.
+  TCLR_METHOD void make(const Anchor<T>& x, uint32_t c, bool own, bool mates, T (&to)[numbers]) const {
     T neg = x.neg(c), of_neg = -INFINITY, less = -INFINITY, more = -INFINITY;  // less, more: the two parts of pos
     if (own && !p.cross) {
       T all = of_own_set(x);
       if (c == x.a) of_neg = all;
     }
     if (x.paired(c)) {
-      Pair<T> pair = x.with(c);
+      Pair<T> pair(x.own, neg, x.pos(c));
       less = log_upstream + log_sigmoid(pair.excess), of_neg = less + pair.share(neg);
     }
-    if (with_ll && other) {
+    if (with_ll && mates) {
       LocalLocal<T> of_ll(x, lanes);
       T g = log_ll + log_sigmoid(of_ll.excess);
       if (c == of_ll.mate)
@@ -264,10 +275,11 @@ struct ComputedCoefficients {
   }
   TCLR_METHOD void read(const Block& I, const Block& J) {
     T top = none;
-    bool own = p.of.whole || I.a == J.a, other = p.of.whole || I.a != J.a;
+    bool own = p.of.whole || I.a == J.a, mates = p.of.whole || (I.a != J.a && I.index == J.index);
+    wait_for_former();
     each_anchor<lanes>(p, I, J, [&](int slot, int r, bool valid, const Place& x, int64_t c) {
       T made[numbers];
-      make(Anchor<T>(p, x), uint32_t(c), own, other, made);
+      make(Anchor<T>(p, x), uint32_t(c), own, mates, made);
       if (!valid) return;
       for (int k = 1; k < numbers; ++k)
         if (made[k] > top && made[k] < INFINITY) top = made[k];
@@ -310,19 +322,22 @@ TCLR_DEVICE double sum_over_warps(const double* x, int warps) {
   return sum;
 }
 
-// The term of this thread's anchor and set, or its LL term.
+// The terms of an anchor with the sets of this lane, and its LL term.
 template <typename T>
-TCLR_DEVICE void term_of(const Objective<T>& o, int k, uint32_t item, double& of_pair, double& of_ll) {
+TCLR_DEVICE void terms_of(const Objective<T>& o, int k, uint32_t row, double& of_pairs, double& of_ll) {
   const Gram<T>& p = o.problems[k];
-  if (item >= p.rows() * p.V) return;
-  uint32_t i = last_digit(item, p.of.N), c = last_digit(item, p.of.V), a = last_digit(item, p.of.V);
-  Anchor<T> x(p, {item, a, i});
-  if (x.paired(c))
-    of_pair = softplus(x.with(c).excess);
-  else if (c != a && x.exists(c))
-    of_pair = x.pos(c) - x.pos(c);
-  else if (c == a && o.with_ll(o.kinds[k]))
-    of_ll = softplus(LocalLocal<T>(x, 1).excess);
+  bool valid = row < p.rows(), with_ll = o.with_ll(o.kinds[k]);
+  uint32_t g = valid ? row : 0, i = last_digit(g, p.of.N), a = last_digit(g, p.of.V), lane = threadIdx.x % per_row;
+  Anchor<T> x(p, {g, a, i});
+  for (uint32_t c = lane; c < p.of.V && valid; c += per_row) {
+    if (x.paired(c))
+      of_pairs += softplus(x.with(c).excess);
+    else if (c != a && x.exists(c))
+      of_pairs += x.pos(c) - x.pos(c);
+  }
+  if (!with_ll) return;
+  T excess = LocalLocal<T>(x, per_row).excess;
+  if (valid && lane == 0) of_ll = softplus(excess);
 }
 
 // Adds up the sums of all blocks, each term by a warp. Their order does not depend on which block is the last.
@@ -359,7 +374,8 @@ TCLR_DEVICE void add_terms(const Objective<T>& o, int64_t blocks) {
   auto* last = reinterpret_cast<unsigned*>(shared + 2 * warps);
   uint32_t block = blockIdx.x;
   int k = problem_of(o, &Sizes::term_blocks, block);
-  term_of(o, k, block * tile_threads + threadIdx.x, of_pairs, of_ll);
+  wait_for_former();
+  terms_of(o, k, block * tile + threadIdx.x / per_row, of_pairs, of_ll);
   of_pairs = sum_over_row(of_pairs, 32), of_ll = sum_over_row(of_ll, 32);
   if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = of_pairs, shared[warps + threadIdx.x / 32] = of_ll;
   __syncthreads();
@@ -404,7 +420,6 @@ template <typename T, int groups>
 TCLR_KERNEL_OF(tile_threads, groups > 1 ? 1 : blocks_at_once<T>)
 finish_objective(TCLR_ARGUMENT Objective<T> o) {
   int64_t blocks = o.term_blocks;
-  wait_for_former();
   if (blockIdx.x < blocks)
     add_terms(o, blocks);
   else
@@ -430,6 +445,7 @@ template <typename T>
 TCLR_KERNEL write_gradients(TCLR_ARGUMENT Objective<T> o) {
   constexpr int warps = threads / 32, chunk = Objective<T>::chunk;
   double* shared = shared_memory<double>();
+  wait_for_former();
   if (blockIdx.x == 0) return write_tau(o, shared);
   uint32_t row = blockIdx.x - 1;
   int64_t first = int64_t(last_digit(row, o.chunks())) * chunk;
