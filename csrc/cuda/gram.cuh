@@ -309,10 +309,10 @@ TCLR_DEVICE void scores(const Gram<T>& p, const Span<T>& I, const Span<T>& J, co
 template <typename T>
 TCLR_DEVICE void add_exponential(T& largest, T& sum, T s) {
   if (s > largest) {
-    sum = sum * exp(largest - s) + 1;
+    sum = sum * exponential(largest - s) + 1;
     largest = s;
   } else {
-    sum += exp(s - largest);
+    sum += exponential(s - largest);
   }
 }
 
@@ -333,7 +333,7 @@ TCLR_DEVICE void sums_of_group(const Gram<T>& p, int64_t g) {
     for (uint32_t j = 0; j < N && exists; ++j)
       if (j != i) add_exponential(largest, sum, t.product(row, c * N + j) * inverse_tau);
     int64_t at = p.at(g, a, c, i);
-    p.neg[at] = largest + log(sum), p.pos[at] = exists && c != a ? t.product(row, c * N + i) * inverse_tau : 0;
+    p.neg[at] = largest + logarithm(sum), p.pos[at] = exists && c != a ? t.product(row, c * N + i) * inverse_tau : 0;
   }
 }
 
@@ -367,14 +367,14 @@ TCLR_DEVICE void sums(const Gram<T>& p, uint32_t block) {
       if (j < columns && first + j != i && s[k] > top) top = s[k];
     });
     T offset = top < INFINITY ? top : 0;
-    sum *= exp(largest - offset), largest = top;
+    sum *= exponential(largest - offset), largest = top;
     each_entry([&](int, int j, int k) {
-      if (j < columns && first + j != i) sum += exp(s[k] - offset);
+      if (j < columns && first + j != i) sum += exponential(s[k] - offset);
     });
   }
   T top = over_row(largest, per_row, [](T x, T y) { return y > x ? y : x; }), offset = top < INFINITY ? top : 0;
-  T all = sum_over_row(T(sum * exp(largest - offset)), per_row);
-  if (one) p.neg[split * p.V * p.rows() + at] = offset + log(all);
+  T all = sum_over_row(T(sum * exponential(largest - offset)), per_row);
+  if (one) p.neg[split * p.V * p.rows() + at] = offset + logarithm(all);
 }
 
 // ---- coefficients

@@ -139,7 +139,7 @@ sum_all_tiles(TCLR_ARGUMENT Objective<T> o) {
 // log(1 + exp(-|t|)). Its absolute error is small, which suffices since it is added to another logarithm.
 template <typename T>
 TCLR_DEVICE T log_of_more(T t) {
-  return log(1 + exp(t > 0 ? -t : t));
+  return logarithm(1 + exponential(t > 0 ? -t : t));
 }
 
 template <typename T>
@@ -210,9 +210,9 @@ struct LocalLocal {
     top = largest_over_row(top, lanes);
     TCLR_ROLLED
     for (uint32_t c = lane; c < V; c += lanes)
-      if (c != a && c != mate) sum += exp(x.pos(c) - top);
+      if (c != a && c != mate) sum += exponential(x.pos(c) - top);
     sum = sum_over_row(sum, lanes);
-    negatives = top + log(sum), excess = negatives - x.pos(mate);
+    negatives = top + logarithm(sum), excess = negatives - x.pos(mate);
   }
 };
 
@@ -220,7 +220,6 @@ struct LocalLocal {
 template <typename T>
 struct ComputedCoefficients {
   static constexpr int numbers = 4;  // for each anchor: see `make`
-  static constexpr int lanes = 4;    // lanes that share an anchor
   static constexpr bool early = false;
   static constexpr T none = lowest<T>;
   const Gram<T>& p;
@@ -239,8 +238,8 @@ struct ComputedCoefficients {
   }
   TCLR_METHOD const T* of(int slot, int r) const { return table + (slot * tile + r) * numbers; }
 
-  // The logarithm of the coefficient of an anchor's neg with its own set.
-  TCLR_METHOD T of_own_set(const Anchor<T>& x) const {
+  // The logarithm of the coefficient of an anchor's neg with its own set, by the lanes that share the anchor.
+  TCLR_METHOD T of_own_set(const Anchor<T>& x, int lanes) const {
     T all = -INFINITY;
 #pragma unroll 2
     for (uint32_t c = threadIdx.x % lanes; c < p.of.V; c += lanes) {
@@ -251,19 +250,20 @@ struct ComputedCoefficients {
     all = over_row(all, lanes, [](T x, T y) { return log_add(x, y); });
     return all + log_upstream;
   }
-  // Computes neg of an anchor, and the logarithms of its coefficient and of the negative and positive parts of pos's
-  // coefficient. own, mates: whether any anchor of the call is compared with its own set, and with a positive.
-  TCLR_METHOD void make(const Anchor<T>& x, uint32_t c, bool own, bool mates, T (&to)[numbers]) const {
+  // Computes the logarithms of the coefficient of an anchor's neg and of the negative and positive parts of pos's
+  // coefficient, and neg minus the first of them. own, mates: whether any anchor of the call needs its coefficient with
+  // its own set, and that of LL.
+  TCLR_METHOD void make(const Anchor<T>& x, uint32_t c, bool own, bool mates, int lanes, T (&to)[numbers]) const {
     T neg = x.neg(c), of_neg = -INFINITY, less = -INFINITY, more = -INFINITY;  // less, more: the two parts of pos
-    if (own && !p.cross) {
-      T all = of_own_set(x);
+    if (own) {
+      T all = of_own_set(x, lanes);
       if (c == x.a) of_neg = all;
     }
     if (x.paired(c)) {
       Pair<T> pair(x.own, neg, x.pos(c));
       less = log_upstream + log_sigmoid(pair.excess), of_neg = less + pair.share(neg);
     }
-    if (with_ll && mates) {
+    if (mates) {
       LocalLocal<T> of_ll(x, lanes);
       T g = log_ll + log_sigmoid(of_ll.excess);
       if (c == of_ll.mate)
@@ -271,15 +271,24 @@ struct ComputedCoefficients {
       else if (c != x.a)
         more = g + (x.pos(c) - of_ll.negatives);
     }
-    to[0] = neg, to[1] = of_neg, to[2] = less, to[3] = more;
+    to[0] = of_neg == -INFINITY ? INFINITY : neg - of_neg, to[1] = of_neg, to[2] = less, to[3] = more;
   }
   TCLR_METHOD void read(const Block& I, const Block& J) {
-    T top = none;
-    bool own = p.of.whole || I.a == J.a, mates = p.of.whole || (I.a != J.a && I.index == J.index);
+    bool own = !p.cross && (p.of.whole || I.a == J.a);
+    bool mates = with_ll && (p.of.whole || (I.a != J.a && I.index == J.index));
     wait_for_former();
+    if (own || mates)
+      read<4>(I, J, own, mates);
+    else
+      read<1>(I, J, false, false);
+  }
+  // The same, where some lanes share an anchor.
+  template <int lanes>
+  TCLR_METHOD void read(const Block& I, const Block& J, bool own, bool mates) {
+    T top = none;
     each_anchor<lanes>(p, I, J, [&](int slot, int r, bool valid, const Place& x, int64_t c) {
       T made[numbers];
-      make(Anchor<T>(p, x), uint32_t(c), own, mates, made);
+      make(Anchor<T>(p, x), uint32_t(c), own, mates, lanes, made);
       if (!valid) return;
       for (int k = 1; k < numbers; ++k)
         if (made[k] > top && made[k] < INFINITY) top = made[k];
@@ -303,12 +312,11 @@ struct ComputedCoefficients {
   }
   TCLR_METHOD T in_unit(T logarithm) const { return logarithm - power * T(0.6931471805599453); }
   TCLR_METHOD T negative(int slot, int r, T s) const {
-    const T* x = of(slot, r);
-    return x[1] == -INFINITY ? 0 : exp((s - x[0]) + in_unit(x[1]));
+    return exponential(in_unit(s - *of(slot, r)));
   }
   TCLR_METHOD T positive(int slot, int r) const {
     const T* x = of(slot, r);
-    return exp(in_unit(x[3])) - exp(in_unit(x[2]));
+    return exponential(in_unit(x[3])) - exponential(in_unit(x[2]));
   }
   TCLR_METHOD void add_weight(T weight, T product) { along += weight * product; }
   TCLR_METHOD double unit() const { return power == none ? 1 : ldexp(1.0, int(power)); }
