@@ -41,13 +41,9 @@ Gram<T> describe(int64_t G, int64_t V, int64_t N, int64_t D, bool normalize, boo
   p.parts = parts_of(tiles.V * tiles.blocks, p.gradient_blocks(), enough_tiles);
   if (split) p.splits = parts_of(tiles.blocks, p.sum_blocks(), enough_tiles);
   auto narrow = [](int64_t n) { return uint32_t(n); };
-  p.of = {
-      narrow(V),        narrow(N),
-      narrow(tiles.block), narrow(tiles.blocks),
-      narrow(tiles.V),  narrow(p.parts),
-      narrow(p.panels()), narrow(p.splits),
-      narrow(p.sum_blocks()), narrow(p.term_blocks()), narrow(p.gradient_blocks()),
-      p.whole()};
+  p.of = {V, N, tiles.block, tiles.blocks, tiles.V, p.parts, p.panels(), p.splits};
+  p.of.sum_blocks = narrow(p.sum_blocks()), p.of.term_blocks = narrow(p.term_blocks());
+  p.of.gradient_blocks = narrow(p.gradient_blocks()), p.of.whole = p.whole();
   return p;
 }
 

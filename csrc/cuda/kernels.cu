@@ -144,7 +144,7 @@ Objective<T> arrange(const ObjectiveCall& call, Arena& kept, Arena& memory) {
   int64_t V = call.V, B = call.B, clips = call.T, of_s = V * B, of_x = of_s + V * B * clips;
   if (call.weights[ic_global] != 0) add(o, ic_global, 1, V, B, {0, 0, B, 0, 1, 1});
   if (call.weights[ic_local] != 0)
-    add(o, ic_local, 1, V * clips, B, {of_x, 0, B * clips, 1, clips, uint32_t(clips)});
+    add(o, ic_local, 1, V * clips, B, {of_x, 0, B * clips, 1, clips, clips});
   else if (call.weights[ll] != 0)
     add(o, ll, B, V, clips, {of_x, clips, B * clips, 0, 1, 1});
   if (call.weights[gl] != 0) add(o, gl, B, 2 * V, clips, {of_s, clips, B * clips, 0, 1, 1});
@@ -155,7 +155,7 @@ Objective<T> arrange(const ObjectiveCall& call, Arena& kept, Arena& memory) {
     for (int d = 0; d < 3; ++d) steps = steps && x.strides[d] % 4 == 0;
     if (steps && call.dtype == (sizeof(T) == 8 ? Dtype::f64 : Dtype::f32)) o.quads |= 1u << k;
   }
-  o.V = uint32_t(V), o.B = uint32_t(B), o.clips = uint32_t(clips), o.of_s = uint32_t(of_s), o.of_x = uint32_t(of_x);
+  o.B = B, o.clips = clips, o.of_chunks = o.chunks(), o.of_s = uint32_t(of_s), o.of_x = uint32_t(of_x);
   for (int k = 0; k < o.count; ++k) {
     const Sizes& of = o.problems[k].of;
     o.sum_blocks += of.sum_blocks, o.term_blocks += of.term_blocks, o.gradient_blocks += of.gradient_blocks;

@@ -41,7 +41,8 @@ struct Objective {
   T log_upstream[terms_of_objective];
   double* along_blocks;                               // [thread blocks of finish_objective], sums of <z, dz>
   uint32_t sum_blocks, term_blocks, gradient_blocks;  // thread blocks for all problems together
-  uint32_t V, B, clips, of_s, of_x;                   // sizes, and the first rows of s and of x in z
+  Divisor B, clips, of_chunks;                        // sizes
+  uint32_t of_s, of_x;                                // the first rows of s and of x in z
   double* sums;                                       // [2, term blocks], of terms, and of LL if from ic_local
   unsigned* ticket;                                   // counts finished blocks; 0 between launches
   unsigned quads;                                     // bit k: whether rows of input k can be read as Quad<T>
@@ -456,7 +457,7 @@ TCLR_KERNEL write_gradients(TCLR_ARGUMENT Objective<T> o) {
   wait_for_former();
   if (blockIdx.x == 0) return write_tau(o, shared);
   uint32_t row = blockIdx.x - 1;
-  int64_t first = int64_t(last_digit(row, o.chunks())) * chunk;
+  int64_t first = int64_t(last_digit(row, o.of_chunks)) * chunk;
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int64_t d = first + threadIdx.x;
   bool valid = d < o.call.D, reached = false;
