@@ -582,8 +582,7 @@ TCLR_DEVICE void each_anchor(const Gram<T>& p, const Block& I, const Block& J, F
 // The coefficients of a tile's anchors, read from g_neg and g_pos, and divided by the unit of their group.
 template <typename T>
 struct StoredCoefficients {
-  static constexpr int numbers = 3;    // for each anchor: neg and the two coefficients
-  static constexpr bool early = true;  // can be read before the products are computed
+  static constexpr int numbers = 3;  // for each anchor: neg and the two coefficients
   static constexpr bool split = false;
   const Gram<T>& p;
   T* table;
@@ -773,13 +772,7 @@ TCLR_DEVICE void gradient(const Gram<T>& p, const Work<T>& work, Anchors& anchor
     Block J{I.g, b, index};
     if (!p.of.whole && !p.exists(I.a, J.a)) continue;
     BlockRows<T> columns(p, J);
-    products<Anchors::split>(p, rows, columns, t, again, [&] {
-      if (Anchors::early) anchors.read(I, J);
-    });
-    if (!Anchors::early) {
-      anchors.read(I, J);
-      __syncthreads();
-    }
+    products<Anchors::split>(p, rows, columns, t, again, [&] { anchors.read(I, J); });
     if (T by = anchors.rescale(); by != 1) dz.scale(by);
     if (p.of.whole)
       weights<true>(p, I, J, t, anchors);

@@ -221,7 +221,7 @@ struct LocalLocal {
 template <typename T>
 struct ComputedCoefficients {
   static constexpr int numbers = 4;  // for each anchor: see `make`
-  static constexpr bool early = false, split = sizeof(T) == sizeof(float);
+  static constexpr bool split = sizeof(T) == sizeof(float);
   static constexpr T none = lowest<T>;
   const Gram<T>& p;
   T log_upstream, log_ll;
