@@ -424,11 +424,10 @@ TCLR_DEVICE void sums(const Gram<T>& p, uint32_t block) {
   uint32_t i = valid ? begin(p, I) + r : UINT32_MAX;
   int64_t at = p.at(I.g, a, c, i);
   if (!p.exists(a, c)) b = end;
-  BlockRows<T> rows(p, I);
   TCLR_ROLLED
   for (bool again = false; b < end; ++b, again = true) {
     Block J{I.g, c, b};
-    products<on_tensor_cores>(p, rows, BlockRows<T>(p, J), t, again, [] {});
+    products<on_tensor_cores>(p, BlockRows<T>(p, I), BlockRows<T>(p, J), t, again, [] {});
     uint32_t first = begin(p, J);
     int columns = count(p, J);
     T s[tile / per_row], top = largest;
