@@ -702,8 +702,7 @@ struct SplitPanelSum {
     for (int k = of_lane; k < columns + of_lane; k += 8) {
       Halves<4> W[2];
       for (int m = 0; m < 2; ++m) {
-        for (int e = 0; e < 4; ++e)
-          W[m].high[e] = bits_as<uint32_t>(t.S[(m * 16 + e % 2 * 8 + g) * lds + k + e / 2]);
+        for (int e = 0; e < 4; ++e) W[m].high[e] = bits_as<uint32_t>(t.S[(m * 16 + e % 2 * 8 + g) * lds + k + e / 2]);
         W[m].split();
       }
 #pragma unroll

@@ -312,9 +312,7 @@ struct ComputedCoefficients {
     return by;
   }
   TCLR_METHOD T in_unit(T logarithm) const { return logarithm - power * T(0.6931471805599453); }
-  TCLR_METHOD T negative(int slot, int r, T s) const {
-    return exponential(in_unit(s - *of(slot, r)));
-  }
+  TCLR_METHOD T negative(int slot, int r, T s) const { return exponential(in_unit(s - *of(slot, r))); }
   TCLR_METHOD T positive(int slot, int r) const {
     const T* x = of(slot, r);
     return exponential(in_unit(x[3])) - exponential(in_unit(x[2]));
