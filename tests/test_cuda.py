@@ -44,10 +44,6 @@ BUGS = {
     "the objective: tiles in units of their own": ("by != 1) dz.scale(by)", "by != 1) dz.scale(by == 0)"),
     "the objective: <z, dz> in units of their own": ("along *= by;", ""),
     "the objective: another clip's rows": ("inner * p.order.of_set", "0"),
-    "the objective: low halves forgotten": (
-        "multiply_add<Tf32>(result, left.high, right.low[at], right.low[at + 1]);",
-        "",
-    ),
     "the objective: some tiles' sums forgotten": ("k < p.of.splits; ++k", "false; ++k"),
     "IC: the own set's coefficient": ("log_sigmoid(pair.excess) + pair.share(x.own)", "log_sigmoid(pair.excess)"),
     "IC: the own set not counted": ("excess = (high - pos) + more;", "excess = high - pos;"),
@@ -57,16 +53,16 @@ BUGS = {
     "GL: the gradient of x from s": ("r.v + (r.input == 2 ? call.V : 0)", "r.v"),
     "the temperature's gradient halved": ("(2 * tau * tau)", "(4 * tau * tau)"),
     "missing barrier": (
-        "wait_for_copies();\n    __syncthreads();\n    if constexpr (split)",
-        "wait_for_copies();\n    if constexpr (split)",
+        "wait_for_copies();\n    __syncthreads();\n    switch",
+        "wait_for_copies();\n    switch",
     ),
     "copies not waited for": (
-        "    wait_for_copies();\n    __syncthreads();\n    if constexpr (split)",
-        "    __syncthreads();\n    if constexpr (split)",
+        "    wait_for_copies();\n    __syncthreads();\n    switch",
+        "    __syncthreads();\n    switch",
     ),
     "missing barrier before the products are read": (
-        "j + 8 * y] = sum[x][y];\n  }\n  __syncthreads();",
-        "j + 8 * y] = sum[x][y];\n  }",
+        "j + 8 * y] = sum[x][y];\n  __syncthreads();",
+        "j + 8 * y] = sum[x][y];",
     ),
 }
 ON_TENSOR_CORES = {

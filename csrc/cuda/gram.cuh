@@ -143,11 +143,6 @@ struct alignas(16) Quad {
 };
 
 template <typename T>
-struct alignas(2 * sizeof(T)) Two {
-  T x[2];
-};
-
-template <typename T>
 TCLR_DEVICE const Quad<T>& quad(const T* p) {
   return *reinterpret_cast<const Quad<T>*>(p);
 }
@@ -176,15 +171,13 @@ TCLR_DEVICE void read_row(const Gram<T>& p, typename E::Element* z, int64_t ldz,
 
 // ---- tiles
 
-// Copies some features of a row to shared memory, by a warp, and fills up with zeros to a multiple of 8; only zeros if
-// the row is not there.
+// Copies some features of a row to shared memory, by a warp; zeros if the row is not there.
 template <typename T>
 TCLR_DEVICE void copy_features(const T* from, bool there, int width, T* to) {
   TCLR_ROLLED
-  for (int d = threadIdx.x % 32 * 4; d < (width + 7) / 8 * 8; d += 128)
+  for (int d = threadIdx.x % 32 * 4; d < width; d += 128)
     for (int k = 0; k < 4; k += 16 / sizeof(T))
-      copy_async(reinterpret_cast<uint32_t*>(to + d + k), reinterpret_cast<const uint32_t*>(from + d + k),
-                 there && d < width);
+      copy_async(reinterpret_cast<uint32_t*>(to + d + k), reinterpret_cast<const uint32_t*>(from + d + k), there);
 }
 
 template <typename T>
@@ -273,52 +266,9 @@ TCLR_DEVICE void add_products(T (&sum)[4][4], const Tile<T>& t, int k, int width
   }
 }
 
-// Numbers as sums of two TF32 numbers. On tensor cores, high high + high low + low high is their product to float's
-// precision, but for a bit or two.
-template <int n>
-struct Halves {
-  uint32_t high[n], low[n];
-
-  TCLR_METHOD void split() {
-    for (int k = 0; k < n; ++k) {
-      float x = bits_as<float>(high[k]);
-      high[k] = (high[k] + 0x1000) & ~0x1fffu;
-      low[k] = bits_as<uint32_t>(x - bits_as<float>(high[k]));
-    }
-  }
-};
-
-// result += left right^T, where the columns on the right are those of words `at` and `at` + 1.
-TCLR_DEVICE void add_product(float (&result)[4], const Halves<4>& left, const Halves<4>& right, int at) {
-  multiply_add<Tf32>(result, left.low, right.high[at], right.high[at + 1]);
-  multiply_add<Tf32>(result, left.high, right.low[at], right.low[at + 1]);
-  multiply_add<Tf32>(result, left.high, right.high[at], right.high[at + 1]);
-}
-
-// The same as add_products on tensor cores. A warp computes 16 rows over a quarter of the features.
-TCLR_DEVICE void add_split_products(float (&sum)[4][4], const Tile<float>& t, int rows, int columns, int width) {
-  int m = threadIdx.x / 32 % 2 * 16, lane = threadIdx.x % 32, matrix = lane / 8;
-  auto word = [&](const float* of, int row, int k) { return reinterpret_cast<const uint32_t*>(of + row * t.ldp + k); };
-  if (m >= rows) return;
-  TCLR_ROLLED
-  for (int k = threadIdx.x / 64 * 8; k < width; k += 8 * quarters) {
-    Halves<4> left, right;
-    load_matrices(left.high, word(t.rows, m + matrix % 2 * 8 + lane % 8, k + matrix / 2 * 4));
-    left.split();
-    for (int n = 0; n < 4; n += 2) {
-      if (n * 8 >= columns) continue;
-      load_matrices(right.high, word(t.columns, (n + matrix / 2) * 8 + lane % 8, k + matrix % 2 * 4));
-      right.split();
-      add_product(sum[n], left, right, 0);
-      add_product(sum[n + 1], left, right, 2);
-    }
-  }
-}
-
 // Computes the products of two blocks of rows, which t.product returns. again: the rows of I are still in shared
-// memory. meanwhile() runs while rows are fetched; what it writes to shared memory can be read afterwards. split: on
-// tensor cores, see Halves.
-template <bool split = false, typename T, typename Rows, typename Meanwhile>
+// memory. meanwhile() runs while rows are fetched; what it writes to shared memory can be read afterwards.
+template <typename T, typename Rows, typename Meanwhile>
 TCLR_DEVICE void products(const Gram<T>& p, const Rows& I, const Rows& J, const Tile<T>& t, bool again,
                           Meanwhile meanwhile) {
   int quarter = threadIdx.x / 64, most = eights(I.rows > J.rows ? I.rows : J.rows);
@@ -330,32 +280,21 @@ TCLR_DEVICE void products(const Gram<T>& p, const Rows& I, const Rows& J, const 
     if (d == 0) meanwhile();
     wait_for_copies();
     __syncthreads();
-    if constexpr (split) {
-      add_split_products(sum, t, int(I.rows), int(J.rows), width);
-    } else {
-      switch (most) {
-        case 2:
-          add_products<2>(sum, t, 4 * quarter, width);
-          break;
-        case 3:
-          add_products<3>(sum, t, 4 * quarter, width);
-          break;
-        default:
-          add_products<4>(sum, t, 4 * quarter, width);
-      }
+    switch (most) {
+      case 2:
+        add_products<2>(sum, t, 4 * quarter, width);
+        break;
+      case 3:
+        add_products<3>(sum, t, 4 * quarter, width);
+        break;
+      default:
+        add_products<4>(sum, t, 4 * quarter, width);
     }
     if (d + panel<T> < p.ldz) __syncthreads();
   }
-  int lane = threadIdx.x % 32, half = threadIdx.x / 32 % 2;
-  if constexpr (split) {
-    T* S = t.S + (quarter * tile + half * 16 + lane / 4) * lds + lane % 4 * 2;
-    for (int n = 0; n < 4; ++n)
-      for (int e = 0; e < 4; ++e) S[e / 2 * 8 * lds + n * 8 + e % 2] = sum[n][e];
-  } else {
-    int r = lane / 8 + half * 4 + quarter * tile, j = lane % 8;
-    for (int x = 0; x < 4; ++x)
-      for (int y = 0; y < 4; ++y) t.S[(r + 8 * x) * lds + j + 8 * y] = sum[x][y];
-  }
+  int r = threadIdx.x % 32 / 8 + threadIdx.x / 32 % 2 * 4 + quarter * tile, j = threadIdx.x % 8;
+  for (int x = 0; x < 4; ++x)
+    for (int y = 0; y < 4; ++y) t.S[(r + 8 * x) * lds + j + 8 * y] = sum[x][y];
   __syncthreads();
 }
 
@@ -388,12 +327,12 @@ TCLR_DEVICE void add_exponential(T& largest, T& sum, T s) {
 }
 
 // neg and pos of a group that is one tile. A thread computes them for a row and a set.
-template <bool split, typename T>
+template <typename T>
 TCLR_DEVICE void sums_of_group(const Gram<T>& p, int64_t g) {
   Tile<T> t(p);
   T inverse_tau = p.inverse_tau();
   BlockRows<T> all(p, {g, 0, 0});
-  products<split>(p, all, all, t, true, [] {});
+  products(p, all, all, t, true, [] {});
   uint32_t N = p.of.N, V = p.of.V;
   TCLR_ROLLED
   for (uint32_t k = threadIdx.x; k < V * N * V; k += tile_threads) {
@@ -409,9 +348,9 @@ TCLR_DEVICE void sums_of_group(const Gram<T>& p, int64_t g) {
 }
 
 // neg and pos of one block of rows with one set, or with some of its tiles.
-template <bool on_tensor_cores = false, typename T>
+template <typename T>
 TCLR_DEVICE void sums(const Gram<T>& p, uint32_t block) {
-  if (p.of.whole) return sums_of_group<on_tensor_cores>(p, block);
+  if (p.of.whole) return sums_of_group(p, block);
   uint32_t c = last_digit(block, p.of.V), split = last_digit(block, p.of.splits);
   uint32_t index = last_digit(block, p.of.blocks), a = last_digit(block, p.of.V);
   uint32_t b = split * p.of.blocks, end = (split + 1) * p.of.blocks;
@@ -424,10 +363,11 @@ TCLR_DEVICE void sums(const Gram<T>& p, uint32_t block) {
   uint32_t i = valid ? begin(p, I) + r : UINT32_MAX;
   int64_t at = p.at(I.g, a, c, i);
   if (!p.exists(a, c)) b = end;
+  BlockRows<T> rows(p, I);
   TCLR_ROLLED
   for (bool again = false; b < end; ++b, again = true) {
     Block J{I.g, c, b};
-    products<on_tensor_cores>(p, BlockRows<T>(p, I), BlockRows<T>(p, J), t, again, [] {});
+    products(p, rows, BlockRows<T>(p, J), t, again, [] {});
     uint32_t first = begin(p, J);
     int columns = count(p, J);
     T s[tile / per_row], top = largest;
@@ -582,7 +522,6 @@ TCLR_DEVICE void each_anchor(const Gram<T>& p, const Block& I, const Block& J, F
 template <typename T>
 struct StoredCoefficients {
   static constexpr int numbers = 3;  // for each anchor: neg and the two coefficients
-  static constexpr bool split = false;
   const Gram<T>& p;
   T* table;
   double inverse_unit;
@@ -682,54 +621,6 @@ struct PanelSum {
   }
 };
 
-// The same on tensor cores. A warp computes all rows of 16 features of every 128.
-template <int groups>
-struct SplitPanelSum {
-  int feature = threadIdx.x / 32 * 16, width;
-  float sum[groups][2][2][4] = {};
-
-  TCLR_METHOD explicit SplitPanelSum(int width) : width(width) {}
-  TCLR_METHOD void scale(float by) {
-    for (auto& group : sum)
-      for (auto& rows : group)
-        for (auto& features : rows)
-          for (float& x : features) x *= by;
-  }
-  // In the inner dimension, lane t has the columns 2 t and 2 t + 1 where the fragment has t and t + 4.
-  TCLR_METHOD void add(const Tile<float>& t, int64_t rows, int64_t columns) {
-    int lane = threadIdx.x % 32, g = lane / 4, of_lane = lane % 4 * 2;
-    TCLR_ROLLED
-    for (int k = of_lane; k < columns + of_lane; k += 8) {
-      Halves<4> W[2];
-      for (int m = 0; m < 2; ++m) {
-        for (int e = 0; e < 4; ++e) W[m].high[e] = bits_as<uint32_t>(t.S[(m * 16 + e % 2 * 8 + g) * lds + k + e / 2]);
-        W[m].split();
-      }
-#pragma unroll
-      for (int q = 0; q < groups; ++q) {
-        if (q * 128 + feature >= width) continue;
-        Halves<4> z;
-        for (int e = 0; e < 4; ++e)
-          z.high[e] = bits_as<uint32_t>(t.columns[(k + e % 2) * t.ldp + q * 128 + feature + e / 2 * 8 + g]);
-        z.split();
-        for (int m = 0; m < 2; ++m)
-          for (int n = 0; n < 2; ++n)
-            if (m * 16 < rows) add_product(sum[q][m][n], W[m], z, 2 * n);
-      }
-    }
-  }
-  TCLR_METHOD void write(int64_t rows, int64_t ldz, float* dz) const {
-    int lane = threadIdx.x % 32;
-    for (int q = 0; q < groups; ++q)
-      for (int k = 0; k < 8; ++k) {
-        int m = k / 4, n = k / 2 % 2, e = k % 2 * 2, row = m * 16 + e * 4 + lane / 4;
-        int d = q * 128 + feature + n * 8 + lane % 4 * 2;
-        if (row < rows && d < width)
-          *reinterpret_cast<Two<float>*>(dz + row * ldz + d) = {{sum[q][m][n][e], sum[q][m][n][e + 1]}};
-      }
-  }
-};
-
 // The work of a thread block in the gradient: one panel of features of one block of rows, summed over one part of the
 // tiles of columns.
 template <typename T>
@@ -760,8 +651,7 @@ template <int groups, typename T, typename Anchors>
 TCLR_DEVICE void gradient(const Gram<T>& p, const Work<T>& work, Anchors& anchors) {
   const Block& I = work.I;
   Tile<T> t(p);
-  using Sum = std::conditional_t<Anchors::split, SplitPanelSum<groups>, PanelSum<T, groups>>;
-  Sum dz(Tile<T>::width(p.ldz - work.first));
+  PanelSum<T, groups> dz(Tile<T>::width(p.ldz - work.first));
   BlockRows<T> rows(p, I);
   bool again = p.of.whole;
   TCLR_ROLLED
@@ -770,7 +660,7 @@ TCLR_DEVICE void gradient(const Gram<T>& p, const Work<T>& work, Anchors& anchor
     Block J{I.g, b, index};
     if (!p.of.whole && !p.exists(I.a, J.a)) continue;
     BlockRows<T> columns(p, J);
-    products<Anchors::split>(p, rows, columns, t, again, [&] { anchors.read(I, J); });
+    products(p, rows, columns, t, again, [&] { anchors.read(I, J); });
     if (T by = anchors.rescale(); by != 1) dz.scale(by);
     if (p.of.whole)
       weights<true>(p, I, J, t, anchors);

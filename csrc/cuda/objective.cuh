@@ -132,7 +132,7 @@ sum_all_tiles(TCLR_ARGUMENT Objective<T> o) {
   const Gram<T>& p = o.problems[problem_of(o, &Sizes::sum_blocks, block)];
   wait_for_former();
   let_next_start();
-  sums<sizeof(T) == sizeof(float)>(p, block);
+  sums(p, block);
 }
 
 // ---- terms and coefficients
@@ -221,7 +221,6 @@ struct LocalLocal {
 template <typename T>
 struct ComputedCoefficients {
   static constexpr int numbers = 4;  // for each anchor: see `make`
-  static constexpr bool split = sizeof(T) == sizeof(float);
   static constexpr T none = lowest<T>;
   const Gram<T>& p;
   T log_upstream, log_ll;
