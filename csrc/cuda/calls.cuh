@@ -30,19 +30,20 @@ int64_t parts_of(int64_t sets, int64_t blocks, int64_t enough = 256) {
 }
 
 template <typename T>
-Gram<T> describe(int64_t G, int64_t V, int64_t N, int64_t D, bool normalize, bool cross, const Scalar& tau) {
+Gram<T> describe(int64_t G, int64_t V, int64_t N, int64_t D, bool normalize, bool cross, const Scalar& tau,
+                 bool split = false) {
   Gram<T> p{};
   p.G = G, p.V = V, p.N = N, p.D = D, p.ldz = (D + 3) / 4 * 4, p.normalize = normalize, p.cross = cross, p.tau = tau;
-  p.parts = p.boost = 1;
+  p.parts = p.splits = p.boost = 1;
   p.inverse = T(1 / tau.value);
   p.order = {0, V * N, N, 0, 1, 1};
   Problem tiles = p.tiles();
   p.parts = parts_of(tiles.V * tiles.blocks, p.gradient_blocks(), enough_tiles);
+  if (split) p.splits = parts_of(tiles.blocks, p.sum_blocks(), enough_tiles);
   auto narrow = [](int64_t n) { return uint32_t(n); };
-  p.of = {
-      narrow(V),       narrow(N),          narrow(tiles.block),    narrow(tiles.blocks),    narrow(tiles.V),
-      narrow(p.parts), narrow(p.panels()), narrow(p.sum_blocks()), narrow(p.term_blocks()), narrow(p.gradient_blocks()),
-      p.whole()};
+  p.of = {V, N, tiles.block, tiles.blocks, tiles.V, p.parts, p.panels(), p.splits};
+  p.of.sum_blocks = narrow(p.sum_blocks()), p.of.term_blocks = narrow(p.term_blocks());
+  p.of.gradient_blocks = narrow(p.gradient_blocks()), p.of.whole = p.whole();
   return p;
 }
 

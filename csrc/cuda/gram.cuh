@@ -31,26 +31,37 @@ struct Place {  // a row of the problem
   int64_t g, a, i;
 };
 
+// A number n, by which kernels divide with a multiplication: x / n = (x * factor / 2^32 + x) / 2^shift for x < 2^31.
+struct Divisor {
+  uint32_t n = 1, factor = 1, shift = 0;
+
+  constexpr Divisor() = default;
+  constexpr Divisor(int64_t number) : n(number < 1 ? 1 : uint32_t(number)) {
+    while (uint64_t(1) << shift < n) ++shift;
+    factor = uint32_t((((uint64_t(1) << shift) - n) << 32) / n + 1);
+  }
+  constexpr operator uint32_t() const { return n; }
+};
+
 // The strides of z, in rows. Set a has the two indices a / inner and a % inner.
 struct Order {
   int64_t first, of_group, of_outer, of_set, of_row;
-  uint32_t inner;
+  Divisor inner;
 };
 
-// Splits a block's number: returns number % n, and divides the number by n. It has 32 bits, since a division of 64 bits
-// takes a hundred instructions.
-TCLR_DEVICE uint32_t last_digit(uint32_t& number, uint32_t n) {
-  if (n == 1) return 0;
+// Splits a block's number: returns number % n, and divides the number by n.
+TCLR_DEVICE uint32_t last_digit(uint32_t& number, const Divisor& n) {
   uint32_t before = number;
-  number /= n;
-  return before - number * n;
+  number = (uint32_t(uint64_t(number) * n.factor >> 32) + number) >> n.shift;
+  return before - number * n.n;
 }
 
 // The sizes by which kernels decode the number of a block, in 32 bits, since arithmetic in 64 bits is slow. A group
 // that is one tile has one set here.
 struct Sizes {
-  uint32_t V, N, size, blocks;                        // size: rows of a tile; blocks: tiles of a set
-  uint32_t sets, parts, panels;                       // sets of tiles; parts and panels of the gradient, see Work
+  Divisor V, N, size, blocks;                         // size: rows of a tile; blocks: tiles of a set
+  Divisor sets, parts, panels;                        // sets of tiles; parts and panels of the gradient, see Work
+  Divisor splits;                                     // of the tiles of a set, whose sums different blocks compute
   uint32_t sum_blocks, term_blocks, gradient_blocks;  // thread blocks for each step
   bool whole;                                         // a group is one tile
 };
@@ -63,10 +74,10 @@ struct Gram {
   Scalar tau;
   T *z, *dz;                    // z: [G, V, N, ldz]; dz: [parts, G, V, N, ldz]
   Norm<T>* norms;               // [G, V, N]
-  T *term, *neg, *pos;          // [G, V, V, N]
+  T *term, *neg, *pos;          // [G, V, V, N]; neg: [splits, G, V, V, N]
   double *g_neg, *g_pos;        // [G, V, V, N]
   unsigned long long* largest;  // [G], the bits of the largest |g_neg| or |g_pos| of each group
-  int64_t parts;                // parts of the columns, computed by different thread blocks if there are few rows
+  int64_t parts, splits;        // parts of the columns, computed by different thread blocks if there are few rows
   double boost;                 // a factor of the weights, in addition to the unit of their group
   Order order;                  // of z
   Sizes of;
@@ -90,8 +101,8 @@ struct Gram {
   constexpr int64_t panels() const { return (ldz + panel<T> - 1) / panel<T>; }
 
   constexpr int64_t row_blocks() const { return (rows() * 32 + threads - 1) / threads; }
-  constexpr int64_t term_blocks() const { return (rows() * V + tile_threads - 1) / tile_threads; }
-  constexpr int64_t sum_blocks() const { return whole() ? G : G * V * V * tiles().blocks; }
+  constexpr int64_t term_blocks() const { return (rows() + tile - 1) / tile; }
+  constexpr int64_t sum_blocks() const { return whole() ? G : G * V * V * tiles().blocks * splits; }
   constexpr int64_t finish_blocks() const { return (rows() * lanes() + threads - 1) / threads; }
   constexpr int64_t tile_count() const { return G * tiles().V * tiles().blocks; }
   constexpr int64_t gradient_blocks() const { return tile_count() * parts * panels(); }
@@ -191,8 +202,8 @@ TCLR_DEVICE uint32_t begin(const Gram<T>& p, const Block& b) {
 
 template <typename T>
 TCLR_DEVICE int count(const Gram<T>& p, const Block& b) {
-  uint32_t all = p.of.whole ? p.of.size : p.of.N, rest = all - begin(p, b);
-  return int(rest < p.of.size ? rest : p.of.size);
+  uint32_t all = p.of.whole ? p.of.size.n : p.of.N.n, rest = all - begin(p, b);
+  return int(rest < p.of.size ? rest : p.of.size.n);
 }
 
 // The index in z of a row of the problem.
@@ -208,18 +219,19 @@ TCLR_DEVICE int64_t stored(const Gram<T>& p, const Place& r) {
 template <typename T>
 struct BlockRows {
   const Gram<T>& p;
-  int64_t g, rows;
+  uint32_t g;
+  int rows;
   Span<T> of_set;
 
   TCLR_METHOD BlockRows(const Gram<T>& p, const Block& b)
       : p(p),
-        g(b.g),
+        g(uint32_t(b.g)),
         rows(count(p, b)),
         of_set{p.z + stored(p, {b.g, b.a, begin(p, b)}) * p.ldz, rows, p.order.of_row * p.ldz} {}
   TCLR_METHOD const T* at(int r) const {
     if (!p.of.whole) return of_set.at(r);
-    uint32_t N = p.of.N, a = r / N;
-    return p.z + stored(p, {g, a, r - a * N}) * p.ldz;
+    uint32_t a = r, i = last_digit(a, p.of.N);
+    return p.z + stored(p, {g, a, i}) * p.ldz;
   }
   TCLR_METHOD void copy(int r, bool there, int64_t first, int width, T* to) const {
     copy_features(at(r) + first, there, width, to);
@@ -307,10 +319,10 @@ TCLR_DEVICE void scores(const Gram<T>& p, const Span<T>& I, const Span<T>& J, co
 template <typename T>
 TCLR_DEVICE void add_exponential(T& largest, T& sum, T s) {
   if (s > largest) {
-    sum = sum * exp(largest - s) + 1;
+    sum = sum * exponential(largest - s) + 1;
     largest = s;
   } else {
-    sum += exp(s - largest);
+    sum += exponential(s - largest);
   }
 }
 
@@ -321,54 +333,59 @@ TCLR_DEVICE void sums_of_group(const Gram<T>& p, int64_t g) {
   T inverse_tau = p.inverse_tau();
   BlockRows<T> all(p, {g, 0, 0});
   products(p, all, all, t, true, [] {});
-  auto N = p.of.N, V = p.of.V;
+  uint32_t N = p.of.N, V = p.of.V;
   TCLR_ROLLED
   for (uint32_t k = threadIdx.x; k < V * N * V; k += tile_threads) {
-    uint32_t row = k / V, c = k - row * V, a = row / N, i = row - a * N;
+    uint32_t row = k, c = last_digit(row, p.of.V), a = row, i = last_digit(a, p.of.N);
     bool exists = p.exists(a, c);
     T largest = lowest<T>, sum = 0;
     TCLR_ROLLED
     for (uint32_t j = 0; j < N && exists; ++j)
       if (j != i) add_exponential(largest, sum, t.product(row, c * N + j) * inverse_tau);
     int64_t at = p.at(g, a, c, i);
-    p.neg[at] = largest + log(sum), p.pos[at] = exists && c != a ? t.product(row, c * N + i) * inverse_tau : 0;
+    p.neg[at] = largest + logarithm(sum), p.pos[at] = exists && c != a ? t.product(row, c * N + i) * inverse_tau : 0;
   }
 }
 
-// neg and pos of one block of rows with one set.
+// neg and pos of one block of rows with one set, or with some of its tiles.
 template <typename T>
 TCLR_DEVICE void sums(const Gram<T>& p, uint32_t block) {
   if (p.of.whole) return sums_of_group(p, block);
-  uint32_t c = last_digit(block, p.of.V), index = last_digit(block, p.of.blocks), a = last_digit(block, p.of.V);
+  uint32_t c = last_digit(block, p.of.V), split = last_digit(block, p.of.splits);
+  uint32_t index = last_digit(block, p.of.blocks), a = last_digit(block, p.of.V);
+  uint32_t b = split * p.of.blocks, end = (split + 1) * p.of.blocks;
+  last_digit(b, p.of.splits), last_digit(end, p.of.splits);
   Block I{block, a, index};
   Tile<T> t(p);
   T inverse_tau = p.inverse_tau(), largest = lowest<T>, sum = 0;
   int r = threadIdx.x / per_row;
-  int64_t i = begin(p, I) + r, at = p.at(I.g, a, c, i);
-  bool valid = r < count(p, I), exists = p.exists(a, c), paired = exists && c != a;
-  bool one = valid && threadIdx.x % per_row == 0;
-  if (one && !paired) p.pos[at] = 0;
+  bool valid = r < count(p, I), paired = p.exists(a, c) && c != a, one = valid && threadIdx.x % per_row == 0;
+  uint32_t i = valid ? begin(p, I) + r : UINT32_MAX;
+  int64_t at = p.at(I.g, a, c, i);
+  if (!p.exists(a, c)) b = end;
   BlockRows<T> rows(p, I);
   TCLR_ROLLED
-  for (int64_t b = 0; b < p.of.blocks && exists; ++b) {
+  for (bool again = false; b < end; ++b, again = true) {
     Block J{I.g, c, b};
-    products(p, rows, BlockRows<T>(p, J), t, b > 0, [] {});
-    int64_t first = begin(p, J), columns = count(p, J);
+    products(p, rows, BlockRows<T>(p, J), t, again, [] {});
+    uint32_t first = begin(p, J);
+    int columns = count(p, J);
     T s[tile / per_row], top = largest;
     each_entry([&](int r, int j, int k) {
       s[k] = t.product(r, j) * inverse_tau;
-      if (valid && paired && first + j == i) p.pos[at] = s[k];
+      if (paired && j < columns && first + j == i) p.pos[at] = s[k];
       if (j < columns && first + j != i && s[k] > top) top = s[k];
     });
     T offset = top < INFINITY ? top : 0;
-    sum *= exp(largest - offset), largest = top;
+    sum *= exponential(largest - offset), largest = top;
     each_entry([&](int, int j, int k) {
-      if (j < columns && first + j != i) sum += exp(s[k] - offset);
+      if (j < columns && first + j != i) sum += exponential(s[k] - offset);
     });
   }
   T top = over_row(largest, per_row, [](T x, T y) { return y > x ? y : x; }), offset = top < INFINITY ? top : 0;
-  T all = sum_over_row(T(sum * exp(largest - offset)), per_row);
-  if (one) p.neg[at] = offset + log(all);
+  T all = sum_over_row(T(sum * exponential(largest - offset)), per_row);
+  if (one) p.neg[split * p.V * p.rows() + at] = offset + logarithm(all);
+  if (one && !paired && split == 0) p.pos[at] = 0;
 }
 
 // ---- coefficients
@@ -497,16 +514,19 @@ TCLR_DEVICE double unit(const Gram<T>& p, int64_t g) {
 // there is no such row, and f gets another one in its place.
 template <int lanes, typename T, typename F>
 TCLR_DEVICE void each_anchor(const Gram<T>& p, const Block& I, const Block& J, F f) {
-  int slots = p.of.whole ? p.of.V : 2;
+  uint32_t slots = p.of.whole ? p.of.V.n : 2, all = (slots * p.of.size * lanes + 31) / 32 * 32;
   TCLR_ROLLED
-  for (int k = threadIdx.x; k < slots * tile * lanes; k += tile_threads) {
-    int slot = k / lanes / tile, r = k / lanes % tile;
+  for (uint32_t k = threadIdx.x; k < all; k += tile_threads) {
+    uint32_t slot = k / lanes, row = last_digit(slot, p.of.size);
+    bool there = slot < slots;
+    if (!there) slot = 0;
+    int r = int(row);
     bool of_rows = slot == 0 || p.of.whole;
     Block b{I.g, of_rows ? I.a : J.a, of_rows ? I.index : J.index};
-    bool valid = r < count(p, b);
-    uint32_t of_group = valid ? r : 0, N = p.of.N, a = of_group / N;
-    Place x = p.of.whole ? Place{b.g, a, of_group - a * N} : Place{b.g, b.a, begin(p, b) + of_group};
-    f(slot, r, valid, x, p.of.whole ? slot : of_rows ? J.a : I.a);
+    bool valid = there && r < count(p, b);
+    uint32_t of_block = valid ? r : 0, a = of_block, i = last_digit(a, p.of.N);
+    Place x = p.of.whole ? Place{b.g, a, i} : Place{b.g, b.a, begin(p, b) + of_block};
+    f(int(slot), r, valid, x, p.of.whole ? slot : of_rows ? J.a : I.a);
   }
 }
 
@@ -541,28 +561,26 @@ struct StoredCoefficients {
   TCLR_METHOD void add_weight(T, T) {}
 };
 
-// Replaces the products of two blocks by W + W^T.
-template <typename T, typename Anchors>
+// Replaces the products of two blocks by W + W^T. whole: the group is one tile.
+template <bool whole, typename T, typename Anchors>
 TCLR_DEVICE void weights(const Gram<T>& p, const Block& I, const Block& J, const Tile<T>& t, Anchors& anchors) {
   int rows = count(p, I), columns = count(p, J);
   T inverse_tau = p.inverse_tau();
-  auto N = p.of.N;
-  uint32_t row = threadIdx.x / per_row, a = p.of.whole ? row / N : 0, i = p.of.whole ? row - a * N : begin(p, I) + row;
+  uint32_t a = threadIdx.x / per_row, i = whole ? last_digit(a, p.of.N) : begin(p, I) + a, first = begin(p, J);
+  bool same_set = I.a == J.a;
   each_entry([&](int r, int j, int) {
     T product = t.product(r, j), w = 0;
-    uint32_t c = p.of.whole ? j / N : 0, of_column = p.of.whole ? j - c * N : begin(p, J) + j;
-    bool same_set = p.of.whole ? a == c : I.a == J.a;
-    int slot = p.of.whole ? c : 0, back = p.of.whole ? a : 1;
+    uint32_t c = j, of_column = whole ? last_digit(c, p.of.N) : first + j;
+    int slot = whole ? c : 0, back = whole ? a : 1;
     if (r < rows && j < columns) {
       if (i != of_column)
         w = anchors.negative(slot, r, product * inverse_tau) + anchors.negative(back, j, product * inverse_tau);
-      else if (!same_set)
+      else if (whole ? a != c : !same_set)
         w = anchors.positive(slot, r) + anchors.positive(back, j);
       anchors.add_weight(w, product);
     }
     t.S[r * lds + j] = w;
   });
-  __syncthreads();
 }
 
 // A thread's part of one panel of a gradient: every eighth row, and four features of every 128.
@@ -632,7 +650,10 @@ struct Work {
     I = {block, a, index};
     uint32_t tiles = of.sets * of.blocks;
     tile = part, end = part + 1;
-    if (tiles != of.parts) tile = part * tiles / of.parts, end = (part + 1) * tiles / of.parts;
+    if (tiles != of.parts) {
+      tile *= tiles, end *= tiles;
+      last_digit(tile, of.parts), last_digit(end, of.parts);
+    }
     row = uint32_t(part * p.rows() + p.row({block, a, begin(p, I)}));
   }
 };
@@ -653,7 +674,11 @@ TCLR_DEVICE void gradient(const Gram<T>& p, const Work<T>& work, Anchors& anchor
     BlockRows<T> columns(p, J);
     products(p, rows, columns, t, again, [&] { anchors.read(I, J); });
     if (T by = anchors.rescale(); by != 1) dz.scale(by);
-    weights(p, I, J, t, anchors);
+    if (p.of.whole)
+      weights<true>(p, I, J, t, anchors);
+    else
+      weights<false>(p, I, J, t, anchors);
+    __syncthreads();
     if (p.panels() > 1) {
       load(columns, work.first, dz.width, t.columns, t.ldp);
       wait_for_copies();

@@ -103,6 +103,8 @@ TCLR_DEVICE float exp2_of(float x) { return std::exp2(x); }
 
 TCLR_DEVICE float exponential(float x) { return exp2_of(x * 1.44269504f); }
 
+TCLR_DEVICE float logarithm(float x) { return std::log(x); }
+
 // The copy is done as late as possible, or at once if threads run downwards.
 TCLR_DEVICE void copy_async(uint32_t* to, const uint32_t* from, bool there) {
   host::Copy copy{to, there ? from : nullptr};

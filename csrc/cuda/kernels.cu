@@ -132,7 +132,7 @@ const char* backward_on_hopper(const GramCall& call, void* memory, Stream stream
 template <typename T>
 void add(Objective<T>& o, Term kind, int64_t G, int64_t V, int64_t N, const Order& order) {
   Gram<T>& p = o.problems[o.count];
-  p = describe<T>(G, V, N, o.call.D, o.call.normalize, kind == gl, o.call.tau);
+  p = describe<T>(G, V, N, o.call.D, o.call.normalize, kind == gl, o.call.tau, true);
   p.order = order;
   o.kinds[o.count++] = kind;
 }
@@ -144,7 +144,7 @@ Objective<T> arrange(const ObjectiveCall& call, Arena& kept, Arena& memory) {
   int64_t V = call.V, B = call.B, clips = call.T, of_s = V * B, of_x = of_s + V * B * clips;
   if (call.weights[ic_global] != 0) add(o, ic_global, 1, V, B, {0, 0, B, 0, 1, 1});
   if (call.weights[ic_local] != 0)
-    add(o, ic_local, 1, V * clips, B, {of_x, 0, B * clips, 1, clips, uint32_t(clips)});
+    add(o, ic_local, 1, V * clips, B, {of_x, 0, B * clips, 1, clips, clips});
   else if (call.weights[ll] != 0)
     add(o, ll, B, V, clips, {of_x, clips, B * clips, 0, 1, 1});
   if (call.weights[gl] != 0) add(o, gl, B, 2 * V, clips, {of_s, clips, B * clips, 0, 1, 1});
@@ -155,7 +155,7 @@ Objective<T> arrange(const ObjectiveCall& call, Arena& kept, Arena& memory) {
     for (int d = 0; d < 3; ++d) steps = steps && x.strides[d] % 4 == 0;
     if (steps && call.dtype == (sizeof(T) == 8 ? Dtype::f64 : Dtype::f32)) o.quads |= 1u << k;
   }
-  o.V = uint32_t(V), o.B = uint32_t(B), o.clips = uint32_t(clips), o.of_s = uint32_t(of_s), o.of_x = uint32_t(of_x);
+  o.B = B, o.clips = clips, o.of_chunks = o.chunks(), o.of_s = uint32_t(of_s), o.of_x = uint32_t(of_x);
   for (int k = 0; k < o.count; ++k) {
     const Sizes& of = o.problems[k].of;
     o.sum_blocks += of.sum_blocks, o.term_blocks += of.term_blocks, o.gradient_blocks += of.gradient_blocks;
@@ -169,7 +169,7 @@ Objective<T> arrange(const ObjectiveCall& call, Arena& kept, Arena& memory) {
     kept.take(p.dz, p.parts * p.rows() * p.ldz);
     kept.take(p.along, p.parts * p.rows());
     kept.take(p.units, p.parts * p.tile_count());
-    memory.take(p.neg, p.V * p.rows()), memory.take(p.pos, p.V * p.rows());
+    memory.take(p.neg, p.splits * p.V * p.rows()), memory.take(p.pos, p.V * p.rows());
   }
   kept.take(o.along_blocks, int64_t(o.term_blocks) + o.gradient_blocks);
   memory.take(o.ticket, 1);
@@ -189,7 +189,7 @@ const char* objective_forward(const ObjectiveCall& call, Arena kept, Arena memor
   int64_t gradient_blocks = call.gradient ? o.gradient_blocks : 0;
   auto finish = finish_objective<T, panel<T> / 128>;
   if (call.D <= 128) finish = finish_objective<T, 1>;
-  const char* error = launch(read_inputs<T>, (o.rows() * 32 + threads - 1) / threads, 0, stream, o);
+  const char* error = launch(read_inputs<T>, (o.rows() * 32 + threads - 1) / threads, 0, stream, o, threads, true);
   if (!error) error = launch(sum_all_tiles<T>, o.sum_blocks, tile, stream, o, tile_threads, true);
   if (!error) error = launch(finish, o.term_blocks + gradient_blocks, with_anchors, stream, o, tile_threads, true);
   return error;
@@ -200,7 +200,7 @@ const char* objective_backward(const ObjectiveCall& call, Arena kept, Stream str
   Arena none{nullptr};
   Objective<T> o = arrange<T>(call, kept, none);
   size_t shared = sizeof(double) * (threads / 32) * (o.chunk + 1);
-  return launch(write_gradients<T>, 1 + o.rows() * o.chunks(), shared, stream, o);
+  return launch(write_gradients<T>, 1 + o.rows() * o.chunks(), shared, stream, o, threads, true);
 }
 
 }  // namespace

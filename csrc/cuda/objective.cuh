@@ -41,7 +41,8 @@ struct Objective {
   T log_upstream[terms_of_objective];
   double* along_blocks;                               // [thread blocks of finish_objective], sums of <z, dz>
   uint32_t sum_blocks, term_blocks, gradient_blocks;  // thread blocks for all problems together
-  uint32_t V, B, clips, of_s, of_x;                   // sizes, and the first rows of s and of x in z
+  Divisor B, clips, of_chunks;                        // sizes
+  uint32_t of_s, of_x;                                // the first rows of s and of x in z
   double* sums;                                       // [2, term blocks], of terms, and of LL if from ic_local
   unsigned* ticket;                                   // counts finished blocks; 0 between launches
   unsigned quads;                                     // bit k: whether rows of input k can be read as Quad<T>
@@ -92,10 +93,12 @@ template <typename T>
 TCLR_KERNEL read_inputs(TCLR_ARGUMENT Objective<T> o) {
   uint32_t row = blockIdx.x * (threads / 32) + threadIdx.x / 32;
   bool valid = row < o.rows();
-  if (blockIdx.x == 0 && threadIdx.x == 0) *o.ticket = 0;
   InputRow r = o.row(valid ? row : 0);
   Source x = o.at(r);
+  wait_for_former();
+  let_next_start();
   bool quads = o.quads >> r.input & 1;
+  if (blockIdx.x == 0 && threadIdx.x == 0) *o.ticket = 0;
   const T* vector = static_cast<const T*>(x.data) + x.first;
   // calls f for the quads of this lane
   auto each = [&](auto f) {
@@ -120,17 +123,16 @@ TCLR_KERNEL read_inputs(TCLR_ARGUMENT Objective<T> o) {
     for (T& x : q.x) x = x * first * second;
     *reinterpret_cast<Quad<T>*>(o.problems[0].z + row * o.ldz() + d) = q;
   });
-  let_next_start();
 }
 
 template <typename T>
-TCLR_KERNEL_OF(tile_threads, (blocks_at_once<T, 2>))
+TCLR_KERNEL_OF(tile_threads, blocks_at_once<T>)
 sum_all_tiles(TCLR_ARGUMENT Objective<T> o) {
   uint32_t block = blockIdx.x;
   const Gram<T>& p = o.problems[problem_of(o, &Sizes::sum_blocks, block)];
   wait_for_former();
-  sums(p, block);
   let_next_start();
+  sums(p, block);
 }
 
 // ---- terms and coefficients
@@ -138,12 +140,18 @@ sum_all_tiles(TCLR_ARGUMENT Objective<T> o) {
 // log(1 + exp(-|t|)). Its absolute error is small, which suffices since it is added to another logarithm.
 template <typename T>
 TCLR_DEVICE T log_of_more(T t) {
-  return log(1 + exp(t > 0 ? -t : t));
+  return logarithm(1 + exponential(t > 0 ? -t : t));
 }
 
 template <typename T>
 TCLR_DEVICE T log_sigmoid(T t) {
   return (t < 0 ? t : 0) - log_of_more(t);
+}
+
+template <typename T>
+TCLR_DEVICE T log_add(T x, T y) {
+  T high = x > y ? x : y, low = x > y ? y : x;
+  return low == -INFINITY ? high : high + log_of_more(low - high);
 }
 
 // A term of an anchor, from its log-sum-exps over its own set and over the other set, and from its positive.
@@ -166,14 +174,23 @@ template <typename T>
 struct Anchor {
   const Gram<T>& p;
   uint32_t a, first;
+  T own;  // neg with its own set, -inf in a cross problem
 
   TCLR_METHOD Anchor(const Gram<T>& p, const Place& r)
-      : p(p), a(uint32_t(r.a)), first((uint32_t(r.g) * p.of.V + a) * p.of.V * p.of.N + uint32_t(r.i)) {}
+      : p(p), a(uint32_t(r.a)), first((uint32_t(r.g) * p.of.V + a) * p.of.V * p.of.N + uint32_t(r.i)) {
+    own = p.cross ? -INFINITY : neg(a);
+  }
   TCLR_METHOD bool exists(uint32_t c) const { return !p.cross || (2 * a < p.of.V) != (2 * c < p.of.V); }
   TCLR_METHOD bool paired(uint32_t c) const { return c != a && p.of.N > 1 && exists(c); }
-  TCLR_METHOD T neg(uint32_t c) const { return p.neg[first + c * p.of.N]; }
+  TCLR_METHOD T neg(uint32_t c) const {
+    const T* part = p.neg + first + c * p.of.N;
+    T all = *part;
+    TCLR_ROLLED
+    for (uint32_t k = 1; k < p.of.splits; ++k) all = log_add(all, part[k * p.V * p.rows()]);
+    return all;
+  }
   TCLR_METHOD T pos(uint32_t c) const { return p.pos[first + c * p.of.N]; }
-  TCLR_METHOD Pair<T> with(uint32_t c) const { return {p.cross ? -INFINITY : neg(a), neg(c), pos(c)}; }
+  TCLR_METHOD Pair<T> with(uint32_t c) const { return {own, neg(c), pos(c)}; }
 };
 
 // The local-local loss (LL) of one anchor, from the sets of ic_local. Computed by the lanes that share the anchor.
@@ -186,7 +203,7 @@ struct LocalLocal {
     uint32_t a = x.a, V = x.p.of.V, lane = threadIdx.x % lanes;
     mate = a < V / 2 ? a + V / 2 : a - V / 2;
     T top = -INFINITY, sum = 0;
-    TCLR_ROLLED
+#pragma unroll 2
     for (uint32_t c = lane; c < V; c += lanes) {
       T pos = x.pos(c);
       if (c != a && c != mate) top = pos > top || pos != pos ? pos : top;
@@ -194,23 +211,16 @@ struct LocalLocal {
     top = largest_over_row(top, lanes);
     TCLR_ROLLED
     for (uint32_t c = lane; c < V; c += lanes)
-      if (c != a && c != mate) sum += exp(x.pos(c) - top);
+      if (c != a && c != mate) sum += exponential(x.pos(c) - top);
     sum = sum_over_row(sum, lanes);
-    negatives = top + log(sum), excess = negatives - x.pos(mate);
+    negatives = top + logarithm(sum), excess = negatives - x.pos(mate);
   }
 };
-
-template <typename T>
-TCLR_DEVICE T log_add(T x, T y) {
-  T high = x > y ? x : y, low = x > y ? y : x;
-  return low == -INFINITY ? high : high + log_of_more(low - high);
-}
 
 // The coefficients of a tile's anchors, computed in the thread block that uses them; compare StoredCoefficients.
 template <typename T>
 struct ComputedCoefficients {
   static constexpr int numbers = 4;  // for each anchor: see `make`
-  static constexpr int lanes = 4;    // lanes that share an anchor
   static constexpr T none = lowest<T>;
   const Gram<T>& p;
   T log_upstream, log_ll;
@@ -228,31 +238,32 @@ struct ComputedCoefficients {
   }
   TCLR_METHOD const T* of(int slot, int r) const { return table + (slot * tile + r) * numbers; }
 
-  // The logarithm of the coefficient of an anchor's neg with its own set.
-  TCLR_METHOD T of_own_set(const Anchor<T>& x) const {
-    T all = -INFINITY, own = x.neg(x.a);
-    TCLR_ROLLED
+  // The logarithm of the coefficient of an anchor's neg with its own set, by the lanes that share the anchor.
+  TCLR_METHOD T of_own_set(const Anchor<T>& x, int lanes) const {
+    T all = -INFINITY;
+#pragma unroll 2
     for (uint32_t c = threadIdx.x % lanes; c < p.of.V; c += lanes) {
       if (!x.paired(c)) continue;
       Pair<T> pair = x.with(c);
-      all = log_add(all, log_sigmoid(pair.excess) + pair.share(own));
+      all = log_add(all, log_sigmoid(pair.excess) + pair.share(x.own));
     }
     all = over_row(all, lanes, [](T x, T y) { return log_add(x, y); });
     return all + log_upstream;
   }
-  // Computes neg of an anchor, and the logarithms of its coefficient and of the negative and positive parts of pos's
-  // coefficient. own, other: whether any anchor of the call is compared with its own set, and with another set.
-  TCLR_METHOD void make(const Anchor<T>& x, uint32_t c, bool own, bool other, T (&to)[numbers]) const {
+  // Computes the logarithms of the coefficient of an anchor's neg and of the negative and positive parts of pos's
+  // coefficient, and neg minus the first of them. own, mates: whether any anchor of the call needs its coefficient with
+  // its own set, and that of LL.
+  TCLR_METHOD void make(const Anchor<T>& x, uint32_t c, bool own, bool mates, int lanes, T (&to)[numbers]) const {
     T neg = x.neg(c), of_neg = -INFINITY, less = -INFINITY, more = -INFINITY;  // less, more: the two parts of pos
-    if (own && !p.cross) {
-      T all = of_own_set(x);
+    if (own) {
+      T all = of_own_set(x, lanes);
       if (c == x.a) of_neg = all;
     }
     if (x.paired(c)) {
-      Pair<T> pair = x.with(c);
+      Pair<T> pair(x.own, neg, x.pos(c));
       less = log_upstream + log_sigmoid(pair.excess), of_neg = less + pair.share(neg);
     }
-    if (with_ll && other) {
+    if (mates) {
       LocalLocal<T> of_ll(x, lanes);
       T g = log_ll + log_sigmoid(of_ll.excess);
       if (c == of_ll.mate)
@@ -260,14 +271,24 @@ struct ComputedCoefficients {
       else if (c != x.a)
         more = g + (x.pos(c) - of_ll.negatives);
     }
-    to[0] = neg, to[1] = of_neg, to[2] = less, to[3] = more;
+    to[0] = of_neg == -INFINITY ? INFINITY : neg - of_neg, to[1] = of_neg, to[2] = less, to[3] = more;
   }
   TCLR_METHOD void read(const Block& I, const Block& J) {
+    bool own = !p.cross && (p.of.whole || I.a == J.a);
+    bool mates = with_ll && (p.of.whole || (I.a != J.a && I.index == J.index));
+    wait_for_former();
+    if (own || mates)
+      read<4>(I, J, own, mates);
+    else
+      read<1>(I, J, false, false);
+  }
+  // The same, where some lanes share an anchor.
+  template <int lanes>
+  TCLR_METHOD void read(const Block& I, const Block& J, bool own, bool mates) {
     T top = none;
-    bool own = p.of.whole || I.a == J.a, other = p.of.whole || I.a != J.a;
     each_anchor<lanes>(p, I, J, [&](int slot, int r, bool valid, const Place& x, int64_t c) {
       T made[numbers];
-      make(Anchor<T>(p, x), uint32_t(c), own, other, made);
+      make(Anchor<T>(p, x), uint32_t(c), own, mates, lanes, made);
       if (!valid) return;
       for (int k = 1; k < numbers; ++k)
         if (made[k] > top && made[k] < INFINITY) top = made[k];
@@ -290,13 +311,10 @@ struct ComputedCoefficients {
     return by;
   }
   TCLR_METHOD T in_unit(T logarithm) const { return logarithm - power * T(0.6931471805599453); }
-  TCLR_METHOD T negative(int slot, int r, T s) const {
-    const T* x = of(slot, r);
-    return x[1] == -INFINITY ? 0 : exp((s - x[0]) + in_unit(x[1]));
-  }
+  TCLR_METHOD T negative(int slot, int r, T s) const { return exponential(in_unit(s - *of(slot, r))); }
   TCLR_METHOD T positive(int slot, int r) const {
     const T* x = of(slot, r);
-    return exp(in_unit(x[3])) - exp(in_unit(x[2]));
+    return exponential(in_unit(x[3])) - exponential(in_unit(x[2]));
   }
   TCLR_METHOD void add_weight(T weight, T product) { along += weight * product; }
   TCLR_METHOD double unit() const { return power == none ? 1 : ldexp(1.0, int(power)); }
@@ -310,19 +328,22 @@ TCLR_DEVICE double sum_over_warps(const double* x, int warps) {
   return sum;
 }
 
-// The term of this thread's anchor and set, or its LL term.
+// The terms of an anchor with the sets of this lane, and its LL term.
 template <typename T>
-TCLR_DEVICE void term_of(const Objective<T>& o, int k, uint32_t item, double& of_pair, double& of_ll) {
+TCLR_DEVICE void terms_of(const Objective<T>& o, int k, uint32_t row, double& of_pairs, double& of_ll) {
   const Gram<T>& p = o.problems[k];
-  if (item >= p.rows() * p.V) return;
-  uint32_t i = last_digit(item, p.of.N), c = last_digit(item, p.of.V), a = last_digit(item, p.of.V);
-  Anchor<T> x(p, {item, a, i});
-  if (x.paired(c))
-    of_pair = softplus(x.with(c).excess);
-  else if (c != a && x.exists(c))
-    of_pair = x.pos(c) - x.pos(c);
-  else if (c == a && o.with_ll(o.kinds[k]))
-    of_ll = softplus(LocalLocal<T>(x, 1).excess);
+  bool valid = row < p.rows(), with_ll = o.with_ll(o.kinds[k]);
+  uint32_t g = valid ? row : 0, i = last_digit(g, p.of.N), a = last_digit(g, p.of.V), lane = threadIdx.x % per_row;
+  Anchor<T> x(p, {g, a, i});
+  for (uint32_t c = lane; c < p.of.V && valid; c += per_row) {
+    if (x.paired(c))
+      of_pairs += softplus(x.with(c).excess);
+    else if (c != a && x.exists(c))
+      of_pairs += x.pos(c) - x.pos(c);
+  }
+  if (!with_ll) return;
+  T excess = LocalLocal<T>(x, per_row).excess;
+  if (valid && lane == 0) of_ll = softplus(excess);
 }
 
 // Adds up the sums of all blocks, each term by a warp. Their order does not depend on which block is the last.
@@ -359,7 +380,8 @@ TCLR_DEVICE void add_terms(const Objective<T>& o, int64_t blocks) {
   auto* last = reinterpret_cast<unsigned*>(shared + 2 * warps);
   uint32_t block = blockIdx.x;
   int k = problem_of(o, &Sizes::term_blocks, block);
-  term_of(o, k, block * tile_threads + threadIdx.x, of_pairs, of_ll);
+  wait_for_former();
+  terms_of(o, k, block * tile + threadIdx.x / per_row, of_pairs, of_ll);
   of_pairs = sum_over_row(of_pairs, 32), of_ll = sum_over_row(of_ll, 32);
   if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = of_pairs, shared[warps + threadIdx.x / 32] = of_ll;
   __syncthreads();
@@ -404,7 +426,6 @@ template <typename T, int groups>
 TCLR_KERNEL_OF(tile_threads, groups > 1 ? 1 : blocks_at_once<T>)
 finish_objective(TCLR_ARGUMENT Objective<T> o) {
   int64_t blocks = o.term_blocks;
-  wait_for_former();
   if (blockIdx.x < blocks)
     add_terms(o, blocks);
   else
@@ -430,9 +451,10 @@ template <typename T>
 TCLR_KERNEL write_gradients(TCLR_ARGUMENT Objective<T> o) {
   constexpr int warps = threads / 32, chunk = Objective<T>::chunk;
   double* shared = shared_memory<double>();
+  wait_for_former();
   if (blockIdx.x == 0) return write_tau(o, shared);
   uint32_t row = blockIdx.x - 1;
-  int64_t first = int64_t(last_digit(row, o.chunks())) * chunk;
+  int64_t first = int64_t(last_digit(row, o.of_chunks)) * chunk;
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   int64_t d = first + threadIdx.x;
   bool valid = d < o.call.D, reached = false;

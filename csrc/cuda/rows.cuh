@@ -10,6 +10,10 @@
 namespace tclr {
 namespace {
 
+TCLR_DEVICE double exponential(double x) { return exp(x); }
+
+TCLR_DEVICE double logarithm(double x) { return log(x); }
+
 // Combines the values of the lanes that share a row; every lane gets the same bits. lanes: a power of two.
 template <typename T, typename Join>
 TCLR_DEVICE T over_row(T value, int lanes, Join join) {

@@ -94,6 +94,13 @@ TCLR_DEVICE float exp2_of(float x) {
 
 TCLR_DEVICE float exponential(float x) { return exp2_of(x * 1.44269504f); }
 
+// The logarithm with an absolute error of float's precision near 1.
+TCLR_DEVICE float logarithm(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y * 0.693147181f;
+}
+
 // Copies four words to shared memory asynchronously, or zeros if not `there`. They can be read after waiting for their
 // group and passing a barrier.
 TCLR_DEVICE void copy_async(uint32_t* to, const uint32_t* from, bool there) {
