@@ -52,6 +52,7 @@ SHAPES = [
         (BOTH, [Shape("clip_loss", M // 2, 128, HALF) for M in (8192, 32768)]),
         (BOTH, [Shape("nt_xent", M // 2, 128, torch.float32) for M in (80, 2048, 8192)]),
         (("triton",), [Shape("clip_loss", 4096, 512, HALF), Shape("nt_xent", 4096, 128, torch.float32, tf32=True)]),
+        (("triton",), [Shape("nt_xent", 4096, D, torch.float32, tf32) for D in (256, 512) for tf32 in (False, True)]),
         # the operation of general.py: a queue with and without labels, and sup_con, with all pairs of a class positive
         (BOTH, [Shape("info_nce", 4096, 128, HALF, K=65536), Shape("sup_con", 4096, 128, HALF)]),
         (("triton",), [Shape("labelled", 4096, 128, HALF, K=16384), Shape("sup_con", 4096, 128, torch.float32)]),

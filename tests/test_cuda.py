@@ -200,6 +200,20 @@ def test_the_tensor_core_rectangle_kernels_agree_with_the_reference(host):
     assert not list(cuda.rectangle_deviations_on_tensor_cores(host))
 
 
+def test_columns_without_a_row_of_their_index_read_no_upstream_gradient(host):
+    """Of 300 columns, 20 are rows. The upstream gradient of the other set's sixth row must not reach column 25."""
+    sets = [torch.randn(1, 300, 64, generator=torch.Generator().manual_seed(v)).bfloat16() for v in range(2)]
+    arguments = [z[:, :20] for z in sets], sets, 0.1, True, False, 0, None, None
+    neg, *_ = host.rectangle(*arguments, False, False)
+    g_pos = torch.zeros_like(neg)
+    g_pos[0, 1, 0, 5] = torch.inf
+    _, (first, second), _ = host.rectangle_backward(
+        *arguments, [neg, torch.zeros_like(neg), g_pos], [], True, True, False
+    )
+    finite = first.isfinite().all(-1)
+    assert second.isfinite().all() and not finite[0, 5] and finite.sum() == 299
+
+
 def test_confident_pairs_of_short_rows_have_a_gradient(host, monkeypatch):
     """Their weights are below float32's range, but the rows are so short that their gradients are not."""
     monkeypatch.setitem(backends.BACKENDS, "host", host)
