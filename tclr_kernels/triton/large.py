@@ -465,7 +465,9 @@ def log_of_slots(sums, largest, first, M, supers, BI: tl.constexpr, SLOTS: tl.co
         s = tl.load(sums + at, mask=there, other=0.0).to(tl.float64)
         m = tl.load(largest + at, mask=there, other=float("-inf")).to(tl.float64)
         highest = tl.max(m, 0)
-        top, total = merged(top, total, highest, tl.sum(s * exponential(m - finite(highest)[None, :]), 0))
+        # Rounded products: fused with another lane's product, the lanes of a row would get different last bits.
+        products = tl.fma(s, exponential(m - finite(highest)[None, :]), 0.0)
+        top, total = merged(top, total, highest, tl.sum(products, 0))
     return tl.log(total) + finite(top)
 
 
