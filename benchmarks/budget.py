@@ -26,11 +26,11 @@ class Step(NamedTuple):
 
 
 STEPS = {
-    "build": Step(90),
+    "build": Step(110),
     "what is here": Step(10),
     "compile for the times and the sanitizers": Step(42, 22),
     "times": Step(75),
-    "tests on the GPU": Step(80, 130),
+    "tests on the GPU": Step(60, 130),
     "compute-sanitizer memcheck": Step(25),
     "compute-sanitizer racecheck": Step(45),
     "compute-sanitizer initcheck": Step(25),

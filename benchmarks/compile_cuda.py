@@ -20,7 +20,8 @@ from benchmarks.rows import reason, writing
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "cuda-compiled.csv"
 TARGETS = "80", "90a", "100"
-SPILLS = {"hopper::sum_blocks<3>": 16}  # bytes that a kernel may spill; 0 for all others
+# Bytes that a kernel may spill; 0 for all others. The objective's sums spill on sm_80 and sm_100 only.
+SPILLS = {"hopper::sum_blocks<3>": 16, "sum_all_tiles<float>": 40}
 COUNTED = {f"{name}_instructions": pattern for name, (pattern, _) in CLASSES.items()} | {
     "all_instructions": r"^\s+/\*[0-9a-f]{4,}\*/",
     "double_instructions": r"\bD(?:FMA|MUL|ADD|SETP|MNMX)\b",

@@ -27,6 +27,7 @@ from tclr_kernels.triton import large, rectangle, sets, small, wide
 
 RESULTS = Path(__file__).parent / "results" / "triton-compiled.csv"
 VERSIONS = Path(__file__).parent / "results" / "triton-versions.csv"
+TRIED = Path(__file__).parent / "results" / "tiles-nvidia-h100-80gb-hbm3.csv"
 PAGE = Path(__file__).parents[1] / "docs" / "triton.md"
 NVIDIA = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGETS = {
@@ -351,49 +352,36 @@ def rows(cases, targets, only=""):
                 yield dict(target=target, case=str(case), kernel=launch.kernel.__name__, **tile) | facts | prediction
 
 
-# The most accesses to spilled registers on sm_90, by kernel, dtype and features, with Triton 3.6 to 3.9. They are
-# before and after the loops over tiles. Without them, a program would compute fewer of the features, so S would be
-# computed more often, or rows would be padded to more features: both take up to twice the products.
-MAY_SPILL = {
-    ("gradient_kernel", "half unbounded", 192): 40,
-    ("gradient_kernel", "half", 384): 20,
-    ("gradient_kernel", "half unbounded", 384): 40,
-    ("gradient_kernel", "tf32", 192): 20,
-    ("gradient_kernel", "tf32 unbounded", 192): 30,
-    ("gradient_kernel", "tf32", 384): 140,
-    ("gradient_kernel", "tf32 unbounded", 384): 150,
-    ("gradient_kernel", "pairs", 384): 300,
-    ("gradient_kernel", "pairs unbounded", 384): 300,
-    ("sums_kernel", "pairs", 384): 20,  # with Triton 3.9 only
-    ("rectangle_sums_kernel", "tf32", 384): 60,  # with Triton 3.9 only
-    ("rectangle_gradient_kernel", "tf32", 384): 50,
-    ("gradient_kernel", "half", 512): 70,
-    ("gradient_kernel", "half unbounded", 256): 40,  # with Triton 3.9 only
-    ("gradient_kernel", "half unbounded", 512): 90,
-    ("gradient_kernel", "half unbounded", 1024): 10,
-    ("gradient_kernel", "tf32 unbounded", 1024): 4,  # with Triton 3.6 only
-    ("rectangle_gradient_kernel", "half", 1024): 8,  # with Triton 3.6 only
-    ("gradient_kernel", "pairs", 512): 900,
-    ("rectangle_gradient_kernel", "half", 128): 8,  # rows against themselves without labels; the tile was measured
-    ("rectangle_gradient_kernel", "half", 512): 10,
-    ("rectangle_gradient_kernel", "double", 128): 8,  # with Triton 3.9 only
-    ("rectangle_sums_kernel", "pairs", 128): 4,  # with Triton 3.9 only
+# The most accesses to spilled registers within loops over tiles on sm_90, by kernel, dtype and features, with Triton
+# 3.6 to 3.9. The loops have 500 instructions and more.
+IN_LOOPS = {
+    ("gradient_kernel", "half", 128): 5,  # with Triton 3.9 only, at low temperatures
+    ("gradient_kernel", "half", 512): 2,
+    ("gradient_kernel", "pairs", 192): 3,
+    ("gradient_kernel", "tf32", 192): 6,
+    ("gradient_kernel", "tf32", 256): 1,
+    ("gradient_kernel", "tf32", 512): 39,  # with Triton 3.9 only, for few rows
+    ("gradient_kernel", "tf32", 1024): 7,
+    ("rectangle_gradient_kernel", "half", 256): 1,
+    ("rectangle_gradient_kernel", "half", 512): 2,
 }
-# ptxas chooses 64, 80, 96 or 168 registers for these, which compute no products, so that more programs fit
-FEWER_REGISTERS = dict.fromkeys(("rows_kernel", "rectangle_finish_kernel", "rectangle_join_kernel"), 8)
+# Kernels for these dtypes may spill before and after their loops, since their tiles were chosen by their times.
+MEASURED = "half", "tf32", "pairs"
+ELSEWHERE = 8  # the most spills of other kernels; for those without products, ptxas chooses 64, 80, 96 or 168 registers
 
 
-def may_spill(row):
-    """How many accesses to spilled registers a row of the table may have."""
-    if row["kernel"] in FEWER_REGISTERS:
-        return FEWER_REGISTERS[row["kernel"]]
+def kind_of(row):
+    """The dtype of the packed rows that a row of the table is about."""
     _, dtype, *others = row["case"].split()
     kind = dict(bfloat16="half", tf32="tf32", float64="double").get(dtype, "pairs")
-    if kind == "tf32" and row.get("DP", 0) <= 128 and "raw" not in others:
-        kind = "pairs"
-    unbounded = row["kernel"] == "gradient_kernel" and ("tau=0.005" in others or "raw" in others)
-    kind += " unbounded" * unbounded
-    return MAY_SPILL.get((row["kernel"], kind, row.get("DP")), 0)
+    return "pairs" if kind == "tf32" and (row.get("DP") or 0) <= 128 and "raw" not in others else kind
+
+
+def spills_too_much(row):
+    kind = kind_of(row)
+    if row["spills_in_loops"] > IN_LOOPS.get((row["kernel"], kind, row.get("DP")), 0):
+        return True
+    return row["spills"] > ELSEWHERE and not (row.get("DP") and kind in MEASURED)
 
 
 def too_large(row):
@@ -403,9 +391,7 @@ def too_large(row):
         return f"{row['status']}, on {target}"
     if row["shared"] > SHARED[target] * 1024:
         return f"{row['shared']} bytes of shared memory on {target}, which has {SHARED[target]} KiB"
-    # of half precision with 512 features, Triton 3.7.1 has 2 in the loop, of about 700 instructions
-    in_loops = 2 if row["kernel"] == "gradient_kernel" and may_spill(row) and " float32" not in row["case"] else 0
-    if target == "sm_90" and (row["spills_in_loops"] > in_loops or row["spills"] > may_spill(row)):
+    if target == "sm_90" and spills_too_much(row):
         return f"{row['spills']} spills on {target}, {row['spills_in_loops']} of them in a loop"
     return None
 
@@ -468,36 +454,23 @@ Neither includes latencies, bank conflicts, barriers, the issue of other instruc
 sums), or multiprocessors that are idle in the last wave of thread blocks. So a measured time may even be above the slow
 end of the range.
 
-The tiles of `tclr_kernels/triton/tiles.py` for Hopper that are marked "measured" were the fastest of those tried on an
-H100 and an H200 with Triton 3.6.
+For half precision, TF32 and float32 as pairs, the tiles of `tclr_kernels/triton/tiles.py` for Hopper were chosen by
+time. [Those that were tried](../benchmarks/results/tiles-nvidia-h100-80gb-hbm3.csv) were measured on an H100 with
+Triton 3.6, as the losses of `benchmarks/gpu.py` with other tiles. A time is that of the forward or of the backward
+alone.
 
 ## Spilled registers
 
-On sm_90, with Triton 3.6, 3.7.1, 3.8 and 3.9, the selected tiles do not spill registers with up to 512 features, except
-for the kernels in the second table, before and after their loop over tiles. Without spills, a program would compute
-fewer features of the gradient, and every program of a row would compute S again, so there would be more products: this
-is the choice for 512 features. Spills are counted as instructions that access spilled registers, here with Triton 3.6
-and 131,072 rows. The table of the kernels that compute tiles of S, further below, was made with Triton 3.9, whose
-counts differ.
+A program keeps a whole row of the gradient, so its registers often do not suffice. Many tiles for Hopper spill some of
+them before and after their loop over the columns, which happens once in a program and costs little. Tiles without
+spills were slower: the gradient of float32 as pairs with 192 features and 8,192 rows takes 279 us with a tile of
+128x64, which has 351 spills (Triton 3.6), and 1,008 us with 64x32 and eight warps. Eight warps share 64 rows badly.
 
-| gradient | tile | features of a program | warps, stages | spills | products, in units of M^2 D |
-| :--- | ---: | ---: | ---: | ---: | ---: |
-| half precision, D = 512, selected | 64x64 | 512 | 8, 2 | 64 | 2 |
-| | 64x64 | 512 | 8, 1 | 23 | 2 |
-| | 64x32 | 512 | 8, 3 | 17 | 2 |
-| | 64x64 | 256 | 8, 3 | 0 | 3 |
-| float32 as pairs, D = 512, selected | 64x32 | 256 | 4, 2 | 670 | 3 |
-| | 64x32 | 256 | 8, 2 | 42 | 3 |
-| | 64x64 | 128 | 8, 2 | 0 | 5 |
-
-The most spills that the tests allow with any of the four versions (`MAY_SPILL` in `benchmarks/compile_triton.py`):
+Spills are counted as instructions that access spilled registers. Those in a loop would cost time in every step. The
+most that the tests allow there on sm_90, with Triton 3.6, 3.7.1, 3.8 and 3.9 (`IN_LOOPS` in
+`benchmarks/compile_triton.py`):
 
 {limits}
-
-One or two of those of half precision with 512 features (Triton 3.7.1 and 3.8) and of TF32 with 384 features (Triton
-3.9, few rows) are in the loop. Three small kernels without products (`rows_kernel`, `rectangle_finish_kernel`,
-`rectangle_join_kernel`) have up to 8 spills with some versions, with 64, 80, 96 or 168 registers: ptxas prefers these
-to fewer programs on a multiprocessor.
 
 ## Features that are not a power of two
 
@@ -596,12 +569,9 @@ def page(made):
 
 
 def limits():
-    """MAY_SPILL as a table."""
-    words = dict(half="half precision", pairs="float32 as pairs", tf32="TF32", double="float64")
-    lines = []
-    for (kernel, kind, D), most in sorted(MAY_SPILL.items(), key=lambda item: (item[0][0], item[0][2], item[0][1])):
-        dtype, *unbounded = kind.split()
-        lines.append([kernel, words[dtype] + ", 1/tau not bounded" * bool(unbounded), D, most])
+    """IN_LOOPS as a table."""
+    words = dict(half="half precision", pairs="float32 as pairs", tf32="TF32")
+    lines = [[kernel, words[kind], D, most] for (kernel, kind, D), most in sorted(IN_LOOPS.items())]
     return markdown(["kernel", "rows", "features, padded", "at most"], lines)
 
 
