@@ -464,7 +464,8 @@ alone.
 A program keeps a whole row of the gradient, so its registers often do not suffice. Many tiles for Hopper spill some of
 them before and after their loop over the columns, which happens once in a program and costs little. Tiles without
 spills were slower: the gradient of float32 as pairs with 192 features and 8,192 rows takes 279 us with a tile of
-128x64, which has 351 spills (Triton 3.6), and 1,008 us with 64x32 and eight warps. Eight warps share 64 rows badly.
+128x64, which spills, and 1,786 us with one of 64x32 that reads 32 features at a time and does not spill. Both have
+eight warps, which share 64 rows badly.
 
 Spills are counted as instructions that access spilled registers. Those in a loop would cost time in every step. The
 most that the tests allow there on sm_90, with Triton 3.6, 3.7.1, 3.8 and 3.9 (`IN_LOOPS` in

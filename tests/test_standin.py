@@ -4,6 +4,7 @@ import functools
 import itertools
 import os
 import random
+import re
 from typing import NamedTuple
 
 import pytest
@@ -501,3 +502,24 @@ def test_calls_compile_down_to_a_cubin(name, capability, monkeypatch):
     torch.autograd.grad(tk.nt_xent(*inputs, temperature=tau, backend="triton"), inputs)
     assert device.launched == launches[0] + launches[1]
     assert all(kernel.asm["cubin"] for kernel in device.compiler.kernels)
+
+
+def test_lanes_that_share_a_row_round_their_products_before_they_add_them(monkeypatch):
+    """Each lane adds another lane's product to its own one. If that is one fma, the lanes get different last bits."""
+    device = standin.install(monkeypatch, whole=True)
+    for N, D in (4, 136), (77, 136), (77, 16):
+        x = torch.randn(N, D)
+        tk.nt_xent(x, x, backend="triton")
+        tk.sup_con(x, torch.arange(N) % 5, backend="triton")
+    moved = 0
+    for kernel in device.compiler.kernels:
+        of_others = set()  # registers with a number of another lane
+        for line in kernel.asm["ptx"].splitlines():
+            to, *read = re.findall(r"%\w+", line) or [""]
+            if "shfl.sync" in line or re.search(r"\b(mov|cvt|shl|or)\.", line) and of_others.intersection(read):
+                of_others.add(to)
+            else:
+                assert "fma.rn" not in line or read[-1] not in of_others, (kernel.name, line)
+                of_others.discard(to)
+            moved += "shfl.sync" in line
+    assert moved

@@ -73,7 +73,7 @@ def lengths(x, rows, valid, D, stride_d, NORMALIZE: tl.constexpr, R: tl.constexp
         squares = tl.zeros([R], tl.float64)
         for d0 in range(0, D, BD):
             wide = widened(read(x, rows, valid, d0, D, stride_d, BD), scale)
-            squares += tl.sum(wide * wide, 1)
+            squares += tl.sum(tl.fma(wide, wide, 0.0), 1)  # rounded products, see log_of_slots in large.py
         inverse = inverse_length(squares)
     return scale, inverse
 
